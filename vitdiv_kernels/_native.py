@@ -1,0 +1,60 @@
+"""Loads the compiled extension `vitdiv_kernels._C` once and remembers why it is not there."""
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch  # first: it loads the shared libraries that the extension is linked to
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _why_unusable() -> str | None:
+    """What is known before importing the extension, which beside another torch may fail in obscure ways."""
+    facts_file = Path(__file__).with_name("_build.json")
+    if not facts_file.exists():
+        return (
+            "the kernels are not compiled: run `pip install .` in the source tree, with a C++ compiler there"
+        )
+    facts = json.loads(facts_file.read_text())
+    built_for = facts["torch"]
+    if built_for is None:
+        return facts["reason"]
+    built, running = _minor(built_for), _minor(torch.__version__)
+    if built != running:
+        return (
+            f"the kernels were compiled for torch {built}, but torch {running} is running: reinstall "
+            "from the source tree with `pip install --no-build-isolation --no-deps .`"
+        )
+    return None
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    reason = _why_unusable()
+    if reason is None:
+        try:
+            return importlib.import_module("vitdiv_kernels._C"), None
+        except ImportError as error:
+            reason = f"the compiled kernels could not be loaded: {error}"
+    warnings.warn(
+        f"vitdiv_kernels runs on its slower reference backend: {reason}", RuntimeWarning, stacklevel=2
+    )
+    return None, reason
+
+
+# At import and not at the first call, which torch.compile may be tracing. It takes about a millisecond.
+_library, _reason = _load()
+
+
+def library() -> ModuleType | None:
+    """The compiled extension, or None if it cannot be used."""
+    return _library
+
+
+def reason() -> str | None:
+    """One sentence on why `library()` is None; None if the extension is here."""
+    return _reason
