@@ -1,0 +1,23 @@
+"""Diversity losses and head-mixing attention for vision transformers, without N x N maps in main memory.
+
+Three operations (`pairwise_cosine`; `attention_gram`, `attention_cosine`, `attention_diversity`;
+`reattention`), each with a pure PyTorch reference and fused kernels, forward and backward; modules over them
+in `vitdiv_kernels.nn`; a reference vision transformer and its trainer in `vitdiv_kernels.vit`. `python -m
+vitdiv_kernels.info` tells which backends are here.
+"""
+
+from . import nn
+from ._dispatch import use_backend
+from .ops import attention_cosine, attention_diversity, attention_gram, pairwise_cosine, reattention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attention_cosine",
+    "attention_diversity",
+    "attention_gram",
+    "nn",
+    "pairwise_cosine",
+    "reattention",
+    "use_backend",
+]

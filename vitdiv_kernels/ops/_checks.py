@@ -1,0 +1,91 @@
+"""Validation that the operations share: comparisons in the valid case, sentences only on failure."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def shape_of(tensor):
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def floating_tensor(name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        known = ", ".join(map(name_of, FLOATS))
+        raise TypeError(f"{name} must have one of the dtypes {known}, got {name_of(value.dtype)}")
+
+
+def same_kind(name, value, like_name, like):
+    """`value` is a floating tensor with the dtype and on the device of `like`."""
+    floating_tensor(name, value)
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {like_name}, {name_of(like.dtype)}, got {name_of(value.dtype)}"
+        )
+    same_device(name, value, like_name, like)
+
+
+def same_device(name, value, like_name, like):
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
+
+
+def one_of(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def number(name, value, *, at_least=None):
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def queries_and_keys(q, k, q_name="q", k_name="k"):
+    """`q [B, H, N, d]` and `k [B, H, M, d]` belong together."""
+    floating_tensor(q_name, q)
+    same_kind(k_name, k, q_name, q)
+    if q.dim() != 4:
+        raise ValueError(f"{q_name} must have shape [B, H, N, d], got {shape_of(q)}")
+    batch, heads, queries, width = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[1] != heads or k.shape[3] != width:
+        expected = f"[{batch}, {heads}, M, {width}]"
+        raise ValueError(f"{k_name} must have shape {expected} to match {q_name}, got {shape_of(k)}")
+    if heads == 0 or queries == 0 or width == 0 or k.shape[2] == 0:
+        raise ValueError(
+            f"{q_name} and {k_name} must have at least one head, query, key and feature, "
+            f"got {q_name} {shape_of(q)} and {k_name} {shape_of(k)}"
+        )
+
+
+def reduce_pairs(sums, pairs, reduction):
+    """`sums [*leading]` of penalties over `pairs` pairs each, reduced as the public `reduction` says."""
+    if reduction == "sum":
+        return sums.sum()
+    means = sums / pairs
+    return means.mean() if reduction == "mean" else means
+
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def autocast_to(*tensors):
+    """The tensors in autocast's dtype, as scaled_dot_product_attention takes them: float64 and None stay."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def autocast_enabled(tensor):
+    return isinstance(tensor, torch.Tensor) and torch.is_autocast_enabled(tensor.device.type)
+
+
+def without_autocast(device):
+    return torch.autocast(device, enabled=False)

@@ -1,0 +1,5 @@
+"""Attention whose maps are mixed across heads."""
+
+from .api import reattention
+
+__all__ = ["reattention"]
