@@ -1,0 +1,80 @@
+# All set-up happens here: an environment, torch, the compiled kernels. The targets and variables: `make help`.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(VENV),)
+  PY := $(PYTHON)
+  STAMPS := build/stamps
+  TORCH ?= torch>=2.8
+else
+  PY := $(VENV)/bin/python
+  STAMPS := $(VENV)/stamps
+  TORCH ?= torch==2.13.0
+endif
+
+PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
+CPP := $(filter %.cpp %.h,$(BUILD_INPUTS))
+CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
+
+.PHONY: help demo test pytest lint format bench build clean
+
+help:
+	@echo 'make demo     train small vision transformers on handwritten digits and show what diversity did'
+	@echo 'make test     lint, then the whole test suite; make pytest and make lint are its halves'
+	@echo 'make format   let ruff and clang-format rewrite what make lint complains about'
+	@echo 'make bench    measure speed and memory of the operations'
+	@echo 'make build    environment and kernels only; compiles what changed'
+	@echo 'make clean    remove the environment and everything that was built'
+	@echo
+	@echo 'PYTHON=python3.12      the interpreter, 3.10 or newer (default: python3)'
+	@echo 'VENV=folder            the environment, made if it is not there (default: .venv)'
+	@echo 'VENV=                  no environment: install into that of PYTHON, beside the torch it has'
+	@echo 'TORCH=torch==2.11.0    the torch to install (default: torch==2.13.0)'
+	@echo 'Without a GPU, set PIP_EXTRA_INDEX_URL to the CPU index that the "Get started" page of pytorch.org names:'
+	@echo 'the CUDA build of torch, which pip may choose otherwise, is gigabytes larger.'
+
+demo: build
+	$(PY) -m vitdiv_kernels.vit.demo
+
+test: lint pytest
+
+pytest: build
+	$(PY) -m pytest
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
+
+format: build
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP)
+
+bench: build
+	set -e; for bench in benchmarks/bench_*.py; do $(PY) $$bench; done
+
+build: $(STAMPS)/package
+
+$(STAMPS)/package: $(STAMPS)/environment $(BUILD_INPUTS)
+	@echo 'Compiling the kernels and installing vitdiv_kernels with its tools ...'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	@$(PY) -c 'import vitdiv_kernels._native' # says so when there are no kernels
+	@touch $@
+
+$(STAMPS)/environment:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'Python 3.10 or newer is needed: name one with PYTHON=, as in make test PYTHON=python3.12'; exit 1; }
+ifneq ($(VENV),)
+	@$(PYTHON) -m venv $(VENV) || { echo 'No virtual environment could be made. On Debian and Ubuntu' \
+	  'install the package python3-venv; or install into the environment of PYTHON: make test VENV='; exit 1; }
+endif
+	@echo 'Installing $(TORCH) and the build tools; this may take minutes ...'
+	@$(PIP_INSTALL) '$(TORCH)' 'setuptools>=77' ninja 'cmake>=3.24'
+	@mkdir -p $(STAMPS) && touch $@
+
+clean:
+	rm -rf .venv build *.egg-info vitdiv_kernels/_build.json vitdiv_kernels/_C.*
