@@ -1,4 +1,4 @@
-"""`python -m vitdiv_kernels.info`: what is installed, which backends are here, and what `backend="auto"` takes."""
+"""`python -m vitdiv_kernels.info`: versions, which backends are here, and what `backend="auto"` takes."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def report() -> str:
-    """Versions, backends with the reason for each absent one, and the choice of `auto` per operation and device."""
+    """Versions; backends, with the reason for each absent one; what `auto` takes per operation and device."""
     return "\n\n".join([_versions(), _backends(), _auto()])
 
 
@@ -62,23 +62,24 @@ def _native_facts() -> str:
 
 
 def _auto() -> str:
-    conditions = dict.fromkeys(
-        condition for _, _, condition, _, _ in _dispatch.TABLE if condition is not None
-    )
     rows = []
     for operation in _dispatch.OPERATIONS:
         for device in DEVICES:
-            usual = _dispatch.auto_choice(operation, device)
-            rows.append((f"{operation}, {device}", "{}: {}".format(*usual)))
-            for condition in conditions:
-                choice = _dispatch.auto_choice(operation, device, condition)
-                if choice != usual:
-                    rows.append((f"{operation}, {device}, {condition}", "{}: {}".format(*choice)))
+            for condition in (None, *_conditions(operation, device)):
+                case = ", ".join(filter(None, (operation, device, condition)))
+                rows.append((case, "{}: {}".format(*_dispatch.auto_choice(operation, device, condition))))
     override = os.environ.get("VITDIV_BACKEND")
-    title = 'What backend="auto" takes'
-    if override:
-        title += f", were it not for VITDIV_BACKEND={override}"
-    return f"{title}\n{_table(rows)}"
+    unless = f", were it not for VITDIV_BACKEND={override}" if override else ""
+    return f'What backend="auto" takes{unless}\n{_table(rows)}'
+
+
+def _conditions(operation: str, device: str) -> list[str]:
+    """The conditions for which the table has a row of its own."""
+    return [
+        condition
+        for row_device, row_operation, condition, _, _ in _dispatch.TABLE
+        if condition and row_device in ("*", device) and row_operation in ("*", operation)
+    ]
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
