@@ -1,9 +1,12 @@
 """Validation that the operations share: comparisons in the valid case, sentences only on failure."""
 
+import contextlib
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def shape_of(tensor):
@@ -26,9 +29,8 @@ def same_kind(name, value, like_name, like):
     """`value` is a floating tensor with the dtype and on the device of `like`."""
     floating_tensor(name, value)
     if value.dtype != like.dtype:
-        raise TypeError(
-            f"{name} must have the dtype of {like_name}, {name_of(like.dtype)}, got {name_of(value.dtype)}"
-        )
+        expected = name_of(like.dtype)
+        raise TypeError(f"{name} must have the dtype of {like_name}, {expected}, got {name_of(value.dtype)}")
     same_device(name, value, like_name, like)
 
 
@@ -70,22 +72,28 @@ def reduce_pairs(sums, pairs, reduction):
     """`sums [*leading]` of penalties over `pairs` pairs each, reduced as the public `reduction` says."""
     if reduction == "sum":
         return sums.sum()
-    means = sums / pairs
-    return means.mean() if reduction == "mean" else means
-
-
-REDUCTIONS = ("mean", "sum", "none")
-
-
-def autocast_to(*tensors):
-    """The tensors in autocast's dtype, as scaled_dot_product_attention takes them: float64 and None stay."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    if reduction == "none":
+        return sums / pairs
+    return sums.mean() / pairs
 
 
 def autocast_enabled(tensor):
     return isinstance(tensor, torch.Tensor) and torch.is_autocast_enabled(tensor.device.type)
 
 
-def without_autocast(device):
-    return torch.autocast(device, enabled=False)
+def autocast_to(*tensors):
+    """The tensors in autocast's dtype, as scaled_dot_product_attention takes them: float64 stays."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+
+    def cast(tensor):
+        castable = isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS[:3]
+        return tensor.to(dtype) if castable else tensor
+
+    return [cast(tensor) for tensor in tensors]
+
+
+def autocast_off(tensor):
+    """The operations choose their arithmetic themselves: autocast must not change the products inside them."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
