@@ -14,21 +14,19 @@ class ReAttention(nn.Module):
     """Self-attention whose maps are mixed across heads and normalised (Zhou et al. 2021, arXiv 2103.11886).
 
     A drop-in for timm's Attention: `VisionTransformer(..., attn_layer=ReAttention)`. Its parameter names are
-    those of the official DeepViT code (`qkv`, `proj`, `reatten_matrix`, `var_norm`), so checkpoints of it
-    load.
+    those of the official DeepViT code (`qkv`, `proj`, `reatten_matrix`, `var_norm`): its checkpoints load.
 
     Args:
-        dim, num_heads, attn_head_dim, dim_out, qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop,
-        proj_drop, norm_layer,
-            device, dtype: as timm's Attention. attn_drop > 0 is done by the reference backend, in training.
+        dim, num_heads, attn_head_dim, dim_out, qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop,
+            norm_layer, device, dtype: as timm's Attention. Only the reference backend trains with attn_drop.
         norm: of the mixed maps, "batch" (the paper), "layer" (over the heads) or "none".
         apply_transform: False gives plain attention, without mix and norm: DeepViT's first blocks.
         transform_scale: scale the output by head_dim^-1/2, as DeepViT-S and -L do.
         mix_init: "identity" starts from the heads unmixed, I plus noise of 0.1 with zero bias, and small
             maps: norm weight 0.05. "conv" is the published initialisation: that of Conv2d and a norm weight
-                of 1. Normalised maps
-            have entries of size 1 where a softmax has 1/N, so a weight of 1 makes the branch many times
-            stronger than plain attention; deep small models trained better from the weak start.
+            of 1. Normalised maps have entries of size 1 where a softmax has 1/N, so a weight of 1 makes the
+            branch many times stronger than plain attention; deep small models trained better from the weak
+            start.
         norm_gain: the initial norm weight, instead of that of mix_init.
         eps, momentum: of the norm.
         backend: of the operation, as `vitdiv_kernels.reattention`.

@@ -78,7 +78,9 @@ def reduce_pairs(sums, pairs, reduction):
 
 
 def autocast_enabled(tensor):
-    return isinstance(tensor, torch.Tensor) and torch.is_autocast_enabled(tensor.device.type)
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":  # torch raises for meta
+        return False
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def autocast_to(*tensors):
@@ -93,7 +95,7 @@ def autocast_to(*tensors):
 
 
 def autocast_off(tensor):
-    """The operations choose their arithmetic themselves: autocast must not change the products inside them."""
-    if torch.is_autocast_enabled(tensor.device.type):
+    """The operations choose their arithmetic themselves: autocast must not change the products inside."""
+    if autocast_enabled(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()

@@ -45,6 +45,8 @@ def attention_gram(q, k, *, scale=None, centered=False, backend="auto"):
         >>> attention_gram(q, k).shape
         torch.Size([8, 6, 6])
     """
+    if _checks.autocast_enabled(q):
+        q, k = _checks.autocast_to(q, k)
     _checks.queries_and_keys(q, k)
     gram = _centered_gram(q, k, None, None, scale, backend)
     return gram if centered else gram + q.shape[2] / k.shape[2]
@@ -78,6 +80,8 @@ def attention_cosine(q, k, q2=None, k2=None, *, scale=None, backend="auto"):
         >>> attention_cosine(q, k, q2, k2).shape  # each head of one layer with each of another
         torch.Size([8, 6, 6])
     """
+    if _checks.autocast_enabled(q):
+        q, k, q2, k2 = _checks.autocast_to(q, k, q2, k2)
     _checks.queries_and_keys(q, k)
     if (q2 is None) != (k2 is None):
         given, absent = ("q2", "k2") if k2 is None else ("k2", "q2")
@@ -125,6 +129,8 @@ def attention_diversity(
         >>> q, k = torch.randn(2, 8, 6, 197, 64).requires_grad_().unbind()
         >>> attention_diversity(q, k).backward()
     """
+    if _checks.autocast_enabled(q):
+        q, k = _checks.autocast_to(q, k)
     _checks.queries_and_keys(q, k)
     heads = q.shape[1]
     if heads < 2 and not include_self:
@@ -148,11 +154,8 @@ def _centered_gram(q, k, q2, k2, scale, backend):
     scale = q.shape[3] ** -0.5 if scale is None else scale
     backend = _dispatch.resolve("attn_diversity", q.device.type, backend)
     head_gram = reference.head_gram if backend == "reference" else function.head_gram
-    if _checks.autocast_enabled(q):
-        q, k, q2, k2 = _checks.autocast_to(q, k, q2, k2)
-        with _checks.without_autocast(q.device.type):
-            return head_gram(q, k, q2, k2, scale=scale, scale2=scale2)
-    return head_gram(q, k, q2, k2, scale=scale, scale2=scale2)
+    with _checks.autocast_off(q):
+        return head_gram(q, k, q2, k2, scale=scale, scale2=scale2)
 
 
 def _cosine(centered_gram, q, k):

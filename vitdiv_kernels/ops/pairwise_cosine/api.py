@@ -77,10 +77,7 @@ def pairwise_cosine(
     backend = _dispatch.resolve("pairwise_cosine", x.device.type, backend)
 
     sums_of = reference.pairwise_cosine_sums if backend == "reference" else function.pairwise_cosine_sums
-    if _checks.autocast_enabled(x):
-        with _checks.without_autocast(x.device.type):
-            sums = sums_of(x, y, penalty=penalty, include_self=include_self, eps=eps)
-    else:
+    with _checks.autocast_off(x):
         sums = sums_of(x, y, penalty=penalty, include_self=include_self, eps=eps)
     pairs = n * y.shape[-2] if y is not None else n * (n if include_self else n - 1)
     return _checks.reduce_pairs(sums, pairs, reduction)

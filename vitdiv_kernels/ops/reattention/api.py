@@ -76,12 +76,12 @@ def reattention(
         >>> mix = torch.eye(6, requires_grad=True)
         >>> reattention(q, k, v, mix, norm="batch", training=True).sum().backward()
     """
+    if _checks.autocast_enabled(q):
+        q, k, v = _checks.autocast_to(q, k, v)
     _checks.queries_and_keys(q, k)
     _checks.same_kind("v", v, "q", q)
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k, {_checks.shape_of(k)}, got {_checks.shape_of(v)}")
-    if _checks.autocast_enabled(q):
-        q, k, v = _checks.autocast_to(q, k, v)
     _parameter("mix", mix, q, 2)
     if mix_bias is not None:
         _parameter("mix_bias", mix_bias, q, 1)
@@ -130,10 +130,7 @@ def reattention(
         arguments["dropout_p"] = dropout_p
     else:
         operation = function.reattention
-    if _checks.autocast_enabled(q):
-        with _checks.without_autocast(q.device.type):
-            out, gram = operation(q, k, v, mix, **arguments)
-    else:
+    with _checks.autocast_off(q):
         out, gram = operation(q, k, v, mix, **arguments)
     return (out, gram) if return_gram else out
 
