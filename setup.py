@@ -60,6 +60,8 @@ class CMakeBuild(build_ext):
         reason = why_not_built()
         if reason is not None:
             self.warn(f"vitdiv_kernels will run on its slower reference backend: {reason}.")
+            for earlier in package.glob("_C.*"):
+                earlier.unlink()
             (package / "_build.json").write_text(json.dumps({"torch": None, "reason": reason}) + "\n")
             return
         try:
