@@ -8,7 +8,9 @@ vitdiv_kernels.info` tells which backends are here.
 
 from . import nn
 from ._dispatch import use_backend
-from .ops import attention_cosine, attention_diversity, attention_gram, pairwise_cosine, reattention
+from .ops.attn_diversity import attention_cosine, attention_diversity, attention_gram
+from .ops.pairwise_cosine import pairwise_cosine
+from .ops.reattention import reattention
 
 __version__ = "0.1.0"
 

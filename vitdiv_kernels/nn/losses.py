@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from ..ops import attention_diversity, pairwise_cosine
+from ..ops.attn_diversity import attention_diversity
+from ..ops.pairwise_cosine import pairwise_cosine
 
 
 class PatchCosineLoss(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import reattention
+from ..ops.reattention import reattention
 
 MIX_NOISE = 0.1
 NORM_GAIN = 0.05
@@ -17,8 +17,8 @@ class ReAttention(nn.Module):
     those of the official DeepViT code (`qkv`, `proj`, `reatten_matrix`, `var_norm`): its checkpoints load.
 
     Args:
-        dim, num_heads, attn_head_dim, dim_out, qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop,
-            norm_layer, device, dtype: as timm's Attention. Only the reference backend trains with attn_drop.
+        dim, num_heads, attn_head_dim, dim_out, qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop,
+            proj_drop, norm_layer, device, dtype: as timm's Attention; attn_drop is for the reference only.
         norm: of the mixed maps, "batch" (the paper), "layer" (over the heads) or "none".
         apply_transform: False gives plain attention, without mix and norm: DeepViT's first blocks.
         transform_scale: scale the output by head_dim^-1/2, as DeepViT-S and -L do.

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..ops import reattention
+from ..ops.reattention import reattention
 
 
 class TalkingHeadsAttention(nn.Module):
