@@ -1,0 +1,5 @@
+"""A reference ViT, its trainer (`python -m vitdiv_kernels.vit.train --help`) and the demo (`.demo`)."""
+
+from .model import CONFIGS, ViT, ViTConfig
+
+__all__ = ["CONFIGS", "ViT", "ViTConfig"]

@@ -1,0 +1,219 @@
+"""Images to train on: scikit-learn's handwritten digits, or a folder of the user's own."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class DataError(ValueError):
+    """Something is wrong with the data that the user named; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random rotation (degrees), zoom (range of factors), shift (share of the image) and mirror image."""
+
+    rotation: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    shift: float = 0.0
+    mirror: bool = False
+    padding: str = "zeros"
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """images [B, C, S, S] -> the same shape; all randomness comes from the generator, on the CPU."""
+        u = torch.rand(5, images.shape[0], generator=generator)
+        angle = (2 * u[0] - 1) * math.radians(self.rotation)
+        zoom = self.zoom[0] + u[1] * (self.zoom[1] - self.zoom[0])
+        # affine_grid spans [-1, 1], twice the image's width
+        dx, dy = (2 * u[2:4] - 1) * 2 * self.shift
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        flip = 1 - 2 * (u[4] < 0.5).float() if self.mirror else 1.0
+        matrix = torch.stack([cos * flip, -sin, dx, sin * flip, cos, dy], -1).view(-1, 2, 3).to(images)
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode=self.padding, align_corners=False)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data sets of (image [C, S, S] float32, class number), class names, and the fitting augmentation."""
+
+    train: Dataset
+    val: Dataset
+    test: Dataset | None
+    classes: Sequence[str]
+    augment: Augment
+
+
+class Tensors(Dataset):
+    """Images and labels in memory; takes lists of indices at once, so that a batch is one gather."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+class ImageFiles(Dataset):
+    """Image files (path, label), decoded when asked for; a broken one raises DataError with its name."""
+
+    def __init__(self, samples: list[tuple[str, int]], image_size: int, channels: int) -> None:
+        from torchvision import transforms
+
+        self.samples, self.mode = samples, "L" if channels == 1 else "RGB"
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(image_size),
+                transforms.CenterCrop(image_size),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5] * channels, [0.5] * channels),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from PIL import Image
+
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert(self.mode)), torch.tensor(label)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"the image file {path} can't be read ({error}): repair or remove it") from None
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*(self[i] for i in indices), strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+
+def load(spec: str, image_size: int, channels: int, seed: int = 0) -> Data:
+    """`digits` or `imagefolder:PATH` as images [channels, image_size, image_size]. Raises DataError."""
+    kind, _, path = spec.partition(":")
+    if spec == "digits":
+        if (channels, image_size) != (1, 8):
+            raise DataError(
+                f"the digits are 1x8x8 images but the model takes {channels}x{image_size}x{image_size}: "
+                "use --model digits24 or digits24_reattention, or other data"
+            )
+        return load_digits()
+    if kind == "imagefolder" and path:
+        return load_imagefolder(Path(path), image_size, channels, seed)
+    raise DataError(f"unknown data {spec!r}: give digits or imagefolder:PATH")
+
+
+def load_digits() -> Data:
+    """The 1,797 digits of scikit-learn: 1,149 to train on, 288 to choose by, 360 to report.
+
+    The split is always the same, with each class in proportion.
+    """
+    try:
+        from sklearn import datasets
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise DataError(
+            "the digits come with scikit-learn, which is absent: pip install 'vitdiv-kernels[demo]'"
+        ) from None
+
+    digits = datasets.load_digits()
+    rest, test = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
+    train, val = train_test_split(rest, test_size=288, stratify=digits.target[rest], random_state=0)
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(digits.target)
+    parts = (Tensors(images[part], labels[part]) for part in (train, val, test))
+    augment = Augment(rotation=10, zoom=(0.9, 1.1), shift=1 / 8)
+    return Data(*parts, classes=[str(i) for i in range(10)], augment=augment)
+
+
+def load_imagefolder(root: Path, image_size: int, channels: int, seed: int = 0) -> Data:
+    """PATH/CLASS/IMAGE, split 80/10/10 by the seed; or PATH/{train,val,test}/CLASS/IMAGE.
+
+    `test` may be absent; without `val` a tenth of `train` is held out. Images are resized to cover the square
+    and cropped at its centre.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"the image folder {root} does not exist" if not root.exists() else f"{root} is not a folder"
+        )
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        raise DataError(
+            "image folders need torchvision, which is absent: pip install 'vitdiv-kernels[imagefolder]'"
+        ) from None
+    except RuntimeError as error:
+        raise DataError(
+            f"torchvision does not load ({error}): install the one made for torch {torch.__version__}"
+        ) from None
+
+    if (root / "train").is_dir():
+        classes, train = _scan(root / "train")
+        given = {name: _scan(root / name) for name in ("val", "test") if (root / name).is_dir()}
+        for name, (names, _) in given.items():
+            if names != classes:
+                odd = sorted(set(names) ^ set(classes))
+                raise DataError(
+                    f"{root / name} and {root / 'train'} must have the same classes, not {', '.join(odd)} in one only"
+                )
+        if "val" in given:
+            val = given["val"][1]
+        else:
+            train, val = _hold_out(train, 0.1, seed)
+        test = given["test"][1] if "test" in given else None
+    else:
+        classes, samples = _scan(root)
+        train, test = _hold_out(samples, 0.1, seed)
+        train, val = _hold_out(train, 1 / 9, seed)
+    parts = (ImageFiles(part, image_size, channels) if part else None for part in (train, val, test))
+    augment = Augment(zoom=(0.6, 1.0), shift=0.1, mirror=True, padding="reflection")
+    return Data(*parts, classes=classes, augment=augment)
+
+
+def _scan(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """The class names under root and its (file, label) pairs, in sorted order."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(folders) < 2:
+        raise DataError(
+            f"{root} must have one sub-folder for each class, at least two, but has {len(folders)}"
+        )
+    samples = []
+    for label, folder in enumerate(folders):
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        if not files:
+            raise DataError(
+                f"the class folder {folder} has no image (looked for {', '.join(IMG_EXTENSIONS)})"
+            )
+        samples += [(str(p), label) for p in files]
+    return [p.name for p in folders], samples
+
+
+def _hold_out(samples: list[tuple[str, int]], share: float, seed: int) -> tuple[list, list]:
+    """Moves the share of each class, at least one image, from samples to a second list, by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    kept, held = [], []
+    for label in sorted({label for _, label in samples}):
+        mine = [s for s in samples if s[1] == label]
+        if len(mine) < 2:
+            raise DataError(
+                f"the class of {mine[0][0]} has too few images to split: give at least three in each class"
+            )
+        order = torch.randperm(len(mine), generator=generator).tolist()
+        count = max(1, round(share * len(mine)))
+        held += [mine[i] for i in order[:count]]
+        kept += [mine[i] for i in order[count:]]
+    return kept, held
