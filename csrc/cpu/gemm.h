@@ -1,0 +1,121 @@
+// The matrix-product micro-kernel that every CPU kernel stands on: C [M, N] (+)= A [M, K] B [K, N], with C held in
+// registers, kMaxRows x kPanel at a time.
+//
+// B is read in panels of kPanel columns: panel j begins at b + j * panel_stride and its rows are ldb apart. A row-major
+// matrix is a set of panels already (panel_stride = kPanel, ldb = its row stride); pack_transposed makes panels of a
+// matrix's transpose. Columns are computed in whole vectors: B must be readable, and C writable, up to
+// round_up(N, kLanes) columns.
+#pragma once
+
+#include "simd.h"
+
+namespace vitdiv {
+namespace VITDIV_CPU_NAMESPACE {
+namespace {
+
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t panel_stride;
+  int64_t ldb;
+};
+
+// A(r, k) is a[r * lda + k], or with Transposed a[k * lda + r].
+template <class T, int Rows, int Vectors, bool Transposed>
+__attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, int64_t lda, const T* __restrict b,
+                                            int64_t ldb, T* __restrict c, int64_t ldc, bool accumulate) {
+  Vec<T> acc[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; v++) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes<T>) : Vec<T>{};
+  for (int64_t k = 0; k < K; k++) {
+    Vec<T> bk[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; v++) bk[v] = load(b + v * kLanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++) {
+      const T ark = Transposed ? a[r] : a[r * lda];
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; v++) acc[r][v] += ark * bk[v];
+    }
+    b += ldb;
+    a += Transposed ? lda : 1;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; v++) store(c + r * ldc + v * kLanes<T>, acc[r][v]);
+}
+
+template <class T, int Vectors, bool Transposed, int Rows = kMaxRows>
+VITDIV_INLINE void micro_kernel_rows(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+                                     int64_t ldc, bool accumulate) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows)
+      return micro_kernel_rows<T, Vectors, Transposed, Rows - 1>(rows, K, a, lda, b, ldb, c, ldc, accumulate);
+  }
+  micro_kernel<T, Rows, Vectors, Transposed>(K, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+// M rows in blocks of at most kMaxRows that differ by at most one row: a last block of one row would waste the kernel.
+struct RowBlocks {
+  int64_t count, base, longer;
+  explicit RowBlocks(int64_t M) : count(ceil_div(M, kMaxRows)), base(count ? M / count : 0), longer(count ? M % count : 0) {}
+  int64_t begin(int64_t i) const { return i * base + min64(i, longer); }
+  int64_t size(int64_t i) const { return base + (i < longer); }
+};
+
+template <class T, bool Transposed>
+void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, Panels<T> b, T* c, int64_t ldc, bool accumulate) {
+  const RowBlocks blocks(M);
+  for (int64_t j = 0; j < N; j += kPanel<T>) {
+    const T* panel = b.data + j / kPanel<T> * b.panel_stride;
+    for (int64_t i = 0; i < blocks.count; i++) {
+      const int64_t r = blocks.begin(i), rows = blocks.size(i);
+      const T* ai = Transposed ? a + r : a + r * lda;
+      if (N - j > kLanes<T>)
+        micro_kernel_rows<T, 2, Transposed>(rows, K, ai, lda, panel, b.ldb, c + r * ldc + j, ldc, accumulate);
+      else
+        micro_kernel_rows<T, 1, Transposed>(rows, K, ai, lda, panel, b.ldb, c + r * ldc + j, ldc, accumulate);
+    }
+  }
+}
+
+// Rows [N, K] into the panels of their transpose [K, N]: out[panel][k][kPanel], columns beyond N zero.
+template <class T>
+void pack_transposed(int64_t N, int64_t K, const T* rows, int64_t ld, T* out) {
+  constexpr int P = kPanel<T>;
+  for (int64_t j = 0; j < N; j += P, out += K * P) {
+    const int64_t width = min64(P, N - j);
+    // 16 values of a row at a time: its cache line is used whole while the 16 destination lines stay in L1
+    for (int64_t k0 = 0; k0 < K; k0 += 16) {
+      const int64_t k1 = min64(K, k0 + 16);
+      for (int64_t col = 0; col < width; col++) {
+        const T* x = rows + (j + col) * ld;
+        for (int64_t k = k0; k < k1; k++) out[k * P + col] = x[k];
+      }
+    }
+    for (int64_t k = 0; k < (width < P ? K : 0); k++)
+      for (int64_t col = width; col < P; col++) out[k * P + col] = 0;
+  }
+}
+
+template <class T>
+VITDIV_INLINE int64_t packed_size(int64_t N, int64_t K) {
+  return round_up(N, kPanel<T>) * K;
+}
+
+template <class T>
+VITDIV_INLINE Panels<T> packed_panels(const T* data, int64_t K) {
+  return {data, K * kPanel<T>, kPanel<T>};
+}
+
+template <class T>
+VITDIV_INLINE Panels<T> row_panels(const T* data, int64_t ld) {
+  return {data, kPanel<T>, ld};
+}
+
+}  // namespace
+}  // namespace VITDIV_CPU_NAMESPACE
+}  // namespace vitdiv

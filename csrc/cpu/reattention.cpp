@@ -1,0 +1,313 @@
+// Re-attention, forward and backward; the maths is in vitdiv_kernels/ops/reattention/README.md.
+//
+// Work is cut into tasks: an image, or where images are too few for the threads a range of its row tiles. Sums that cross
+// tasks are kept per task and added in order, so that the bits do not depend on which thread ran what.
+#include "attention.h"
+#include "heads.h"
+
+namespace vitdiv {
+namespace VITDIV_CPU_NAMESPACE {
+namespace {
+
+template <class T>
+struct Work {
+  TileShape<T> tile;
+  int64_t pieces, tasks;
+  T mean;  // of a softmax map: the maps are mixed and their Gram is taken less this, which keeps digits near uniform maps
+  Work(const ReattentionArgs& a, int tile_buffers)
+      : tile(a.H * tile_buffers, a.N, a.M),
+        pieces(pieces_per_item(a.B, a.threads, min64(tile.tiles, a.threads))),
+        tasks(a.B * pieces),
+        mean(T(1) / T(a.M)) {}
+  int64_t first_tile(int64_t task) const { return task % pieces * tile.tiles / pieces; }
+  int64_t end_tile(int64_t task) const { return (task % pieces + 1) * tile.tiles / pieces; }
+};
+
+// scale * matrix [H, H], or its transpose.
+template <class T>
+const T* scaled(int64_t H, const void* matrix, double scale, bool transpose, T* out) {
+  if (!matrix) return nullptr;
+  for (int64_t g = 0; g < H; g++)
+    for (int64_t h = 0; h < H; h++)
+      out[transpose ? h * H + g : g * H + h] = T(scale * double(static_cast<const T*>(matrix)[g * H + h]));
+  return out;
+}
+
+// A thread's scratch for making the maps of one tile.
+template <class T>
+struct MapScratch {
+  T *key_panels, *copy, *a;
+  MapScratch(Arena& arena, const ReattentionArgs& args, const Work<T>& w)
+      : key_panels(arena.take<T>(args.H * packed_size<T>(args.M, args.d))),
+        copy(arena.take<T>(max64(args.M, w.tile.rows) * round_up(max64(args.d, args.dv), kLanes<T>))),
+        a(arena.take<T>(args.H * w.tile.head_stride())) {}
+};
+
+// The softmax maps of query rows i ... i + n into m.a, their padding set to `pad`. With pre_mix (times the scale already)
+// the raw logits are made in `raw`.
+template <class T>
+void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m, const T* pre_mix, T* raw, int64_t b,
+                  int64_t i, int64_t n, T pad) {
+  const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
+  for (int64_t h = 0; h < args.H; h++) {
+    T* z = raw + h * stride;
+    logits(args.q, m.key_panels, b, h, i, n, args.M, args.d, m.copy, z, padded);
+    for (int64_t r = 0; !pre_mix && r < n; r++) softmax_row(args.M, z + r * padded, T(args.scale), pad);
+  }
+  if (!pre_mix) return;
+  mix<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), T(0), raw, m.a, stride);
+  for (int64_t h = 0; h < args.H; h++)
+    for (int64_t r = 0; r < n; r++) softmax_row(args.M, m.a + h * stride + r * padded, T(1), pad);
+}
+
+template <class T>
+struct ForwardScratch : MapScratch<T> {
+  T *values, *row;
+  ForwardScratch(Arena& arena, const ReattentionForward& args, const Work<T>& w)
+      : MapScratch<T>(arena, args, w),
+        values(arena.take<T>(args.out.data ? HeadPanels<T>::copy_size(args.v, args.H, args.M, args.dv) : 0)),
+        row(arena.take<T>(w.tile.rows * round_up(args.dv, kLanes<T>))) {}
+};
+
+template <class T>
+struct ForwardShared {
+  double* grams;
+  T* pre_mix;
+  ForwardShared(Arena& arena, const ReattentionForward& args, const Work<T>& w)
+      : grams(arena.take<double>(args.gram ? w.tasks * args.H * args.H : 0)), pre_mix(arena.take<T>(args.H * args.H)) {}
+};
+
+template <class T>
+bool forward(const ReattentionForward& args) {
+  const Work<T> w(args, 1);
+  const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded;
+  Arena per_thread, common;
+  ForwardScratch<T>(per_thread, args, w);
+  ForwardShared<T>(common, args, w);
+  const Block block(common.used() + args.threads * per_thread.used());
+  if (!block.data()) return false;
+  Arena common_arena(block.data());
+  const ForwardShared<T> shared(common_arena, args, w);
+  const T* pre_mix = scaled(H, args.pre_mix, args.scale, false, shared.pre_mix);
+
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
+  {
+    Arena arena(block.data() + common.used() + thread_index() * per_thread.used());
+    const ForwardScratch<T> m(arena, args, w);
+    HeadPanels<T> values(args.v, args.M, args.dv, m.values);
+    int64_t image = -1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < w.tasks; task++) {
+      const int64_t b = task / w.pieces;
+      if (b != image) {
+        pack_heads(args.k, b, H, args.M, args.d, m.copy, m.key_panels);
+        if (args.out.data) values.set_image(b, H);
+        image = b;
+      }
+      double* gram_sum = args.gram ? shared.grams + task * H * H : nullptr;
+      for (int64_t x = 0; gram_sum && x < H * H; x++) gram_sum[x] = 0;
+      for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
+        const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i, L = n * padded;
+        // padding at the mean adds nothing to the centred Gram
+        softmax_maps<T>(args, w, m, pre_mix, m.a, b, i, n, w.mean);
+        if (gram_sum) gram<T>(H, H, L, m.a, w.mean, m.a, w.mean, stride, gram_sum, true);
+        if (!args.out.data) continue;
+        mix<T>(H, L, static_cast<const T*>(args.mix), static_cast<const T*>(args.bias), w.mean, m.a, m.a, stride);
+        if (args.norm_weight)
+          layer_norm_heads<T>(H, L, m.a, nullptr, nullptr, m.a, stride, static_cast<const T*>(args.norm_weight),
+                              static_cast<const T*>(args.norm_bias), T(args.eps));
+        for (int64_t h = 0; h < H; h++)
+          product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, values.at(b, h), args.out, b, h, i, m.row);
+      }
+    }
+  }
+  if (args.gram) store_grams<T>(args.B, w.pieces, H, shared.grams, static_cast<T*>(args.gram));
+  return true;
+}
+
+// One task's share of the gradients that sum over everything.
+struct ParameterSums {
+  double *dpre_mix, *dmix, *dbias, *dnorm_weight, *dnorm_bias;
+  ParameterSums(double* base, int64_t H)
+      : dpre_mix(base), dmix(base + H * H), dbias(base + 2 * H * H), dnorm_weight(dbias + H), dnorm_bias(dbias + 2 * H) {}
+  static int64_t size(int64_t H) { return 2 * H * H + 3 * H; }
+};
+
+template <class T>
+struct BackwardScratch : MapScratch<T> {
+  T *value_panels, *keys, *g, *raw, *normalized, *rstd, *dk, *dv;
+  BackwardScratch(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
+      : MapScratch<T>(arena, args, w),
+        value_panels(arena.take<T>(args.dout.data ? args.H * packed_size<T>(args.M, args.dv) : 0)),
+        keys(arena.take<T>(args.dq.data ? HeadPanels<T>::copy_size(args.k, args.H, args.M, args.d) : 0)),
+        g(arena.take<T>(args.H * w.tile.head_stride())),
+        raw(arena.take<T>(args.pre_mix ? args.H * w.tile.head_stride() : 0)),
+        normalized(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
+        rstd(arena.take<T>(args.norm_weight ? w.tile.head_stride() : 0)),
+        dk(arena.take<T>(w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, false) : 0)),
+        dv(arena.take<T>(w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false) : 0)) {}
+};
+
+template <class T>
+struct BackwardShared {
+  double* sums;
+  T *pre_mix, *pre_mix_t, *mix_t, *dk, *dv;
+  BackwardShared(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
+      : sums(arena.take<double>(w.tasks * ParameterSums::size(args.H))),
+        pre_mix(arena.take<T>(args.H * args.H)),
+        pre_mix_t(arena.take<T>(args.H * args.H)),
+        mix_t(arena.take<T>(args.H * args.H)),
+        dk(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, true) : 0)),
+        dv(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, true)
+                                      : 0)) {}
+};
+
+// m.g: the gradient of the tile's softmax maps, from dout and from the Gram's coupling. Adds to the values' and the
+// parameters' gradients on the way. Returns false when nothing is asked for beyond those.
+template <class T>
+bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m, const T* mix_t, int64_t b,
+                   int64_t i, int64_t n, bool first, HeadGradients<T>& dv, ParameterSums sums) {
+  const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded, L = n * padded;
+  const bool goes_on = args.dq.data || args.dk.data || args.dpre_mix;
+  const T* coupling = args.coupling ? static_cast<const T*>(args.coupling) + b * args.coupling_stride_b : nullptr;
+  if (args.dout.data) {
+    const T* norm_weight = static_cast<const T*>(args.norm_weight);
+    if (args.norm_weight || args.dv_out.data) {
+      T* mixed = norm_weight ? m.normalized : m.g;
+      mix<T>(H, L, static_cast<const T*>(args.mix), static_cast<const T*>(args.bias), w.mean, m.a, mixed, stride);
+      if (norm_weight)
+        layer_norm_heads<T>(H, L, mixed, m.normalized, m.rstd, args.dv_out.data ? m.g : nullptr, stride, norm_weight,
+                            static_cast<const T*>(args.norm_bias), T(args.eps));
+    }
+    for (int64_t h = 0; h < H; h++) {
+      const Rows<T> dout = head_rows(args.dout, b, h, i, n, args.dv, true, m.copy);
+      if (args.dv_out.data) dv.add(b, h, n, m.g + h * stride, padded, dout, !first);
+      gemm<T, false>(n, args.M, args.dv, dout.data, dout.ld,
+                     packed_panels(m.value_panels + h * packed_size<T>(args.M, args.dv), args.dv), m.g + h * stride, padded,
+                     false);
+    }
+    if (norm_weight) {
+      for (int64_t h = 0; h < H; h++) {
+        sums.dnorm_weight[h] += dot<T>(L, m.g + h * stride, m.normalized + h * stride);
+        sums.dnorm_bias[h] += sum<T>(L, m.g + h * stride);
+      }
+      layer_norm_heads_bwd<T>(H, L, m.normalized, m.rstd, m.g, stride, norm_weight);
+    }
+    if (args.dmix) {
+      gram<T>(H, H, L, m.g, T(0), m.a, w.mean, stride, sums.dmix, false);
+      for (int64_t h = 0; h < H; h++) sums.dbias[h] += sum<T>(L, m.g + h * stride);
+    }
+    if (goes_on) mix<T>(H, L, mix_t, nullptr, T(0), m.g, m.g, stride);
+  }
+  // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of the logits
+  if (goes_on && coupling) mix<T>(H, L, coupling, nullptr, w.mean, m.a, m.g, stride, args.dout.data != nullptr);
+  return goes_on;
+}
+
+template <class T>
+void store_parameters(const ReattentionBackward& args, const Work<T>& w, const double* sums) {
+  const int64_t H = args.H, size = ParameterSums::size(H);
+  const ParameterSums first(const_cast<double*>(sums), H);
+  const auto store = [&](void* out, const double* from, int64_t count, double factor) {
+    for (int64_t x = 0; out && x < count; x++) {
+      double total = 0;
+      for (int64_t task = 0; task < w.tasks; task++) total += from[task * size + x];
+      static_cast<T*>(out)[x] = T(factor * total);
+    }
+  };
+  store(args.dpre_mix, first.dpre_mix, H * H, args.scale);
+  store(args.dmix, first.dmix, H * H, 1);
+  store(args.dbias, first.dbias, H, 1);
+  store(args.dnorm_weight, first.dnorm_weight, H, 1);
+  store(args.dnorm_bias, first.dnorm_bias, H, 1);
+}
+
+template <class T>
+bool backward(const ReattentionBackward& args) {
+  const Work<T> w(args, 1);
+  const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded;
+  const bool several = w.pieces > 1;
+  const int64_t dk_size = HeadGradients<T>::scratch_size(args.dk, H, args.M, args.d, several);
+  const int64_t dv_size = HeadGradients<T>::scratch_size(args.dv_out, H, args.M, args.dv, several);
+  Arena per_thread, common;
+  BackwardScratch<T>(per_thread, args, w);
+  BackwardShared<T>(common, args, w);
+  const Block block(common.used() + args.threads * per_thread.used());
+  if (!block.data()) return false;
+  Arena common_arena(block.data());
+  const BackwardShared<T> shared(common_arena, args, w);
+  const T* pre_mix = scaled(H, args.pre_mix, args.scale, false, shared.pre_mix);
+  const T* pre_mix_t = scaled(H, args.pre_mix, args.scale, true, shared.pre_mix_t);
+  const T* mix_t = scaled(H, args.mix, 1, true, shared.mix_t);
+
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
+  {
+    Arena arena(block.data() + common.used() + thread_index() * per_thread.used());
+    const BackwardScratch<T> m(arena, args, w);
+    HeadPanels<T> keys(args.k, args.M, args.d, m.keys);
+    int64_t image = -1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < w.tasks; task++) {
+      const int64_t b = task / w.pieces;
+      if (b != image) {
+        pack_heads(args.k, b, H, args.M, args.d, m.copy, m.key_panels);
+        if (args.dout.data) pack_heads(args.v, b, H, args.M, args.dv, m.copy, m.value_panels);
+        if (args.dq.data) keys.set_image(b, H);
+        image = b;
+      }
+      double* task_sums = shared.sums + task * ParameterSums::size(H);
+      for (int64_t x = 0; x < ParameterSums::size(H); x++) task_sums[x] = 0;
+      const ParameterSums sums(task_sums, H);
+      HeadGradients<T> dk(args.dk, H, args.M, args.d, several, several ? shared.dk + task * dk_size : m.dk);
+      HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, several, several ? shared.dv + task * dv_size : m.dv);
+      for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
+        const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
+        const bool first = t == w.first_tile(task);
+        softmax_maps<T>(args, w, m, pre_mix, pre_mix ? m.raw : m.a, b, i, n, T(0));
+        if (!maps_gradient<T>(args, w, m, mix_t, b, i, n, first, dv, sums)) continue;
+        for (int64_t h = 0; h < H; h++)
+          for (int64_t r = 0; r < n; r++)
+            softmax_row_bwd(args.M, m.a + h * stride + r * padded, m.g + h * stride + r * padded,
+                            pre_mix ? T(1) : T(args.scale));
+        if (args.dpre_mix) gram<T>(H, H, n * padded, m.g, T(0), m.raw, T(0), stride, sums.dpre_mix, false);
+        if (pre_mix) mix<T>(H, n * padded, pre_mix_t, nullptr, T(0), m.g, m.g, stride);
+        for (int64_t h = 0; h < H; h++) {
+          if (args.dq.data)
+            product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, keys.at(b, h), args.dq, b, h, i, m.copy);
+          if (args.dk.data)
+            dk.add(b, h, n, m.g + h * stride, padded, head_rows(args.q, b, h, i, n, args.d, true, m.copy), !first);
+        }
+      }
+      for (int64_t h = 0; !several && h < H; h++) {
+        if (args.dk.data) dk.store(b, h);
+        if (args.dv_out.data) dv.store(b, h);
+      }
+    }
+    if (several) {
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t b = 0; b < args.B; b++)
+        for (int64_t h = 0; h < H; h++) {
+          const int64_t task = b * w.pieces;
+          if (args.dk.data)
+            HeadGradients<T>(args.dk, H, args.M, args.d, true, shared.dk + task * dk_size).store(b, h, w.pieces, dk_size);
+          if (args.dv_out.data)
+            HeadGradients<T>(args.dv_out, H, args.M, args.dv, true, shared.dv + task * dv_size).store(b, h, w.pieces, dv_size);
+        }
+    }
+  }
+  store_parameters<T>(args, w, shared.sums);
+  return true;
+}
+
+}  // namespace
+
+bool reattention_fwd(const ReattentionForward& args) {
+  return args.q.dtype == ScalarType::kDouble ? forward<double>(args) : forward<float>(args);
+}
+
+bool reattention_bwd(const ReattentionBackward& args) {
+  return args.q.dtype == ScalarType::kDouble ? backward<double>(args) : backward<float>(args);
+}
+
+}  // namespace VITDIV_CPU_NAMESPACE
+}  // namespace vitdiv

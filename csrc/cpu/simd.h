@@ -1,0 +1,201 @@
+// Vectors of float and double for the instruction set that this file is compiled for, in the compiler's own vector
+// types, so that the same code serves AVX-512, AVX2, SSE2 and NEON.
+//
+// Kernel sources include no torch header and no C++ library template: their weak symbols, compiled for AVX-512, could
+// otherwise be the copies that the linker keeps for the whole library, and crash on a lesser machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define VITDIV_INLINE inline __attribute__((always_inline))
+
+namespace vitdiv {
+namespace VITDIV_CPU_NAMESPACE {
+namespace {
+
+// kMaxRows: rows of the matrix-product micro-kernel; rows x 2 accumulators, 2 operands and 1 broadcast fill the registers.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kMaxRows = 14;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kMaxRows = 6;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kMaxRows = 12;
+#else
+constexpr int kVectorBytes = 16, kMaxRows = 6;
+#endif
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Lane;
+  typedef Lane Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int32_t kSignBit = INT32_MIN, kExponentBias = 127, kMantissaBits = 23;
+  static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  static constexpr float kMinExponent = -126.f;
+};
+
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Lane;
+  typedef Lane Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int64_t kSignBit = INT64_MIN, kExponentBias = 1023, kMantissaBits = 52;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMinExponent = -1022.0;
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+using Int = typename Simd<T>::Int;
+template <class T>
+using Lane = typename Simd<T>::Lane;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+template <class T>
+constexpr int kPanel = 2 * kLanes<T>;  // columns of the micro-kernel's panels
+
+VITDIV_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+VITDIV_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+VITDIV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+VITDIV_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class T>
+VITDIV_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+VITDIV_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+VITDIV_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+VITDIV_INLINE T sum_lanes(Vec<T> v) {
+  T s = 0;
+  for (int i = 0; i < kLanes<T>; i++) s += v[i];
+  return s;
+}
+
+// Lane i holds i.
+template <class T>
+VITDIV_INLINE Int<T> lane_index() {
+  Int<T> v;
+  for (int i = 0; i < kLanes<T>; i++) v[i] = i;
+  return v;
+}
+
+// v in the first n lanes, fill in the rest.
+template <class T>
+VITDIV_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n, T fill) {
+  return lane_index<T>() < (Lane<T>(n) - Int<T>{}) ? v : broadcast<T>(fill);
+}
+
+template <class T>
+VITDIV_INLINE Vec<T> abs(Vec<T> v) {
+  return (Vec<T>)((Int<T>)v & ~Simd<T>::kSignBit);
+}
+
+// Bit i: lane i is greater than 0.
+template <class T>
+VITDIV_INLINE uint32_t positive_lanes(Vec<T> v);
+
+template <>
+VITDIV_INLINE uint32_t positive_lanes<float>(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<float>; i++) bits |= uint32_t(v[i] > 0) << i;
+  return bits;
+#endif
+}
+
+template <>
+VITDIV_INLINE uint32_t positive_lanes<double>(Vec<double> v) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<double>; i++) bits |= uint32_t(v[i] > 0) << i;
+  return bits;
+}
+
+// Lane i is value where bit i of bits is set, else 0.
+template <class T>
+VITDIV_INLINE Vec<T> lanes_from_bits(uint32_t bits, T value) {
+  Int<T> lane_bit;
+  for (int i = 0; i < kLanes<T>; i++) lane_bit[i] = Lane<T>(1) << i;
+  const Int<T> set = ((Lane<T>(bits) - Int<T>{}) & lane_bit) != 0;
+  return (Vec<T>)((Int<T>)broadcast<T>(value) & set);
+}
+
+// Polynomials for 2^r on [-1/2, 1/2], interpolated at the Chebyshev nodes for the relative error: 3e-9 and 6e-20.
+template <class T>
+VITDIV_INLINE Vec<T> exp2_fraction(Vec<T> r);
+
+template <>
+VITDIV_INLINE Vec<float> exp2_fraction<float>(Vec<float> r) {
+  Vec<float> p = broadcast(1.5461444698569e-4f);
+  p = p * r + 1.340042817761584e-3f;
+  p = p * r + 9.618056678524638e-3f;
+  p = p * r + 5.550327226670302e-2f;
+  p = p * r + 2.402265092228876e-1f;
+  p = p * r + 6.931472067028326e-1f;
+  return p * r + 1.f;
+}
+
+template <>
+VITDIV_INLINE Vec<double> exp2_fraction<double>(Vec<double> r) {
+  Vec<double> p = broadcast(2.5733568308756891e-11);
+  p = p * r + 4.4566753410492059e-10;
+  p = p * r + 7.0548943863483480e-9;
+  p = p * r + 1.0178051192960649e-7;
+  p = p * r + 1.3215486815999977e-6;
+  p = p * r + 1.5252733856293466e-5;
+  p = p * r + 1.5403530393362756e-4;
+  p = p * r + 1.3333558146390353e-3;
+  p = p * r + 9.6181291076284831e-3;
+  p = p * r + 5.5504108664821699e-2;
+  p = p * r + 2.4022650695910071e-1;
+  p = p * r + 6.9314718055994531e-1;
+  return p * r + 1.0;
+}
+
+// 2^t for t <= 0; 0 below the normal range, NaN for NaN.
+template <class T>
+VITDIV_INLINE Vec<T> exp2_nonpositive(Vec<T> t) {
+  const Vec<T> lowest = broadcast<T>(Simd<T>::kMinExponent);
+  const Int<T> underflow = t < lowest;
+  t = underflow ? lowest : t;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<T> p = (Vec<T>)_mm512_scalef_ps((__m512)exp2_fraction<T>(t - (Vec<T>)n), n);
+    return underflow ? Vec<T>{} : p;
+  }
+#endif
+  const Vec<T> shifted = t + Simd<T>::kRound;
+  const Int<T> n = (Int<T>)shifted - (Int<T>)broadcast<T>(Simd<T>::kRound);
+  const Vec<T> power = (Vec<T>)((n + Simd<T>::kExponentBias) << Simd<T>::kMantissaBits);
+  const Vec<T> p = exp2_fraction<T>(t - (shifted - Simd<T>::kRound)) * power;
+  return underflow ? Vec<T>{} : p;
+}
+
+}  // namespace
+}  // namespace VITDIV_CPU_NAMESPACE
+}  // namespace vitdiv
