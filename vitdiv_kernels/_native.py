@@ -13,9 +13,8 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _why_unusable() -> str | None:
+def _why_unusable(facts_file: Path) -> str | None:
     """What is known before importing the extension, which beside another torch may fail in obscure ways."""
-    facts_file = Path(__file__).with_name("_build.json")
     if not facts_file.exists():
         return (
             "the kernels are not compiled: run `pip install .` in the source tree, with a C++ compiler there"
@@ -34,7 +33,7 @@ def _why_unusable() -> str | None:
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    reason = _why_unusable()
+    reason = _why_unusable(Path(__file__).with_name("_build.json"))
     if reason is None:
         try:
             return importlib.import_module("vitdiv_kernels._C"), None
