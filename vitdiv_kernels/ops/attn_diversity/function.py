@@ -1,0 +1,75 @@
+"""The operators `vitdiv::attention_gram_{fwd,bwd}` and their autograd.Function; the maths is in README.md."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import _native
+from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
+
+torch.library.define(
+    "vitdiv::attention_gram_fwd", "(Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, float scale2) -> Tensor"
+)
+torch.library.define(
+    "vitdiv::attention_gram_bwd",
+    "(Tensor coupling, Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, float scale2, bool[] needs)"
+    " -> (Tensor dq, Tensor dk, Tensor dq2, Tensor dk2)",
+)
+
+
+def _gram(q, q2):
+    heads = q.shape[1] + (0 if q2 is None else q2.shape[1])
+    return q.new_empty((q.shape[0], heads, heads), dtype=accumulation_dtype(q))
+
+
+@torch.library.register_fake("vitdiv::attention_gram_fwd")
+def _(q, k, scale, q2, k2, scale2):
+    return _gram(q, q2)
+
+
+@torch.library.impl("vitdiv::attention_gram_fwd", "cpu")
+def _(q, k, scale, q2, k2, scale2):
+    gram = _gram(q, q2)
+    _native.library().attention_gram_fwd(q, k, scale, q2, k2, scale2, gram)
+    return gram
+
+
+def _gradients(inputs, needs):
+    return [heads_like(x) if need else nothing(inputs[0]) for x, need in zip(inputs, needs, strict=True)]
+
+
+@torch.library.register_fake("vitdiv::attention_gram_bwd")
+def _(coupling, q, k, scale, q2, k2, scale2, needs):
+    return tuple(_gradients((q, k, q2, k2), needs))
+
+
+@torch.library.impl("vitdiv::attention_gram_bwd", "cpu")
+def _(coupling, q, k, scale, q2, k2, scale2, needs):
+    gradients = _gradients((q, k, q2, k2), needs)
+    wanted = [when(need, gradient) for need, gradient in zip(needs, gradients, strict=True)]
+    _native.library().attention_gram_bwd(coupling, q, k, scale, q2, k2, scale2, *wanted)
+    return tuple(gradients)
+
+
+class AttentionGramFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, q2, k2, scale, scale2):
+        q, k, q2, k2 = (None if x is None else unit_stride(x) for x in (q, k, q2, k2))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, q2, k2)
+            ctx.scales = scale, scale2
+        return torch.ops.vitdiv.attention_gram_fwd(q, k, scale, q2, k2, scale2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dgram):
+        q, k, q2, k2 = ctx.saved_tensors
+        scale, scale2 = ctx.scales
+        needs = list(ctx.needs_input_grad[:4])
+        coupling = dgram + dgram.mT
+        gradients = torch.ops.vitdiv.attention_gram_bwd(coupling, q, k, scale, q2, k2, scale2, needs)
+        return *(when(need, gradient) for need, gradient in zip(needs, gradients, strict=True)), None, None
+
+
+def head_gram(q, k, q2=None, k2=None, *, scale, scale2=None):
+    """The centred Gram matrix of the maps of all heads, both layers' one after the other: [B, H (+ H2), H (+ H2)]."""
+    return AttentionGramFunction.apply(q, k, q2, k2, scale, scale if scale2 is None else scale2)

@@ -1,0 +1,97 @@
+"""The operators `vitdiv::pairwise_cosine_{fwd,bwd}` and their autograd.Function; the maths is in README.md."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import _native
+from .._layout import accumulation_dtype, nothing, unit_stride, when
+
+torch.library.define(
+    "vitdiv::pairwise_cosine_fwd",
+    "(Tensor x, Tensor? y, str penalty, bool include_self, float eps, bool for_backward) -> (Tensor sums, Tensor saved)",
+)
+torch.library.define(
+    "vitdiv::pairwise_cosine_bwd",
+    "(Tensor dsums, Tensor x, Tensor? y, Tensor saved, str penalty, bool include_self, float eps, bool needs_dx,"
+    " bool needs_dy) -> (Tensor dx, Tensor dy)",
+)
+
+
+def _items(x):
+    items = 1
+    for size in x.shape[:-2]:
+        items = items * size
+    return items
+
+
+def _saved(x, y, penalty, for_backward):
+    """What the backward needs beside x and y: sums of unit rows, or two bits a pair, or nothing."""
+    items, rows, columns = _items(x), x.shape[-2], (x if y is None else y).shape[-2]
+    if penalty == "signed":
+        return x.new_empty((1 if y is None else 2, items, x.shape[-1]), dtype=accumulation_dtype(x))
+    if for_backward and penalty in ("abs", "relu"):
+        planes = 2 if penalty == "abs" else 1
+        return x.new_zeros((items, rows, planes, (columns + 31) // 32), dtype=torch.int32)
+    return nothing(x)
+
+
+@torch.library.register_fake("vitdiv::pairwise_cosine_fwd")
+def _(x, y, penalty, include_self, eps, for_backward):
+    sums = x.new_empty(_items(x), dtype=accumulation_dtype(x))
+    return sums, _saved(x, y, penalty, for_backward)
+
+
+@torch.library.impl("vitdiv::pairwise_cosine_fwd", "cpu")
+def _(x, y, penalty, include_self, eps, for_backward):
+    sums = x.new_empty(_items(x), dtype=accumulation_dtype(x))
+    saved = _saved(x, y, penalty, for_backward)
+    kept = penalty == "signed" or (for_backward and penalty != "square")
+    _native.library().pairwise_cosine_fwd(x, y, penalty, include_self, eps, sums, when(kept, saved))
+    return sums, saved
+
+
+def _gradients(x, y, needs_dx, needs_dy):
+    return (
+        x.new_empty(x.shape) if needs_dx else nothing(x),
+        y.new_empty(y.shape) if needs_dy else nothing(x),
+    )
+
+
+@torch.library.register_fake("vitdiv::pairwise_cosine_bwd")
+def _(dsums, x, y, saved, penalty, include_self, eps, needs_dx, needs_dy):
+    return _gradients(x, y, needs_dx, needs_dy)
+
+
+@torch.library.impl("vitdiv::pairwise_cosine_bwd", "cpu")
+def _(dsums, x, y, saved, penalty, include_self, eps, needs_dx, needs_dy):
+    dx, dy = _gradients(x, y, needs_dx, needs_dy)
+    _native.library().pairwise_cosine_bwd(
+        dsums.contiguous(), x, y, when(penalty != "square", saved), penalty, include_self, eps,
+        when(needs_dx, dx), when(needs_dy, dy),
+    )  # fmt: skip
+    return dx, dy
+
+
+class PairwiseCosineFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, penalty, include_self, eps):
+        x, y = unit_stride(x), None if y is None else unit_stride(y)
+        for_backward = any(ctx.needs_input_grad)
+        sums, saved = torch.ops.vitdiv.pairwise_cosine_fwd(x, y, penalty, include_self, eps, for_backward)
+        if for_backward:
+            ctx.save_for_backward(x, y, saved)
+            ctx.options = penalty, include_self, eps
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsums):
+        x, y, saved = ctx.saved_tensors
+        needs_dx, needs_dy = ctx.needs_input_grad[:2]
+        dx, dy = torch.ops.vitdiv.pairwise_cosine_bwd(dsums, x, y, saved, *ctx.options, needs_dx, needs_dy)
+        return when(needs_dx, dx), when(needs_dy, dy), None, None, None
+
+
+def pairwise_cosine_sums(x, y, *, penalty, include_self, eps):
+    """Sum of the penalty over the ordered pairs of each leading index: [...] in float32 (float64 for float64)."""
+    return PairwiseCosineFunction.apply(x, y, penalty, include_self, eps).reshape(x.shape[:-2])
