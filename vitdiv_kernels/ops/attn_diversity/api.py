@@ -8,12 +8,7 @@ import torch
 from ... import _dispatch
 from .. import _checks
 from ..pairwise_cosine.reference import PENALTIES
-from . import reference
-
-try:
-    from . import function
-except ImportError:
-    function = None
+from . import function, reference
 
 
 def attention_gram(q, k, *, scale=None, centered=False, backend="auto"):

@@ -2,12 +2,7 @@
 
 from ... import _dispatch
 from .. import _checks
-from . import reference
-
-try:
-    from . import function
-except ImportError:
-    function = None
+from . import function, reference
 
 PENALTIES = ("signed", "abs", "square", "relu")
 

@@ -1,0 +1,237 @@
+"""attention_gram, attention_cosine and attention_diversity, on every backend."""
+
+import formulas
+import pytest
+import torch
+from comparing import assert_within_budget, gradients, largest_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vitdiv_kernels import attention_cosine, attention_diversity, attention_gram
+
+# B, H, N, M, d
+SHAPES = [
+    (1, 1, 1, 1, 16),
+    (2, 3, 2, 2, 33),
+    (1, 6, 3, 3, 128),
+    (3, 1, 17, 17, 80),
+    (2, 12, 17, 65, 32),
+    (1, 3, 65, 1, 64),
+    (2, 16, 65, 65, 35),
+    (1, 24, 17, 3, 16),
+    (1, 12, 197, 197, 64),
+    (2, 6, 197, 17, 33),
+    (1, 3, 2, 197, 35),
+    (5, 3, 17, 17, 64),
+]
+
+
+def draw(shape, dtype=torch.float64, layers=1):
+    """q and k of each layer, with logits of spread about 1.5."""
+    batch, heads, queries, keys, width = shape
+    tensors = []
+    for _ in range(layers):
+        tensors += [torch.randn(batch, heads, n, width, dtype=torch.float64) for n in (queries, keys)]
+    return [(1.2 * t).to(dtype) for t in tensors]
+
+
+def check(backend, operation, formula, tensors, dtype=torch.float64, formula_options=None, **options):
+    """Value and every gradient against the plain formula in float64."""
+    names = ["q", "k", "q2", "k2"][: len(tensors)]
+    inputs = {name: t.detach().requires_grad_() for name, t in zip(names, tensors, strict=True)}
+    formula_options = options if formula_options is None else formula_options
+
+    def value_and_gradients(compute, kind):
+        cast = {name: t.detach().to(kind).requires_grad_() if kind else t for name, t in inputs.items()}
+        value = compute(*cast.values())
+        cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return {"value": value.detach(), **gradients(value, cotangent.to(value.dtype), cast)}
+
+    truth = value_and_gradients(lambda *t: formula(*t, **formula_options), torch.float64)
+    plain = value_and_gradients(lambda *t: formula(*t, **formula_options), None)
+    got = value_and_gradients(lambda *t: operation(*t, backend=backend, **options), None)
+    for name, expected in truth.items():
+        if expected.abs().max() < 1e-12:  # one key: every map is 1
+            assert got[name].abs().max() < 1e-5
+        else:
+            assert_within_budget(got[name], plain[name], expected, dtype, name)
+    assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gram(backend, shape, centered, dtype):
+    check(backend, attention_gram, formulas.attention_gram, draw(shape, dtype), dtype, centered=centered)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cosine_between_heads(backend, shape, dtype):
+    check(backend, attention_cosine, formulas.attention_cosine, draw(shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cosine_between_layers(backend, shape, dtype):
+    check(backend, attention_cosine, formulas.attention_cosine, draw(shape, dtype, layers=2), dtype)
+
+
+def test_cosine_between_unlike_layers(backend):
+    """The layers may differ in heads and head width; the maps have one size."""
+    tensors = draw((2, 3, 17, 19, 24)) + draw((2, 5, 17, 19, 40))
+    check(backend, attention_cosine, formulas.attention_cosine, tensors)
+    assert attention_cosine(*tensors, backend=backend).shape == (2, 3, 5)
+    check(backend, attention_cosine, formulas.attention_cosine, tensors, scale=0.3)
+
+
+@pytest.mark.parametrize("penalty", ["signed", "abs", "square", "relu"])
+@pytest.mark.parametrize("include_self", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_diversity(backend, penalty, include_self, reduction):
+    options = dict(penalty=penalty, include_self=include_self, reduction=reduction)
+    check(backend, attention_diversity, formulas.attention_diversity, draw((3, 6, 17, 13, 16)), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", ["gram", "cosine", "diversity"])
+def test_low_precision(backend, operation, dtype):
+    functions = {
+        "gram": (attention_gram, formulas.attention_gram),
+        "cosine": (attention_cosine, formulas.attention_cosine),
+        "diversity": (attention_diversity, formulas.attention_diversity),
+    }
+    check(backend, *functions[operation], draw((2, 6, 65, 65, 32), dtype), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 3, 2), (1, 2, 3, 5, 3), (2, 1, 2, 2, 4)], ids=str)
+def test_gradcheck(backend, shape):
+    q, k, q2, k2 = (t.requires_grad_() for t in draw(shape, layers=2))
+    torch.autograd.gradcheck(lambda q, k: attention_gram(q, k, backend=backend), (q, k))
+    torch.autograd.gradcheck(lambda q, k: attention_gram(q, k, centered=True, backend=backend), (q, k))
+    torch.autograd.gradcheck(lambda q, k: attention_diversity(q, k, backend=backend), (q, k))
+    torch.autograd.gradcheck(lambda *t: attention_cosine(*t, backend=backend), (q, k, q2, k2))
+
+
+def test_the_gram_of_nearly_uniform_attention_keeps_its_digits(backend):
+    """Logits of 1e-4: the plain float32 sum N/M + G~ has lost G~, which is 1e-8 of it."""
+    q, k = (1e-2 * t for t in draw((2, 4, 50, 60, 32), torch.float32))
+    truth = formulas.attention_gram(q.double(), k.double(), centered=True)
+    got = attention_gram(q, k, centered=True, backend=backend)
+    assert largest_error(got, truth) < 5e-3 * truth.abs().max().item()
+
+
+def test_the_gradient_of_nearly_uniform_attention_keeps_its_digits(backend):
+    q, k = (1e-2 * t for t in draw((2, 4, 50, 60, 32), torch.float32))
+    exact = [t.double().requires_grad_() for t in (q, k)]
+    formulas.attention_diversity(*exact).backward()
+    leaves = [t.clone().requires_grad_() for t in (q, k)]
+    attention_diversity(*leaves, backend=backend).backward()
+    for leaf, truth in zip(leaves, exact, strict=True):
+        assert largest_error(leaf.grad, truth.grad) < 1e-2 * truth.grad.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_extreme_logits(backend, dtype):
+    """Logits of 1e4 in both directions: one-hot maps, no overflow."""
+    q, k = draw((2, 3, 17, 19, 16), dtype)
+    q = q * 1e4
+    truth = formulas.attention_gram(q.double(), k.double())
+    got = attention_gram(q, k, backend=backend)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.double(), truth, rtol=1e-2 if dtype == torch.float32 else 1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_propagate(backend, poison):
+    q, k = draw((2, 3, 9, 9, 16), torch.float32)
+    q[0, 1, 4, 5] = poison
+    expected = formulas.attention_gram(q, k)
+    got = attention_gram(q, k, backend=backend)
+    assert torch.equal(got.isnan(), expected.isnan())
+    leaf = q.clone().requires_grad_()
+    attention_gram(leaf, k, backend=backend).sum().backward()
+    assert leaf.grad[0, 1].isnan().any()
+    assert leaf.grad[1].isfinite().all()
+
+
+def test_empty_batch(backend):
+    q, k = (t.requires_grad_() for t in draw((0, 3, 5, 5, 8), torch.float32))
+    assert attention_gram(q, k, backend=backend).shape == (0, 3, 3)
+    assert attention_cosine(q, k, q, k, backend=backend).shape == (0, 3, 3)
+    assert attention_diversity(q, k, backend=backend).isnan()
+    total = attention_diversity(q, k, reduction="sum", backend=backend)
+    assert total.item() == 0
+    total.backward()
+    assert q.grad.shape == q.shape
+
+
+def packed(q, k):
+    """Views into a packed projection [B, N, 3, H, d]."""
+    qkv = torch.stack([q, k, k], 0).permute(1, 3, 0, 2, 4).contiguous()
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)[:2]
+
+
+LAYOUTS = {
+    "packed qkv": packed,
+    "sliced tokens": lambda q, k: [torch.cat([t * float("nan"), t, t], 2)[:, :, 17:34] for t in (q, k)],
+    "sliced heads": lambda q, k: [torch.cat([t, t * float("nan")], 1)[:, : t.shape[1]] for t in (q, k)],
+    "batch inside": lambda q, k: [t.transpose(0, 2).contiguous().transpose(0, 2) for t in (q, k)],
+    "last stride 2": lambda q, k: [t.repeat_interleave(2, 3)[..., ::2] for t in (q, k)],
+    "transposed": lambda q, k: [t.mT.contiguous().mT for t in (q, k)],
+    "expanded": lambda q, k: [t[:1].expand_as(t) for t in (q, k)],
+    "k transposed only": lambda q, k: [q, k.mT.contiguous().mT],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, layout):
+    q, k = LAYOUTS[layout](*draw((3, 4, 17, 17, 20)))
+    check(backend, attention_gram, formulas.attention_gram, (q, k))
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "q2", "k2"])
+def test_only_the_gradients_asked_for(backend, wanted):
+    tensors = dict(zip(("q", "k", "q2", "k2"), draw((2, 3, 9, 11, 16), layers=2), strict=True))
+    every = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    attention_cosine(**every, backend=backend).square().sum().backward()
+    one = {name: t.clone() for name, t in tensors.items()}
+    one[wanted].requires_grad_()
+    attention_cosine(**one, backend=backend).square().sum().backward()
+    torch.testing.assert_close(one[wanted].grad, every[wanted].grad)
+    assert all(t.grad is None for name, t in one.items() if name != wanted)
+
+
+def test_backward_twice_and_inputs_untouched(backend):
+    q, k = (t.requires_grad_() for t in draw((2, 3, 33, 33, 16), torch.float32))
+    before = [t.detach().clone() for t in (q, k)]
+    loss = attention_diversity(q, k, penalty="square", backend=backend)
+    first = torch.autograd.grad(loss, (q, k), retain_graph=True)
+    second = torch.autograd.grad(loss, (q, k))
+    for a, b, t, old in zip(first, second, (q, k), before, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(t, old)
+
+
+def test_autocast_casts_like_scaled_dot_product_attention(backend):
+    q, k = draw((2, 3, 17, 17, 16), torch.float32)
+    expected = attention_gram(q.bfloat16(), k.bfloat16(), backend=backend)
+    exact = attention_gram(q.double(), k.double(), backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention_gram(q, k, backend=backend), expected)
+        assert torch.equal(attention_gram(q.bfloat16(), k, backend=backend), expected)
+        assert torch.equal(attention_gram(q.double(), k.double(), backend=backend), exact)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape_and_layout(backend, data):
+    sizes = [st.integers(1, 3), st.integers(1, 7), st.integers(1, 40), st.integers(2, 40), st.integers(1, 70)]
+    shape = [data.draw(s, name) for s, name in zip(sizes, ("B", "H", "N", "M", "d"), strict=True)]
+    torch.manual_seed(data.draw(st.integers(0, 10**6), "seed"))
+    order = data.draw(st.permutations(range(4)), "order of the axes in memory")
+    back = [order.index(axis) for axis in range(4)]
+    q, k = (t.permute(order).contiguous().permute(back) for t in draw(shape))
+    centered = data.draw(st.booleans(), "centered")
+    scale = data.draw(st.none() | st.floats(0.01, 2), "scale")
+    check(backend, attention_gram, formulas.attention_gram, (q, k), centered=centered, scale=scale)
