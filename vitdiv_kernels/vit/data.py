@@ -166,7 +166,7 @@ def load_imagefolder(root: Path, image_size: int, channels: int, seed: int = 0) 
             if names != classes:
                 odd = sorted(set(names) ^ set(classes))
                 raise DataError(
-                    f"{root / name} and {root / 'train'} must have the same classes, not {', '.join(odd)} in one only"
+                    f"{root}: train and {name} must have the same classes, but differ in {', '.join(odd)}"
                 )
         if "val" in given:
             val = given["val"][1]

@@ -17,12 +17,12 @@ import torch
 
 from .. import _dispatch
 from . import cost
+from .cli import HelpFormatter, number
 from .data import Data, DataError, load_digits
 from .losses import DIVERSITY
 from .metrics import accuracy, diversity, patch_matrix
 from .model import CONFIGS, ViT
 from .progress import Progress
-from .train import number
 from .trainer import Recipe, Trainer, TrainError
 
 TITLES = {"plain": "plain ViT", "losses": "+ diversity losses", "reattention": "re-attention (DeepViT)"}
@@ -42,7 +42,9 @@ def train_model(name: str, data: Data, steps: int, seed: int, out: Path) -> dict
             if step % 10 == 0 or step == steps:
                 bar.to(step, cross_entropy=f"{float(terms['cross_entropy']):.3f}")
 
+        torch.set_flush_denormal(True)
         trainer.fit(on_step=show)
+        torch.set_flush_denormal(False)
     seconds = time.perf_counter() - start
     trainer.save(out / name / "checkpoint.pt")
     image = data.test.images[0]
@@ -89,14 +91,16 @@ def notes(results: dict[str, dict], images: int) -> str:
         else "In this run the patches of the plain ViT are not the most alike."
     )
     paragraphs = (
-        f"Measured on the {images} test images with the weights of the last step. |patch cosine|: between the patches "
-        "of an image after the last block, absolute, mean over pairs. Effective rank: of the same patches, at most "
-        f"{patches}. Head cosine: between the softmax maps of a block's heads, before any mix or norm, mean over blocks.",
-        f"One test image is {100 / images:.2f} points, and the 95 % interval of the best accuracy is {100 * low:.1f} "
-        f"to {100 * high:.1f} %: one run of each model does not settle differences of a point or two. {shown} What it "
-        "does not show: that mixing heads raises accuracy. With the mix frozen at the identity, so that only the batch "
-        "norm on the maps was left, a control over three seeds was as accurate as re-attention; and lower patch cosine "
-        "did not go with higher accuracy from model to model.",
+        f"Measured on the {images} test images with the weights of the last step. |patch cosine|: between "
+        "the patches of an image after the last block, absolute, mean over pairs. Effective rank: of the "
+        f"same patches, at most {patches}. Head cosine: between the softmax maps of a block's heads, before "
+        "any mix or norm, mean over blocks.",
+        f"One test image is {100 / images:.2f} points, and the 95 % interval of the best accuracy is "
+        f"{100 * low:.1f} to {100 * high:.1f} %: one run of each model does not settle differences of a "
+        f"point or two. {shown} What it does not show: that mixing heads raises accuracy. With the mix "
+        "frozen at the identity, so that only the batch norm on the maps was left, a control over three "
+        "seeds was as accurate as re-attention; and lower patch cosine did not go with higher accuracy from "
+        "model to model.",
     )
     return "\n\n".join(textwrap.fill(paragraph, 100) for paragraph in paragraphs)
 
@@ -135,8 +139,8 @@ def compare_cost(batch: int, rounds: int) -> dict:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vitdiv_kernels.vit.demo",
-        description="Train a plain ViT, one with diversity losses and one with re-attention on handwritten digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a plain ViT, one with diversity losses and one with re-attention on digits.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--steps",
@@ -193,7 +197,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    torch.set_flush_denormal(True)
     try:
         run(args)
     except (DataError, TrainError) as error:

@@ -50,7 +50,7 @@ def diversity_losses(model: ViT, tokens: list[Tensor], names) -> dict[str, Tenso
     """The named losses, unweighted, from the tokens of `ViT.forward(..., return_tokens=True)`."""
     first, last = (t[:, model.num_prefix_tokens :] for t in (tokens[1], tokens[-1]))
     terms = {
-        "cosine": lambda: pairwise_cosine(last, penalty="signed"),
+        "cosine": lambda: pairwise_cosine(last, penalty="abs"),
         "contrast": lambda: patch_contrast(first, last),
         "heads": lambda: attention_diversity(*model.query_key(tokens[0], 0), include_self=False),
     }

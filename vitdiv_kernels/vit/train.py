@@ -9,30 +9,13 @@ from pathlib import Path
 
 import torch
 
+from .cli import HelpFormatter, number
 from .data import DataError, load
 from .losses import parse_losses
 from .metrics import accuracy
 from .model import CONFIGS, ViT
 from .progress import Progress
 from .trainer import Recipe, Trainer, TrainError
-
-
-def number(kind: type, low: float, high: float = float("inf")):
-    """An argparse type: a number of the kind from low to high, refused with a sentence."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(
-                f"must be {'a whole' if kind is int else 'a'} number {bound}, got {text!r}"
-            )
-        return value
-
-    return parse
 
 
 def block_list(text: str) -> list[int] | str:
@@ -60,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vitdiv_kernels.vit.train",
         description="Train a vision transformer with re-attention, diversity losses, both or neither.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     what = parser.add_argument_group("what to train")
     what.add_argument(
@@ -77,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--losses",
         type=losses,
-        default={},
+        default="none",
         help="none, diversity, or such as cosine=0.5,contrast=0.5,heads=0.01",
     )
     what.add_argument(
@@ -241,9 +224,11 @@ def train(trainer: Trainer, args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    torch.set_flush_denormal(True)
     try:
-        return train(build(args), args)
+        trainer = build(args)
+        # After the imports that build makes: numpy warns when it finds denormals flushed.
+        torch.set_flush_denormal(True)
+        return train(trainer, args)
     except (DataError, TrainError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

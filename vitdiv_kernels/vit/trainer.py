@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import use_backend
+from .. import _dispatch, use_backend
 from .data import Data
 from .losses import diversity_losses
 from .metrics import accuracy
@@ -112,8 +112,14 @@ class Trainer:
             raise TrainError(
                 f"the batch ({recipe.batch}) is larger than the training set ({len(data.train)} images)"
             )
-        self.model, self.data, self.recipe = model.to(device), data, recipe
         self.device, self.backend, self.workers = torch.device(device), backend, workers
+        with self._chosen_backend():
+            for operation in _dispatch.OPERATIONS:
+                try:
+                    _dispatch.resolve(operation, self.device.type, "auto")
+                except (RuntimeError, ValueError) as error:
+                    raise TrainError(str(error)) from None
+        self.model, self.data, self.recipe = model.to(device), data, recipe
         self.run = torch.compile(model) if compile else model
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
