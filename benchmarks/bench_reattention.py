@@ -1,0 +1,119 @@
+"""Speed and memory of re-attention: attention whose softmax maps are mixed across heads, and normalised.
+
+eager mixes by einsum, the fastest plain form found; conv2d by a 1x1 Conv2d, as DeepViT was published. Batch
+norm is in training, with running statistics. --pre-mix yes also mixes the logits (talking heads). Example:
+
+    python benchmarks/bench_reattention.py --providers eager,native --shapes 32x12x197x64 --norm none,batch
+"""
+
+from functools import partial
+
+import cli
+import torch
+from harness import Workload, standard_providers
+from torch.nn.functional import batch_norm, conv2d, layer_norm
+
+import vitdiv_kernels
+
+SUITES = {
+    "issue": [
+        ((32, 12, 197, 64), {}),
+        ((32, 12, 197, 32), {}),
+        ((32, 12, 197, 64), {"norm": "batch"}),
+        ((32, 12, 197, 64), {"norm": "layer"}),
+    ],
+    "vit": [
+        ((32, 6, 197, 64), {"norm": "batch"}),
+        ((32, 12, 197, 32), {"norm": "batch"}),
+        ((32, 12, 197, 35), {"norm": "batch"}),
+        ((32, 12, 197, 64), {"pre_mix": "yes"}),
+        ((8, 12, 577, 64), {"norm": "batch"}),
+        ((2, 16, 1025, 64), {}),
+        ((2, 16, 1025, 64), {"norm": "batch"}),
+        ((1, 12, 4096, 64), {}),
+    ],
+    "small": [((4, 3, 65, 32), {"norm": norm}) for norm in ("none", "batch", "layer")],
+    "tiny": [((1, 2, 4, 8), {})],
+}
+
+
+def einsum_mix(maps, weight):
+    return torch.einsum("gh,bhij->bgij", weight, maps)
+
+
+def conv2d_mix(maps, weight):
+    return conv2d(maps, weight[:, :, None, None])
+
+
+def plain(q, k, v, mix, *, pre_mix=None, norm, mix_heads, norm_weight=None, norm_bias=None, **running):
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    if pre_mix is not None:
+        logits = mix_heads(logits, pre_mix.to(logits.dtype))
+    maps = mix_heads(torch.softmax(logits, -1), mix.to(logits.dtype))
+    if norm == "batch":
+        maps = batch_norm(maps, **running, weight=norm_weight, bias=norm_bias, training=True)
+    elif norm == "layer":
+        # The published form: heads last, where layer_norm wants them.
+        heads_last = maps.permute(0, 2, 3, 1)
+        weight, bias = norm_weight.to(maps.dtype), norm_bias.to(maps.dtype)
+        maps = layer_norm(heads_last, maps.shape[1:2], weight, bias).permute(0, 3, 1, 2)
+    return maps @ v
+
+
+def _flops(shape, norm, pre_mix):
+    """Logits, the mix, the product with v. Backward computes the maps again, as an operation does that keeps
+    none, and mixes three times: maps, their gradient, the products that give the gradient of the mix."""
+    b, h, n, d = shape
+    gemm, mix = 2 * b * h * n * n * d, 2 * b * h * h * n * n
+    fwd, bwd = 2 * gemm + mix, 5 * gemm + 3 * mix
+    if norm == "batch":
+        fwd, bwd = fwd + mix // 2, bwd + mix  # the Gram matrix, symmetric, and the mix with its gradient
+    if pre_mix == "yes":
+        fwd, bwd = fwd + mix, bwd + 3 * mix
+    return {"fwd": fwd, "bwd": bwd}
+
+
+def workload(shape, norm="none", pre_mix="no"):
+    heads = shape[1]
+
+    def inputs(device, dtype):
+        # Parameters and statistics stay in float32 beside activations of 16 bits, as the operation has it.
+        wide = torch.promote_types(dtype, torch.float32)
+        floats = partial(torch.randn, device=device)
+        named = {name: floats(shape).to(dtype) for name in ("q", "k", "v")}
+        mixes = ("mix", "pre_mix") if pre_mix == "yes" else ("mix",)
+        identity = torch.eye(heads, device=device, dtype=wide)
+        named |= {name: identity + 0.1 * floats(heads, heads, dtype=wide) for name in mixes}
+        if norm != "none":
+            named["norm_weight"] = 1 + 0.1 * floats(heads, dtype=wide)
+            named["norm_bias"] = 0.1 * floats(heads, dtype=wide)
+        for x in named.values():
+            x.requires_grad_()
+        if norm == "batch":
+            named["running_mean"] = torch.zeros(heads, device=device, dtype=wide)
+            named["running_var"] = torch.ones(heads, device=device, dtype=wide)
+        return named
+
+    formula = partial(plain, norm=norm, mix_heads=einsum_mix)
+    package = partial(vitdiv_kernels.reattention, norm=norm, training=True)
+    published = partial(plain, norm=norm, mix_heads=conv2d_mix)
+    return Workload(
+        op="reattention",
+        variant=f"norm={norm}" + (" pre_mix" if pre_mix == "yes" else ""),
+        shape=shape,
+        arguments=("--shapes", "x".join(map(str, shape)), "--norm", norm, "--pre-mix", pre_mix),
+        inputs=inputs,
+        providers=standard_providers(formula, package) | {"conv2d": lambda: published},
+        flops=_flops(shape, norm, pre_mix),
+    )
+
+
+def main():
+    parser = cli.parser(__doc__, providers=("eager", "compile", "conv2d", "reference", "native"))
+    cli.add_shapes(parser, "BHNd", SUITES, norm=("none", "batch", "layer"), pre_mix=("no", "yes"))
+    args = parser.parse_args()
+    cli.run(parser, args, cli.workloads(parser, args, workload, SUITES, "norm", "pre_mix"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What every benchmark shares: workloads, providers, and their alternating measurement.
+
+A workload is one operation at one size. A provider is one way to compute it: a function of the workload's
+named inputs, made by a maker without arguments that raises `Unavailable` where this way does not exist. All
+providers of a workload take turns in one process, so that all of them share a slow minute of the machine.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import Call, quantiles
+from torch import Tensor
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+# Largest relative distance from the first provider's output; beyond it a provider computes something else.
+AGREEMENT = {"float32": 1e-3, "float64": 1e-6, "float16": 5e-2, "bfloat16": 1e-1}
+
+
+class Unavailable(Exception):
+    """This provider does not exist for this workload or on this machine; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    op: str
+    variant: str
+    shape: tuple[int, ...]
+    arguments: tuple[str, ...]  # options of bench_<op>.py that give this workload
+    inputs: Callable[[torch.device, torch.dtype], dict[str, Tensor]]  # those to differentiate require grad
+    providers: dict[str, Callable[[], Callable[..., Tensor]]]
+    flops: dict[str, int]  # of the operation, forward ("fwd") and backward ("bwd")
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.op, self.variant, self.size)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    dtype: str
+    device: str
+    repeats: int
+    memory: bool
+    floors: dict[int, tuple[float, float]]  # for each thread count: bytes and operations a second, measured
+
+
+def standard_providers(plain: Callable[..., Tensor], package: Callable[..., Tensor]) -> dict:
+    """eager and compile of the plain formula, reference and native of the package's function."""
+    return {
+        "eager": lambda: plain,
+        "compile": lambda: torch.compile(plain, fullgraph=True, dynamic=False),
+        "reference": lambda: partial(package, backend="reference"),
+        "native": lambda: _native(package),
+    }
+
+
+def _native(package: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    from vitdiv_kernels import _native
+
+    if _native.library() is None:
+        raise Unavailable(_native.reason())
+    return partial(package, backend="native")
+
+
+def measure(workload: Workload, providers: list[str], modes: list[str], settings: Settings) -> list[dict]:
+    """One row for each provider, mode and thread count."""
+    if "compile" in providers:
+        torch.compiler.reset()  # a second size would otherwise get symbolic sizes and slower code
+    inputs = _inputs(workload, settings.device, settings.dtype)
+    rows = []
+    for mode in modes:
+        calls = _prepared_calls(workload, providers, inputs, mode, settings)
+        samples = _alternate(calls, settings.repeats, desc=f"{workload} {mode}")
+        for (provider, threads), seconds in samples.items():
+            row = {"op": workload.op, "variant": workload.variant, "provider": provider, "mode": mode}
+            row |= {"shape": workload.size, "dtype": settings.dtype, "device": settings.device}
+            row |= {"threads": threads, "repeats": settings.repeats}
+            row["p20"], row["ms"], row["p80"] = (value * 1e3 for value in quantiles(seconds))
+            bytes_a_second, flops_a_second = settings.floors[threads]
+            row |= {"copy_gb_s": bytes_a_second / 1e9, "gemm_gflop_s": flops_a_second / 1e9}
+            call = calls[provider, threads]
+            row["floor_ms"] = 1e3 * _floor_seconds(workload, call, mode, bytes_a_second, flops_a_second)
+            row["ratio_floor"] = row["floor_ms"] / row["ms"]
+            if settings.memory:
+                here = {"dtype": settings.dtype, "device": settings.device, "threads": threads}
+                row["peak_extra_mb"] = _peak_extra_mb_apart(workload, provider, mode, **here)
+            rows.append(row)
+    _add_ratios(rows)
+    return rows
+
+
+def _inputs(workload: Workload, device: str, dtype: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return workload.inputs(torch.device(device), DTYPES[dtype])
+
+
+def _prepared_calls(workload, providers, inputs, mode, settings) -> dict[tuple[str, int], Call]:
+    calls, first = {}, None
+    for threads, provider in itertools.product(settings.floors, providers):
+        torch.set_num_threads(threads)
+        call = Call(workload.providers[provider](), inputs, mode)
+        out = call.prepare().double()
+        first = out if first is None else first
+        distance = ((out - first).norm() / first.norm()).item()
+        if not distance <= AGREEMENT[settings.dtype]:
+            away = f"is {distance:.1e} away from the output of {next(iter(calls))[0]}"
+            sys.exit(f"{workload}: {provider} {away}, relative: no speed reported")
+        calls[provider, threads] = call
+    return calls
+
+
+def _alternate(
+    calls: dict[tuple[str, int], Call], repeats: int, desc: str
+) -> dict[tuple[str, int], list[float]]:
+    """Rounds in which each call is sampled once, each round from another starting point."""
+    samples = {key: [] for key in calls}
+    numbers = {}
+    for (provider, count), call in calls.items():
+        torch.set_num_threads(count)
+        numbers[provider, count] = call.calls_a_sample()
+    several = len({count for _, count in calls}) > 1
+    order = list(calls)
+    with tqdm(total=repeats * len(order), desc=desc, leave=False) as bar:
+        for _ in range(repeats):
+            for provider, count in order:
+                call = calls[provider, count]
+                torch.set_num_threads(count)
+                if several:
+                    call.seconds(1)  # the OpenMP team is rebuilt when its size changes: not this call's time
+                samples[provider, count].append(call.seconds(numbers[provider, count]))
+                bar.update()
+            order.append(order.pop(0))
+    return samples
+
+
+def _floor_seconds(
+    workload: Workload, call: Call, mode: str, bytes_a_second: float, flops_a_second: float
+) -> float:
+    """No schedule is faster: inputs read and results written once a direction, operations at GEMM speed."""
+    read = sum(x.numel() * x.element_size() for x in call.inputs.values())
+    written = {
+        "fwd": call.grad_out.numel() * call.grad_out.element_size(),
+        "bwd": sum(x.numel() * x.element_size() for x in call.leaves),
+    }
+    directions = mode.split("+")
+    traffic = sum(read + written[direction] for direction in directions)
+    traffic += written["fwd"] if "bwd" in directions else 0  # the output's gradient is read
+    return max(
+        traffic / bytes_a_second, sum(workload.flops[direction] for direction in directions) / flops_a_second
+    )
+
+
+def _peak_extra_mb_apart(workload: Workload, provider: str, mode: str, **settings) -> float:
+    """The same, measured in a process of its own, where no other provider has left memory behind."""
+    command = [
+        sys.executable,
+        str(HERE / f"bench_{workload.op}.py"),
+        *workload.arguments,
+        "--peak-memory-only",
+    ]
+    command += ["--providers", provider, "--modes", mode]
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{workload}: memory of {provider} {mode} could not be measured:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_extra_mb"]
+
+
+def peak_extra_mb(
+    workload: Workload, provider: str, mode: str, *, dtype: str, device: str, threads: int
+) -> float:
+    """Peak memory of one provider beyond inputs, outputs and gradients, measured in this process."""
+    torch.set_num_threads(threads)
+    call = Call(workload.providers[provider](), _inputs(workload, device, dtype), mode)
+    call.prepare()
+    return call.peak_extra_bytes() / 2**20
+
+
+def _add_ratios(rows: list[dict]) -> None:
+    """The other provider's time over this row's, in the same mode and with as many threads."""
+    times = {(row["provider"], row["mode"], row["threads"]): row["ms"] for row in rows}
+    for row, other in itertools.product(rows, ("eager", "compile")):
+        time = times.get((other, row["mode"], row["threads"]))
+        row[f"ratio_{other}"] = time and time / row["ms"]

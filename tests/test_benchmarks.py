@@ -1,0 +1,184 @@
+"""The benchmarks run, write what they promise, and measure what they say. Speed itself is not judged here."""
+
+import csv
+import importlib
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitdiv_kernels
+
+pytest.importorskip("tqdm")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = {
+    "bench_pairwise_cosine.py": ["--shapes", "2x6x4", "--penalty", "signed"],
+    "bench_attn_diversity.py": ["--shapes", "1x2x5x8"],
+    "bench_reattention.py": ["--shapes", "1x2x5x8", "--norm", "batch"],
+    "bench_scaling.py": ["--tokens", "8"],
+}
+
+POSITIVE = ("ms", "p20", "p80", "ratio_eager", "ratio_floor", "floor_ms", "copy_gb_s", "gemm_gflop_s")
+ORIGIN = ("torch", "vitdiv_kernels", "python", "machine", "cpu_capability", "commit", "date")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A module of benchmarks/ by name; its scripts find each other as the interpreter would let them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = [path.stem for path in BENCHMARKS.glob("*.py")]
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def fake(module):
+    """A workload whose forward sleeps 20 ms and holds 64 MB for a while; its backward does neither."""
+    harness = module("harness")
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            time.sleep(0.02)
+            return x + torch.ones(2**24)[: x.numel()]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    def other(x):
+        return x + 2
+
+    return harness.Workload(
+        op="fake",
+        variant="",
+        shape=(8,),
+        arguments=(),
+        inputs=lambda device, dtype: {"x": torch.ones(8, device=device, dtype=dtype).requires_grad_()},
+        providers={"eager": lambda: Slow.apply, "twice": lambda: Slow.apply, "other": lambda: other},
+        flops={"fwd": 8, "bwd": 8},
+    )
+
+
+@pytest.fixture
+def settings(module):
+    floors = {1: (1e9, 1e9)}
+    return module("harness").Settings("float32", "cpu", repeats=3, memory=False, floors=floors)
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_rows_are_complete_and_positive(script, tmp_path, module, monkeypatch, capsys):
+    out, modes = tmp_path / "rows.csv", "fwd,bwd,fwd+bwd"
+    options = ["--providers", "eager", "--modes", modes, "--repeats", "1", "--no-memory", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [script, *TINY[script], *options, "--out", str(out)])
+    module(Path(script).stem).main()
+    assert "of floor" in capsys.readouterr().out
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == module("rows").COLUMNS
+    assert {row["mode"] for row in rows} == set(modes.split(","))
+    for row in rows:
+        assert all(0 < float(row[name]) < math.inf for name in POSITIVE)
+        assert all(row[name] for name in ORIGIN)
+        assert row["ratio_compile"] == row["peak_extra_mb"] == ""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory needs Linux's /proc")
+def test_closed_form_memory_and_plot(tmp_path, module, monkeypatch, capsys):
+    out, png = tmp_path / "rows.csv", tmp_path / "rows.png"
+    options = [
+        "--shapes",
+        "4x1024x16",
+        "--penalty",
+        "square",
+        "--providers",
+        "eager,closed",
+        "--modes",
+        "fwd",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["bench", *options, "--repeats", "2", "--threads", "1", "--out", str(out)]
+    )
+    # Memory is measured in processes of their own, which have to find the package that these tests run on.
+    monkeypatch.setenv("PYTHONPATH", str(Path(vitdiv_kernels.__file__).parents[1]))
+    module("bench_pairwise_cosine").main()
+    with out.open() as file:
+        peaks = {row["provider"]: float(row["peak_extra_mb"]) for row in csv.DictReader(file)}
+    assert peaks["eager"] > 16  # one map of all pairs is 16 MB
+    assert 0 <= peaks["closed"] < 8
+    pytest.importorskip("matplotlib")
+    plot = module("plot")
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(out), "--out", str(png), "--provider", "closed"])
+    plot.main()
+    assert png.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(out), "--provider", "native"])
+    with pytest.raises(SystemExit):
+        plot.main()
+    assert "has no rows of provider 'native'; it has closed, eager" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--providers", "eager,tpu"], "'tpu' is unknown here; known are eager, compile, closed"),
+        (["--shapes", "2x3"], "'2x3' is not a shape BxNxD of 3 positive numbers"),
+        (["--penalty", "abs"], "--penalty goes with --shapes; a suite fixes its own"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--threads", "two"], "'two' is not a list of positive thread counts"),
+        (
+            ["--providers", "closed", "--shapes", "1x4x8"],
+            "'closed' is not available: penalty abs has no closed",
+        ),
+        (["--out", str(Path(__file__))], "has other columns than this version writes; name a new file"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(arguments, sentence, module, monkeypatch, capsys):
+    bench = module("bench_pairwise_cosine")
+    monkeypatch.setattr(sys, "argv", ["bench_pairwise_cosine.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_backward_excludes_the_forward(module, fake, settings):
+    rows = module("harness").measure(fake, ["eager"], ["fwd", "bwd", "fwd+bwd"], settings)
+    ms = {row["mode"]: row["ms"] for row in rows}
+    assert ms["fwd"] > 20
+    assert ms["bwd"] < 10
+    assert ms["fwd+bwd"] > 20
+
+
+def test_ratios_are_the_other_time_over_this(module, fake, settings):
+    rows = module("harness").measure(fake, ["eager", "twice"], ["fwd"], settings)
+    eager, twice = rows
+    assert twice["ratio_eager"] == eager["ms"] / twice["ms"]
+    assert twice["ratio_compile"] is None
+    assert "fake 8 float32 cpu" in module("rows").table(rows)
+
+
+def test_a_provider_that_computes_something_else_stops_the_run(module, fake, settings):
+    with pytest.raises(SystemExit, match=r"other is .* away from the output of eager"):
+        module("harness").measure(fake, ["eager", "other"], ["fwd"], settings)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory needs Linux's /proc")
+def test_peak_memory_sees_what_is_freed_again(module, fake):
+    peak = module("harness").peak_extra_mb(fake, "eager", "fwd", dtype="float32", device="cpu", threads=1)
+    assert 60 < peak < 80
+
+
+def test_red_tests_give_no_speed(module, monkeypatch, tmp_path):
+    cli = module("cli")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_fake.py").write_text("def test_red():\n    assert False\n")
+    monkeypatch.setattr(cli, "HERE", tmp_path / "benchmarks")
+    with pytest.raises(SystemExit, match="tests of fake fail: no speed reported"):
+        cli._check(["fake"])
