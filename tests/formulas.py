@@ -30,9 +30,9 @@ def attention_gram(q, k, scale=None, centered=False):
 
 
 def attention_cosine(q, k, q2=None, k2=None, scale=None):
-    first = softmax_maps(q, k, scale).flatten(2)
-    second = first if q2 is None else softmax_maps(q2, k2, scale).flatten(2)
-    return F.cosine_similarity(first[:, :, None], second[:, None], dim=-1)
+    first = F.normalize(softmax_maps(q, k, scale).flatten(2), dim=-1)
+    second = first if q2 is None else F.normalize(softmax_maps(q2, k2, scale).flatten(2), dim=-1)
+    return first @ second.mT
 
 
 def attention_diversity(q, k, *, penalty="signed", include_self=True, reduction="mean", scale=None):

@@ -1,0 +1,419 @@
+"""reattention: output, Gram matrix, running statistics and every gradient, on every backend."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import formulas
+import pytest
+import torch
+from comparing import assert_within_budget, gradients
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vitdiv_kernels import attention_gram, reattention
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, and which of the optional arguments are given."""
+
+    sizes: tuple = (2, 3, 9, 7, 16)  # B, H, N, M, d
+    norm: str = "none"
+    training: bool = True
+    mix_bias: bool = True
+    pre: str = ""  # "", "mix" or "mix and bias"
+    affine: bool = True
+    running: bool = True
+    gram: bool = True
+    out_scale: float = 1.0
+    scale: float | None = None
+
+    def __str__(self):
+        flags = [
+            name for name in ("training", "mix_bias", "affine", "running", "gram") if getattr(self, name)
+        ]
+        return "-".join(["x".join(map(str, self.sizes)), self.norm, *flags, *self.pre.split()])
+
+
+def inputs_of(case, dtype=torch.float64, parameter_dtype=None):
+    """Differentiable inputs by name, and the other arguments."""
+    batch, heads, queries, keys, width = case.sizes
+    parameter_dtype = parameter_dtype or dtype
+
+    def normal(*shape, kind=dtype, mean=0.0, spread=1.0):
+        return (mean + spread * torch.randn(*shape, dtype=torch.float64)).to(kind).requires_grad_()
+
+    def parameter(*shape, **options):
+        return normal(*shape, kind=parameter_dtype, **options)
+
+    inputs = {
+        "q": normal(batch, heads, queries, width, spread=1.2),
+        "k": normal(batch, heads, keys, width, spread=1.2),
+        "v": normal(batch, heads, keys, width),
+        "mix": parameter(heads, heads, spread=heads**-0.5),
+    }
+    if case.mix_bias:
+        inputs["mix_bias"] = parameter(heads, spread=0.1)
+    if case.pre:
+        inputs["pre_mix"] = parameter(heads, heads, spread=heads**-0.5)
+    if case.pre == "mix and bias":
+        inputs["pre_bias"] = parameter(heads)
+    if case.affine and case.norm != "none":
+        inputs["norm_weight"] = parameter(heads, mean=1.0, spread=0.3)
+        inputs["norm_bias"] = parameter(heads, spread=0.3)
+    options = dict(norm=case.norm, training=case.training, out_scale=case.out_scale, scale=case.scale)
+    if case.norm == "batch" and case.running:
+        options["running_mean"] = parameter(heads, mean=1 / keys, spread=0.1).detach()
+        options["running_var"] = torch.rand(heads, dtype=torch.float64).to(parameter_dtype) / keys + 1e-3
+    return inputs, options
+
+
+def results(operation, inputs, options, gram, kind=None, running_kind=None):
+    """Output, Gram matrix, running statistics and gradients, all by name, of one call."""
+    cast = {name: t.detach().to(kind).requires_grad_() if kind else t for name, t in inputs.items()}
+    options = dict(options)
+    for name in ("running_mean", "running_var"):
+        if name in options:
+            options[name] = options[name].to(running_kind or kind or options[name].dtype, copy=True)
+    out, gram_matrix = operation(**cast, **options)
+    generator = torch.Generator().manual_seed(1)
+    outputs = [out] + ([gram_matrix] if gram else [])
+    cotangents = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) * weight
+        for t, weight in zip(outputs, (1.0, 0.1), strict=False)
+    ]
+    found = {"out": out.detach(), **gradients(outputs, cotangents, cast)}
+    if gram:
+        found["gram"] = gram_matrix.detach()
+    return found | {name: options[name] for name in ("running_mean", "running_var") if name in options}
+
+
+def fused(backend, gram):
+    def operation(**arguments):
+        out = reattention(**arguments, return_gram=gram, backend=backend)
+        return out if gram else (out, None)
+
+    return operation
+
+
+def check(backend, case, dtype=torch.float64, parameter_dtype=None, change=None):
+    inputs, options = inputs_of(case, dtype, parameter_dtype)
+    if change is not None:
+        inputs = change(inputs)
+    truth = results(formulas.reattention, inputs, options, case.gram, torch.float64)
+    plain = results(formulas.reattention, inputs, options, case.gram, running_kind=dtype)
+    got = results(fused(backend, case.gram), inputs, options, case.gram)
+    for name, expected in truth.items():
+        if expected.abs().max() < 1e-10:  # exactly 0 without rounding: a bias before a norm or a softmax
+            assert got[name].abs().max() <= max(1e-5, 2 * plain[name].abs().max()), name
+        else:
+            assert_within_budget(got[name], plain[name], expected, dtype, name)
+    assert got["out"].dtype == dtype
+    assert all(got[name].dtype == t.dtype for name, t in inputs.items())
+
+
+NORMS = [("none", True), ("batch", True), ("batch", False), ("layer", True)]
+# Every value of every size at least once; the options go round beside them.
+SIZES = [
+    (2, 1, 2, 3, 16),
+    (1, 3, 1, 2, 33),
+    (3, 6, 3, 1, 35),
+    (2, 12, 17, 17, 32),
+    (1, 16, 65, 17, 64),
+    (2, 24, 17, 65, 16),
+    (1, 3, 197, 197, 80),
+    (2, 6, 65, 65, 128),
+    (1, 12, 3, 197, 64),
+    (5, 3, 17, 17, 64),
+]
+GRID = [
+    Case(
+        sizes=sizes, norm=norm, training=training, mix_bias=i % 2 == 0, pre=("", "mix and bias", "mix")[(i + j) % 3],
+        affine=i % 3 != 0, running=not training or i % 2 == 0, gram=(i + j) % 2 == 0,
+        out_scale=(1.0, 0.25)[j % 2], scale=(None, 0.1)[i % 2],
+    )
+    for i, sizes in enumerate(SIZES)
+    for j, (norm, training) in enumerate(NORMS)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_values_and_gradients(backend, case, dtype):
+    check(backend, case, dtype)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("pre", ["", "mix", "mix and bias"])
+@pytest.mark.parametrize("mix_bias", [False, True])
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_every_combination(backend, norm, training, mix_bias, pre, affine, gram):
+    case = Case(norm=norm, training=training, mix_bias=mix_bias, pre=pre, affine=affine, gram=gram)
+    check(backend, case)
+    check(backend, replace(case, sizes=(1, 4, 19, 23, 8)), torch.float32)
+
+
+@pytest.mark.parametrize("pre", ["", "mix and bias"])
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+@pytest.mark.parametrize("parameters", ["own dtype", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(backend, dtype, parameters, norm, training, pre):
+    case = Case((2, 6, 33, 33, 32), norm, training, pre=pre)
+    check(backend, case, dtype, torch.float32 if parameters == "float32" else dtype)
+
+
+GRADCHECK = [
+    Case((2, 2, 2, 3, 2), norm, training, mix_bias=mix_bias, pre=pre, affine=affine)
+    for (norm, training), (mix_bias, pre, affine) in itertools.product(
+        NORMS, [(False, "", False), (True, "mix and bias", True), (True, "", True), (False, "mix", True)]
+    )
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECK, ids=str)
+def test_gradcheck(backend, case):
+    inputs, options = inputs_of(replace(case, running=not case.training))
+
+    def operation(*tensors):
+        arguments = dict(zip(inputs, tensors, strict=True))
+        return reattention(**arguments, **options, return_gram=True, backend=backend)
+
+    torch.autograd.gradcheck(operation, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gram_is_attention_gram(backend, gram_dtype):
+    inputs, _ = inputs_of(Case((2, 4, 17, 19, 16)), gram_dtype)
+    _, gram = reattention(**inputs, return_gram=True, backend=backend)
+    torch.testing.assert_close(gram, attention_gram(inputs["q"], inputs["k"], backend=backend))
+
+
+@pytest.mark.parametrize("stat_dtype", [torch.float32, torch.float64], ids=str)
+def test_running_statistics_are_those_of_batch_norm(backend, stat_dtype):
+    """Three steps of training and one of evaluation, beside torch's module on the maps."""
+    module = torch.nn.BatchNorm2d(4, momentum=0.3, dtype=torch.float64)
+    mean, var = torch.zeros(4, dtype=stat_dtype), torch.ones(4, dtype=stat_dtype)
+    mix = torch.randn(4, 4, dtype=torch.float64)
+    for step in range(4):
+        module.train(step < 3)
+        q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+        expected = module(torch.einsum("gh,bhij->bgij", mix, formulas.softmax_maps(q, k))) @ v
+        got = reattention(
+            q, k, v, mix, norm="batch", running_mean=mean, running_var=var, training=step < 3, momentum=0.3,
+            backend=backend,
+        )  # fmt: skip
+        exact = 1e-5 if stat_dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(got, expected.detach(), rtol=exact, atol=exact)
+        torch.testing.assert_close(mean.double(), module.running_mean, rtol=exact, atol=exact)
+        torch.testing.assert_close(var.double(), module.running_var, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_batch_norm_of_nearly_uniform_attention(backend, dtype):
+    """The variance of the maps is far below the square of their mean: E[x^2] - E[x]^2 would lose it."""
+    inputs, options = inputs_of(Case((2, 4, 50, 60, 32), "batch", running=False), dtype)
+    q = (inputs.pop("q") * 1e-3).detach()
+    maps = formulas.softmax_maps(q.double(), inputs["k"].double())
+    mixed = torch.einsum("gh,bhij->bgij", inputs["mix"].double(), maps)
+    weight, bias = inputs["norm_weight"].double(), inputs["norm_bias"].double()
+    mixed = torch.nn.functional.batch_norm(mixed, None, None, weight, bias, True, eps=1e-14)
+    expected = mixed @ inputs["v"].double()
+    got = reattention(q, **inputs, **options, eps=1e-14, backend=backend)
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error < (2e-2 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_logits(backend, norm, training, sign):
+    """Logits of 1e4: one-hot maps, no overflow."""
+    case = Case((2, 3, 9, 11, 16), norm, training, gram=False)
+    check(
+        backend,
+        case,
+        change=lambda inputs: inputs | {"q": (sign * 3e3 * inputs["q"]).detach().requires_grad_()},
+    )
+    inputs, options = inputs_of(case, torch.float32)
+    inputs["q"] = sign * 1e4 * inputs["q"]
+    out = reattention(**inputs, **options, backend=backend)
+    assert out.isfinite().all()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), list(inputs.values())))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v", "mix"])
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_nan_and_inf_propagate(backend, norm, training, where, poison):
+    """An image that the plain formula spares stays clean, and what it spoils is spoilt."""
+    inputs, options = inputs_of(Case((2, 3, 9, 11, 16), norm, training, running=not training), torch.float32)
+    inputs = {name: t.detach().clone() for name, t in inputs.items()}
+    inputs[where].flatten()[5] = poison
+    expected, _ = formulas.reattention(**inputs, **options)
+    leaf = inputs["q"].requires_grad_()
+    got = reattention(**inputs, **options, backend=backend)
+    for image in range(2):
+        assert got[image].isfinite().all() == expected[image].isfinite().all()
+    got.sum().backward()
+    assert leaf.grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_empty_batch(backend, norm, training):
+    inputs, options = inputs_of(Case((0, 3, 9, 11, 16), norm, training, pre="mix and bias"), torch.float32)
+    before = {name: options[name].clone() for name in ("running_mean", "running_var") if name in options}
+    out, gram = reattention(**inputs, **options, return_gram=True, backend=backend)
+    assert out.shape == (0, 3, 9, 16)
+    assert gram.shape == (0, 3, 3)
+    out.sum().backward()
+    assert inputs["q"].grad.shape == (0, 3, 9, 16)
+    assert inputs["mix"].grad.eq(0).all()
+    assert all(torch.equal(options[name], value) for name, value in before.items())  # as torch's batch norm
+
+
+def packed(inputs):
+    """q, k, v as views into one packed projection [B, N, 3, H, d]."""
+    qkv = torch.stack([inputs[name].detach() for name in "qkv"]).permute(1, 3, 0, 2, 4).contiguous()
+    return dict(zip("qkv", qkv.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
+
+
+def each(layout):
+    return lambda inputs: {name: layout(inputs[name].detach()) for name in "qkv"}
+
+
+LAYOUTS = {
+    "packed qkv": packed,
+    "sliced tokens": each(lambda t: torch.cat([t * float("nan"), t, t], 2)[:, :, 9:18]),
+    "part of the width": each(lambda t: torch.cat([t, t * float("nan")], 3)[..., : t.shape[3]]),
+    "batch inside": each(lambda t: t.transpose(0, 2).contiguous().transpose(0, 2)),
+    "last stride 2": each(lambda t: t.repeat_interleave(2, 3)[..., ::2]),
+    "transposed": each(lambda t: t.mT.contiguous().mT),
+    "expanded": each(lambda t: t[:1].expand_as(t)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_layouts(backend, layout, norm, training):
+    def change(inputs):
+        relaid = {name: t.requires_grad_() for name, t in LAYOUTS[layout](inputs).items()}
+        return inputs | relaid | {"mix": inputs["mix"].detach().mT.requires_grad_()}
+
+    check(backend, Case((3, 4, 9, 9, 12), norm, training), change=change)
+
+
+def test_incoming_gradients_of_any_layout(backend):
+    inputs, _ = inputs_of(Case((2, 3, 9, 9, 16)))
+    out = reattention(**inputs, backend=backend)
+    wanted = list(inputs.values())
+    for cotangent in (torch.ones((), dtype=out.dtype).expand_as(out), torch.randn_like(out.mT).mT):
+        got = torch.autograd.grad(out, wanted, cotangent, retain_graph=True)
+        expected = torch.autograd.grad(out, wanted, cotangent.contiguous(), retain_graph=True)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_only_the_gradients_asked_for(backend, norm, training):
+    inputs, options = inputs_of(
+        Case((2, 3, 9, 11, 16), norm, training, pre="mix and bias", running=not training)
+    )
+
+    def gradients_of(wanted):
+        leaves = {name: t.detach().clone().requires_grad_(name in wanted) for name, t in inputs.items()}
+        out, gram = reattention(**leaves, **options, return_gram=True, backend=backend)
+        (out.square().sum() + gram.square().sum()).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    every = gradients_of(inputs)
+    for wanted in inputs:
+        for name, grad in gradients_of([wanted]).items():
+            if name == wanted:
+                torch.testing.assert_close(grad, every[name])
+            else:
+                assert grad is None
+
+
+@pytest.mark.parametrize("used", ["out", "gram"])
+def test_one_of_two_outputs_used(backend, used):
+    inputs, options = inputs_of(Case((2, 3, 9, 11, 16), "batch", running=False))
+    outputs = dict(
+        zip(("out", "gram"), reattention(**inputs, **options, return_gram=True, backend=backend), strict=True)
+    )
+    expected = dict(zip(("out", "gram"), formulas.reattention(**inputs, **options), strict=True))
+    for name in ("q", "k"):
+        (got,) = torch.autograd.grad(outputs[used].square().sum(), inputs[name], retain_graph=True)
+        (truth,) = torch.autograd.grad(expected[used].square().sum(), inputs[name], retain_graph=True)
+        torch.testing.assert_close(got, truth)
+
+
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_backward_twice_and_inputs_untouched(backend, norm, training):
+    inputs, options = inputs_of(Case((2, 3, 33, 33, 16), norm, training, pre="mix and bias"), torch.float32)
+    before = {name: t.detach().clone() for name, t in inputs.items()}
+    out = reattention(**inputs, **options, backend=backend)
+    first = torch.autograd.grad(out.sum(), list(inputs.values()), retain_graph=True)
+    second = torch.autograd.grad(out.sum(), list(inputs.values()))
+    for (name, t), a, b in zip(inputs.items(), first, second, strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(t, before[name]), name
+
+
+def test_backward_after_the_running_statistics_moved_on(backend):
+    """A second forward updates the buffers before the first one's backward, as with gradient accumulation."""
+    inputs, options = inputs_of(Case((2, 3, 9, 9, 16), "batch"))
+    (expected,) = torch.autograd.grad(reattention(**inputs, **options, backend=backend).sum(), inputs["mix"])
+    first = reattention(**inputs, **options, backend=backend)
+    reattention(**inputs, **options, backend=backend)
+    (got,) = torch.autograd.grad(first.sum(), inputs["mix"])
+    torch.testing.assert_close(got, expected)
+
+
+def test_autocast_casts_like_scaled_dot_product_attention(backend):
+    inputs, options = inputs_of(Case((2, 3, 17, 17, 16), "batch", running=False), torch.float32)
+    low = inputs | {name: inputs[name].bfloat16() for name in "qkv"}
+    expected = reattention(**low, **options, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reattention(**inputs, **options, backend=backend), expected)
+        assert torch.equal(reattention(**inputs | {"v": low["v"]}, **options, backend=backend), expected)
+    assert expected.dtype == torch.bfloat16
+
+
+def test_dropout():
+    """Before the mix, in training only; a kept entry is divided by what is kept, so the mean stays."""
+    inputs, _ = inputs_of(Case((1, 2, 40, 50, 8), mix_bias=False))
+    out = reattention(**inputs, dropout_p=0.5, training=False)
+    torch.testing.assert_close(out, reattention(**inputs))
+    ones = inputs | {"v": torch.ones_like(inputs["v"]), "mix": torch.eye(2, dtype=torch.float64)}
+    dropped = reattention(**ones, dropout_p=0.5, training=True)
+    assert dropped.std() > 0.05
+    assert abs(dropped.mean().item() - 1) < 0.1
+    assert reattention(**inputs, dropout_p=1.0, training=True).eq(0).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape_layout_and_options(backend, data):
+    draw = data.draw
+    names = ("B", "H", "N", "M", "d")
+    most = (3, 7, 40, 40, 70)
+    sizes = tuple(draw(st.integers(2 if n == "M" else 1, m), n) for n, m in zip(names, most, strict=True))
+    norm, training = draw(st.sampled_from(NORMS), "norm, training")
+    if norm == "layer" and sizes[1] == 1:
+        sizes = (sizes[0], 2, *sizes[2:])  # one head normalises to 0
+    case = Case(
+        sizes, norm, training, mix_bias=draw(st.booleans(), "bias"), pre=draw(st.sampled_from(["", "mix", "mix and bias"])),
+        affine=draw(st.booleans(), "affine"), running=not training or draw(st.booleans(), "running"),
+        gram=draw(st.booleans(), "gram"), out_scale=draw(st.floats(0.1, 4), "out_scale"),
+        scale=draw(st.none() | st.floats(0.01, 1), "scale"),
+    )  # fmt: skip
+    torch.manual_seed(draw(st.integers(0, 10**6), "seed"))
+    orders = [draw(st.permutations(range(4)), "order of the axes in memory") for _ in range(3)]
+
+    def change(inputs):
+        for name, order in zip("qkv", orders, strict=True):
+            relaid = inputs[name].detach().permute(order).contiguous()
+            inputs[name] = relaid.permute([order.index(axis) for axis in range(4)]).requires_grad_()
+        return inputs
+
+    check(backend, case, change=change)
