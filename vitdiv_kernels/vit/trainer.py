@@ -112,6 +112,8 @@ class Trainer:
             raise TrainError(
                 f"the batch ({recipe.batch}) is larger than the training set ({len(data.train)} images)"
             )
+        if recipe.losses and model.patch_embed.num_patches < 2:
+            raise TrainError("diversity losses need at least two patches, but the model has one")
         self.device, self.backend, self.workers = torch.device(device), backend, workers
         with self._chosen_backend():
             for operation in _dispatch.OPERATIONS:
