@@ -25,7 +25,7 @@ help:
 	@echo 'make demo     train small vision transformers on handwritten digits and show what diversity did'
 	@echo 'make test     lint, then the whole test suite; make pytest and make lint are its halves'
 	@echo 'make format   let ruff and clang-format rewrite what make lint complains about'
-	@echo 'make bench    measure speed and memory of the operations'
+	@echo 'make bench    measure speed and memory of the operations; build/bench.csv and build/bench.png'
 	@echo 'make build    environment and kernels only; compiles what changed'
 	@echo 'make clean    remove the environment and everything that was built'
 	@echo
@@ -55,7 +55,9 @@ format: build
 	$(CLANG_FORMAT) -i $(CPP)
 
 bench: build
-	set -e; for bench in benchmarks/bench_*.py; do $(PY) $$bench; done
+	rm -f build/bench.csv
+	set -e; for bench in benchmarks/bench_*.py; do $(PY) $$bench --out build/bench.csv; done
+	$(PY) benchmarks/plot.py build/bench.csv
 
 build: $(STAMPS)/package
 
