@@ -107,7 +107,7 @@ def test_the_log_has_every_step_and_its_terms(tmp_path):
 def test_a_resume_with_another_recipe_or_model_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     trainer().save(path)
-    with pytest.raises(TrainError, match=r"made with lr 0.0015, now 0.1"):
+    with pytest.raises(TrainError, match=r"made with lr 0.001, now 0.1"):
         trainer(Recipe(steps=24, batch=8, losses=DIVERSITY, lr=0.1)).load(path)
     with pytest.raises(TrainError, match=r"made with reattention \[2, 3\], now \[\]"):
         trainer(config=replace(SMALL, reattention=())).load(path)

@@ -30,7 +30,7 @@ class Recipe:
 
     steps: int = 1200
     batch: int = 32
-    lr: float = 1.5e-3
+    lr: float = 1e-3
     warmup: float = 0.1
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.99)
