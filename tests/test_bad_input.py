@@ -1,0 +1,197 @@
+"""Bad input gets a TypeError or ValueError that names the argument, what was given and what was expected."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vitdiv_kernels as vd
+from vitdiv_kernels import _dispatch
+
+X = torch.randn(2, 5, 8)
+Q = torch.randn(2, 3, 5, 8)
+V3 = torch.ones(3)
+MIX = torch.eye(3)
+
+
+def pairwise(x=X, y=None, **options):
+    return vd.pairwise_cosine(x, y, **options)
+
+
+def gram(q=Q, k=Q, **options):
+    return vd.attention_gram(q, k, **options)
+
+
+def cosine(q=Q, k=Q, q2=Q, k2=Q, **options):
+    return vd.attention_cosine(q, k, q2, k2, **options)
+
+
+def diversity(q=Q, k=Q, **options):
+    return vd.attention_diversity(q, k, **options)
+
+
+def reattention(q=Q, k=Q, v=Q, mix=MIX, **options):
+    return vd.reattention(q, k, v, mix, **options)
+
+
+def normed(**options):
+    return reattention(norm="batch", training=True, **options)
+
+
+# call, its arguments, the error, and what the sentence must contain
+BAD = [
+    (pairwise, dict(x=[[1.0, 2.0]]), TypeError, ["x must be a torch.Tensor", "list"]),
+    (pairwise, dict(x=torch.randn(8)), ValueError, ["x", "[..., N, D]", "[8]"]),
+    (pairwise, dict(x=X.int()), TypeError, ["x", "float32", "int32"]),
+    (pairwise, dict(x=X.to(torch.complex64)), TypeError, ["x", "complex64"]),
+    (pairwise, dict(x=X[:, :1]), ValueError, ["x", "N >= 2", "include_self", "[2, 1, 8]"]),
+    (pairwise, dict(x=X[:, :0]), ValueError, ["x", "[2, 0, 8]"]),
+    (pairwise, dict(x=X[..., :0]), ValueError, ["x", "[2, 5, 0]"]),
+    (pairwise, dict(y=3.0), TypeError, ["y must be a torch.Tensor", "float"]),
+    (pairwise, dict(y=X[:, :0]), ValueError, ["y", "at least one"]),
+    (pairwise, dict(y=X[..., :7]), ValueError, ["y", "[2, M, 8]", "[2, 5, 7]"]),
+    (pairwise, dict(y=X[:1]), ValueError, ["y", "[2, M, 8]", "[1, 5, 8]"]),
+    (pairwise, dict(y=X[0]), ValueError, ["y", "[2, M, 8]", "[5, 8]"]),
+    (pairwise, dict(y=X.double()), TypeError, ["y", "float32", "float64"]),
+    (pairwise, dict(y=X.to("meta")), ValueError, ["y", "cpu", "meta"]),
+    (pairwise, dict(y=X, include_self=True), ValueError, ["include_self", "y"]),
+    (pairwise, dict(penalty="l1"), ValueError, ["penalty", "'signed', 'abs', 'square', 'relu'", "'l1'"]),
+    (pairwise, dict(reduction="max"), ValueError, ["reduction", "'mean', 'sum', 'none'", "'max'"]),
+    (pairwise, dict(eps=-1.0), ValueError, ["eps", "-1.0"]),
+    (pairwise, dict(eps="small"), TypeError, ["eps", "str"]),
+    (pairwise, dict(backend="gpu"), ValueError, ["backend", "'reference', 'native', 'triton'", "'gpu'"]),
+    (pairwise, dict(backend="triton"), RuntimeError, ["triton", "pairwise_cosine", "not"]),
+    (gram, dict(q=None), TypeError, ["q must be a torch.Tensor", "NoneType"]),
+    (gram, dict(q=Q[0]), ValueError, ["q", "[B, H, N, d]", "[3, 5, 8]"]),
+    (gram, dict(k=Q[:, :2]), ValueError, ["k", "[2, 3, M, 8]", "[2, 2, 5, 8]"]),
+    (gram, dict(k=Q[:1]), ValueError, ["k", "[2, 3, M, 8]", "[1, 3, 5, 8]"]),
+    (gram, dict(k=Q[..., :4]), ValueError, ["k", "[2, 3, M, 8]", "[2, 3, 5, 4]"]),
+    (gram, dict(k=Q[:, :, :0]), ValueError, ["k", "at least one", "[2, 3, 0, 8]"]),
+    (gram, dict(k=Q.half()), TypeError, ["k", "float32", "float16"]),
+    (gram, dict(q=Q.long(), k=Q.long()), TypeError, ["q", "int64"]),
+    (gram, dict(k=Q.to("meta")), ValueError, ["k", "cpu", "meta"]),
+    (gram, dict(scale="d"), TypeError, ["scale", "str"]),
+    (gram, dict(backend="native "), ValueError, ["backend", "'native '"]),
+    (cosine, dict(k2=None), ValueError, ["q2 and k2", "q2 without k2"]),
+    (cosine, dict(q2=None), ValueError, ["q2 and k2", "k2 without q2"]),
+    (cosine, dict(q2=Q[:, :, :4]), ValueError, ["q2", "[2, H2, 5, d2]", "[2, 3, 4, 8]"]),
+    (cosine, dict(k2=Q[:, :, :4]), ValueError, ["k2", "[2, H2, 5, d2]", "[2, 3, 4, 8]"]),
+    (cosine, dict(q2=Q.double(), k2=Q.double()), TypeError, ["q2", "float32", "float64"]),
+    (cosine, dict(q2=Q[:1], k2=Q[:1]), ValueError, ["q2", "[2, H2, 5, d2]", "[1, 3, 5, 8]"]),
+    (diversity, dict(penalty="cube"), ValueError, ["penalty", "'square'", "'cube'"]),
+    (diversity, dict(reduction=None), ValueError, ["reduction", "'mean'", "None"]),
+    (
+        diversity,
+        dict(q=Q[:, :1], k=Q[:, :1], include_self=False),
+        ValueError,
+        ["q", "H >= 2", "[2, 1, 5, 8]"],
+    ),
+    (reattention, dict(v=Q[:, :, :4]), ValueError, ["v", "[2, 3, 5, 8]", "[2, 3, 4, 8]"]),
+    (reattention, dict(v=Q.double()), TypeError, ["v", "float32", "float64"]),
+    (reattention, dict(mix=torch.eye(4)), ValueError, ["mix", "[H, H] with H = 3", "[4, 4]"]),
+    (reattention, dict(mix=MIX[None]), ValueError, ["mix", "[1, 3, 3]"]),
+    (reattention, dict(mix=MIX.long()), TypeError, ["mix", "int64"]),
+    (reattention, dict(mix=MIX.half()), TypeError, ["mix", "float32", "float16"]),
+    (reattention, dict(mix=MIX.double()), TypeError, ["mix", "float32", "float64"]),
+    (reattention, dict(mix=None), TypeError, ["mix", "NoneType"]),
+    (reattention, dict(mix_bias=torch.ones(4)), ValueError, ["mix_bias", "[H] with H = 3", "[4]"]),
+    (reattention, dict(pre_mix=torch.ones(3, 4)), ValueError, ["pre_mix", "[3, 4]"]),
+    (reattention, dict(pre_bias=V3), ValueError, ["pre_bias", "pre_mix"]),
+    (reattention, dict(norm="group"), ValueError, ["norm", "'none', 'batch', 'layer'", "'group'"]),
+    (reattention, dict(norm_weight=V3), ValueError, ["norm_weight", "norm"]),
+    (reattention, dict(norm="layer", norm_weight=V3[:2]), ValueError, ["norm_weight", "[2]"]),
+    (
+        reattention,
+        dict(norm="layer", running_mean=V3, running_var=V3),
+        ValueError,
+        ["running_mean", "'layer'"],
+    ),
+    (reattention, dict(norm="batch"), ValueError, ["running_mean and running_var", "training"]),
+    (reattention, dict(norm="batch", running_mean=V3), ValueError, ["running_mean without running_var"]),
+    (normed, dict(running_mean=V3, running_var=V3[:1]), ValueError, ["running_var", "[1]"]),
+    (normed, dict(running_mean=V3.double(), running_var=V3.double()), TypeError, ["running_mean", "float64"]),
+    (normed, dict(q=Q[:1, :, :1], k=Q[:1, :, :1], v=Q[:1, :, :1]), ValueError, ["more than 1 value"]),
+    (reattention, dict(dropout_p=1.5), ValueError, ["dropout_p", "1.5"]),
+    (reattention, dict(dropout_p=-0.5), ValueError, ["dropout_p", "-0.5"]),
+    (reattention, dict(out_scale=None), TypeError, ["out_scale", "NoneType"]),
+    (reattention, dict(eps=float("nan")), ValueError, ["eps", "nan"]),
+    (reattention, dict(dropout_p=0.1, training=True, backend="native"), ValueError, ["dropout", "reference"]),
+    (vd.use_backend, dict(backend="cuda"), ValueError, ["backend", "'native'", "'cuda'"]),
+    (vd.nn.ReAttention, dict(dim=10, num_heads=3), ValueError, ["num_heads", "3", "10"]),
+    (vd.nn.ReAttention, dict(dim=12, num_heads=3, norm="group"), ValueError, ["norm", "'batch'", "'group'"]),
+    (vd.nn.ReAttention, dict(dim=12, num_heads=3, mix_init="zero"), ValueError, ["mix_init", "'zero'"]),
+    (vd.nn.ReAttention, dict(dim=12, num_heads=3, qk_norm=True), ValueError, ["norm_layer", "qk_norm"]),
+    (vd.nn.TalkingHeadsAttention, dict(dim=10, num_heads=3), ValueError, ["num_heads", "3", "10"]),
+    (vd.nn.TalkingHeadsAttention, dict(dim=12, num_heads=3, attn_drop=0.1), ValueError, ["attn_drop", "0.1"]),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "error", "words"), BAD)
+def test_the_sentence(call, arguments, error, words):
+    with pytest.raises(error) as caught:
+        call(**arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("mask", [dict(attn_mask=torch.ones(5, 5)), dict(is_causal=True)])
+def test_masks_are_refused(mask):
+    with pytest.raises(ValueError, match="attn_mask"):
+        vd.nn.ReAttention(8, 2)(torch.randn(1, 5, 8), **mask)
+
+
+def test_an_absent_backend_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_NATIVE_MISSING", "the kernels are not compiled: run this")
+    with pytest.raises(
+        RuntimeError, match=r"native.*pairwise_cosine.*the kernels are not compiled: run this"
+    ):
+        pairwise(backend="native")
+    with vd.use_backend("native"), pytest.raises(RuntimeError, match=r"use_backend.*not compiled"):
+        pairwise()
+    torch.testing.assert_close(pairwise(), pairwise(backend="reference"))
+    choice, reason = _dispatch.auto_choice("pairwise_cosine", "cpu")
+    assert choice == "reference"
+    assert "not compiled" in reason
+
+
+def test_native_kernels_are_for_cpu_tensors():
+    with pytest.raises(RuntimeError, match="CPU"):
+        pairwise(x=X.to("meta"), backend="native")
+
+
+def test_use_backend_nests_and_a_call_can_overrule_it(monkeypatch):
+    taken = []
+    monkeypatch.setattr(_dispatch, "TABLE", ())  # the table must not be asked
+    with vd.use_backend("reference"):
+        with vd.use_backend("triton"), pytest.raises(RuntimeError, match="triton"):
+            pairwise()
+        taken.append(pairwise())
+        with vd.use_backend("triton"):
+            taken.append(pairwise(backend="reference"))
+        with pytest.raises(KeyError), vd.use_backend("triton"):
+            raise KeyError
+        taken.append(pairwise())
+    assert all(torch.equal(value, taken[0]) for value in taken)
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [
+        ("reference", "reference"),
+        ("auto", None),
+        ("", None),
+        ("triton", 'RuntimeError: backend "triton" (set by the environment variable VITDIV_BACKEND)'),
+        ("gpu", "VITDIV_BACKEND must be one of auto, reference, native, triton, got 'gpu'"),
+    ],
+)
+def test_environment_variable(value, outcome):
+    program = (
+        "import torch, vitdiv_kernels as vd; vd.pairwise_cosine(torch.ones(2, 3));"
+        "from vitdiv_kernels import _dispatch; print(_dispatch.resolve('pairwise_cosine', 'cpu', 'auto'))"
+    )
+    environment = os.environ | {"VITDIV_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    expected = outcome or _dispatch.auto_choice("pairwise_cosine", "cpu")[0]
+    assert expected in (done.stdout if done.returncode == 0 else done.stderr)

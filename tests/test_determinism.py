@@ -1,0 +1,58 @@
+"""The same bits twice, at one thread and at two, also when there are fewer images than threads."""
+
+import pytest
+import torch
+
+import vitdiv_kernels as vd
+
+SIZES = [(1, 3, 197, 64), (5, 4, 65, 32), (3, 12, 33, 16)]  # B, H, N, d
+
+
+def bits_of(operation, inputs):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    outputs = operation(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+
+def assert_same_bits(operation, inputs):
+    first = bits_of(operation, inputs)
+    for _ in range(4):
+        for a, b in zip(first, bits_of(operation, inputs), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("norm", "pre"), [("none", False), ("batch", False), ("layer", False), ("batch", True)]
+)
+def test_reattention(backend, threads, sizes, norm, pre, dtype):
+    batch, heads, tokens, width = sizes
+    q, k, v = torch.randn(3, batch, heads, tokens, width, dtype=dtype)
+    matrices = torch.randn(1 + pre, heads, heads)
+
+    def operation(q, k, v, matrices):
+        pre_mix = matrices[1] if pre else None
+        return vd.reattention(
+            q, k, v, matrices[0], pre_mix=pre_mix, norm=norm, training=True, return_gram=True, backend=backend
+        )
+
+    assert_same_bits(operation, [q, k, v, matrices])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_attn_diversity(backend, threads, sizes):
+    q, k, q2, k2 = torch.randn(4, *sizes)
+    assert_same_bits(lambda *t: vd.attention_cosine(*t, backend=backend), [q, k, q2, k2])
+
+
+@pytest.mark.parametrize("penalty", ["signed", "abs", "square", "relu"])
+@pytest.mark.parametrize("shape", [(1, 197, 48), (5, 65, 80), (3, 400, 16)], ids=str)
+def test_pairwise_cosine(backend, threads, shape, penalty):
+    x, y = torch.randn(2, *shape)
+    options = dict(penalty=penalty, backend=backend)
+    assert_same_bits(lambda x: vd.pairwise_cosine(x, **options), [x])
+    assert_same_bits(lambda x, y: vd.pairwise_cosine(x, y, **options), [x, y])

@@ -1,0 +1,77 @@
+"""Batch norm over the processes of a group: two processes with a part of a batch each give what one gives with
+all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import vitdiv_kernels as vd
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+SPLIT = [3, 2]  # unequal shares: the counts must be reduced too
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, sum(SPLIT), 4, 9, 8, generator=generator, dtype=torch.float64)
+    parameters = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 4), (4,), (4,))
+    ]
+    cotangent = torch.randn(sum(SPLIT), 4, 9, 8, generator=generator, dtype=torch.float64)
+    return qkv, parameters, cotangent
+
+
+def step(qkv, parameters, cotangent, backend, process_group=None):
+    """Output, running statistics, and the gradients of qkv and of the parameters."""
+    leaves = [t.clone().requires_grad_() for t in (qkv, *parameters)]
+    (q, k, v), (mix, weight, bias) = leaves[0], leaves[1:]
+    mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    out, gram = vd.reattention(
+        q, k, v, mix, norm="batch", norm_weight=weight, norm_bias=bias, running_mean=mean, running_var=var,
+        training=True, return_gram=True, process_group=process_group, backend=backend,
+    )  # fmt: skip
+    grads = torch.autograd.grad((out * cotangent).sum() + gram.square().sum(), leaves)
+    return [out.detach(), mean, var, *grads]
+
+
+def worker(rank, store, results, backends):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SPLIT))
+    qkv, parameters, cotangent = tensors()
+    mine = slice(sum(SPLIT[:rank]), sum(SPLIT[: rank + 1]))
+    found = {b: step(qkv[:, mine], parameters, cotangent[mine], b, dist.group.WORLD) for b in backends}
+    module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(vd.nn.ReAttention(32, 4, dtype=torch.float64))
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(sum(SPLIT), 9, 32, dtype=torch.float64)
+    found["module"] = [module(x[mine]).detach(), module.var_norm.running_var]
+    torch.save(found, f"{results}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    backends = ["reference"]
+    if vd._dispatch.missing("native", "reattention", "cpu") is None:
+        backends.append("native")
+    mp.spawn(worker, (f"{tmp_path}/store", tmp_path, backends), nprocs=len(SPLIT))
+    parts = [torch.load(tmp_path / str(rank)) for rank in range(len(SPLIT))]
+    for backend in backends:
+        whole = step(*tensors(), "reference")
+        out, mean, var, d_qkv, *d_parameters = zip(*(part[backend] for part in parts), strict=True)
+        torch.testing.assert_close(torch.cat(out), whole[0])
+        for rank in range(len(SPLIT)):
+            torch.testing.assert_close(mean[rank], whole[1])
+            torch.testing.assert_close(var[rank], whole[2])
+        torch.testing.assert_close(torch.cat(d_qkv, 1), whole[3])
+        for shares, total in zip(d_parameters, whole[4:], strict=True):
+            torch.testing.assert_close(sum(shares), total)
+
+    alone = vd.nn.ReAttention(32, 4, dtype=torch.float64)
+    torch.manual_seed(0)
+    for parameter in alone.parameters():
+        torch.nn.init.normal_(parameter)
+    expected = alone(torch.randn(sum(SPLIT), 9, 32, dtype=torch.float64))
+    torch.testing.assert_close(torch.cat([part["module"][0] for part in parts]), expected.detach())
+    torch.testing.assert_close(parts[0]["module"][1], alone.var_norm.running_var)
