@@ -221,6 +221,20 @@ void reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupling,
   require_memory(cpu().reattention_bwd(args));
 }
 
+void reattention_alignment(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& v, const at::Tensor& bias,
+                           const at::Tensor& sums) {
+  TORCH_CHECK_VALUE(out.dim() == 4 && v.dim() == 4, "out and v must have shape [B, H, N, d]");
+  const int64_t B = out.size(0), H = out.size(1), N = out.size(2), M = v.size(2), dv = out.size(3);
+  const at::ScalarType dtype = out.scalar_type(), acc = accumulation_type(out);
+  ReattentionAlignment args{B, H, N, M, dv, {}, {}, {}, nullptr, nullptr, threads_for(double(B * H) * double(N * dv))};
+  args.dout = heads_view(dout, "dout", {B, H, N, dv}, dtype);
+  args.out = heads_view(out, "out", {B, H, N, dv}, dtype);
+  args.v = heads_view(v, "v", {B, H, M, dv}, dtype);
+  args.bias = array(bias, "bias", {H}, acc);
+  args.sums = array(sums, "sums", {H}, acc);
+  require_memory(cpu().reattention_alignment(args));
+}
+
 // Threads that the kernels' parallel regions get; 1 when they were compiled without OpenMP.
 int num_threads() {
   int threads = 1;
@@ -244,6 +258,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention_gram_bwd", &attention_gram_bwd, unlocked);
   m.def("reattention_fwd", &reattention_fwd, unlocked);
   m.def("reattention_bwd", &reattention_bwd, unlocked);
+  m.def("reattention_alignment", &reattention_alignment, unlocked);
   m.def("cpu_capability", [] { return std::string(cpu().capability); });
   m.def("num_threads", &num_threads, unlocked);
   m.attr("built_for_torch") = VITDIV_TORCH_VERSION;

@@ -15,6 +15,8 @@ struct TileShape {
   int64_t N, M, padded, rows, tiles;
   // All maps of a tile stay within about a third of a 1 MB L2; 16 to 56 rows measured the same within 5 %.
   TileShape(int64_t heads, int64_t N, int64_t M) : N(N), M(M), padded(round_up(M, kLanes<T>)) {
+    // rows that lie a large power of two apart would evict each other from L1 where a product reads them as columns
+    if (padded * int64_t(sizeof(T)) % 512 == 0) padded += kLanes<T>;
     constexpr int64_t kTileBytes = 384 << 10, kMostRows = 32;
     const int64_t fitting = kTileBytes / (max64(heads * padded, 1) * int64_t(sizeof(T)));
     rows = min64(kMostRows, max64(fitting, kMaxRows));
@@ -23,6 +25,11 @@ struct TileShape {
   }
   int64_t begin(int64_t tile) const { return tile * N / tiles; }
   int64_t head_stride() const { return rows * padded; }
+  // Sets the columns that a product into a tile did not reach.
+  void clear_padding(int64_t n, T* map) const {
+    const int64_t reached = round_up(M, kLanes<T>);
+    for (int64_t r = 0; reached < padded && r < n; r++) store(map + r * padded + reached, Vec<T>{});
+  }
 };
 
 VITDIV_INLINE int64_t offset_of(const HeadsView& view, int64_t b, int64_t h, int64_t i) {
@@ -30,56 +37,69 @@ VITDIV_INLINE int64_t offset_of(const HeadsView& view, int64_t b, int64_t h, int
 }
 
 template <class T>
-Rows<T> head_rows(const HeadsView& view, int64_t b, int64_t h, int64_t i, int64_t n, int64_t width, bool whole_vectors,
-                  T* copy) {
-  return rows_of(view.data, view.dtype, offset_of(view, b, h, i), view.stride_n, n, width, whole_vectors, copy);
+Rows<T> head_rows(const HeadsView& view, int64_t b, int64_t h, int64_t i, int64_t n, int64_t width, T* copy) {
+  return rows_of(view.data, view.dtype, offset_of(view, b, h, i), view.stride_n, n, width, copy);
 }
 
-template <class T>
-bool needs_copy(const HeadsView& view, int64_t width) {
-  return !is_native<T>(view.dtype) || width % kLanes<T> != 0;
-}
+enum class Pack { kRows, kTransposed };
 
-// The transposes of all heads' [M, width] as panels, head h at h * packed_size(M, width).
+// Panels of all heads' [M, width], or of their transposes, one head after the other. copy: [M, width].
 template <class T>
-void pack_heads(const HeadsView& view, int64_t b, int64_t H, int64_t M, int64_t width, T* staging, T* panels) {
-  for (int64_t h = 0; h < H; h++) {
-    const Rows<T> rows = head_rows(view, b, h, 0, M, width, false, staging);
-    pack_transposed(M, width, rows.data, rows.ld, panels + h * packed_size<T>(M, width));
+struct HeadPanels {
+  T* data;
+  int64_t M, width;
+  Pack order;
+  static int64_t size(int64_t H, int64_t M, int64_t width, Pack order) {
+    return H * (order == Pack::kRows ? packed_size<T>(width, M) : packed_size<T>(M, width));
   }
-}
-
-// All heads' rows as panels of a product: in place or copied to [H, M, round_up(width, kLanes)].
-template <class T>
-class HeadPanels {
- public:
-  HeadPanels(const HeadsView& view, int64_t M, int64_t width, T* copy)
-      : view_(view), M_(M), width_(width), copy_(copy), copied_(needs_copy<T>(view, width)) {}
-  static int64_t copy_size(const HeadsView& view, int64_t H, int64_t M, int64_t width) {
-    return needs_copy<T>(view, width) ? H * M * round_up(width, kLanes<T>) : 0;
+  HeadPanels(Arena& arena, bool needed, int64_t H, int64_t M, int64_t width, Pack order)
+      : data(arena.take<T>(needed ? size(H, M, width, order) : 0)), M(M), width(width), order(order) {}
+  void fill(const HeadsView& view, int64_t b, int64_t H, T* copy) const {
+    for (int64_t h = 0; h < H; h++) {
+      const Rows<T> rows = head_rows(view, b, h, 0, M, width, copy);
+      if (order == Pack::kRows)
+        pack_rows(M, width, rows.data, rows.ld, data + h * size(1, M, width, order));
+      else
+        pack_transposed(M, width, rows.data, rows.ld, data + h * size(1, M, width, order));
+    }
   }
-  void set_image(int64_t b, int64_t H) {
-    for (int64_t h = 0; copied_ && h < H; h++) head_rows(view_, b, h, 0, M_, width_, true, head_copy(h));
+  Panels<T> operator[](int64_t h) const {
+    return {data + h * size(1, M, width, order), order == Pack::kRows ? M : width};
   }
-  Panels<T> at(int64_t b, int64_t h) const {
-    if (copied_) return row_panels<T>(head_copy(h), round_up(width_, kLanes<T>));
-    return row_panels<T>(static_cast<const T*>(view_.data) + offset_of(view_, b, h, 0), view_.stride_n);
-  }
-
- private:
-  T* head_copy(int64_t h) const { return copy_ + h * M_ * round_up(width_, kLanes<T>); }
-  HeadsView view_;
-  int64_t M_, width_;
-  T* copy_;
-  bool copied_;
 };
 
-// Query rows i ... i + n of head h times all its keys: raw logits.
+// n rows of a head as panels. copy: [n, width], then room for the panels.
 template <class T>
-void logits(const HeadsView& q, const T* key_panels, int64_t b, int64_t h, int64_t i, int64_t n, int64_t M, int64_t d,
-            T* copy, T* out, int64_t padded) {
-  const Rows<T> rows = head_rows(q, b, h, i, n, d, false, copy);
-  gemm<T, false>(n, M, d, rows.data, rows.ld, packed_panels(key_panels + h * packed_size<T>(M, d), d), out, padded, false);
+Panels<T> head_row_panels(const HeadsView& view, int64_t b, int64_t h, int64_t i, int64_t n, int64_t width, T* copy) {
+  const Rows<T> rows = head_rows(view, b, h, i, n, width, copy);
+  T* panels = copy + n * width;
+  pack_rows(n, width, rows.data, rows.ld, panels);
+  return {panels, n};
+}
+
+// c [n, width] of query rows i ... i + n of a head: written in place where whole vectors of its own dtype can be, else
+// through copy [n, round_up(width, kLanes)].
+template <class T>
+bool takes_whole_vectors(const HeadsView& view, int64_t width) {
+  return is_native<T>(view.dtype) && width % kLanes<T> == 0;
+}
+
+template <class T>
+void product_to_rows(int64_t n, int64_t width, int64_t K, const T* a, int64_t lda, Panels<T> panels, const HeadsView& out,
+                     int64_t b, int64_t h, int64_t i, T* copy) {
+  if (takes_whole_vectors<T>(out, width)) {
+    gemm<T, false>(n, width, K, a, lda, panels, static_cast<T*>(out.data) + offset_of(out, b, h, i), out.stride_n, false);
+    return;
+  }
+  const int64_t ld = round_up(width, kLanes<T>);
+  gemm<T, false>(n, width, K, a, lda, panels, copy, ld, false);
+  for (int64_t r = 0; r < n; r++) store_row(copy + r * ld, width, out.data, out.dtype, offset_of(out, b, h, i + r));
+}
+
+// Scratch that serves the copies above: a whole head, or a tile of query rows and its panels.
+template <class T>
+int64_t copy_size(const TileShape<T>& tile, int64_t width) {
+  return max64(tile.M * width, tile.rows * (width + round_up(width, kPanel<T>)));
 }
 
 // The gradient [M, width] of each head's keys or values, which every row tile adds to. It grows in the output itself where
@@ -89,14 +109,14 @@ class HeadGradients {
  public:
   // bytes of scratch: per thread, or per task where an image has several
   static int64_t scratch_size(const HeadsView& out, int64_t H, int64_t M, int64_t width, bool several) {
-    return out.data && (several || needs_copy<T>(out, width)) ? H * M * round_up(width, kLanes<T>) : 0;
+    return out.data && (several || !takes_whole_vectors<T>(out, width)) ? H * M * round_up(width, kLanes<T>) : 0;
   }
   HeadGradients(const HeadsView& out, int64_t H, int64_t M, int64_t width, bool several, T* scratch)
       : out_(out), H_(H), M_(M), width_(width), direct_(scratch_size(out, H, M, width, several) == 0), scratch_(scratch) {}
   // (+)= a^T rows, a [n, M]
-  void add(int64_t b, int64_t h, int64_t n, const T* a, int64_t lda, Rows<T> rows, bool accumulate) {
+  void add(int64_t b, int64_t h, int64_t n, const T* a, int64_t lda, Panels<T> rows, bool accumulate) {
     T* c = direct_ ? static_cast<T*>(out_.data) + offset_of(out_, b, h, 0) : head(scratch_, h);
-    gemm<T, true>(M_, width_, n, a, lda, row_panels<T>(rows.data, rows.ld), c, direct_ ? out_.stride_n : ld(), accumulate);
+    gemm<T, true>(M_, width_, n, a, lda, rows, c, direct_ ? out_.stride_n : ld(), accumulate);
   }
   // The sum of `count` tasks' scratch, each `stride` apart.
   void store(int64_t b, int64_t h, int64_t count = 1, int64_t stride = 0) {
@@ -129,19 +149,6 @@ void store_grams(int64_t B, int64_t pieces, int64_t H, const double* sums, T* ou
         for (int64_t p = 0; p < pieces; p++) total += sums[((b * pieces + p) * H + g) * H + h];
         out[(b * H + g) * H + h] = out[(b * H + h) * H + g] = T(total);
       }
-}
-
-// c [n, width] of query rows i ... i + n: written in place where possible, else through `copy`.
-template <class T>
-void product_to_rows(int64_t n, int64_t width, int64_t K, const T* a, int64_t lda, Panels<T> b_panels, const HeadsView& out,
-                     int64_t b, int64_t h, int64_t i, T* copy) {
-  if (!needs_copy<T>(out, width)) {
-    gemm<T, false>(n, width, K, a, lda, b_panels, static_cast<T*>(out.data) + offset_of(out, b, h, i), out.stride_n, false);
-    return;
-  }
-  const int64_t ld = round_up(width, kLanes<T>);
-  gemm<T, false>(n, width, K, a, lda, b_panels, copy, ld, false);
-  for (int64_t r = 0; r < n; r++) store_row(copy + r * ld, width, out.data, out.dtype, offset_of(out, b, h, i + r));
 }
 
 }  // namespace

@@ -27,34 +27,29 @@ struct Work {
 
 template <class T>
 struct MapScratch {
-  T *key_panels[kLayers], *copy, *a;
-  MapScratch(Arena& arena, const GramArgs& args, const Work<T>& w) {
-    int64_t widest = 0;
-    for (int l = 0; l < kLayers; l++) {
-      const Layer& layer = args.layers[l];
-      key_panels[l] = arena.take<T>(layer.H * packed_size<T>(args.M, layer.d));
-      widest = max64(widest, layer.d);
-    }
-    copy = arena.take<T>(max64(args.M, w.tile.rows) * round_up(widest, kLanes<T>));
-    a = arena.take<T>(w.H * w.tile.head_stride());
+  HeadPanels<T> keys_t[kLayers];
+  T *copy, *a;
+  MapScratch(Arena& arena, const GramArgs& args, const Work<T>& w)
+      : keys_t{{arena, true, args.layers[0].H, args.M, args.layers[0].d, Pack::kTransposed},
+               {arena, true, args.layers[1].H, args.M, args.layers[1].d, Pack::kTransposed}},
+        copy(arena.take<T>(copy_size(w.tile, max64(args.layers[0].d, args.layers[1].d)))),
+        a(arena.take<T>(w.H * w.tile.head_stride())) {}
+  void set_image(const GramArgs& args, int64_t b) const {
+    for (int l = 0; l < kLayers; l++) keys_t[l].fill(args.layers[l].k, b, args.layers[l].H, copy);
   }
 };
-
-template <class T>
-void pack_keys(const GramArgs& args, const MapScratch<T>& m, int64_t b) {
-  for (int l = 0; l < kLayers; l++)
-    pack_heads(args.layers[l].k, b, args.layers[l].H, args.M, args.layers[l].d, m.copy, m.key_panels[l]);
-}
 
 // The softmax maps of query rows i ... i + n of both layers' heads, their padding set to `pad`.
 template <class T>
 void softmax_maps(const GramArgs& args, const Work<T>& w, const MapScratch<T>& m, int64_t b, int64_t i, int64_t n, T pad) {
+  const int64_t padded = w.tile.padded;
   T* a = m.a;
   for (int l = 0; l < kLayers; l++)
     for (int64_t h = 0; h < args.layers[l].H; h++, a += w.tile.head_stride()) {
       const Layer& layer = args.layers[l];
-      logits(layer.q, m.key_panels[l], b, h, i, n, args.M, layer.d, m.copy, a, w.tile.padded);
-      for (int64_t r = 0; r < n; r++) softmax_row(args.M, a + r * w.tile.padded, T(layer.scale), pad);
+      const Rows<T> q = head_rows(layer.q, b, h, i, n, layer.d, m.copy);
+      gemm<T, false>(n, args.M, layer.d, q.data, q.ld, m.keys_t[l][h], a, padded, false);
+      for (int64_t r = 0; r < n; r++) softmax_row(args.M, padded, a + r * padded, T(layer.scale), pad);
     }
 }
 
@@ -76,7 +71,7 @@ bool forward(const GramForward& args) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
       const int64_t b = task / w.pieces;
-      if (b != image) pack_keys(args, m, image = b);
+      if (b != image) m.set_image(args, image = b);
       double* task_sums = sums + task * sums_size;
       for (int64_t x = 0; x < sums_size; x++) task_sums[x] = 0;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
@@ -93,14 +88,22 @@ bool forward(const GramForward& args) {
 
 template <class T>
 struct BackwardScratch : MapScratch<T> {
-  T *g, *keys[kLayers], *dk[kLayers];
-  BackwardScratch(Arena& arena, const GramBackward& args, const Work<T>& w) : MapScratch<T>(arena, args, w) {
-    g = arena.take<T>(w.H * w.tile.head_stride());
+  HeadPanels<T> keys[kLayers];
+  T *g, *dk[kLayers];
+  BackwardScratch(Arena& arena, const GramBackward& args, const Work<T>& w)
+      : MapScratch<T>(arena, args, w),
+        keys{{arena, args.dq[0].data != nullptr, args.layers[0].H, args.M, args.layers[0].d, Pack::kRows},
+             {arena, args.dq[1].data != nullptr, args.layers[1].H, args.M, args.layers[1].d, Pack::kRows}},
+        g(arena.take<T>(w.H * w.tile.head_stride())) {
     for (int l = 0; l < kLayers; l++) {
       const Layer& layer = args.layers[l];
-      keys[l] = arena.take<T>(args.dq[l].data ? HeadPanels<T>::copy_size(layer.k, layer.H, args.M, layer.d) : 0);
       dk[l] = arena.take<T>(w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk[l], layer.H, args.M, layer.d, false) : 0);
     }
+  }
+  void set_image(const GramBackward& args, int64_t b) const {
+    MapScratch<T>::set_image(args, b);
+    for (int l = 0; l < kLayers; l++)
+      if (args.dq[l].data) keys[l].fill(args.layers[l].k, b, args.layers[l].H, this->copy);
   }
 };
 
@@ -130,7 +133,7 @@ bool backward(const GramBackward& args) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
       const int64_t b = task / w.pieces;
-      if (b != image) pack_keys(args, m, image = b);
+      if (b != image) m.set_image(args, image = b);
       const T* coupling = static_cast<const T*>(args.coupling) + b * w.H * w.H;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
@@ -140,15 +143,13 @@ bool backward(const GramBackward& args) {
         T *a = m.a, *g = m.g;
         for (int l = 0; l < kLayers; l++) {
           const Layer& layer = args.layers[l];
-          HeadPanels<T> keys(layer.k, args.M, layer.d, m.keys[l]);
-          if (args.dq[l].data && t == w.first_tile(task)) keys.set_image(b, layer.H);
           HeadGradients<T> dk(args.dk[l], layer.H, args.M, layer.d, several,
                               several ? partial + task * dk_total + dk_offset[l] : m.dk[l]);
           for (int64_t h = 0; h < layer.H; h++, a += stride, g += stride) {
-            for (int64_t r = 0; r < n; r++) softmax_row_bwd(args.M, a + r * padded, g + r * padded, T(layer.scale));
-            if (args.dq[l].data) product_to_rows<T>(n, layer.d, args.M, g, padded, keys.at(b, h), args.dq[l], b, h, i, m.copy);
+            for (int64_t r = 0; r < n; r++) softmax_row_bwd(padded, a + r * padded, g + r * padded, T(layer.scale));
+            if (args.dq[l].data) product_to_rows<T>(n, layer.d, args.M, g, padded, m.keys[l][h], args.dq[l], b, h, i, m.copy);
             if (args.dk[l].data)
-              dk.add(b, h, n, g, padded, head_rows(layer.q, b, h, i, n, layer.d, true, m.copy), t != w.first_tile(task));
+              dk.add(b, h, n, g, padded, head_row_panels(layer.q, b, h, i, n, layer.d, m.copy), t != w.first_tile(task));
             if (args.dk[l].data && !several && t + 1 == w.end_tile(task)) dk.store(b, h);
           }
         }

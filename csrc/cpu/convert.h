@@ -94,19 +94,12 @@ struct Rows {
   int64_t ld;
 };
 
-// n rows of `width` from `offset` on: the caller's own memory where it serves, else a copy in `copy`, of
-// n x round_up(width, kLanes), zero padded. As panels of a product, rows must be readable in whole vectors.
+// n rows of `width` from `offset` on: in place, or converted into copy [n, width].
 template <class T>
-Rows<T> rows_of(const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n, int64_t width,
-                bool whole_vectors, T* copy) {
-  if (is_native<T>(dtype) && (!whole_vectors || width % kLanes<T> == 0))
-    return {static_cast<const T*>(data) + offset, stride};
-  const int64_t ld = round_up(width, kLanes<T>);
-  for (int64_t i = 0; i < n; i++) {
-    load_row(data, dtype, offset + i * stride, width, copy + i * ld);
-    for (int64_t c = width; c < ld; c++) copy[i * ld + c] = 0;
-  }
-  return {copy, ld};
+Rows<T> rows_of(const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n, int64_t width, T* copy) {
+  if (is_native<T>(dtype)) return {static_cast<const T*>(data) + offset, stride};
+  for (int64_t i = 0; i < n; i++) load_row(data, dtype, offset + i * stride, width, copy + i * width);
+  return {copy, width};
 }
 
 }  // namespace

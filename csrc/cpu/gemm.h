@@ -1,10 +1,10 @@
 // The matrix-product micro-kernel that every CPU kernel stands on: C [M, N] (+)= A [M, K] B [K, N], with C held in
 // registers, kMaxRows x kPanel at a time.
 //
-// B is read in panels of kPanel columns: panel j begins at b + j * panel_stride and its rows are ldb apart. A row-major
-// matrix is a set of panels already (panel_stride = kPanel, ldb = its row stride); pack_transposed makes panels of a
-// matrix's transpose. Columns are computed in whole vectors: B must be readable, and C writable, up to
-// round_up(N, kLanes) columns.
+// B is read in panels of kPanel columns, each contiguous: out[panel][k][kPanel]. pack_rows makes them of a matrix and
+// pack_transposed of its transpose, the columns beyond N zero. (Reading B's rows in place instead lets rows that lie a
+// large power of two apart, as in a packed qkv projection, evict each other from L1.) Columns are computed in whole
+// vectors: C must be writable up to round_up(N, kLanes) columns.
 #pragma once
 
 #include "simd.h"
@@ -13,17 +13,17 @@ namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
+// Panels of a matrix of `depth` rows, from one of its rows on.
 template <class T>
 struct Panels {
   const T* data;
-  int64_t panel_stride;
-  int64_t ldb;
+  int64_t depth;
 };
 
 // A(r, k) is a[r * lda + k], or with Transposed a[k * lda + r].
 template <class T, int Rows, int Vectors, bool Transposed>
 __attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, int64_t lda, const T* __restrict b,
-                                            int64_t ldb, T* __restrict c, int64_t ldc, bool accumulate) {
+                                            T* __restrict c, int64_t ldc, bool accumulate) {
   Vec<T> acc[Rows][Vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++)
@@ -39,7 +39,7 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, in
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; v++) acc[r][v] += ark * bk[v];
     }
-    b += ldb;
+    b += kPanel<T>;
     a += Transposed ? lda : 1;
   }
 #pragma GCC unroll 16
@@ -49,13 +49,13 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, in
 }
 
 template <class T, int Vectors, bool Transposed, int Rows = kMaxRows>
-VITDIV_INLINE void micro_kernel_rows(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                                     int64_t ldc, bool accumulate) {
+VITDIV_INLINE void micro_kernel_rows(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
+                                     bool accumulate) {
   if constexpr (Rows > 1) {
     if (rows < Rows)
-      return micro_kernel_rows<T, Vectors, Transposed, Rows - 1>(rows, K, a, lda, b, ldb, c, ldc, accumulate);
+      return micro_kernel_rows<T, Vectors, Transposed, Rows - 1>(rows, K, a, lda, b, c, ldc, accumulate);
   }
-  micro_kernel<T, Rows, Vectors, Transposed>(K, a, lda, b, ldb, c, ldc, accumulate);
+  micro_kernel<T, Rows, Vectors, Transposed>(K, a, lda, b, c, ldc, accumulate);
 }
 
 // M rows in blocks of at most kMaxRows that differ by at most one row: a last block of one row would waste the kernel.
@@ -70,19 +70,24 @@ template <class T, bool Transposed>
 void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, Panels<T> b, T* c, int64_t ldc, bool accumulate) {
   const RowBlocks blocks(M);
   for (int64_t j = 0; j < N; j += kPanel<T>) {
-    const T* panel = b.data + j / kPanel<T> * b.panel_stride;
+    const T* panel = b.data + j * b.depth;
     for (int64_t i = 0; i < blocks.count; i++) {
       const int64_t r = blocks.begin(i), rows = blocks.size(i);
       const T* ai = Transposed ? a + r : a + r * lda;
       if (N - j > kLanes<T>)
-        micro_kernel_rows<T, 2, Transposed>(rows, K, ai, lda, panel, b.ldb, c + r * ldc + j, ldc, accumulate);
+        micro_kernel_rows<T, 2, Transposed>(rows, K, ai, lda, panel, c + r * ldc + j, ldc, accumulate);
       else
-        micro_kernel_rows<T, 1, Transposed>(rows, K, ai, lda, panel, b.ldb, c + r * ldc + j, ldc, accumulate);
+        micro_kernel_rows<T, 1, Transposed>(rows, K, ai, lda, panel, c + r * ldc + j, ldc, accumulate);
     }
   }
 }
 
-// Rows [N, K] into the panels of their transpose [K, N]: out[panel][k][kPanel], columns beyond N zero.
+template <class T>
+VITDIV_INLINE int64_t packed_size(int64_t columns, int64_t depth) {
+  return round_up(columns, kPanel<T>) * depth;
+}
+
+// Panels of the transpose of rows [N, K]: N columns, depth K.
 template <class T>
 void pack_transposed(int64_t N, int64_t K, const T* rows, int64_t ld, T* out) {
   constexpr int P = kPanel<T>;
@@ -101,19 +106,23 @@ void pack_transposed(int64_t N, int64_t K, const T* rows, int64_t ld, T* out) {
   }
 }
 
+// One row of N columns into row k of panels of the given depth.
 template <class T>
-VITDIV_INLINE int64_t packed_size(int64_t N, int64_t K) {
-  return round_up(N, kPanel<T>) * K;
+VITDIV_INLINE void pack_row(int64_t N, const T* row, int64_t k, int64_t depth, T* out) {
+  constexpr int P = kPanel<T>;
+  out += k * P;
+  int64_t j = 0;
+  for (; j + P <= N; j += P, out += depth * P) {
+    store(out, load(row + j));
+    store(out + kLanes<T>, load(row + j + kLanes<T>));
+  }
+  for (int64_t col = 0; j < N && col < P; col++) out[col] = j + col < N ? row[j + col] : T(0);
 }
 
+// Panels of rows [K, N]: N columns, depth K.
 template <class T>
-VITDIV_INLINE Panels<T> packed_panels(const T* data, int64_t K) {
-  return {data, K * kPanel<T>, kPanel<T>};
-}
-
-template <class T>
-VITDIV_INLINE Panels<T> row_panels(const T* data, int64_t ld) {
-  return {data, kPanel<T>, ld};
+void pack_rows(int64_t K, int64_t N, const T* rows, int64_t ld, T* out) {
+  for (int64_t k = 0; k < K; k++) pack_row(N, rows + k * ld, k, K, out);
 }
 
 }  // namespace

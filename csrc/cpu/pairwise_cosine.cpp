@@ -14,6 +14,9 @@ namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
 constexpr int64_t kTile = 128, kWord = 32;
+// Row stride of a tile that products also read as columns: an odd number of cache lines, so that they spread over L1.
+template <class T>
+constexpr int64_t kTileStride = kTile + 64 / int64_t(sizeof(T));
 
 struct Set {
   BatchView view;
@@ -53,34 +56,49 @@ T inverse_norm(int64_t D, const T* row, T eps, T* norm) {
 template <class T>
 Rows<T> raw_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, T* copy) {
   return rows_of(set.view.data, set.view.dtype, set.view.offset[item] + i * set.view.stride_n, set.view.stride_n, n, D,
-                 false, copy);
+                 copy);
 }
 
-// Unit rows i ... i + n as [n, ld], the columns beyond D zero. `row` holds one row.
+// Unit rows i ... i + n as [n, D]. `row` holds one row.
 template <class T>
-void unit_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, T eps, T* row, T* out, int64_t ld) {
+void unit_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, T eps, T* row, T* out) {
   for (int64_t r = 0; r < n; r++) {
     const T* x = raw_rows(set, item, i + r, 1, D, row).data;
     T norm;
     const T inverse = inverse_norm(D, x, eps, &norm);
-    T* z = out + r * ld;
-    for (int64_t k = 0; k < D; k++) z[k] = x[k] * inverse;
-    for (int64_t k = D; k < ld; k++) z[k] = 0;
+    for (int64_t k = 0; k < D; k++) out[r * D + k] = x[k] * inverse;
   }
 }
 
-// X^T X [D, ld] of unit rows z [n, ld].
+// All unit rows as panels of D columns. `row` holds one row, `unit` one.
 template <class T>
-void feature_gram(int64_t n, int64_t D, const T* z, int64_t ld, T* out) {
-  const RowBlocks blocks(D);
-  for (int64_t j = 0; j < D; j += kPanel<T>)
-    for (int64_t i = 0; i < blocks.count && blocks.begin(i) < j + kPanel<T>; i++) {
-      const int64_t r = blocks.begin(i);
-      if (D - j > kLanes<T>)
-        micro_kernel_rows<T, 2, true>(blocks.size(i), n, z + r, ld, z + j, ld, out + r * ld + j, ld, false);
-      else
-        micro_kernel_rows<T, 1, true>(blocks.size(i), n, z + r, ld, z + j, ld, out + r * ld + j, ld, false);
-    }
+void pack_unit_rows(const Set& set, int64_t item, int64_t D, T eps, T* row, T* unit, T* panels) {
+  for (int64_t i = 0; i < set.count; i++) {
+    unit_rows(set, item, i, 1, D, eps, row, unit);
+    pack_row(D, unit, i, set.count, panels);
+  }
+}
+
+// Unit rows from `first` (a multiple of kPanel) on, transposed, as panels of one column a row. `staging` holds
+// kPanel + 1 rows.
+template <class T>
+void pack_unit_columns(const Set& set, int64_t item, int64_t first, int64_t D, T eps, T* staging, T* panels) {
+  for (int64_t j = first; j < set.count; j += kPanel<T>) {
+    const int64_t width = min64(kPanel<T>, set.count - j);
+    unit_rows(set, item, j, width, D, eps, staging + kPanel<T> * D, staging);
+    pack_transposed(width, D, staging, D, panels + j * D);
+  }
+}
+
+// X^T X [D, ld] of unit rows [n, D] as panels: the panels that hold a block's features are its left factor too.
+template <class T>
+void feature_gram(int64_t n, int64_t D, const T* panels, T* out, int64_t ld) {
+  constexpr int64_t P = kPanel<T>;
+  for (int64_t r = 0; r < D; r += P) {
+    const int64_t rows = min64(P, D - r);
+    for (int64_t j = r; j < D; j += P)
+      gemm<T, true>(rows, min64(P, D - j), n, panels + r * n, P, Panels<T>{panels + j * n, n}, out + r * ld + j, ld, false);
+  }
   for (int64_t r = 0; r < D; r++)
     for (int64_t c = 0; c < r; c++) out[r * ld + c] = out[c * ld + r];
 }
@@ -150,7 +168,7 @@ struct TileScratch {
   TileScratch(Arena& arena, const CosineArgs& a)
       : panels(arena.take<T>(packed_size<T>(a.M, a.D))),
         staging(arena.take<T>((kPanel<T> + 1) * a.D)),
-        rows(arena.take<T>(kTile * round_up(a.D, kLanes<T>))),
+        rows(arena.take<T>(kTile * a.D)),
         inverse(arena.take<T>(kTile)),
         c(arena.take<T>(kMaxRows * kPanel<T>)) {}
 };
@@ -160,13 +178,9 @@ template <class T, Penalty P>
 double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, int64_t begin, int64_t end) {
   const Set rows_of_x = rows_set(a), columns = columns_set(a);
   const bool within = !a.y.data;
-  const int64_t D = a.D, first_column = within ? begin / kPanel<T> * kPanel<T> : 0;
+  const int64_t D = a.D;
   const Signs signs(a, a.saved, item);
-  for (int64_t j = first_column; j < columns.count; j += kPanel<T>) {
-    const int64_t width = min64(kPanel<T>, columns.count - j);
-    unit_rows(columns, item, j, width, D, T(a.eps), m.staging + kPanel<T> * D, m.staging, D);
-    pack_transposed(width, D, m.staging, D, m.panels + j * D);
-  }
+  pack_unit_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D, T(a.eps), m.staging, m.panels);
   constexpr int64_t kDepth = 384;  // of a product at a time: the rows' part stays in L1
   double total = 0;
   for (int64_t i = begin; i < end; i += kTile) {
@@ -187,7 +201,7 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
         if (within && j + kPanel<T> <= i + r + 1) break;  // this block and those below it lie under the diagonal
         for (int64_t k = 0; k < D; k += kDepth)
           micro_kernel_rows<T, 2, false>(rows, min64(kDepth, D - k), x.data + r * x.ld + k, x.ld,
-                                         m.panels + j * D + k * kPanel<T>, kPanel<T>, m.c, kPanel<T>, k > 0);
+                                         m.panels + j * D + k * kPanel<T>, m.c, kPanel<T>, k > 0);
         const bool triangle = within && j <= i + r + rows - 1;
         const double sum = reduce_tile<T, P>(m.c, rows, i + r, j, m.inverse + r, triangle, signs);
         total += within ? 2 * sum : sum;
@@ -270,20 +284,21 @@ bool signed_forward(const CosineForward& a) {
   return true;
 }
 
-// Scratch for the closed form of square: unit rows of one set and the Gram matrix of the features of each.
+// Scratch for the closed form of square: unit rows of one set as panels and the Gram matrix of the features of each.
 template <class T>
 struct SquareScratch {
   int64_t ld;
-  T *z, *row, *gram_x, *gram_y;
+  T *row, *unit, *panels, *gram_x, *gram_y;
   SquareScratch(Arena& arena, const CosineArgs& a)
       : ld(round_up(a.D, kLanes<T>)),
-        z(arena.take<T>(max64(a.N, a.M) * ld)),
         row(arena.take<T>(a.D)),
+        unit(arena.take<T>(a.D)),
+        panels(arena.take<T>(packed_size<T>(a.D, max64(a.N, a.M)))),
         gram_x(arena.take<T>(a.D * ld)),
         gram_y(arena.take<T>(a.y.data ? a.D * ld : 0)) {}
   void make_gram(const Set& set, int64_t item, const CosineArgs& a, T* gram) const {
-    unit_rows(set, item, 0, set.count, a.D, T(a.eps), row, z, ld);
-    feature_gram(set.count, a.D, z, ld, gram);
+    pack_unit_rows(set, item, a.D, T(a.eps), row, unit, panels);
+    feature_gram(set.count, a.D, panels, gram, ld);
   }
 };
 
@@ -303,7 +318,8 @@ bool square_forward(const CosineForward& a) {
       m.make_gram(rows_set(a), item, a, m.gram_x);
       double total = 0;
       for (int64_t i = 0; !a.y.data && !a.include_self && i < a.N; i++) {
-        const double square = double(dot(a.D, m.z + i * m.ld, m.z + i * m.ld));
+        unit_rows(rows_set(a), item, i, 1, a.D, T(a.eps), m.row, m.unit);
+        const double square = double(dot(a.D, m.unit, m.unit));
         total -= square * square;
       }
       if (a.y.data) m.make_gram(columns_set(a), item, a, m.gram_y);
@@ -344,17 +360,19 @@ struct RowsGradient {
  private:
   struct Scratch {
     int64_t ld;
-    T *z, *panels, *gram, *w, *zi, *dz, *row, *dx;
+    T *z, *columns_t, *staging, *gram, *gram_panels, *w, *zi, *dz, *row, *unit;
     Scratch(Arena& arena, const RowsGradient& g)
         : ld(round_up(g.a.D, kLanes<T>)),
-          z(arena.take<T>(g.tiles() || g.closed() ? g.columns.count * ld : 0)),
-          panels(arena.take<T>(g.squares() && g.tiles() ? packed_size<T>(g.columns.count, g.a.D) : 0)),
+          z(arena.take<T>(g.tiles() || g.closed() ? packed_size<T>(g.a.D, g.columns.count) : 0)),
+          columns_t(arena.take<T>(g.squares() && g.tiles() ? packed_size<T>(g.columns.count, g.a.D) : 0)),
+          staging(arena.take<T>((kPanel<T> + 1) * g.a.D)),
           gram(arena.take<T>(g.closed() ? g.a.D * ld : 0)),
-          w(arena.take<T>(kTile * kTile)),
-          zi(arena.take<T>(g.squares() ? kTile * ld : 0)),
+          gram_panels(arena.take<T>(g.closed() ? packed_size<T>(g.a.D, g.a.D) : 0)),
+          w(arena.take<T>(kTile * kTileStride<T>)),
+          zi(arena.take<T>(kTile * g.a.D)),
           dz(arena.take<T>(kTile * ld)),
           row(arena.take<T>(g.a.D)),
-          dx(arena.take<T>(g.a.D)) {}
+          unit(arena.take<T>(g.a.D)) {}
   };
   void prepare(const Scratch& m, int64_t item) const;
   void add_signs(const Scratch& m, int64_t item, int64_t i, int64_t n, int64_t j, int64_t width) const;
@@ -366,11 +384,13 @@ struct RowsGradient {
 template <class T>
 void RowsGradient<T>::prepare(const Scratch& m, int64_t item) const {
   if (!tiles() && !closed()) return;
-  unit_rows(columns, item, 0, columns.count, a.D, T(a.eps), m.row, m.z, m.ld);
-  if (closed())
-    feature_gram(columns.count, a.D, m.z, m.ld, m.gram);
-  else if (squares())
-    pack_transposed(columns.count, a.D, m.z, m.ld, m.panels);
+  pack_unit_rows(columns, item, a.D, T(a.eps), m.row, m.unit, m.z);
+  if (closed()) {
+    feature_gram(columns.count, a.D, m.z, m.gram, m.ld);
+    pack_rows(a.D, a.D, m.gram, m.ld, m.gram_panels);
+  } else if (squares()) {
+    pack_unit_columns(columns, item, 0, a.D, T(a.eps), m.staging, m.columns_t);
+  }
 }
 
 // Signs of columns j ... j + kTile of row i as +1, -1, 0; only of pairs j > i with `triangle`.
@@ -389,39 +409,41 @@ void expand_signs(const Signs& signs, int64_t i, int64_t j, bool triangle, T* ou
 
 template <class T>
 void RowsGradient<T>::add_signs(const Scratch& m, int64_t item, int64_t i, int64_t n, int64_t j, int64_t width) const {
+  constexpr int64_t S = kTileStride<T>;
   const Signs signs(a, a.saved, item);
-  const Panels<T> z = row_panels<T>(m.z + j * m.ld, m.ld);
+  const Panels<T> z = {m.z + j * kPanel<T>, columns.count};
   if (of_y || (within && j < i)) {  // the words stand in the other set's rows
-    for (int64_t c = 0; c < width; c++) expand_signs(signs, j + c, i, false, m.w + c * kTile);
-    gemm<T, true>(n, a.D, width, m.w, kTile, z, m.dz, m.ld, true);
+    for (int64_t c = 0; c < width; c++) expand_signs(signs, j + c, i, false, m.w + c * S);
+    gemm<T, true>(n, a.D, width, m.w, S, z, m.dz, m.ld, true);
     return;
   }
   const bool diagonal = within && i == j;
-  for (int64_t r = 0; r < n; r++) expand_signs(signs, i + r, j, diagonal, m.w + r * kTile);
+  for (int64_t r = 0; r < n; r++) expand_signs(signs, i + r, j, diagonal, m.w + r * S);
   for (int64_t r = 0; diagonal && r < n; r++) {
-    for (int64_t c = 0; c < r; c++) m.w[r * kTile + c] = m.w[c * kTile + r];
-    m.w[r * kTile + r] = a.include_self && dot(a.D, m.z + (i + r) * m.ld, m.z + (i + r) * m.ld) > 0 ? T(1) : T(0);
+    for (int64_t c = 0; c < r; c++) m.w[r * S + c] = m.w[c * S + r];
+    const T* x = raw_rows(rows, item, i + r, 1, a.D, m.row).data;
+    m.w[r * S + r] = a.include_self && dot(a.D, x, x) > 0 ? T(1) : T(0);
   }
-  gemm<T, false>(n, a.D, width, m.w, kTile, z, m.dz, m.ld, true);
+  gemm<T, false>(n, a.D, width, m.w, S, z, m.dz, m.ld, true);
 }
 
 template <class T>
 void RowsGradient<T>::add_similarities(const Scratch& m, int64_t i, int64_t n, int64_t j, int64_t width) const {
-  const Panels<T> panels = packed_panels<T>(m.panels + j * a.D, a.D);
-  gemm<T, false>(n, width, a.D, m.zi, m.ld, panels, m.w, kTile, false);
+  constexpr int64_t S = kTileStride<T>;
+  gemm<T, false>(n, width, a.D, m.zi, a.D, Panels<T>{m.columns_t + j * a.D, a.D}, m.w, S, false);
   for (int64_t r = 0; r < n; r++)
-    for (int64_t c = 0; c < width; c++) m.w[r * kTile + c] *= within && !a.include_self && i + r == j + c ? T(0) : T(2);
-  gemm<T, false>(n, a.D, width, m.w, kTile, row_panels<T>(m.z + j * m.ld, m.ld), m.dz, m.ld, true);
+    for (int64_t c = 0; c < width; c++) m.w[r * S + c] *= within && !a.include_self && i + r == j + c ? T(0) : T(2);
+  gemm<T, false>(n, a.D, width, m.w, S, Panels<T>{m.z + j * kPanel<T>, columns.count}, m.dz, m.ld, true);
 }
 
 // m.dz: the gradient of unit rows i ... i + n of the sum, counting a pair within x once.
 template <class T>
 void RowsGradient<T>::unit_gradient(const Scratch& m, int64_t item, int64_t i, int64_t n) const {
-  if (squares()) unit_rows(rows, item, i, n, a.D, T(a.eps), m.row, m.zi, m.ld);
+  if (squares()) unit_rows(rows, item, i, n, a.D, T(a.eps), m.row, m.zi);
   if (closed()) {
-    gemm<T, false>(n, a.D, a.D, m.zi, m.ld, row_panels<T>(m.gram, m.ld), m.dz, m.ld, false);
+    gemm<T, false>(n, a.D, a.D, m.zi, a.D, Panels<T>{m.gram_panels, a.D}, m.dz, m.ld, false);
     for (int64_t r = 0; r < n; r++) {
-      const T *zi = m.zi + r * m.ld, self = within && !a.include_self ? dot(a.D, zi, zi) : T(0);
+      const T *zi = m.zi + r * a.D, self = within && !a.include_self ? dot(a.D, zi, zi) : T(0);
       for (int64_t k = 0; k < a.D; k++) m.dz[r * m.ld + k] = 2 * (m.dz[r * m.ld + k] - self * zi[k]);
     }
     return;
@@ -431,7 +453,7 @@ void RowsGradient<T>::unit_gradient(const Scratch& m, int64_t item, int64_t i, i
     for (int64_t r = 0; r < n; r++) {
       T* dz = m.dz + r * m.ld;
       if (within && !a.include_self) {
-        unit_rows(rows, item, i + r, 1, a.D, T(a.eps), m.row, dz, m.ld);
+        unit_rows(rows, item, i + r, 1, a.D, T(a.eps), m.row, dz);
         for (int64_t k = 0; k < a.D; k++) dz[k] = sums[k] - dz[k];
       } else {
         memcpy(dz, sums, size_t(a.D) * sizeof(T));
@@ -461,7 +483,7 @@ void RowsGradient<T>::finish(const Scratch& m, int64_t item, int64_t i, int64_t 
     const T along = norm <= T(a.eps) ? T(0) : dot(a.D, x, dz) * inverse * inverse;
     const bool direct = is_native<T>(out.dtype);
     const int64_t offset = out.offset[item] + (i + r) * out.stride_n;
-    T* dx = direct ? static_cast<T*>(out.data) + offset : m.dx;
+    T* dx = direct ? static_cast<T*>(out.data) + offset : m.unit;
     for (int64_t k = 0; k < a.D; k++) dx[k] = factor * inverse * (dz[k] - x[k] * along);
     if (!direct) store_row(dx, a.D, out.data, out.dtype, offset);
   }

@@ -36,10 +36,11 @@ const T* scaled(int64_t H, const void* matrix, double scale, bool transpose, T* 
 // A thread's scratch for making the maps of one tile.
 template <class T>
 struct MapScratch {
-  T *key_panels, *copy, *a;
+  HeadPanels<T> keys_t;
+  T *copy, *a;
   MapScratch(Arena& arena, const ReattentionArgs& args, const Work<T>& w)
-      : key_panels(arena.take<T>(args.H * packed_size<T>(args.M, args.d))),
-        copy(arena.take<T>(max64(args.M, w.tile.rows) * round_up(max64(args.d, args.dv), kLanes<T>))),
+      : keys_t(arena, true, args.H, args.M, args.d, Pack::kTransposed),
+        copy(arena.take<T>(copy_size(w.tile, max64(args.d, args.dv)))),
         a(arena.take<T>(args.H * w.tile.head_stride())) {}
 };
 
@@ -51,22 +52,22 @@ void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratc
   const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
   for (int64_t h = 0; h < args.H; h++) {
     T* z = raw + h * stride;
-    logits(args.q, m.key_panels, b, h, i, n, args.M, args.d, m.copy, z, padded);
-    for (int64_t r = 0; !pre_mix && r < n; r++) softmax_row(args.M, z + r * padded, T(args.scale), pad);
+    const Rows<T> q = head_rows(args.q, b, h, i, n, args.d, m.copy);
+    gemm<T, false>(n, args.M, args.d, q.data, q.ld, m.keys_t[h], z, padded, false);
+    if (pre_mix) w.tile.clear_padding(n, z);
+    for (int64_t r = 0; !pre_mix && r < n; r++) softmax_row(args.M, padded, z + r * padded, T(args.scale), pad);
   }
   if (!pre_mix) return;
   mix<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), T(0), raw, m.a, stride);
   for (int64_t h = 0; h < args.H; h++)
-    for (int64_t r = 0; r < n; r++) softmax_row(args.M, m.a + h * stride + r * padded, T(1), pad);
+    for (int64_t r = 0; r < n; r++) softmax_row(args.M, padded, m.a + h * stride + r * padded, T(1), pad);
 }
 
 template <class T>
 struct ForwardScratch : MapScratch<T> {
-  T *values, *row;
+  HeadPanels<T> values;
   ForwardScratch(Arena& arena, const ReattentionForward& args, const Work<T>& w)
-      : MapScratch<T>(arena, args, w),
-        values(arena.take<T>(args.out.data ? HeadPanels<T>::copy_size(args.v, args.H, args.M, args.dv) : 0)),
-        row(arena.take<T>(w.tile.rows * round_up(args.dv, kLanes<T>))) {}
+      : MapScratch<T>(arena, args, w), values(arena, args.out.data, args.H, args.M, args.dv, Pack::kRows) {}
 };
 
 template <class T>
@@ -94,14 +95,13 @@ bool forward(const ReattentionForward& args) {
   {
     Arena arena(block.data() + common.used() + thread_index() * per_thread.used());
     const ForwardScratch<T> m(arena, args, w);
-    HeadPanels<T> values(args.v, args.M, args.dv, m.values);
     int64_t image = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
       const int64_t b = task / w.pieces;
       if (b != image) {
-        pack_heads(args.k, b, H, args.M, args.d, m.copy, m.key_panels);
-        if (args.out.data) values.set_image(b, H);
+        m.keys_t.fill(args.k, b, H, m.copy);
+        if (args.out.data) m.values.fill(args.v, b, H, m.copy);
         image = b;
       }
       double* gram_sum = args.gram ? shared.grams + task * H * H : nullptr;
@@ -117,7 +117,7 @@ bool forward(const ReattentionForward& args) {
           layer_norm_heads<T>(H, L, m.a, nullptr, nullptr, m.a, stride, static_cast<const T*>(args.norm_weight),
                               static_cast<const T*>(args.norm_bias), T(args.eps));
         for (int64_t h = 0; h < H; h++)
-          product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, values.at(b, h), args.out, b, h, i, m.row);
+          product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, m.values[h], args.out, b, h, i, m.copy);
       }
     }
   }
@@ -135,11 +135,12 @@ struct ParameterSums {
 
 template <class T>
 struct BackwardScratch : MapScratch<T> {
-  T *value_panels, *keys, *g, *raw, *normalized, *rstd, *dk, *dv;
+  HeadPanels<T> values_t, keys;
+  T *g, *raw, *normalized, *rstd, *dk, *dv;
   BackwardScratch(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
       : MapScratch<T>(arena, args, w),
-        value_panels(arena.take<T>(args.dout.data ? args.H * packed_size<T>(args.M, args.dv) : 0)),
-        keys(arena.take<T>(args.dq.data ? HeadPanels<T>::copy_size(args.k, args.H, args.M, args.d) : 0)),
+        values_t(arena, args.dout.data, args.H, args.M, args.dv, Pack::kTransposed),
+        keys(arena, args.dq.data, args.H, args.M, args.d, Pack::kRows),
         g(arena.take<T>(args.H * w.tile.head_stride())),
         raw(arena.take<T>(args.pre_mix ? args.H * w.tile.head_stride() : 0)),
         normalized(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
@@ -180,11 +181,12 @@ bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const Back
                             static_cast<const T*>(args.norm_bias), T(args.eps));
     }
     for (int64_t h = 0; h < H; h++) {
-      const Rows<T> dout = head_rows(args.dout, b, h, i, n, args.dv, true, m.copy);
-      if (args.dv_out.data) dv.add(b, h, n, m.g + h * stride, padded, dout, !first);
-      gemm<T, false>(n, args.M, args.dv, dout.data, dout.ld,
-                     packed_panels(m.value_panels + h * packed_size<T>(args.M, args.dv), args.dv), m.g + h * stride, padded,
-                     false);
+      T* g = m.g + h * stride;
+      if (args.dv_out.data)
+        dv.add(b, h, n, g, padded, head_row_panels(args.dout, b, h, i, n, args.dv, m.copy), !first);
+      const Rows<T> dout = head_rows(args.dout, b, h, i, n, args.dv, m.copy);
+      gemm<T, false>(n, args.M, args.dv, dout.data, dout.ld, m.values_t[h], g, padded, false);
+      w.tile.clear_padding(n, g);
     }
     if (norm_weight) {
       for (int64_t h = 0; h < H; h++) {
@@ -244,15 +246,14 @@ bool backward(const ReattentionBackward& args) {
   {
     Arena arena(block.data() + common.used() + thread_index() * per_thread.used());
     const BackwardScratch<T> m(arena, args, w);
-    HeadPanels<T> keys(args.k, args.M, args.d, m.keys);
     int64_t image = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
       const int64_t b = task / w.pieces;
       if (b != image) {
-        pack_heads(args.k, b, H, args.M, args.d, m.copy, m.key_panels);
-        if (args.dout.data) pack_heads(args.v, b, H, args.M, args.dv, m.copy, m.value_panels);
-        if (args.dq.data) keys.set_image(b, H);
+        m.keys_t.fill(args.k, b, H, m.copy);
+        if (args.dout.data) m.values_t.fill(args.v, b, H, m.copy);
+        if (args.dq.data) m.keys.fill(args.k, b, H, m.copy);
         image = b;
       }
       double* task_sums = shared.sums + task * ParameterSums::size(H);
@@ -267,15 +268,15 @@ bool backward(const ReattentionBackward& args) {
         if (!maps_gradient<T>(args, w, m, mix_t, b, i, n, first, dv, sums)) continue;
         for (int64_t h = 0; h < H; h++)
           for (int64_t r = 0; r < n; r++)
-            softmax_row_bwd(args.M, m.a + h * stride + r * padded, m.g + h * stride + r * padded,
+            softmax_row_bwd(padded, m.a + h * stride + r * padded, m.g + h * stride + r * padded,
                             pre_mix ? T(1) : T(args.scale));
         if (args.dpre_mix) gram<T>(H, H, n * padded, m.g, T(0), m.raw, T(0), stride, sums.dpre_mix, false);
         if (pre_mix) mix<T>(H, n * padded, pre_mix_t, nullptr, T(0), m.g, m.g, stride);
         for (int64_t h = 0; h < H; h++) {
           if (args.dq.data)
-            product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, keys.at(b, h), args.dq, b, h, i, m.copy);
+            product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, m.keys[h], args.dq, b, h, i, m.copy);
           if (args.dk.data)
-            dk.add(b, h, n, m.g + h * stride, padded, head_rows(args.q, b, h, i, n, args.d, true, m.copy), !first);
+            dk.add(b, h, n, m.g + h * stride, padded, head_row_panels(args.q, b, h, i, n, args.d, m.copy), !first);
         }
       }
       for (int64_t h = 0; !several && h < H; h++) {
@@ -299,7 +300,56 @@ bool backward(const ReattentionBackward& args) {
   return true;
 }
 
+template <class T>
+bool alignment(const ReattentionAlignment& args) {
+  const int64_t width = args.dv, ld = round_up(width, kLanes<T>);
+  Arena per_thread;
+  per_thread.take<T>(4 * ld);
+  const int64_t sums_bytes = round_up(args.B * args.H * int64_t(sizeof(double)), 64);
+  const Block block(sums_bytes + args.threads * per_thread.used());
+  if (!block.data()) return false;
+  double* sums = reinterpret_cast<double*>(block.data());
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
+  {
+    Arena arena(block.data() + sums_bytes + thread_index() * per_thread.used());
+    T *dout_copy = arena.take<T>(4 * ld), *copy = dout_copy + ld, *dout_sum = copy + ld, *v_sum = dout_sum + ld;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t b = 0; b < args.B; b++)
+      for (int64_t h = 0; h < args.H; h++) {
+        double total = 0;
+        for (int64_t c = 0; c < 2 * ld; c++) dout_sum[c] = 0;
+        for (int64_t i = 0; i < args.N; i++) {
+          const T* dout = head_rows(args.dout, b, h, i, 1, width, dout_copy).data;
+          const T* out = head_rows(args.out, b, h, i, 1, width, copy).data;
+          T row = 0;
+          for (int64_t c = 0; c < width; c++) {
+            row += dout[c] * out[c];
+            dout_sum[c] += dout[c];
+          }
+          total += double(row);
+        }
+        for (int64_t j = 0; j < args.M; j++) {
+          const T* v = head_rows(args.v, b, h, j, 1, width, copy).data;
+          for (int64_t c = 0; c < width; c++) v_sum[c] += v[c];
+        }
+        T bias_part = 0;
+        for (int64_t c = 0; c < width; c++) bias_part += dout_sum[c] * v_sum[c];
+        sums[b * args.H + h] = total - double(static_cast<const T*>(args.bias)[h] * bias_part);
+      }
+  }
+  for (int64_t h = 0; h < args.H; h++) {
+    double total = 0;
+    for (int64_t b = 0; b < args.B; b++) total += sums[b * args.H + h];
+    static_cast<T*>(args.sums)[h] = T(total);
+  }
+  return true;
+}
+
 }  // namespace
+
+bool reattention_alignment(const ReattentionAlignment& args) {
+  return args.dout.dtype == ScalarType::kDouble ? alignment<double>(args) : alignment<float>(args);
+}
 
 bool reattention_fwd(const ReattentionForward& args) {
   return args.q.dtype == ScalarType::kDouble ? forward<double>(args) : forward<float>(args);

@@ -182,13 +182,6 @@ VITDIV_INLINE Vec<T> exp2_nonpositive(Vec<T> t) {
   const Vec<T> lowest = broadcast<T>(Simd<T>::kMinExponent);
   const Int<T> underflow = t < lowest;
   t = underflow ? lowest : t;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Vec<T> p = (Vec<T>)_mm512_scalef_ps((__m512)exp2_fraction<T>(t - (Vec<T>)n), n);
-    return underflow ? Vec<T>{} : p;
-  }
-#endif
   const Vec<T> shifted = t + Simd<T>::kRound;
   const Int<T> n = (Int<T>)shifted - (Int<T>)broadcast<T>(Simd<T>::kRound);
   const Vec<T> power = (Vec<T>)((n + Simd<T>::kExponentBias) << Simd<T>::kMantissaBits);

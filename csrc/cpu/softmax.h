@@ -1,4 +1,4 @@
-// Softmax of a row and its gradient. A row has M values and room for round_up(M, kLanes).
+// Softmax of a row and its gradient. A row has M values and room for `padded`, whole vectors.
 #pragma once
 
 #include "simd.h"
@@ -9,7 +9,7 @@ namespace {
 
 // row = softmax(scale * row); the padding is set to `pad`. NaN and infinities come out as torch.softmax gives them.
 template <class T>
-void softmax_row(int64_t M, T* row, T scale, T pad) {
+void softmax_row(int64_t M, int64_t padded, T* row, T scale, T pad) {
   constexpr int V = kLanes<T>;
   const int64_t whole = M / V * V, tail = M - whole;
   const T infinity = T(__builtin_inff());
@@ -42,15 +42,16 @@ void softmax_row(int64_t M, T* row, T scale, T pad) {
   const T norm = T(1) / sum_lanes<T>(total);
   for (int64_t j = 0; j < whole; j += V) store(row + j, load(row + j) * norm);
   if (tail) store(row + whole, first_lanes<T>(load(row + whole) * norm, tail, pad));
+  for (int64_t j = round_up(M, V); j < padded; j += V) store(row + j, broadcast<T>(pad));
 }
 
 // d, the gradient of the probabilities a, becomes factor * that of the logits. The padding of a is 0.
 template <class T>
-void softmax_row_bwd(int64_t M, const T* a, T* d, T factor) {
+void softmax_row_bwd(int64_t padded, const T* a, T* d, T factor) {
   Vec<T> acc = {};
-  for (int64_t j = 0; j < M; j += kLanes<T>) acc += load(a + j) * load(d + j);
+  for (int64_t j = 0; j < padded; j += kLanes<T>) acc += load(a + j) * load(d + j);
   const T delta = sum_lanes<T>(acc);
-  for (int64_t j = 0; j < M; j += kLanes<T>) store(d + j, load(a + j) * (load(d + j) - delta) * factor);
+  for (int64_t j = 0; j < padded; j += kLanes<T>) store(d + j, load(a + j) * (load(d + j) - delta) * factor);
 }
 
 }  // namespace

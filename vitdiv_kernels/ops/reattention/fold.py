@@ -40,8 +40,8 @@ def batch_statistics(mix, mix_bias, centered_gram, queries, keys, process_group)
     return Statistics(mean if mix_bias is None else mean + mix_bias, var, covariance, count)
 
 
-def fold(mix, mix_bias, keys, norm, norm_weight, norm_bias, mean, var, from_batch, eps, out_scale):
-    """(weight [H, H], bias [H]) of the affine mix. mean and var are those of norm "batch", `from_batch` or running."""
+def fold(mix, mix_bias, keys, norm, norm_weight, norm_bias, mean, var, eps, out_scale):
+    """(weight [H, H], bias [H]) of the affine mix; mean and var are the running statistics of norm "batch"."""
     centre = mix.sum(1) / keys  # of the mixed maps, less mix_bias
     if mix_bias is not None:
         centre = centre + mix_bias
@@ -51,46 +51,53 @@ def fold(mix, mix_bias, keys, norm, norm_weight, norm_bias, mean, var, from_batc
         gain = (var + eps).rsqrt()
         if norm_weight is not None:
             gain = gain * norm_weight
-        # the batch's own mean is the centre, exactly
-        centre = torch.zeros_like(centre) if from_batch else (centre - mean) * gain
+        mix, centre = mix * gain.unsqueeze(1), (centre - mean) * gain
         if norm_bias is not None:
             centre = centre + norm_bias
-        mix = mix * gain.unsqueeze(1)
     return (mix, centre) if out_scale == 1 else (mix * out_scale, centre * out_scale)
 
 
-class FoldGradients(NamedTuple):
-    dmix: torch.Tensor
-    dmix_bias: torch.Tensor
-    dnorm_weight: torch.Tensor | None
-    dnorm_bias: torch.Tensor | None
-    coupling: torch.Tensor | None  # [1, H, H]: what the batch's statistics add to dgram + its transpose
+def fold_batch(mix, norm_weight, norm_bias, var, eps, out_scale):
+    """(gain [H], bias [H]) with batch statistics, whose mean is the mixed maps' own, exactly: the affine mix is then
+    gain[g] mix[g, h] and norm_bias."""
+    gain = (var + eps).rsqrt()
+    if norm_weight is not None:
+        gain = gain * norm_weight
+    bias = torch.zeros_like(var) if norm_bias is None else norm_bias
+    return (gain, bias) if out_scale == 1 else (gain * out_scale, bias * out_scale)
 
 
-def fold_backward(
-    dweight, dbias, mix, mix_bias, keys, norm, norm_weight, mean, var, statistics, eps, out_scale, process_group
-):
-    """From the gradients of the affine mix to those of what it was made from."""
+def variance_gradient(aligned, var, eps, process_group):
+    """dvar [H] of batch norm. `aligned[g]` is the sum over the batch of dout_g times the part of out_g that the gain
+    scales, so gain times its gradient: a variance needs no sweep over the maps, nor a division by the gain."""
+    dvar = -0.5 * aligned / (var + eps)
+    if process_group is not None:
+        torch.distributed.all_reduce(dvar, group=process_group)
+    return dvar
+
+
+def variance_coupling(dvar, mix, count):
+    """What the gradient of the variances adds to dgram + its transpose: [1, H, H]."""
+    return (2 * _times((dvar.unsqueeze(1) * mix).t(), mix) / count).unsqueeze(0)
+
+
+def fold_backward(dweight, dbias, mix, mix_bias, keys, norm, norm_weight, mean, var, covariance, dvar, eps, out_scale):
+    """(dmix, dmix_bias, dnorm_weight, dnorm_bias) from the gradients of the affine mix; covariance and dvar are given
+    when batch norm took the batch's own statistics."""
     if norm == "layer":
-        return FoldGradients(dweight + dbias.unsqueeze(1) / keys, dbias, None, None, None)
+        return dweight + dbias.unsqueeze(1) / keys, dbias, None, None
     if out_scale != 1:
         dweight, dbias = dweight * out_scale, dbias * out_scale
     if norm == "none":
-        return FoldGradients(dweight + dbias.unsqueeze(1) / keys, dbias, None, None, None)
+        return dweight + dbias.unsqueeze(1) / keys, dbias, None, None
     rstd = (var + eps).rsqrt()
     gain = rstd if norm_weight is None else rstd * norm_weight
     dgain = (dweight * mix).sum(1)
-    if statistics is None:
-        centre = mix.sum(1) / keys - mean
-        if mix_bias is not None:
-            centre = centre + mix_bias
-        dgain = dgain + dbias * centre
-        dmix = gain.unsqueeze(1) * (dweight + dbias.unsqueeze(1) / keys)
-        return FoldGradients(dmix, gain * dbias, dgain * rstd, dbias, None)
-    dvar = -0.5 * dgain * gain * rstd * rstd
-    if process_group is not None:
-        torch.distributed.all_reduce(dvar, group=process_group)
-    pull = 2 * dvar.unsqueeze(1) * mix
-    dmix = gain.unsqueeze(1) * dweight + _times(pull, statistics.covariance)
-    coupling = _times(pull.t(), mix) / statistics.count
-    return FoldGradients(dmix, torch.zeros_like(dbias), dgain * rstd, dbias, coupling.unsqueeze(0))
+    if dvar is not None:
+        dmix = gain.unsqueeze(1) * dweight + 2 * dvar.unsqueeze(1) * _times(mix, covariance)
+        return dmix, torch.zeros_like(dbias), dgain * rstd, dbias
+    centre = mix.sum(1) / keys - mean
+    if mix_bias is not None:
+        centre = centre + mix_bias
+    dmix = gain.unsqueeze(1) * (dweight + dbias.unsqueeze(1) / keys)
+    return dmix, gain * dbias, (dgain + dbias * centre) * rstd, dbias

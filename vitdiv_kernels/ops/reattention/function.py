@@ -5,7 +5,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import _native
 from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
-from .fold import Statistics, batch_statistics, fold, fold_backward
+from .fold import batch_statistics, fold, fold_backward, fold_batch, variance_coupling, variance_gradient
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor bias,"
@@ -20,6 +20,7 @@ torch.library.define(
     f"(Tensor? dout, Tensor? coupling, {_INPUTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dpre_mix,"
     " Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
 )
+torch.library.define("vitdiv::reattention_alignment", "(Tensor dout, Tensor out, Tensor v, Tensor bias) -> Tensor")
 
 
 def _outputs(q, needs_out, needs_gram):
@@ -84,6 +85,18 @@ def _(
     return gradients
 
 
+@torch.library.register_fake("vitdiv::reattention_alignment")
+def _(dout, out, v, bias):
+    return torch.empty_like(bias)
+
+
+@torch.library.impl("vitdiv::reattention_alignment", "cpu")
+def _(dout, out, v, bias):
+    sums = torch.empty_like(bias)
+    _native.library().reattention_alignment(dout, out, v, bias, sums)
+    return sums
+
+
 def _accumulation(tensor, dtype):
     return None if tensor is None else tensor.to(dtype).contiguous()
 
@@ -97,7 +110,8 @@ class ReattentionFunction(torch.autograd.Function):
         norm, training, eps, out_scale, scale, return_gram, process_group,
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.parameters = [x is not None and x.dtype for x in (mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias)]
+        differentiable = q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias
+        ctx.dtypes = [None if x is None else x.dtype for x in differentiable]
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
         dtype, keys = accumulation_dtype(q), k.shape[2]
         mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, mean, var = (
@@ -114,20 +128,16 @@ class ReattentionFunction(torch.autograd.Function):
             )
         statistics, gram = None, None
         if norm == "batch" and training:
-            # only the maps' Gram matrix is made: mix and bias have no part in it
-            _, gram = torch.ops.vitdiv.reattention_fwd(*inputs, mix, mix[0], None, None, eps, False, True)
-            statistics = batch_statistics(mix, mix_bias, gram, q.shape[2], keys, process_group)
+            out, gram, weight, bias, statistics = _batch_norm_forward(
+                inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group
+            )
             mean, var = statistics.mean, statistics.var
-        weight, bias = fold(
-            mix, mix_bias, keys, norm, norm_weight, norm_bias, mean, var, statistics is not None, eps, out_scale
-        )
-        needs_gram = return_gram and gram is None
-        out, new_gram = torch.ops.vitdiv.reattention_fwd(*inputs, weight, bias, *layer, eps, True, needs_gram)
-        if needs_gram:
-            gram = new_gram
+        else:
+            weight, bias = fold(mix, mix_bias, keys, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
+            out, gram = torch.ops.vitdiv.reattention_fwd(*inputs, weight, bias, *layer, eps, True, return_gram)
         ctx.save_for_backward(
             q, k, v, pre_mix, pre_bias, weight, bias, *layer, mix, mix_bias, norm_weight, mean, var,
-            None if statistics is None else statistics.covariance,
+            *((None, None) if statistics is None else (statistics.covariance, out)),
         )  # fmt: skip
         ctx.options = norm, eps, out_scale, scale, process_group
         gram = gram + q.shape[2] / keys if return_gram else None
@@ -140,68 +150,70 @@ class ReattentionFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dgram, dmean, dvar):
+    def backward(ctx, dout, dgram, dmean, dunbiased):
         (
             q, k, v, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, mix, mix_bias, norm_weight, mean,
-            var, covariance,
+            var, covariance, out,
         ) = ctx.saved_tensors  # fmt: skip
         norm, eps, out_scale, scale, process_group = ctx.options
-        statistics = None if covariance is None else Statistics(mean, var, covariance, ctx.count)
         needs = ctx.needs_input_grad
-        needs_dq, needs_dk, needs_dv = needs[:3]
-        needs_dpre_mix = needs[5]
         needs_affine = needs[3] or needs[4] or (norm == "batch" and (needs[7] or needs[8]))
         needs_layer = norm == "layer" and (needs[7] or needs[8])
-        needs_maps = needs_dq or needs_dk or needs_dpre_mix
-        inputs = q, k, v, scale, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, eps
         coupling = None if dgram is None else dgram + dgram.mT
+        dvar = None
         if dout is not None:
             dout = unit_stride(dout)
+            if covariance is not None:
+                aligned = torch.ops.vitdiv.reattention_alignment(dout, out, v, bias)
+                dvar = variance_gradient(aligned, var, eps, process_group)
+                from_variance = variance_coupling(dvar, mix, ctx.count)
+                coupling = from_variance if coupling is None else coupling + from_variance
 
-        dq = dk = dv = dpre_mix = dweight = dbias = dlayer_weight = dlayer_bias = folded = None
-        # Batch statistics couple every pair of maps through sums over the batch: those first, in a sweep of their own.
-        sums_first = statistics is not None and dout is not None
-        if sums_first and (needs_affine or needs_maps):
-            only_sums = [False, False, needs_dv and not needs_maps, False, True, False]
-            _, _, dv, _, dweight, dbias, _, _ = torch.ops.vitdiv.reattention_bwd(dout, None, *inputs, only_sums)
-            folded = fold_backward(
-                dweight, dbias, mix, mix_bias, k.shape[2], norm, norm_weight, mean, var, statistics, eps, out_scale,
-                process_group,
+        has_dout = dout is not None
+        sums = needs[2] and has_dout, needs[5], needs_affine and has_dout, needs_layer and has_dout
+        results = (None,) * 8
+        if any((*needs[:2], *sums)) and (has_dout or coupling is not None):
+            results = torch.ops.vitdiv.reattention_bwd(
+                dout, coupling, q, k, v, scale, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, eps,
+                [*needs[:2], *sums],
             )  # fmt: skip
-            coupling = folded.coupling if coupling is None else coupling + folded.coupling
-            needs_dv = needs_dv and needs_maps
-        gradients = [
-            needs_dq, needs_dk, needs_dv and dout is not None, needs_dpre_mix,
-            needs_affine and dout is not None and not sums_first, needs_layer and dout is not None,
-        ]  # fmt: skip
-        if any(gradients) and (dout is not None or coupling is not None):
-            results = torch.ops.vitdiv.reattention_bwd(dout, coupling, *inputs, gradients)
-            dq, dk, new_dv, dpre_mix, new_dweight, new_dbias, dlayer_weight, dlayer_bias = results
-            dv = new_dv if gradients[2] else dv
-            if gradients[4]:
-                folded = fold_backward(
-                    new_dweight, new_dbias, mix, mix_bias, k.shape[2], norm, norm_weight, mean, var, None, eps,
-                    out_scale, process_group,
-                )  # fmt: skip
-        dmix = dmix_bias = dnorm_weight = dnorm_bias = None
-        if folded is not None:
-            dmix, dmix_bias, dnorm_weight, dnorm_bias = folded[:4]
-        if needs_layer and dout is not None:
-            dnorm_weight, dnorm_bias = dlayer_weight * out_scale, dlayer_bias * out_scale
-        dpre_bias = None
-        if needs[6]:  # a constant added to a row of logits changes no softmax
-            dpre_bias = torch.zeros_like(pre_bias)
-        parameters = (
-            gradient.to(dtype) if need and gradient is not None else None
-            for need, gradient, dtype in zip(
-                needs[3:9],
-                (dmix, dmix_bias, dpre_mix, dpre_bias, dnorm_weight, dnorm_bias),
-                ctx.parameters,
-                strict=True,
+        dq, dk, dv, dpre_mix, dweight, dbias, dnorm_weight, dnorm_bias = results
+        dmix = dmix_bias = None
+        if sums[2]:
+            dmix, dmix_bias, dgain, dshift = fold_backward(
+                dweight, dbias, mix, mix_bias, k.shape[2], norm, norm_weight, mean, var, covariance, dvar, eps, out_scale
             )
-        )
-        tensors = (when(needs[0], dq), when(needs[1], dk), when(needs[2], dv), *parameters)
-        return *tensors, *(None,) * 9
+            if norm == "batch":
+                dnorm_weight, dnorm_bias = dgain, dshift
+        if sums[3]:
+            dnorm_weight, dnorm_bias = dnorm_weight * out_scale, dnorm_bias * out_scale
+        # a constant added to a row of logits changes no softmax
+        dpre_bias = torch.zeros_like(pre_bias) if needs[6] else None
+        gradients = dq, dk, when(sums[0], dv), dmix, dmix_bias, dpre_mix, dpre_bias, dnorm_weight, dnorm_bias
+        return *(
+            gradient.to(dtype) if need and gradient is not None else None
+            for need, gradient, dtype in zip(needs[:9], gradients, ctx.dtypes, strict=True)
+        ), *(None,) * 9
+
+
+def _batch_norm_forward(inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group):
+    """One sweep makes the maps' Gram matrix, hence the statistics, and the output less what they scale and shift by."""
+    q, k, v = inputs[:3]
+    zeros = torch.zeros_like(mix[0])
+    # float16 could not hold the unscaled output of nearly uniform maps: it takes a sweep for the statistics alone
+    one_sweep = q.dtype != torch.float16
+    out, gram = torch.ops.vitdiv.reattention_fwd(*inputs, mix, zeros, None, None, eps, one_sweep, True)
+    statistics = batch_statistics(mix, mix_bias, gram, q.shape[2], k.shape[2], process_group)
+    gain, bias = fold_batch(mix, norm_weight, norm_bias, statistics.var, eps, out_scale)
+    weight = mix * gain.unsqueeze(1)
+    if not one_sweep:
+        out, _ = torch.ops.vitdiv.reattention_fwd(*inputs, weight, bias, None, None, eps, True, False)
+    elif norm_bias is None:
+        out.mul_(gain[:, None, None])
+    else:
+        shift = bias[:, None, None] * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
+        torch.addcmul(shift, out, gain[:, None, None], out=out)
+    return out, gram, weight, bias, statistics
 
 
 def reattention(
