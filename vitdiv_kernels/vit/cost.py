@@ -110,11 +110,11 @@ def peak_memory(variant: str, batch: int, depth: int) -> dict:
     if before is not None and exact:
         return {
             "megabytes": _resident("VmHWM") - before,
-            "method": "resident-set peak, reset before the step",
+            "method": "resident-set peak above weights and optimizer state",
         }
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
-    return {"megabytes": peak, "method": "highest resident set of the whole process"}
+    return {"megabytes": peak, "method": "highest resident set, all included"}
 
 
 def peak_memory_apart(variant: str, batch: int = 16, depth: int = 4) -> dict:

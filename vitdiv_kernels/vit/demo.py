@@ -131,7 +131,7 @@ def compare_cost(batch: int, rounds: int) -> dict:
         print(f"native, fused: not here: {missing}")
     print(
         f"Medians of {rounds} steps, taken in turns in one process. Memory: {memory['reference']['method']}, "
-        "in a process of its own for each; weights and optimizer state not counted."
+        "in a process of its own for each."
     )
     return {variant: {"ms": times[variant], **memory[variant]} for variant in variants}
 
@@ -184,7 +184,8 @@ def run(args: argparse.Namespace) -> None:
     backend, reason = _dispatch.auto_choice("reattention", "cpu")
     print(
         f"{len(data.train)} digits to train on, {len(data.val)} to validate, {len(data.test)} to test; "
-        f"24 blocks, {args.steps} steps; backend {backend}: {reason}"
+        f"24 blocks, {args.steps} steps; backend {backend}: {reason}",
+        flush=True,
     )
     results = {name: train_model(name, data, args.steps, args.seed, args.out) for name in TITLES}
     print("\n" + table(results) + "\n\n" + notes(results, len(data.test)))
