@@ -1,5 +1,5 @@
-"""Batch norm over the processes of a group: two processes with a part of a batch each give what one gives with
-all of it."""
+"""Batch norm over the processes of a group: two processes with a part of a batch each give what one gives
+with all of it."""
 
 import pytest
 import torch

@@ -131,7 +131,8 @@ SIZES = [
 GRID = [
     Case(
         sizes=sizes, norm=norm, training=training, mix_bias=i % 2 == 0,
-        pre=("", "mix and bias", "mix")[(i + j) % 3], affine=i % 3 != 0, running=not training or i % 2 == 0, gram=(i + j) % 2 == 0,
+        pre=("", "mix and bias", "mix")[(i + j) % 3], affine=i % 3 != 0,
+        running=not training or i % 2 == 0, gram=(i + j) % 2 == 0,
         out_scale=(1.0, 0.25)[j % 2], scale=(None, 0.1)[i % 2],
     )
     for i, sizes in enumerate(SIZES)
@@ -400,7 +401,8 @@ def test_any_shape_layout_and_options(backend, data):
         sizes = (sizes[0], 2, *sizes[2:])  # one head normalises to 0
     case = Case(
         sizes, norm, training, mix_bias=draw(st.booleans(), "bias"),
-        pre=draw(st.sampled_from(["", "mix", "mix and bias"]), "pre"), affine=draw(st.booleans(), "affine"), running=not training or draw(st.booleans(), "running"),
+        pre=draw(st.sampled_from(["", "mix", "mix and bias"]), "pre"),
+        affine=draw(st.booleans(), "affine"), running=not training or draw(st.booleans(), "running"),
         gram=draw(st.booleans(), "gram"), out_scale=draw(st.floats(0.1, 4), "out_scale"),
         scale=draw(st.none() | st.floats(0.01, 1), "scale"),
     )  # fmt: skip

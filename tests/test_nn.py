@@ -1,0 +1,180 @@
+"""The modules: what they compute, which state dicts they load, and where they drop in."""
+
+import formulas
+import pytest
+import torch
+from torch import nn
+
+import vitdiv_kernels as vd
+
+
+class PublishedReAttention(nn.Module):
+    """DeepViT's block as published: names and order of the operations."""
+
+    def __init__(self, dim, heads, scaled):
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.reatten_matrix = nn.Conv2d(heads, heads, 1, 1)
+        self.var_norm = nn.BatchNorm2d(heads)
+        self.reatten_scale = self.scale if scaled else 1.0
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        maps = formulas.softmax_maps(qkv[0], qkv[1], self.scale)
+        maps = self.var_norm(self.reatten_matrix(maps)) * self.reatten_scale
+        return self.proj((maps @ qkv[2]).transpose(1, 2).flatten(2))
+
+
+class PublishedTalkingHeads(nn.Module):
+    """CaiT's attention with timm's names."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj_l, self.proj_w = nn.Linear(heads, heads), nn.Linear(heads, heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT
+        maps = self.proj_l(logits.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+        maps = self.proj_w(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.proj((maps @ v).transpose(1, 2).flatten(2))
+
+
+def assert_same_training(module, published, steps=2):
+    """Outputs, gradients and buffers over steps of training, then the output in evaluation."""
+    module.load_state_dict(published.state_dict())
+    for _ in range(steps):
+        x = torch.randn(3, 11, 24, dtype=torch.float64)
+        outputs = [m(x) for m in (module, published)]
+        torch.testing.assert_close(*outputs)
+        for out, m in zip(outputs, (module, published), strict=True):
+            m.zero_grad()
+            out.square().sum().backward()
+        theirs = dict(published.named_parameters())
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=name)
+    for (name, ours), their in zip(module.state_dict().items(), published.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, their, msg=name)
+    module.eval(), published.eval()
+    torch.testing.assert_close(module(x), published(x))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_reattention_is_the_published_one(backend, scaled):
+    published = PublishedReAttention(24, 4, scaled).double()
+    module = vd.nn.ReAttention(24, 4, transform_scale=scaled, backend=backend).double()
+    assert list(module.state_dict()) == list(published.state_dict())
+    assert_same_training(module, published)
+
+
+def test_talking_heads_are_the_published_ones(backend):
+    published = PublishedTalkingHeads(24, 4).double()
+    assert_same_training(vd.nn.TalkingHeadsAttention(24, 4, backend=backend).double(), published)
+
+
+def test_without_transform_it_is_plain_attention():
+    module = vd.nn.ReAttention(24, 4, apply_transform=False, qkv_bias=True)
+    assert set(module.state_dict()) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    x = torch.randn(2, 7, 24)
+    q, k, v = module.qkv(x).unflatten(2, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+    expected = module.proj((formulas.softmax_maps(q, k) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_initialisation():
+    module = vd.nn.ReAttention(64, 8)
+    weight = module.reatten_matrix.weight[:, :, 0, 0]
+    noise = weight - torch.eye(8)
+    assert 0.05 < noise.std() < 0.15
+    assert module.reatten_matrix.bias.eq(0).all()
+    torch.testing.assert_close(module.var_norm.weight, torch.full((8,), 0.05))
+    published = vd.nn.ReAttention(64, 8, mix_init="conv")
+    assert published.var_norm.weight.eq(1).all()
+    assert published.reatten_matrix.weight.abs().max() <= 8**-0.5
+    assert vd.nn.ReAttention(64, 8, norm_gain=0.3).var_norm.weight.eq(0.3).all()
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_timm_options(backend, norm):
+    module = vd.nn.ReAttention(
+        24, num_heads=4, attn_head_dim=8, dim_out=20, qkv_bias=True, qk_norm=True, scale_norm=True,
+        proj_bias=False, proj_drop=0.1, norm_layer=nn.LayerNorm, norm=norm, backend=backend, dtype=torch.float64,
+    )  # fmt: skip
+    out = module(torch.randn(2, 5, 24, dtype=torch.float64))
+    assert out.shape == (2, 5, 20)
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_the_gram_matrix_comes_along(backend):
+    module = vd.nn.ReAttention(24, 4, backend=backend).eval()
+    x = torch.randn(2, 9, 24)
+    out, gram = module(x, return_gram=True)
+    torch.testing.assert_close(out, module(x))
+    q, k, _ = module.qkv(x).unflatten(2, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(gram, formulas.attention_gram(q, k), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_modules_and_autocast(backend, dtype):
+    x = torch.randn(2, 9, 24)
+    assert vd.nn.ReAttention(24, 4, backend=backend).to(dtype)(x.to(dtype)).dtype == dtype
+    module = vd.nn.ReAttention(24, 4, qk_norm=True, norm_layer=nn.LayerNorm, backend=backend)
+    with torch.autocast("cpu", dtype=dtype):
+        out = module(x)
+    out.float().sum().backward()
+    assert out.dtype == dtype
+    assert module.reatten_matrix.weight.grad.dtype == torch.float32
+
+
+def test_attention_dropout_trains_on_auto_only():
+    module = vd.nn.ReAttention(24, 4, attn_drop=0.5)
+    x = torch.randn(2, 9, 24)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_losses(backend):
+    x, y = torch.randn(2, 3, 12, 8)
+    loss = vd.nn.PatchCosineLoss(num_prefix_tokens=2, backend=backend)
+    torch.testing.assert_close(loss(x), formulas.pairwise_cosine(x[:, 2:]))
+    torch.testing.assert_close(loss(x, y), formulas.pairwise_cosine(x[:, 2:], y[:, 2:]))
+    loss = vd.nn.PatchCosineLoss("signed", include_self=True, reduction="sum", num_prefix_tokens=0)
+    expected = formulas.pairwise_cosine(x, penalty="signed", include_self=True, reduction="sum")
+    torch.testing.assert_close(loss(x), expected)
+    q, k = torch.randn(2, 2, 3, 9, 8)
+    loss = vd.nn.AttentionDiversityLoss("square", include_self=False, backend=backend)
+    expected = formulas.attention_diversity(q, k, penalty="square", include_self=False)
+    torch.testing.assert_close(loss(q, k), expected)
+
+
+def test_repr_tells_the_options():
+    assert "penalty='abs'" in repr(vd.nn.PatchCosineLoss())
+    assert "include_self=True" in repr(vd.nn.AttentionDiversityLoss())
+    assert "norm='batch'" in repr(vd.nn.ReAttention(24, 4))
+    assert "num_heads=4" in repr(vd.nn.TalkingHeadsAttention(24, 4))
+
+
+def test_it_drops_into_timm():
+    """Where timm is installed beside a torchvision that loads."""
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"timm is not here: {error}")
+    model = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=4,
+        num_classes=5,
+        attn_layer=vd.nn.ReAttention,
+    )
+    assert isinstance(model.blocks[1].attn, vd.nn.ReAttention)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
