@@ -45,7 +45,12 @@ inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef 
 // [B, H, rows, width] with any strides but a last one of 1.
 inline HeadsView heads_view(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes, at::ScalarType dtype) {
   check_tensor(t, name, at::IntArrayRef(sizes), dtype);
-  TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) == 1, name, " must have a last stride of 1, got ", t.stride(3));
+  TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) == 1 || t.numel() == 0, name, " must have a last stride of 1, got ", t.stride(3));
+  return {t.data_ptr(), scalar_type(t, name), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Of an output that was allocated as it must be.
+inline HeadsView heads_view(const at::Tensor& t, const char* name) {
   return {t.data_ptr(), scalar_type(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 

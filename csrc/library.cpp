@@ -1,6 +1,10 @@
-// The Python module _C: the compiled kernels behind plain functions of tensors, and facts of the build. Outputs are
-// allocated by the caller; a None is an argument that is absent or an output that nobody asked for.
+// The Python module _C: registers the compiled kernels for the operators that vitdiv_kernels/ops/*/function.py define, and
+// gives facts of the build. An operator returns an empty tensor for an output that nobody asked for.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include <new>
 
@@ -23,6 +27,22 @@ void require_memory(bool done) {
   if (!done) throw std::bad_alloc();  // a Python MemoryError
 }
 
+at::Tensor empty(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype, bool needed = true) {
+  return at::empty(needed ? sizes : at::IntArrayRef({0}), like.options().dtype(needed ? dtype : like.scalar_type()));
+}
+
+// The layout that heads_like of ops/_layout.py gives: [B, N, H, d] where the model has its heads inside its tokens.
+at::Tensor empty_heads(const at::Tensor& like, bool needed = true) {
+  if (!needed) return empty(like, {0}, like.scalar_type());
+  const int64_t H = like.size(1), N = like.size(2), d = like.size(3);
+  const bool tokens_outside = like.stride(1) < like.stride(2);
+  const int64_t row = std::max<int64_t>(d, 1), rows = std::max<int64_t>(N, 1), heads = std::max<int64_t>(H, 1);
+  return at::empty_strided(like.sizes(),
+                           tokens_outside ? at::IntArrayRef({rows * heads * row, row, heads * row, 1})
+                                          : at::IntArrayRef({heads * rows * row, rows * row, row, 1}),
+                           like.options());
+}
+
 Penalty penalty_of(const std::string& name) {
   if (name == "signed") return Penalty::kSigned;
   if (name == "abs") return Penalty::kAbs;
@@ -39,7 +59,7 @@ struct CosineOffsets {
 BatchView batch_view(const at::Tensor& t, const char* name, at::ScalarType dtype, std::vector<int64_t>& offsets) {
   TORCH_CHECK_VALUE(t.is_cpu() && t.dim() >= 2, name, " must be a CPU tensor of shape [..., N, D], got ", shape_text(t.sizes()));
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must have dtype ", toString(dtype), ", got ", toString(t.scalar_type()));
-  TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) == 1, name, " must have a last stride of 1, got ", t.stride(-1));
+  TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) == 1 || t.numel() == 0, name, " must have a last stride of 1, got ", t.stride(-1));
   offsets = item_offsets(t);
   return {t.data_ptr(), scalar_type(t, name), offsets.data(), t.stride(-2)};
 }
@@ -64,46 +84,52 @@ void fill_cosine(CosineArgs& args, CosineOffsets& offsets, const at::Tensor& x, 
   args.threads = threads_for(double(args.L) * double(args.N) * double(args.D) * (closed ? 1 : double(args.M)));
 }
 
-void check_saved(const CosineArgs& args, const at::Tensor& x, const OptionalTensor& saved) {
-  if (!saved) return;
+void check_saved(const CosineArgs& args, const at::Tensor& x, const at::Tensor& saved) {
   if (args.penalty == Penalty::kSigned)
-    array(*saved, "saved", {args.y.data ? 2 : 1, args.L, args.D}, accumulation_type(x));
+    array(saved, "saved", {args.y.data ? 2 : 1, args.L, args.D}, accumulation_type(x));
   else
-    array(*saved, "saved", {args.L, args.N, args.penalty == Penalty::kAbs ? 2 : 1, (args.M + 31) / 32}, at::kInt);
+    array(saved, "saved", {args.L, args.N, args.penalty == Penalty::kAbs ? 2 : 1, (args.M + 31) / 32}, at::kInt);
 }
 
-void pairwise_cosine_fwd(const at::Tensor& x, const OptionalTensor& y, const std::string& penalty, bool include_self, double eps,
-                         const at::Tensor& sums, const OptionalTensor& saved) {
+bool keeps(const CosineArgs& args, bool for_backward) {
+  return args.penalty == Penalty::kSigned || (for_backward && args.penalty != Penalty::kSquare);
+}
+
+std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x, const OptionalTensor& y, std::string penalty,
+                                                       bool include_self, double eps, bool for_backward) {
   CosineForward args{};
   CosineOffsets offsets;
   fill_cosine(args, offsets, x, y, penalty, include_self, eps);
-  TORCH_CHECK_VALUE(saved || args.penalty != Penalty::kSigned, "saved must be given for the signed penalty");
-  check_saved(args, x, saved);
-  args.sums = array(sums, "sums", {args.L}, accumulation_type(x));
-  args.saved = saved ? saved->data_ptr() : nullptr;
+  const at::Tensor sums = empty(x, {args.L}, accumulation_type(x));
+  at::Tensor saved;
+  if (!keeps(args, for_backward))
+    saved = empty(x, {0}, x.scalar_type());
+  else if (args.penalty == Penalty::kSigned)
+    saved = empty(x, {y ? 2 : 1, args.L, args.D}, accumulation_type(x));
+  else
+    saved = at::zeros({args.L, args.N, args.penalty == Penalty::kAbs ? 2 : 1, (args.M + 31) / 32}, x.options().dtype(at::kInt));
+  args.sums = sums.data_ptr();
+  args.saved = keeps(args, for_backward) ? saved.data_ptr() : nullptr;
   require_memory(cpu().pairwise_cosine_fwd(args));
+  return {sums, saved};
 }
 
-void pairwise_cosine_bwd(const at::Tensor& dsums, const at::Tensor& x, const OptionalTensor& y, const OptionalTensor& saved,
-                         const std::string& penalty, bool include_self, double eps, const OptionalTensor& dx,
-                         const OptionalTensor& dy) {
+std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, const at::Tensor& x, const OptionalTensor& y,
+                                                       const at::Tensor& saved, std::string penalty, bool include_self,
+                                                       double eps, bool needs_dx, bool needs_dy) {
   CosineBackward args{};
   CosineOffsets offsets;
   fill_cosine(args, offsets, x, y, penalty, include_self, eps);
-  TORCH_CHECK_VALUE(saved || args.penalty == Penalty::kSquare, "saved must be given for the penalty ", penalty);
-  check_saved(args, x, saved);
+  if (args.penalty != Penalty::kSquare) check_saved(args, x, saved);
   args.dsums = array(dsums, "dsums", {args.L}, accumulation_type(x));
-  args.saved = saved ? saved->data_ptr() : nullptr;
-  if (dx) {
-    check_tensor(*dx, "dx", x.sizes(), x.scalar_type());
-    args.dx = batch_view(*dx, "dx", x.scalar_type(), offsets.dx);
-  }
-  if (dy) {
-    TORCH_CHECK_VALUE(y, "dy is asked for, but y is not given");
-    check_tensor(*dy, "dy", y->sizes(), x.scalar_type());
-    args.dy = batch_view(*dy, "dy", x.scalar_type(), offsets.dy);
-  }
+  args.saved = args.penalty == Penalty::kSquare ? nullptr : saved.data_ptr();
+  TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
+  const at::Tensor dx = empty(x, x.sizes(), x.scalar_type(), needs_dx);
+  const at::Tensor dy = empty(x, y ? y->sizes() : at::IntArrayRef({0}), x.scalar_type(), needs_dy);
+  if (needs_dx) args.dx = batch_view(dx, "dx", x.scalar_type(), offsets.dx);
+  if (needs_dy) args.dy = batch_view(dy, "dy", x.scalar_type(), offsets.dy);
   require_memory(cpu().pairwise_cosine_bwd(args));
+  return {dx, dy};
 }
 
 Layer layer_of(const at::Tensor& q, const at::Tensor& k, double scale, int64_t B, int64_t N, int64_t M, at::ScalarType dtype) {
@@ -128,36 +154,39 @@ void fill_gram(GramArgs& args, const at::Tensor& q, const at::Tensor& k, double 
   args.threads = threads_for(work);
 }
 
-void attention_gram_fwd(const at::Tensor& q, const at::Tensor& k, double scale, const OptionalTensor& q2, const OptionalTensor& k2,
-                        double scale2, const at::Tensor& gram) {
+at::Tensor attention_gram_fwd(const at::Tensor& q, const at::Tensor& k, double scale, const OptionalTensor& q2,
+                              const OptionalTensor& k2, double scale2) {
   GramForward args{};
   fill_gram(args, q, k, scale, q2, k2, scale2);
   const int64_t H = args.layers[0].H + args.layers[1].H;
-  args.gram = array(gram, "gram", {args.B, H, H}, accumulation_type(q));
+  const at::Tensor gram = empty(q, {args.B, H, H}, accumulation_type(q));
+  args.gram = gram.data_ptr();
   require_memory(cpu().attention_gram_fwd(args));
+  return gram;
 }
 
-void attention_gram_bwd(const at::Tensor& coupling, const at::Tensor& q, const at::Tensor& k, double scale, const OptionalTensor& q2,
-                        const OptionalTensor& k2, double scale2, const OptionalTensor& dq, const OptionalTensor& dk,
-                        const OptionalTensor& dq2, const OptionalTensor& dk2) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_gram_bwd(
+    const at::Tensor& coupling, const at::Tensor& q, const at::Tensor& k, double scale, const OptionalTensor& q2,
+    const OptionalTensor& k2, double scale2, c10::List<bool> needs) {
   GramBackward args{};
   fill_gram(args, q, k, scale, q2, k2, scale2);
   const int64_t H = args.layers[0].H + args.layers[1].H;
-  const at::ScalarType dtype = q.scalar_type();
   args.coupling = array(coupling, "coupling", {args.B, H, H}, accumulation_type(q));
-  const OptionalTensor* dqs[] = {&dq, &dq2};
-  const OptionalTensor* dks[] = {&dk, &dk2};
+  TORCH_CHECK_VALUE(needs.size() == 4 && (q2 || !(needs[2] || needs[3])), "needs must name dq, dk, dq2 and dk2");
+  const at::Tensor gradients[] = {empty_heads(q, needs[0]), empty_heads(k, needs[1]), empty_heads(q2.value_or(q), needs[2]),
+                                  empty_heads(k2.value_or(k), needs[3])};
   for (int l = 0; l < 2; l++) {
-    const Layer& layer = args.layers[l];
-    args.dq[l] = heads_view(*dqs[l], "dq", {args.B, layer.H, args.N, layer.d}, dtype);
-    args.dk[l] = heads_view(*dks[l], "dk", {args.B, layer.H, args.M, layer.d}, dtype);
+    if (needs[2 * l]) args.dq[l] = heads_view(gradients[2 * l], "dq");
+    if (needs[2 * l + 1]) args.dk[l] = heads_view(gradients[2 * l + 1], "dk");
   }
   require_memory(cpu().attention_gram_bwd(args));
+  return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }
 
 void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
                       const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& mix,
-                      const at::Tensor& bias, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps) {
+                      const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
+                      const OptionalTensor& norm_bias, double eps) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have shape [B, H, N, d]");
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2), d = q.size(3), dv = v.size(3);
   TORCH_CHECK_VALUE(H <= 256, "at most 256 heads are supported, got ", H);
@@ -173,56 +202,70 @@ void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tens
   args.pre_bias = array(pre_bias, "pre_bias", {H}, acc);
   args.mix = array(mix, "mix", {H, H}, acc);
   args.bias = array(bias, "bias", {H}, acc);
+  args.centred = centred;
   args.norm_weight = array(norm_weight, "norm_weight", {H}, acc);
   args.norm_bias = array(norm_bias, "norm_bias", {H}, acc);
   args.eps = eps;
   args.threads = threads_for(double(B * H) * double(N * M) * double(d + dv));
 }
 
-void reattention_fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale, const OptionalTensor& pre_mix,
-                     const OptionalTensor& pre_bias, const at::Tensor& mix, const at::Tensor& bias,
-                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps, const OptionalTensor& out,
-                     const OptionalTensor& gram) {
+std::tuple<at::Tensor, at::Tensor> reattention_fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
+                                                   const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
+                                                   const at::Tensor& mix, const OptionalTensor& bias, bool centred,
+                                                   const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                                   double eps, bool needs_out, bool needs_gram) {
   ReattentionForward args{};
-  fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps);
-  args.out = heads_view(out, "out", {args.B, args.H, args.N, args.dv}, q.scalar_type());
-  args.gram = array(gram, "gram", {args.B, args.H, args.H}, accumulation_type(q));
+  fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps);
+  TORCH_CHECK_VALUE(args.dv == args.d, "v must have the head width of q, ", args.d, ", got ", args.dv);
+  const at::Tensor out = empty_heads(q, needs_out);
+  const at::Tensor gram = empty(q, {args.B, args.H, args.H}, accumulation_type(q), needs_gram);
+  if (needs_out) args.out = heads_view(out, "out");
+  if (needs_gram) args.gram = gram.data_ptr();
   require_memory(cpu().reattention_fwd(args));
+  return {out, gram};
 }
 
-void reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupling, const at::Tensor& q, const at::Tensor& k,
-                     const at::Tensor& v, double scale, const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
-                     const at::Tensor& mix, const at::Tensor& bias, const OptionalTensor& norm_weight,
-                     const OptionalTensor& norm_bias, double eps, const OptionalTensor& dq, const OptionalTensor& dk,
-                     const OptionalTensor& dv, const OptionalTensor& dpre_mix, const OptionalTensor& dmix,
-                     const OptionalTensor& dbias, const OptionalTensor& dnorm_weight, const OptionalTensor& dnorm_bias) {
+using Tensors8 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
+Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupling, const at::Tensor& q, const at::Tensor& k,
+                         const at::Tensor& v, double scale, const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
+                         const at::Tensor& mix, const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
+                         const OptionalTensor& norm_bias, double eps, c10::List<bool> needs) {
   ReattentionBackward args{};
-  fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps);
-  const int64_t B = args.B, H = args.H, N = args.N, M = args.M;
-  const at::ScalarType dtype = q.scalar_type(), acc = accumulation_type(q);
-  TORCH_CHECK_VALUE(dmix.has_value() == dbias.has_value(), "dmix and dbias must be asked for together");
-  TORCH_CHECK_VALUE(!dpre_mix || pre_mix, "dpre_mix is asked for, but pre_mix is not given");
+  fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps);
+  TORCH_CHECK_VALUE(needs.size() == 6, "needs must name dq, dk, dv, dpre_mix, dmix and dnorm");
+  const bool needs_dv = needs[2], needs_dpre_mix = needs[3], needs_dmix = needs[4], needs_dnorm = needs[5];
+  TORCH_CHECK_VALUE(!needs_dpre_mix || pre_mix, "dpre_mix is asked for, but pre_mix is not given");
+  TORCH_CHECK_VALUE(!needs_dnorm || norm_weight, "dnorm is asked for, but norm_weight is not given");
   TORCH_CHECK_VALUE(dout || coupling, "dout or coupling must be given");
-  TORCH_CHECK_VALUE(dout || !(dv || dmix || dnorm_weight || dnorm_bias), "dout must be given for these gradients");
-  args.dout = heads_view(dout, "dout", {B, H, N, args.dv}, dtype);
+  TORCH_CHECK_VALUE(dout || !(needs_dv || needs_dmix || needs_dnorm), "dout must be given for these gradients");
+  const int64_t B = args.B, H = args.H;
+  const at::ScalarType acc = accumulation_type(q);
+  args.dout = heads_view(dout, "dout", {B, H, args.N, args.dv}, q.scalar_type());
   if (coupling) {
     const int64_t images = coupling->dim() == 3 && coupling->size(0) == 1 ? 1 : B;
     args.coupling = array(*coupling, "coupling", {images, H, H}, acc);
     args.coupling_stride_b = images == B ? H * H : 0;
   }
-  args.dq = heads_view(dq, "dq", {B, H, N, args.d}, dtype);
-  args.dk = heads_view(dk, "dk", {B, H, M, args.d}, dtype);
-  args.dv_out = heads_view(dv, "dv", {B, H, M, args.dv}, dtype);
-  args.dpre_mix = array(dpre_mix, "dpre_mix", {H, H}, acc);
-  args.dmix = array(dmix, "dmix", {H, H}, acc);
-  args.dbias = array(dbias, "dbias", {H}, acc);
-  args.dnorm_weight = array(dnorm_weight, "dnorm_weight", {H}, acc);
-  args.dnorm_bias = array(dnorm_bias, "dnorm_bias", {H}, acc);
+  const at::Tensor dq = empty_heads(q, needs[0]), dk = empty_heads(k, needs[1]), dv = empty_heads(v, needs_dv);
+  if (needs[0]) args.dq = heads_view(dq, "dq");
+  if (needs[1]) args.dk = heads_view(dk, "dk");
+  if (needs_dv) args.dv_out = heads_view(dv, "dv");
+  const auto parameter = [&](at::IntArrayRef sizes, bool needed, void*& pointer) {
+    const at::Tensor gradient = empty(q, sizes, acc, needed);
+    pointer = needed ? gradient.data_ptr() : nullptr;
+    return gradient;
+  };
+  const at::Tensor dpre_mix = parameter({H, H}, needs_dpre_mix, args.dpre_mix);
+  const at::Tensor dmix = parameter({H, H}, needs_dmix, args.dmix), dbias = parameter({H}, needs_dmix, args.dbias);
+  const at::Tensor dnorm_weight = parameter({H}, needs_dnorm, args.dnorm_weight);
+  const at::Tensor dnorm_bias = parameter({H}, needs_dnorm, args.dnorm_bias);
   require_memory(cpu().reattention_bwd(args));
+  return {dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias};
 }
 
-void reattention_alignment(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& v, const at::Tensor& bias,
-                           const at::Tensor& sums) {
+at::Tensor reattention_alignment(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& v, const at::Tensor& bias) {
   TORCH_CHECK_VALUE(out.dim() == 4 && v.dim() == 4, "out and v must have shape [B, H, N, d]");
   const int64_t B = out.size(0), H = out.size(1), N = out.size(2), M = v.size(2), dv = out.size(3);
   const at::ScalarType dtype = out.scalar_type(), acc = accumulation_type(out);
@@ -231,8 +274,10 @@ void reattention_alignment(const at::Tensor& dout, const at::Tensor& out, const 
   args.out = heads_view(out, "out", {B, H, N, dv}, dtype);
   args.v = heads_view(v, "v", {B, H, M, dv}, dtype);
   args.bias = array(bias, "bias", {H}, acc);
-  args.sums = array(sums, "sums", {H}, acc);
+  const at::Tensor sums = empty(bias, {H}, acc);
+  args.sums = sums.data_ptr();
   require_memory(cpu().reattention_alignment(args));
+  return sums;
 }
 
 // Threads that the kernels' parallel regions get; 1 when they were compiled without OpenMP.
@@ -249,18 +294,19 @@ int num_threads() {
 }  // namespace
 }  // namespace vitdiv
 
+TORCH_LIBRARY_IMPL(vitdiv, CPU, m) {
+  m.impl("pairwise_cosine_fwd", &vitdiv::pairwise_cosine_fwd);
+  m.impl("pairwise_cosine_bwd", &vitdiv::pairwise_cosine_bwd);
+  m.impl("attention_gram_fwd", &vitdiv::attention_gram_fwd);
+  m.impl("attention_gram_bwd", &vitdiv::attention_gram_bwd);
+  m.impl("reattention_fwd", &vitdiv::reattention_fwd);
+  m.impl("reattention_bwd", &vitdiv::reattention_bwd);
+  m.impl("reattention_alignment", &vitdiv::reattention_alignment);
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using namespace vitdiv;
-  const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  m.def("pairwise_cosine_fwd", &pairwise_cosine_fwd, unlocked);
-  m.def("pairwise_cosine_bwd", &pairwise_cosine_bwd, unlocked);
-  m.def("attention_gram_fwd", &attention_gram_fwd, unlocked);
-  m.def("attention_gram_bwd", &attention_gram_bwd, unlocked);
-  m.def("reattention_fwd", &reattention_fwd, unlocked);
-  m.def("reattention_bwd", &reattention_bwd, unlocked);
-  m.def("reattention_alignment", &reattention_alignment, unlocked);
-  m.def("cpu_capability", [] { return std::string(cpu().capability); });
-  m.def("num_threads", &num_threads, unlocked);
+  m.def("cpu_capability", [] { return std::string(vitdiv::cpu().capability); });
+  m.def("num_threads", &vitdiv::num_threads, py::call_guard<py::gil_scoped_release>());
   m.attr("built_for_torch") = VITDIV_TORCH_VERSION;
   m.attr("with_cuda") = false;
 }

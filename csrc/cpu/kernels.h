@@ -74,13 +74,15 @@ struct GramBackward : GramArgs {
   HeadsView dq[2], dk[2];
 };
 
-// Y = mix (A - 1/M) + bias, then layer norm over heads when norm_weight is given.
+// Y = mix A + bias, or with `centred` mix (A - 1/M) + bias; then layer norm over heads when norm_weight is given. bias may
+// be null.
 struct ReattentionArgs {
   int64_t B, H, N, M, d, dv;
   HeadsView q, k, v;
   double scale;
   const void *pre_mix, *pre_bias;        // [H, H], [H]
   const void *mix, *bias;                // [H, H], [H]
+  bool centred;
   const void *norm_weight, *norm_bias;   // [H], [H]
   double eps;
   int threads;

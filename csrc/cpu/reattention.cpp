@@ -33,6 +33,17 @@ const T* scaled(int64_t H, const void* matrix, double scale, bool transpose, T* 
   return out;
 }
 
+// The bias beside centred maps: mix A + bias = mix (A - 1/M) + (bias + sum_h mix / M).
+template <class T>
+const T* centred_bias(const ReattentionArgs& args, T* out) {
+  for (int64_t g = 0; g < args.H; g++) {
+    double total = 0;
+    for (int64_t h = 0; !args.centred && h < args.H; h++) total += double(static_cast<const T*>(args.mix)[g * args.H + h]);
+    out[g] = T(total / double(args.M) + (args.bias ? double(static_cast<const T*>(args.bias)[g]) : 0));
+  }
+  return out;
+}
+
 // A thread's scratch for making the maps of one tile.
 template <class T>
 struct MapScratch {
@@ -73,9 +84,9 @@ struct ForwardScratch : MapScratch<T> {
 template <class T>
 struct ForwardShared {
   double* grams;
-  T* pre_mix;
+  T *pre_mix, *bias;
   ForwardShared(Arena& arena, const ReattentionForward& args, const Work<T>& w)
-      : grams(arena.take<double>(args.gram ? w.tasks * args.H * args.H : 0)), pre_mix(arena.take<T>(args.H * args.H)) {}
+      : grams(arena.take<double>(args.gram ? w.tasks * args.H * args.H : 0)), pre_mix(arena.take<T>(args.H * args.H)), bias(arena.take<T>(args.H)) {}
 };
 
 template <class T>
@@ -90,6 +101,7 @@ bool forward(const ReattentionForward& args) {
   Arena common_arena(block.data());
   const ForwardShared<T> shared(common_arena, args, w);
   const T* pre_mix = scaled(H, args.pre_mix, args.scale, false, shared.pre_mix);
+  const T* bias = centred_bias(args, shared.bias);
 
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
   {
@@ -112,7 +124,7 @@ bool forward(const ReattentionForward& args) {
         softmax_maps<T>(args, w, m, pre_mix, m.a, b, i, n, w.mean);
         if (gram_sum) gram<T>(H, H, L, m.a, w.mean, m.a, w.mean, stride, gram_sum, true);
         if (!args.out.data) continue;
-        mix<T>(H, L, static_cast<const T*>(args.mix), static_cast<const T*>(args.bias), w.mean, m.a, m.a, stride);
+        mix<T>(H, L, static_cast<const T*>(args.mix), bias, w.mean, m.a, m.a, stride);
         if (args.norm_weight)
           layer_norm_heads<T>(H, L, m.a, nullptr, nullptr, m.a, stride, static_cast<const T*>(args.norm_weight),
                               static_cast<const T*>(args.norm_bias), T(args.eps));
@@ -152,12 +164,13 @@ struct BackwardScratch : MapScratch<T> {
 template <class T>
 struct BackwardShared {
   double* sums;
-  T *pre_mix, *pre_mix_t, *mix_t, *dk, *dv;
+  T *pre_mix, *pre_mix_t, *mix_t, *bias, *dk, *dv;
   BackwardShared(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
       : sums(arena.take<double>(w.tasks * ParameterSums::size(args.H))),
         pre_mix(arena.take<T>(args.H * args.H)),
         pre_mix_t(arena.take<T>(args.H * args.H)),
         mix_t(arena.take<T>(args.H * args.H)),
+        bias(arena.take<T>(args.H)),
         dk(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, true) : 0)),
         dv(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, true)
                                       : 0)) {}
@@ -166,8 +179,8 @@ struct BackwardShared {
 // m.g: the gradient of the tile's softmax maps, from dout and from the Gram's coupling. Adds to the values' and the
 // parameters' gradients on the way. Returns false when nothing is asked for beyond those.
 template <class T>
-bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m, const T* mix_t, int64_t b,
-                   int64_t i, int64_t n, bool first, HeadGradients<T>& dv, ParameterSums sums) {
+bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m, const T* mix_t, const T* bias,
+                   int64_t b, int64_t i, int64_t n, bool first, HeadGradients<T>& dv, ParameterSums sums) {
   const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded, L = n * padded;
   const bool goes_on = args.dq.data || args.dk.data || args.dpre_mix;
   const T* coupling = args.coupling ? static_cast<const T*>(args.coupling) + b * args.coupling_stride_b : nullptr;
@@ -175,7 +188,7 @@ bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const Back
     const T* norm_weight = static_cast<const T*>(args.norm_weight);
     if (args.norm_weight || args.dv_out.data) {
       T* mixed = norm_weight ? m.normalized : m.g;
-      mix<T>(H, L, static_cast<const T*>(args.mix), static_cast<const T*>(args.bias), w.mean, m.a, mixed, stride);
+      mix<T>(H, L, static_cast<const T*>(args.mix), bias, w.mean, m.a, mixed, stride);
       if (norm_weight)
         layer_norm_heads<T>(H, L, mixed, m.normalized, m.rstd, args.dv_out.data ? m.g : nullptr, stride, norm_weight,
                             static_cast<const T*>(args.norm_bias), T(args.eps));
@@ -210,15 +223,20 @@ template <class T>
 void store_parameters(const ReattentionBackward& args, const Work<T>& w, const double* sums) {
   const int64_t H = args.H, size = ParameterSums::size(H);
   const ParameterSums first(const_cast<double*>(sums), H);
+  const auto total = [&](const double* from) {
+    double sum = 0;
+    for (int64_t task = 0; task < w.tasks; task++) sum += from[task * size];
+    return sum;
+  };
   const auto store = [&](void* out, const double* from, int64_t count, double factor) {
-    for (int64_t x = 0; out && x < count; x++) {
-      double total = 0;
-      for (int64_t task = 0; task < w.tasks; task++) total += from[task * size + x];
-      static_cast<T*>(out)[x] = T(factor * total);
-    }
+    for (int64_t x = 0; out && x < count; x++) static_cast<T*>(out)[x] = T(factor * total(from + x));
   };
   store(args.dpre_mix, first.dpre_mix, H * H, args.scale);
-  store(args.dmix, first.dmix, H * H, 1);
+  for (int64_t g = 0; args.dmix && g < H; g++) {
+    const double from_bias = args.centred ? 0 : total(first.dbias + g) / double(args.M);
+    for (int64_t h = 0; h < H; h++)
+      static_cast<T*>(args.dmix)[g * H + h] = T(total(first.dmix + g * H + h) + from_bias);
+  }
   store(args.dbias, first.dbias, H, 1);
   store(args.dnorm_weight, first.dnorm_weight, H, 1);
   store(args.dnorm_bias, first.dnorm_bias, H, 1);
@@ -241,6 +259,7 @@ bool backward(const ReattentionBackward& args) {
   const T* pre_mix = scaled(H, args.pre_mix, args.scale, false, shared.pre_mix);
   const T* pre_mix_t = scaled(H, args.pre_mix, args.scale, true, shared.pre_mix_t);
   const T* mix_t = scaled(H, args.mix, 1, true, shared.mix_t);
+  const T* bias = centred_bias(args, shared.bias);
 
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
   {
@@ -265,7 +284,7 @@ bool backward(const ReattentionBackward& args) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         const bool first = t == w.first_tile(task);
         softmax_maps<T>(args, w, m, pre_mix, pre_mix ? m.raw : m.a, b, i, n, T(0));
-        if (!maps_gradient<T>(args, w, m, mix_t, b, i, n, first, dv, sums)) continue;
+        if (!maps_gradient<T>(args, w, m, mix_t, bias, b, i, n, first, dv, sums)) continue;
         for (int64_t h = 0; h < H; h++)
           for (int64_t r = 0; r < n; r++)
             softmax_row_bwd(padded, m.a + h * stride + r * padded, m.g + h * stride + r * padded,

@@ -3,7 +3,6 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _native
 from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
 
 torch.library.define(
@@ -16,38 +15,20 @@ torch.library.define(
 )
 
 
-def _gram(q, q2):
+@torch.library.register_fake("vitdiv::attention_gram_fwd")
+def _(q, k, scale, q2, k2, scale2):
     heads = q.shape[1] + (0 if q2 is None else q2.shape[1])
     return q.new_empty((q.shape[0], heads, heads), dtype=accumulation_dtype(q))
 
 
-@torch.library.register_fake("vitdiv::attention_gram_fwd")
-def _(q, k, scale, q2, k2, scale2):
-    return _gram(q, q2)
-
-
-@torch.library.impl("vitdiv::attention_gram_fwd", "cpu")
-def _(q, k, scale, q2, k2, scale2):
-    gram = _gram(q, q2)
-    _native.library().attention_gram_fwd(q, k, scale, q2, k2, scale2, gram)
-    return gram
-
-
-def _gradients(inputs, needs):
-    return [heads_like(x) if need else nothing(inputs[0]) for x, need in zip(inputs, needs, strict=True)]
-
-
 @torch.library.register_fake("vitdiv::attention_gram_bwd")
 def _(coupling, q, k, scale, q2, k2, scale2, needs):
-    return tuple(_gradients((q, k, q2, k2), needs))
+    inputs = q, k, q2, k2
+    return tuple(heads_like(x) if need else nothing(q) for x, need in zip(inputs, needs, strict=True))
 
 
-@torch.library.impl("vitdiv::attention_gram_bwd", "cpu")
-def _(coupling, q, k, scale, q2, k2, scale2, needs):
-    gradients = _gradients((q, k, q2, k2), needs)
-    wanted = [when(need, gradient) for need, gradient in zip(needs, gradients, strict=True)]
-    _native.library().attention_gram_bwd(coupling, q, k, scale, q2, k2, scale2, *wanted)
-    return tuple(gradients)
+_fwd = torch.ops.vitdiv.attention_gram_fwd.default
+_bwd = torch.ops.vitdiv.attention_gram_bwd.default
 
 
 class AttentionGramFunction(torch.autograd.Function):
@@ -57,7 +38,7 @@ class AttentionGramFunction(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, q2, k2)
             ctx.scales = scale, scale2
-        return torch.ops.vitdiv.attention_gram_fwd(q, k, scale, q2, k2, scale2)
+        return _fwd(q, k, scale, q2, k2, scale2)
 
     @staticmethod
     @once_differentiable
@@ -66,7 +47,7 @@ class AttentionGramFunction(torch.autograd.Function):
         scale, scale2 = ctx.scales
         needs = list(ctx.needs_input_grad[:4])
         coupling = dgram + dgram.mT
-        gradients = torch.ops.vitdiv.attention_gram_bwd(coupling, q, k, scale, q2, k2, scale2, needs)
+        gradients = _bwd(coupling, q, k, scale, q2, k2, scale2, needs)
         return *(when(need, gradient) for need, gradient in zip(needs, gradients, strict=True)), None, None
 
 

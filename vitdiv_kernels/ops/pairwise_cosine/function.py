@@ -3,7 +3,6 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _native
 from .._layout import accumulation_dtype, nothing, unit_stride, when
 
 torch.library.define(
@@ -41,35 +40,15 @@ def _(x, y, penalty, include_self, eps, for_backward):
     return sums, _saved(x, y, penalty, for_backward)
 
 
-@torch.library.impl("vitdiv::pairwise_cosine_fwd", "cpu")
-def _(x, y, penalty, include_self, eps, for_backward):
-    sums = x.new_empty(_items(x), dtype=accumulation_dtype(x))
-    saved = _saved(x, y, penalty, for_backward)
-    kept = penalty == "signed" or (for_backward and penalty != "square")
-    _native.library().pairwise_cosine_fwd(x, y, penalty, include_self, eps, sums, when(kept, saved))
-    return sums, saved
-
-
-def _gradients(x, y, needs_dx, needs_dy):
-    return (
-        x.new_empty(x.shape) if needs_dx else nothing(x),
-        y.new_empty(y.shape) if needs_dy else nothing(x),
-    )
-
-
 @torch.library.register_fake("vitdiv::pairwise_cosine_bwd")
 def _(dsums, x, y, saved, penalty, include_self, eps, needs_dx, needs_dy):
-    return _gradients(x, y, needs_dx, needs_dy)
-
-
-@torch.library.impl("vitdiv::pairwise_cosine_bwd", "cpu")
-def _(dsums, x, y, saved, penalty, include_self, eps, needs_dx, needs_dy):
-    dx, dy = _gradients(x, y, needs_dx, needs_dy)
-    _native.library().pairwise_cosine_bwd(
-        dsums.contiguous(), x, y, when(penalty != "square", saved), penalty, include_self, eps,
-        when(needs_dx, dx), when(needs_dy, dy),
-    )  # fmt: skip
+    dx = x.new_empty(x.shape) if needs_dx else nothing(x)
+    dy = x.new_empty(y.shape) if needs_dy else nothing(x)
     return dx, dy
+
+
+_fwd = torch.ops.vitdiv.pairwise_cosine_fwd.default
+_bwd = torch.ops.vitdiv.pairwise_cosine_bwd.default
 
 
 class PairwiseCosineFunction(torch.autograd.Function):
@@ -77,7 +56,7 @@ class PairwiseCosineFunction(torch.autograd.Function):
     def forward(ctx, x, y, penalty, include_self, eps):
         x, y = unit_stride(x), None if y is None else unit_stride(y)
         for_backward = any(ctx.needs_input_grad)
-        sums, saved = torch.ops.vitdiv.pairwise_cosine_fwd(x, y, penalty, include_self, eps, for_backward)
+        sums, saved = _fwd(x, y, penalty, include_self, eps, for_backward)
         if for_backward:
             ctx.save_for_backward(x, y, saved)
             ctx.options = penalty, include_self, eps
@@ -88,7 +67,7 @@ class PairwiseCosineFunction(torch.autograd.Function):
     def backward(ctx, dsums):
         x, y, saved = ctx.saved_tensors
         needs_dx, needs_dy = ctx.needs_input_grad[:2]
-        dx, dy = torch.ops.vitdiv.pairwise_cosine_bwd(dsums, x, y, saved, *ctx.options, needs_dx, needs_dy)
+        dx, dy = _bwd(dsums.contiguous(), x, y, saved, *ctx.options, needs_dx, needs_dy)
         return when(needs_dx, dx), when(needs_dy, dy), None, None, None
 
 

@@ -1,6 +1,6 @@
-"""Everything of re-attention that is H x H: the kernels know one affine mix of the centred maps,
+"""Everything of re-attention that is H x H: the kernels know one affine mix of the maps,
 
-    Y_g = sum_h weight[g, h] (A_h - 1/M) + bias[g],
+    Y_g = sum_h weight[g, h] A_h + bias[g],    or, centred, of A_h - 1/M,
 
 then, for norm "layer", a layer norm over heads; `fold` turns mix, mix_bias, out_scale and batch norm into it, and
 `fold_backward` takes the gradients back. Products are written as sums: autocast leaves those in their dtype.
@@ -40,21 +40,21 @@ def batch_statistics(mix, mix_bias, centered_gram, queries, keys, process_group)
     return Statistics(mean if mix_bias is None else mean + mix_bias, var, covariance, count)
 
 
-def fold(mix, mix_bias, keys, norm, norm_weight, norm_bias, mean, var, eps, out_scale):
-    """(weight [H, H], bias [H]) of the affine mix; mean and var are the running statistics of norm "batch"."""
-    centre = mix.sum(1) / keys  # of the mixed maps, less mix_bias
-    if mix_bias is not None:
-        centre = centre + mix_bias
+def fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale):
+    """(weight [H, H], bias [H] or None) of the affine mix; mean and var are the running statistics of norm "batch"."""
     if norm == "layer":
-        return mix, centre
+        return mix, mix_bias
     if norm == "batch":
         gain = (var + eps).rsqrt()
         if norm_weight is not None:
             gain = gain * norm_weight
-        mix, centre = mix * gain.unsqueeze(1), (centre - mean) * gain
+        mix_bias = (-mean if mix_bias is None else mix_bias - mean) * gain
+        mix = mix * gain.unsqueeze(1)
         if norm_bias is not None:
-            centre = centre + norm_bias
-    return (mix, centre) if out_scale == 1 else (mix * out_scale, centre * out_scale)
+            mix_bias = mix_bias + norm_bias
+    if out_scale == 1:
+        return mix, mix_bias
+    return mix * out_scale, None if mix_bias is None else mix_bias * out_scale
 
 
 def fold_batch(mix, norm_weight, norm_bias, var, eps, out_scale):
@@ -81,23 +81,20 @@ def variance_coupling(dvar, mix, count):
     return (2 * _times((dvar.unsqueeze(1) * mix).t(), mix) / count).unsqueeze(0)
 
 
-def fold_backward(dweight, dbias, mix, mix_bias, keys, norm, norm_weight, mean, var, covariance, dvar, eps, out_scale):
+def fold_backward(dweight, dbias, mix, mix_bias, norm, norm_weight, mean, var, covariance, dvar, eps, out_scale):
     """(dmix, dmix_bias, dnorm_weight, dnorm_bias) from the gradients of the affine mix; covariance and dvar are given
     when batch norm took the batch's own statistics."""
     if norm == "layer":
-        return dweight + dbias.unsqueeze(1) / keys, dbias, None, None
+        return dweight, dbias, None, None
     if out_scale != 1:
         dweight, dbias = dweight * out_scale, dbias * out_scale
     if norm == "none":
-        return dweight + dbias.unsqueeze(1) / keys, dbias, None, None
+        return dweight, dbias, None, None
     rstd = (var + eps).rsqrt()
     gain = rstd if norm_weight is None else rstd * norm_weight
     dgain = (dweight * mix).sum(1)
     if dvar is not None:
         dmix = gain.unsqueeze(1) * dweight + 2 * dvar.unsqueeze(1) * _times(mix, covariance)
         return dmix, torch.zeros_like(dbias), dgain * rstd, dbias
-    centre = mix.sum(1) / keys - mean
-    if mix_bias is not None:
-        centre = centre + mix_bias
-    dmix = gain.unsqueeze(1) * (dweight + dbias.unsqueeze(1) / keys)
-    return dmix, gain * dbias, (dgain + dbias * centre) * rstd, dbias
+    dgain = dgain + dbias * (-mean if mix_bias is None else mix_bias - mean)
+    return gain.unsqueeze(1) * dweight, gain * dbias, dgain * rstd, dbias

@@ -3,13 +3,12 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _native
 from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
 from .fold import batch_statistics, fold, fold_backward, fold_batch, variance_coupling, variance_gradient
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor bias,"
-    " Tensor? norm_weight, Tensor? norm_bias, float eps"
+    "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias,"
+    " bool centred, Tensor? norm_weight, Tensor? norm_bias, float eps"
 )
 torch.library.define(
     "vitdiv::reattention_fwd", f"({_INPUTS}, bool needs_out, bool needs_gram) -> (Tensor out, Tensor gram)"
@@ -23,7 +22,10 @@ torch.library.define(
 torch.library.define("vitdiv::reattention_alignment", "(Tensor dout, Tensor out, Tensor v, Tensor bias) -> Tensor")
 
 
-def _outputs(q, needs_out, needs_gram):
+@torch.library.register_fake("vitdiv::reattention_fwd")
+def _(
+    q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs_out, needs_gram
+):  # fmt: skip
     gram_shape = (q.shape[0], q.shape[1], q.shape[1])
     return (
         heads_like(q) if needs_out else nothing(q),
@@ -31,22 +33,10 @@ def _outputs(q, needs_out, needs_gram):
     )
 
 
-@torch.library.register_fake("vitdiv::reattention_fwd")
-def _(q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps, needs_out, needs_gram):
-    return _outputs(q, needs_out, needs_gram)
-
-
-@torch.library.impl("vitdiv::reattention_fwd", "cpu")
-def _(q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps, needs_out, needs_gram):
-    out, gram = _outputs(q, needs_out, needs_gram)
-    _native.library().reattention_fwd(
-        q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps,
-        when(needs_out, out), when(needs_gram, gram),
-    )  # fmt: skip
-    return out, gram
-
-
-def _gradients(q, k, v, needs):
+@torch.library.register_fake("vitdiv::reattention_bwd")
+def _(
+    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs
+):  # fmt: skip
     heads, dtype = q.shape[1], accumulation_dtype(q)
     needs_dq, needs_dk, needs_dv, needs_dpre_mix, needs_dmix, needs_dnorm = needs
 
@@ -65,40 +55,20 @@ def _gradients(q, k, v, needs):
     )
 
 
-@torch.library.register_fake("vitdiv::reattention_bwd")
-def _(
-    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps, needs
-):  # fmt: skip
-    return _gradients(q, k, v, needs)
-
-
-@torch.library.impl("vitdiv::reattention_bwd", "cpu")
-def _(
-    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps, needs
-):  # fmt: skip
-    gradients = _gradients(q, k, v, needs)
-    needed = (*needs[:5], needs[4], needs[5], needs[5])
-    _native.library().reattention_bwd(
-        dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, eps,
-        *(when(need, gradient) for need, gradient in zip(needed, gradients, strict=True)),
-    )  # fmt: skip
-    return gradients
-
-
 @torch.library.register_fake("vitdiv::reattention_alignment")
 def _(dout, out, v, bias):
     return torch.empty_like(bias)
 
 
-@torch.library.impl("vitdiv::reattention_alignment", "cpu")
-def _(dout, out, v, bias):
-    sums = torch.empty_like(bias)
-    _native.library().reattention_alignment(dout, out, v, bias, sums)
-    return sums
+_fwd = torch.ops.vitdiv.reattention_fwd.default
+_bwd = torch.ops.vitdiv.reattention_bwd.default
+_alignment = torch.ops.vitdiv.reattention_alignment.default
 
 
 def _accumulation(tensor, dtype):
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 class ReattentionFunction(torch.autograd.Function):
@@ -113,7 +83,7 @@ class ReattentionFunction(torch.autograd.Function):
         differentiable = q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias
         ctx.dtypes = [None if x is None else x.dtype for x in differentiable]
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-        dtype, keys = accumulation_dtype(q), k.shape[2]
+        dtype, queries, keys = accumulation_dtype(q), q.shape[2], k.shape[2]
         mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, mean, var = (
             _accumulation(x, dtype)
             for x in (mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, running_mean, running_var)
@@ -133,14 +103,14 @@ class ReattentionFunction(torch.autograd.Function):
             )
             mean, var = statistics.mean, statistics.var
         else:
-            weight, bias = fold(mix, mix_bias, keys, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
-            out, gram = torch.ops.vitdiv.reattention_fwd(*inputs, weight, bias, *layer, eps, True, return_gram)
+            weight, bias = fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
+            out, gram = _fwd(*inputs, weight, bias, False, *layer, eps, True, return_gram)
         ctx.save_for_backward(
             q, k, v, pre_mix, pre_bias, weight, bias, *layer, mix, mix_bias, norm_weight, mean, var,
             *((None, None) if statistics is None else (statistics.covariance, out)),
         )  # fmt: skip
         ctx.options = norm, eps, out_scale, scale, process_group
-        gram = gram + q.shape[2] / keys if return_gram else None
+        gram = gram + queries / keys if return_gram else None
         if statistics is None:
             return out, gram, None, None
         ctx.count = statistics.count
@@ -164,7 +134,7 @@ class ReattentionFunction(torch.autograd.Function):
         if dout is not None:
             dout = unit_stride(dout)
             if covariance is not None:
-                aligned = torch.ops.vitdiv.reattention_alignment(dout, out, v, bias)
+                aligned = _alignment(dout, out, v, bias)
                 dvar = variance_gradient(aligned, var, eps, process_group)
                 from_variance = variance_coupling(dvar, mix, ctx.count)
                 coupling = from_variance if coupling is None else coupling + from_variance
@@ -173,15 +143,15 @@ class ReattentionFunction(torch.autograd.Function):
         sums = needs[2] and has_dout, needs[5], needs_affine and has_dout, needs_layer and has_dout
         results = (None,) * 8
         if any((*needs[:2], *sums)) and (has_dout or coupling is not None):
-            results = torch.ops.vitdiv.reattention_bwd(
-                dout, coupling, q, k, v, scale, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, eps,
-                [*needs[:2], *sums],
+            results = _bwd(
+                dout, coupling, q, k, v, scale, pre_mix, pre_bias, weight, bias, covariance is not None, layer_weight,
+                layer_bias, eps, [*needs[:2], *sums],
             )  # fmt: skip
         dq, dk, dv, dpre_mix, dweight, dbias, dnorm_weight, dnorm_bias = results
         dmix = dmix_bias = None
         if sums[2]:
             dmix, dmix_bias, dgain, dshift = fold_backward(
-                dweight, dbias, mix, mix_bias, k.shape[2], norm, norm_weight, mean, var, covariance, dvar, eps, out_scale
+                dweight, dbias, mix, mix_bias, norm, norm_weight, mean, var, covariance, dvar, eps, out_scale
             )
             if norm == "batch":
                 dnorm_weight, dnorm_bias = dgain, dshift
@@ -199,15 +169,14 @@ class ReattentionFunction(torch.autograd.Function):
 def _batch_norm_forward(inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group):
     """One sweep makes the maps' Gram matrix, hence the statistics, and the output less what they scale and shift by."""
     q, k, v = inputs[:3]
-    zeros = torch.zeros_like(mix[0])
     # float16 could not hold the unscaled output of nearly uniform maps: it takes a sweep for the statistics alone
     one_sweep = q.dtype != torch.float16
-    out, gram = torch.ops.vitdiv.reattention_fwd(*inputs, mix, zeros, None, None, eps, one_sweep, True)
+    out, gram = _fwd(*inputs, mix, None, True, None, None, eps, one_sweep, True)
     statistics = batch_statistics(mix, mix_bias, gram, q.shape[2], k.shape[2], process_group)
     gain, bias = fold_batch(mix, norm_weight, norm_bias, statistics.var, eps, out_scale)
     weight = mix * gain.unsqueeze(1)
     if not one_sweep:
-        out, _ = torch.ops.vitdiv.reattention_fwd(*inputs, weight, bias, None, None, eps, True, False)
+        out, _ = _fwd(*inputs, weight, bias, True, None, None, eps, True, False)
     elif norm_bias is None:
         out.mul_(gain[:, None, None])
     else:
@@ -227,7 +196,7 @@ def reattention(
         q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, *given, norm, training, eps, out_scale,
         scale, return_gram, process_group,
     )  # fmt: skip
-    if from_batch and running_mean is not None:
+    if from_batch and running_mean is not None and (q.shape[0] > 0 or process_group is not None):
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(var.to(running_var.dtype), momentum)
