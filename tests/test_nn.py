@@ -103,7 +103,8 @@ def test_initialisation():
 def test_timm_options(backend, norm):
     module = vd.nn.ReAttention(
         24, num_heads=4, attn_head_dim=8, dim_out=20, qkv_bias=True, qk_norm=True, scale_norm=True,
-        proj_bias=False, proj_drop=0.1, norm_layer=nn.LayerNorm, norm=norm, backend=backend, dtype=torch.float64,
+        proj_bias=False, proj_drop=0.1, norm_layer=nn.LayerNorm, norm=norm, backend=backend,
+        dtype=torch.float64,
     )  # fmt: skip
     out = module(torch.randn(2, 5, 24, dtype=torch.float64))
     assert out.shape == (2, 5, 20)
