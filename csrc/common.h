@@ -31,21 +31,28 @@ inline ScalarType scalar_type(const at::Tensor& t, const char* name) {
     case at::kBFloat16: return ScalarType::kBFloat16;
     default: break;
   }
-  TORCH_CHECK_TYPE(false, name, " must be float16, bfloat16, float32 or float64, got ", toString(t.scalar_type()));
+  TORCH_CHECK_TYPE(false, name, " must be float16, bfloat16, float32 or float64, got ",
+                   toString(t.scalar_type()));
 }
 
-inline at::ScalarType accumulation_type(const at::Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType accumulation_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(t.is_cpu(), name, " must be a CPU tensor, got one on ", t.device().str());
-  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", shape_text(sizes), ", got ", shape_text(t.sizes()));
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must have dtype ", toString(dtype), ", got ", toString(t.scalar_type()));
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", shape_text(sizes), ", got ",
+                    shape_text(t.sizes()));
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must have dtype ", toString(dtype), ", got ",
+                   toString(t.scalar_type()));
 }
 
 // [B, H, rows, width] with any strides but a last one of 1.
-inline HeadsView heads_view(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes, at::ScalarType dtype) {
+inline HeadsView heads_view(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
+                            at::ScalarType dtype) {
   check_tensor(t, name, at::IntArrayRef(sizes), dtype);
-  TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) == 1 || t.numel() == 0, name, " must have a last stride of 1, got ", t.stride(3));
+  TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) == 1 || t.numel() == 0, name,
+                    " must have a last stride of 1, got ", t.stride(3));
   return {t.data_ptr(), scalar_type(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
@@ -54,17 +61,20 @@ inline HeadsView heads_view(const at::Tensor& t, const char* name) {
   return {t.data_ptr(), scalar_type(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-inline HeadsView heads_view(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes, at::ScalarType dtype) {
+inline HeadsView heads_view(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes,
+                            at::ScalarType dtype) {
   return t ? heads_view(*t, name, sizes, dtype) : HeadsView{nullptr, ScalarType::kFloat, 0, 0, 0};
 }
 
-inline void* array(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes, at::ScalarType dtype) {
+inline void* array(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
+                   at::ScalarType dtype) {
   check_tensor(t, name, at::IntArrayRef(sizes), dtype);
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
   return t.data_ptr();
 }
 
-inline void* array(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes, at::ScalarType dtype) {
+inline void* array(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes,
+                   at::ScalarType dtype) {
   return t ? array(*t, name, sizes, dtype) : nullptr;
 }
 

@@ -28,7 +28,8 @@ void require_memory(bool done) {
 }
 
 at::Tensor empty(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype, bool needed = true) {
-  return at::empty(needed ? sizes : at::IntArrayRef({0}), like.options().dtype(needed ? dtype : like.scalar_type()));
+  return at::empty(needed ? sizes : at::IntArrayRef({0}),
+                   like.options().dtype(needed ? dtype : like.scalar_type()));
 }
 
 // The layout that heads_like of ops/_layout.py gives: [B, N, H, d] where the model has its heads inside its tokens.
@@ -36,7 +37,8 @@ at::Tensor empty_heads(const at::Tensor& like, bool needed = true) {
   if (!needed) return empty(like, {0}, like.scalar_type());
   const int64_t H = like.size(1), N = like.size(2), d = like.size(3);
   const bool tokens_outside = like.stride(1) < like.stride(2);
-  const int64_t row = std::max<int64_t>(d, 1), rows = std::max<int64_t>(N, 1), heads = std::max<int64_t>(H, 1);
+  const int64_t row = std::max<int64_t>(d, 1), rows = std::max<int64_t>(N, 1),
+                heads = std::max<int64_t>(H, 1);
   return at::empty_strided(like.sizes(),
                            tokens_outside ? at::IntArrayRef({rows * heads * row, row, heads * row, 1})
                                           : at::IntArrayRef({heads * rows * row, rows * row, row, 1}),
@@ -56,10 +58,14 @@ struct CosineOffsets {
   std::vector<int64_t> x, y, dx, dy;
 };
 
-BatchView batch_view(const at::Tensor& t, const char* name, at::ScalarType dtype, std::vector<int64_t>& offsets) {
-  TORCH_CHECK_VALUE(t.is_cpu() && t.dim() >= 2, name, " must be a CPU tensor of shape [..., N, D], got ", shape_text(t.sizes()));
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must have dtype ", toString(dtype), ", got ", toString(t.scalar_type()));
-  TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) == 1 || t.numel() == 0, name, " must have a last stride of 1, got ", t.stride(-1));
+BatchView batch_view(const at::Tensor& t, const char* name, at::ScalarType dtype,
+                     std::vector<int64_t>& offsets) {
+  TORCH_CHECK_VALUE(t.is_cpu() && t.dim() >= 2, name, " must be a CPU tensor of shape [..., N, D], got ",
+                    shape_text(t.sizes()));
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must have dtype ", toString(dtype), ", got ",
+                   toString(t.scalar_type()));
+  TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) == 1 || t.numel() == 0, name,
+                    " must have a last stride of 1, got ", t.stride(-1));
   offsets = item_offsets(t);
   return {t.data_ptr(), scalar_type(t, name), offsets.data(), t.stride(-2)};
 }
@@ -70,8 +76,10 @@ void fill_cosine(CosineArgs& args, CosineOffsets& offsets, const at::Tensor& x, 
   args.y = {};
   if (y) {
     args.y = batch_view(*y, "y", x.scalar_type(), offsets.y);
-    TORCH_CHECK_VALUE(y->dim() == x.dim() && y->size(-1) == x.size(-1) && offsets.y.size() == offsets.x.size(),
-                      "y must have x's shape but for its rows, got ", shape_text(y->sizes()), " beside ", shape_text(x.sizes()));
+    TORCH_CHECK_VALUE(
+        y->dim() == x.dim() && y->size(-1) == x.size(-1) && offsets.y.size() == offsets.x.size(),
+        "y must have x's shape but for its rows, got ", shape_text(y->sizes()), " beside ",
+        shape_text(x.sizes()));
   }
   args.L = int64_t(offsets.x.size());
   args.N = x.size(-2);
@@ -81,22 +89,25 @@ void fill_cosine(CosineArgs& args, CosineOffsets& offsets, const at::Tensor& x, 
   args.include_self = include_self;
   args.eps = eps;
   const bool closed = args.penalty == Penalty::kSigned;
-  args.threads = threads_for(double(args.L) * double(args.N) * double(args.D) * (closed ? 1 : double(args.M)));
+  args.threads =
+      threads_for(double(args.L) * double(args.N) * double(args.D) * (closed ? 1 : double(args.M)));
 }
 
 void check_saved(const CosineArgs& args, const at::Tensor& x, const at::Tensor& saved) {
   if (args.penalty == Penalty::kSigned)
     array(saved, "saved", {args.y.data ? 2 : 1, args.L, args.D}, accumulation_type(x));
   else
-    array(saved, "saved", {args.L, args.N, args.penalty == Penalty::kAbs ? 2 : 1, (args.M + 31) / 32}, at::kInt);
+    array(saved, "saved", {args.L, args.N, args.penalty == Penalty::kAbs ? 2 : 1, (args.M + 31) / 32},
+          at::kInt);
 }
 
 bool keeps(const CosineArgs& args, bool for_backward) {
   return args.penalty == Penalty::kSigned || (for_backward && args.penalty != Penalty::kSquare);
 }
 
-std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x, const OptionalTensor& y, std::string penalty,
-                                                       bool include_self, double eps, bool for_backward) {
+std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x, const OptionalTensor& y,
+                                                       std::string penalty, bool include_self, double eps,
+                                                       bool for_backward) {
   CosineForward args{};
   CosineOffsets offsets;
   fill_cosine(args, offsets, x, y, penalty, include_self, eps);
@@ -107,16 +118,18 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x, cons
   else if (args.penalty == Penalty::kSigned)
     saved = empty(x, {y ? 2 : 1, args.L, args.D}, accumulation_type(x));
   else
-    saved = at::zeros({args.L, args.N, args.penalty == Penalty::kAbs ? 2 : 1, (args.M + 31) / 32}, x.options().dtype(at::kInt));
+    saved = at::zeros({args.L, args.N, args.penalty == Penalty::kAbs ? 2 : 1, (args.M + 31) / 32},
+                      x.options().dtype(at::kInt));
   args.sums = sums.data_ptr();
   args.saved = keeps(args, for_backward) ? saved.data_ptr() : nullptr;
   require_memory(cpu().pairwise_cosine_fwd(args));
   return {sums, saved};
 }
 
-std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, const at::Tensor& x, const OptionalTensor& y,
-                                                       const at::Tensor& saved, std::string penalty, bool include_self,
-                                                       double eps, bool needs_dx, bool needs_dy) {
+std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, const at::Tensor& x,
+                                                       const OptionalTensor& y, const at::Tensor& saved,
+                                                       std::string penalty, bool include_self, double eps,
+                                                       bool needs_dx, bool needs_dy) {
   CosineBackward args{};
   CosineOffsets offsets;
   fill_cosine(args, offsets, x, y, penalty, include_self, eps);
@@ -132,15 +145,16 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, 
   return {dx, dy};
 }
 
-Layer layer_of(const at::Tensor& q, const at::Tensor& k, double scale, int64_t B, int64_t N, int64_t M, at::ScalarType dtype) {
+Layer layer_of(const at::Tensor& q, const at::Tensor& k, double scale, int64_t B, int64_t N, int64_t M,
+               at::ScalarType dtype) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, "q and k must have shape [B, H, N, d]");
   const int64_t H = q.size(1), d = q.size(3);
   TORCH_CHECK_VALUE(H <= 256, "at most 256 heads are supported, got ", H);
   return {heads_view(q, "q", {B, H, N, d}, dtype), heads_view(k, "k", {B, H, M, d}, dtype), H, d, scale};
 }
 
-void fill_gram(GramArgs& args, const at::Tensor& q, const at::Tensor& k, double scale, const OptionalTensor& q2,
-               const OptionalTensor& k2, double scale2) {
+void fill_gram(GramArgs& args, const at::Tensor& q, const at::Tensor& k, double scale,
+               const OptionalTensor& q2, const OptionalTensor& k2, double scale2) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, "q and k must have shape [B, H, N, d]");
   TORCH_CHECK_VALUE(k.size(2) > 0, "k must have at least one key");
   args.B = q.size(0);
@@ -150,12 +164,13 @@ void fill_gram(GramArgs& args, const at::Tensor& q, const at::Tensor& k, double 
   args.layers[1] = {};
   if (q2) args.layers[1] = layer_of(*q2, k2.value(), scale2, args.B, args.N, args.M, q.scalar_type());
   double work = 0;
-  for (const Layer& layer : args.layers) work += double(args.B * layer.H) * double(args.N * args.M) * double(layer.d);
+  for (const Layer& layer : args.layers)
+    work += double(args.B * layer.H) * double(args.N * args.M) * double(layer.d);
   args.threads = threads_for(work);
 }
 
-at::Tensor attention_gram_fwd(const at::Tensor& q, const at::Tensor& k, double scale, const OptionalTensor& q2,
-                              const OptionalTensor& k2, double scale2) {
+at::Tensor attention_gram_fwd(const at::Tensor& q, const at::Tensor& k, double scale,
+                              const OptionalTensor& q2, const OptionalTensor& k2, double scale2) {
   GramForward args{};
   fill_gram(args, q, k, scale, q2, k2, scale2);
   const int64_t H = args.layers[0].H + args.layers[1].H;
@@ -166,14 +181,16 @@ at::Tensor attention_gram_fwd(const at::Tensor& q, const at::Tensor& k, double s
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_gram_bwd(
-    const at::Tensor& coupling, const at::Tensor& q, const at::Tensor& k, double scale, const OptionalTensor& q2,
-    const OptionalTensor& k2, double scale2, c10::List<bool> needs) {
+    const at::Tensor& coupling, const at::Tensor& q, const at::Tensor& k, double scale,
+    const OptionalTensor& q2, const OptionalTensor& k2, double scale2, c10::List<bool> needs) {
   GramBackward args{};
   fill_gram(args, q, k, scale, q2, k2, scale2);
   const int64_t H = args.layers[0].H + args.layers[1].H;
   args.coupling = array(coupling, "coupling", {args.B, H, H}, accumulation_type(q));
-  TORCH_CHECK_VALUE(needs.size() == 4 && (q2 || !(needs[2] || needs[3])), "needs must name dq, dk, dq2 and dk2");
-  const at::Tensor gradients[] = {empty_heads(q, needs[0]), empty_heads(k, needs[1]), empty_heads(q2.value_or(q), needs[2]),
+  TORCH_CHECK_VALUE(needs.size() == 4 && (q2 || !(needs[2] || needs[3])),
+                    "needs must name dq, dk, dq2 and dk2");
+  const at::Tensor gradients[] = {empty_heads(q, needs[0]), empty_heads(k, needs[1]),
+                                  empty_heads(q2.value_or(q), needs[2]),
                                   empty_heads(k2.value_or(k), needs[3])};
   for (int l = 0; l < 2; l++) {
     if (needs[2 * l]) args.dq[l] = heads_view(gradients[2 * l], "dq");
@@ -183,15 +200,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_gram_bwd(
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }
 
-void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
-                      const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& mix,
-                      const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
-                      const OptionalTensor& norm_bias, double eps) {
+void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      double scale, const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
+                      const at::Tensor& mix, const OptionalTensor& bias, bool centred,
+                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have shape [B, H, N, d]");
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2), d = q.size(3), dv = v.size(3);
   TORCH_CHECK_VALUE(H <= 256, "at most 256 heads are supported, got ", H);
   TORCH_CHECK_VALUE(M > 0, "k must have at least one key");
-  TORCH_CHECK_VALUE(norm_weight.has_value() == norm_bias.has_value(), "norm_weight and norm_bias must be given together");
+  TORCH_CHECK_VALUE(norm_weight.has_value() == norm_bias.has_value(),
+                    "norm_weight and norm_bias must be given together");
   args.B = B, args.H = H, args.N = N, args.M = M, args.d = d, args.dv = dv;
   const at::ScalarType dtype = q.scalar_type(), acc = accumulation_type(q);
   args.q = heads_view(q, "q", {B, H, N, d}, dtype);
@@ -209,11 +227,11 @@ void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tens
   args.threads = threads_for(double(B * H) * double(N * M) * double(d + dv));
 }
 
-std::tuple<at::Tensor, at::Tensor> reattention_fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
-                                                   const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
-                                                   const at::Tensor& mix, const OptionalTensor& bias, bool centred,
-                                                   const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                                   double eps, bool needs_out, bool needs_gram) {
+std::tuple<at::Tensor, at::Tensor> reattention_fwd(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
+    const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& mix,
+    const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, double eps, bool needs_out, bool needs_gram) {
   ReattentionForward args{};
   fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps);
   TORCH_CHECK_VALUE(args.dv == args.d, "v must have the head width of q, ", args.d, ", got ", args.dv);
@@ -225,12 +243,14 @@ std::tuple<at::Tensor, at::Tensor> reattention_fwd(const at::Tensor& q, const at
   return {out, gram};
 }
 
-using Tensors8 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Tensors8 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                            at::Tensor, at::Tensor>;
 
 // needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
-Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupling, const at::Tensor& q, const at::Tensor& k,
-                         const at::Tensor& v, double scale, const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
-                         const at::Tensor& mix, const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
+Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupling, const at::Tensor& q,
+                         const at::Tensor& k, const at::Tensor& v, double scale,
+                         const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& mix,
+                         const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
                          const OptionalTensor& norm_bias, double eps, c10::List<bool> needs) {
   ReattentionBackward args{};
   fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps);
@@ -239,7 +259,8 @@ Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupl
   TORCH_CHECK_VALUE(!needs_dpre_mix || pre_mix, "dpre_mix is asked for, but pre_mix is not given");
   TORCH_CHECK_VALUE(!needs_dnorm || norm_weight, "dnorm is asked for, but norm_weight is not given");
   TORCH_CHECK_VALUE(dout || coupling, "dout or coupling must be given");
-  TORCH_CHECK_VALUE(dout || !(needs_dv || needs_dmix || needs_dnorm), "dout must be given for these gradients");
+  TORCH_CHECK_VALUE(dout || !(needs_dv || needs_dmix || needs_dnorm),
+                    "dout must be given for these gradients");
   const int64_t B = args.B, H = args.H;
   const at::ScalarType acc = accumulation_type(q);
   args.dout = heads_view(dout, "dout", {B, H, args.N, args.dv}, q.scalar_type());
@@ -248,7 +269,8 @@ Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupl
     args.coupling = array(*coupling, "coupling", {images, H, H}, acc);
     args.coupling_stride_b = images == B ? H * H : 0;
   }
-  const at::Tensor dq = empty_heads(q, needs[0]), dk = empty_heads(k, needs[1]), dv = empty_heads(v, needs_dv);
+  const at::Tensor dq = empty_heads(q, needs[0]), dk = empty_heads(k, needs[1]),
+                   dv = empty_heads(v, needs_dv);
   if (needs[0]) args.dq = heads_view(dq, "dq");
   if (needs[1]) args.dk = heads_view(dk, "dk");
   if (needs_dv) args.dv_out = heads_view(dv, "dv");
@@ -258,18 +280,21 @@ Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupl
     return gradient;
   };
   const at::Tensor dpre_mix = parameter({H, H}, needs_dpre_mix, args.dpre_mix);
-  const at::Tensor dmix = parameter({H, H}, needs_dmix, args.dmix), dbias = parameter({H}, needs_dmix, args.dbias);
+  const at::Tensor dmix = parameter({H, H}, needs_dmix, args.dmix),
+                   dbias = parameter({H}, needs_dmix, args.dbias);
   const at::Tensor dnorm_weight = parameter({H}, needs_dnorm, args.dnorm_weight);
   const at::Tensor dnorm_bias = parameter({H}, needs_dnorm, args.dnorm_bias);
   require_memory(cpu().reattention_bwd(args));
   return {dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias};
 }
 
-at::Tensor reattention_alignment(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& v, const at::Tensor& bias) {
+at::Tensor reattention_alignment(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& v,
+                                 const at::Tensor& bias) {
   TORCH_CHECK_VALUE(out.dim() == 4 && v.dim() == 4, "out and v must have shape [B, H, N, d]");
   const int64_t B = out.size(0), H = out.size(1), N = out.size(2), M = v.size(2), dv = out.size(3);
   const at::ScalarType dtype = out.scalar_type(), acc = accumulation_type(out);
-  ReattentionAlignment args{B, H, N, M, dv, {}, {}, {}, nullptr, nullptr, threads_for(double(B * H) * double(N * dv))};
+  ReattentionAlignment args{
+      B, H, N, M, dv, {}, {}, {}, nullptr, nullptr, threads_for(double(B * H) * double(N * dv))};
   args.dout = heads_view(dout, "dout", {B, H, N, dv}, dtype);
   args.out = heads_view(out, "out", {B, H, N, dv}, dtype);
   args.v = heads_view(v, "v", {B, H, M, dv}, dtype);

@@ -70,7 +70,8 @@ struct HeadPanels {
 
 // n rows of a head as panels. copy: [n, width], then room for the panels.
 template <class T>
-Panels<T> head_row_panels(const HeadsView& view, int64_t b, int64_t h, int64_t i, int64_t n, int64_t width, T* copy) {
+Panels<T> head_row_panels(const HeadsView& view, int64_t b, int64_t h, int64_t i, int64_t n, int64_t width,
+                          T* copy) {
   const Rows<T> rows = head_rows(view, b, h, i, n, width, copy);
   T* panels = copy + n * width;
   pack_rows(n, width, rows.data, rows.ld, panels);
@@ -85,15 +86,17 @@ bool takes_whole_vectors(const HeadsView& view, int64_t width) {
 }
 
 template <class T>
-void product_to_rows(int64_t n, int64_t width, int64_t K, const T* a, int64_t lda, Panels<T> panels, const HeadsView& out,
-                     int64_t b, int64_t h, int64_t i, T* copy) {
+void product_to_rows(int64_t n, int64_t width, int64_t K, const T* a, int64_t lda, Panels<T> panels,
+                     const HeadsView& out, int64_t b, int64_t h, int64_t i, T* copy) {
   if (takes_whole_vectors<T>(out, width)) {
-    gemm<T, false>(n, width, K, a, lda, panels, static_cast<T*>(out.data) + offset_of(out, b, h, i), out.stride_n, false);
+    gemm<T, false>(n, width, K, a, lda, panels, static_cast<T*>(out.data) + offset_of(out, b, h, i),
+                   out.stride_n, false);
     return;
   }
   const int64_t ld = round_up(width, kLanes<T>);
   gemm<T, false>(n, width, K, a, lda, panels, copy, ld, false);
-  for (int64_t r = 0; r < n; r++) store_row(copy + r * ld, width, out.data, out.dtype, offset_of(out, b, h, i + r));
+  for (int64_t r = 0; r < n; r++)
+    store_row(copy + r * ld, width, out.data, out.dtype, offset_of(out, b, h, i + r));
 }
 
 // Scratch that serves the copies above: a whole head, or a tile of query rows and its panels.
@@ -109,10 +112,16 @@ class HeadGradients {
  public:
   // bytes of scratch: per thread, or per task where an image has several
   static int64_t scratch_size(const HeadsView& out, int64_t H, int64_t M, int64_t width, bool several) {
-    return out.data && (several || !takes_whole_vectors<T>(out, width)) ? H * M * round_up(width, kLanes<T>) : 0;
+    return out.data && (several || !takes_whole_vectors<T>(out, width)) ? H * M * round_up(width, kLanes<T>)
+                                                                        : 0;
   }
   HeadGradients(const HeadsView& out, int64_t H, int64_t M, int64_t width, bool several, T* scratch)
-      : out_(out), H_(H), M_(M), width_(width), direct_(scratch_size(out, H, M, width, several) == 0), scratch_(scratch) {}
+      : out_(out),
+        H_(H),
+        M_(M),
+        width_(width),
+        direct_(scratch_size(out, H, M, width, several) == 0),
+        scratch_(scratch) {}
   // (+)= a^T rows, a [n, M]
   void add(int64_t b, int64_t h, int64_t n, const T* a, int64_t lda, Panels<T> rows, bool accumulate) {
     T* c = direct_ ? static_cast<T*>(out_.data) + offset_of(out_, b, h, 0) : head(scratch_, h);

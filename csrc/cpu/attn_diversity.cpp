@@ -41,7 +41,8 @@ struct MapScratch {
 
 // The softmax maps of query rows i ... i + n of both layers' heads, their padding set to `pad`.
 template <class T>
-void softmax_maps(const GramArgs& args, const Work<T>& w, const MapScratch<T>& m, int64_t b, int64_t i, int64_t n, T pad) {
+void softmax_maps(const GramArgs& args, const Work<T>& w, const MapScratch<T>& m, int64_t b, int64_t i,
+                  int64_t n, T pad) {
   const int64_t padded = w.tile.padded;
   T* a = m.a;
   for (int l = 0; l < kLayers; l++)
@@ -58,7 +59,8 @@ bool forward(const GramForward& args) {
   const Work<T> w(args);
   Arena per_thread;
   MapScratch<T>(per_thread, args, w);
-  const int64_t sums_size = w.H * w.H, sums_bytes = round_up(w.tasks * sums_size * int64_t(sizeof(double)), 64);
+  const int64_t sums_size = w.H * w.H,
+                sums_bytes = round_up(w.tasks * sums_size * int64_t(sizeof(double)), 64);
   const Block block(sums_bytes + args.threads * per_thread.used());
   if (!block.data()) return false;
   double* sums = reinterpret_cast<double*>(block.data());
@@ -97,7 +99,8 @@ struct BackwardScratch : MapScratch<T> {
         g(arena.take<T>(w.H * w.tile.head_stride())) {
     for (int l = 0; l < kLayers; l++) {
       const Layer& layer = args.layers[l];
-      dk[l] = arena.take<T>(w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk[l], layer.H, args.M, layer.d, false) : 0);
+      dk[l] = arena.take<T>(
+          w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk[l], layer.H, args.M, layer.d, false) : 0);
     }
   }
   void set_image(const GramBackward& args, int64_t b) const {
@@ -114,7 +117,8 @@ bool backward(const GramBackward& args) {
   const bool several = w.pieces > 1;
   int64_t dk_size[kLayers], dk_offset[kLayers], dk_total = 0;
   for (int l = 0; l < kLayers; l++) {
-    dk_size[l] = HeadGradients<T>::scratch_size(args.dk[l], args.layers[l].H, args.M, args.layers[l].d, several);
+    dk_size[l] =
+        HeadGradients<T>::scratch_size(args.dk[l], args.layers[l].H, args.M, args.layers[l].d, several);
     dk_offset[l] = dk_total;
     if (several) dk_total += dk_size[l];
   }
@@ -146,10 +150,13 @@ bool backward(const GramBackward& args) {
           HeadGradients<T> dk(args.dk[l], layer.H, args.M, layer.d, several,
                               several ? partial + task * dk_total + dk_offset[l] : m.dk[l]);
           for (int64_t h = 0; h < layer.H; h++, a += stride, g += stride) {
-            for (int64_t r = 0; r < n; r++) softmax_row_bwd(padded, a + r * padded, g + r * padded, T(layer.scale));
-            if (args.dq[l].data) product_to_rows<T>(n, layer.d, args.M, g, padded, m.keys[l][h], args.dq[l], b, h, i, m.copy);
+            for (int64_t r = 0; r < n; r++)
+              softmax_row_bwd(padded, a + r * padded, g + r * padded, T(layer.scale));
+            if (args.dq[l].data)
+              product_to_rows<T>(n, layer.d, args.M, g, padded, m.keys[l][h], args.dq[l], b, h, i, m.copy);
             if (args.dk[l].data)
-              dk.add(b, h, n, g, padded, head_row_panels(layer.q, b, h, i, n, layer.d, m.copy), t != w.first_tile(task));
+              dk.add(b, h, n, g, padded, head_row_panels(layer.q, b, h, i, n, layer.d, m.copy),
+                     t != w.first_tile(task));
             if (args.dk[l].data && !several && t + 1 == w.end_tile(task)) dk.store(b, h);
           }
         }
@@ -163,7 +170,8 @@ bool backward(const GramBackward& args) {
           for (int64_t h = 0; h < layer.H; h++) {
             if (!args.dk[l].data) continue;
             T* first = partial + b * w.pieces * dk_total + dk_offset[l];
-            HeadGradients<T>(args.dk[l], layer.H, args.M, layer.d, true, first).store(b, h, w.pieces, dk_total);
+            HeadGradients<T>(args.dk[l], layer.H, args.M, layer.d, true, first)
+                .store(b, h, w.pieces, dk_total);
           }
       }
   }

@@ -45,9 +45,10 @@ VITDIV_INLINE uint16_t to_half(float f) {
 #else
   const uint32_t sign = bits_of(f) >> 16 & 0x8000, bits = bits_of(f) & 0x7fffffff;
   if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);                                // 65520 and beyond round to infinity
-  if (bits < 0x38800000)                                                                  // below 2^-14: subnormal
-    return uint16_t(sign | (bits_of(float_from_bits(bits) + 0.5f) - bits_of(0.5f)));      // one ulp of 0.5 is 2^-24
+  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and beyond round to infinity
+  if (bits < 0x38800000)                                   // below 2^-14: subnormal
+    return uint16_t(sign |
+                    (bits_of(float_from_bits(bits) + 0.5f) - bits_of(0.5f)));  // one ulp of 0.5 is 2^-24
   return uint16_t(sign | ((bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13));
 #endif
 }
@@ -96,7 +97,8 @@ struct Rows {
 
 // n rows of `width` from `offset` on: in place, or converted into copy [n, width].
 template <class T>
-Rows<T> rows_of(const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n, int64_t width, T* copy) {
+Rows<T> rows_of(const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n, int64_t width,
+                T* copy) {
   if (is_native<T>(dtype)) return {static_cast<const T*>(data) + offset, stride};
   for (int64_t i = 0; i < n; i++) load_row(data, dtype, offset + i * stride, width, copy + i * width);
   return {copy, width};

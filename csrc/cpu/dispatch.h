@@ -20,11 +20,11 @@ struct CpuKernels {
   bool (*reattention_alignment)(const ReattentionAlignment&);
 };
 
-#define VITDIV_CPU_KERNELS(name)                                                                                   \
-  CpuKernels {                                                                                                     \
-    #name, cpu_##name::pairwise_cosine_fwd, cpu_##name::pairwise_cosine_bwd, cpu_##name::attention_gram_fwd,       \
-        cpu_##name::attention_gram_bwd, cpu_##name::reattention_fwd, cpu_##name::reattention_bwd,                  \
-        cpu_##name::reattention_alignment                                                                          \
+#define VITDIV_CPU_KERNELS(name)                                                                             \
+  CpuKernels {                                                                                               \
+    #name, cpu_##name::pairwise_cosine_fwd, cpu_##name::pairwise_cosine_bwd, cpu_##name::attention_gram_fwd, \
+        cpu_##name::attention_gram_bwd, cpu_##name::reattention_fwd, cpu_##name::reattention_bwd,            \
+        cpu_##name::reattention_alignment                                                                    \
   }
 
 inline CpuKernels choose_cpu_kernels() {

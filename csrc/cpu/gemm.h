@@ -22,8 +22,9 @@ struct Panels {
 
 // A(r, k) is a[r * lda + k], or with Transposed a[k * lda + r].
 template <class T, int Rows, int Vectors, bool Transposed>
-__attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, int64_t lda, const T* __restrict b,
-                                            T* __restrict c, int64_t ldc, bool accumulate) {
+__attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, int64_t lda,
+                                            const T* __restrict b, T* __restrict c, int64_t ldc,
+                                            bool accumulate) {
   Vec<T> acc[Rows][Vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++)
@@ -49,8 +50,8 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, in
 }
 
 template <class T, int Vectors, bool Transposed, int Rows = kMaxRows>
-VITDIV_INLINE void micro_kernel_rows(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
-                                     bool accumulate) {
+VITDIV_INLINE void micro_kernel_rows(int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, T* c,
+                                     int64_t ldc, bool accumulate) {
   if constexpr (Rows > 1) {
     if (rows < Rows)
       return micro_kernel_rows<T, Vectors, Transposed, Rows - 1>(rows, K, a, lda, b, c, ldc, accumulate);
@@ -61,13 +62,15 @@ VITDIV_INLINE void micro_kernel_rows(int64_t rows, int64_t K, const T* a, int64_
 // M rows in blocks of at most kMaxRows that differ by at most one row: a last block of one row would waste the kernel.
 struct RowBlocks {
   int64_t count, base, longer;
-  explicit RowBlocks(int64_t M) : count(ceil_div(M, kMaxRows)), base(count ? M / count : 0), longer(count ? M % count : 0) {}
+  explicit RowBlocks(int64_t M)
+      : count(ceil_div(M, kMaxRows)), base(count ? M / count : 0), longer(count ? M % count : 0) {}
   int64_t begin(int64_t i) const { return i * base + min64(i, longer); }
   int64_t size(int64_t i) const { return base + (i < longer); }
 };
 
 template <class T, bool Transposed>
-void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, Panels<T> b, T* c, int64_t ldc, bool accumulate) {
+void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, Panels<T> b, T* c, int64_t ldc,
+          bool accumulate) {
   const RowBlocks blocks(M);
   for (int64_t j = 0; j < N; j += kPanel<T>) {
     const T* panel = b.data + j * b.depth;

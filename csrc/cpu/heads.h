@@ -12,8 +12,9 @@ constexpr int64_t kMaxHeads = 256;
 
 // out[g] (+)= bias[g] + sum_h weight[g, h] (in[h] - shift) for Rows heads g; L is a whole number of vectors.
 template <class T, int Rows>
-__attribute__((noinline)) void mix_kernel(int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T* in,
-                                          int64_t in_stride, T* out, int64_t out_stride, bool accumulate) {
+__attribute__((noinline)) void mix_kernel(int64_t H, int64_t L, const T* weight, const T* bias, T shift,
+                                          const T* in, int64_t in_stride, T* out, int64_t out_stride,
+                                          bool accumulate) {
   for (int64_t x = 0; x < L; x += kPanel<T>) {
     const int vectors = L - x > kLanes<T> ? 2 : 1;
     // the second vector of a last single one repeats the first, so that the loop below stays branch-free
@@ -25,7 +26,8 @@ __attribute__((noinline)) void mix_kernel(int64_t H, int64_t L, const T* weight,
       acc[r][1] = accumulate ? load(out + r * out_stride + x + second) : acc[r][0];
     }
     for (int64_t h = 0; h < H; h++) {
-      const Vec<T> b0 = load(in + h * in_stride + x) - shift, b1 = load(in + h * in_stride + x + second) - shift;
+      const Vec<T> b0 = load(in + h * in_stride + x) - shift,
+                   b1 = load(in + h * in_stride + x + second) - shift;
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; r++) {
         const T w = weight[r * H + h];
@@ -42,11 +44,12 @@ __attribute__((noinline)) void mix_kernel(int64_t H, int64_t L, const T* weight,
 }
 
 template <class T, int Rows = kMaxRows>
-VITDIV_INLINE void mix_rows(int64_t rows, int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T* in,
-                            int64_t in_stride, T* out, int64_t out_stride, bool accumulate) {
+VITDIV_INLINE void mix_rows(int64_t rows, int64_t H, int64_t L, const T* weight, const T* bias, T shift,
+                            const T* in, int64_t in_stride, T* out, int64_t out_stride, bool accumulate) {
   if constexpr (Rows > 1) {
     if (rows < Rows)
-      return mix_rows<T, Rows - 1>(rows, H, L, weight, bias, shift, in, in_stride, out, out_stride, accumulate);
+      return mix_rows<T, Rows - 1>(rows, H, L, weight, bias, shift, in, in_stride, out, out_stride,
+                                   accumulate);
   }
   mix_kernel<T, Rows>(H, L, weight, bias, shift, in, in_stride, out, out_stride, accumulate);
 }
@@ -60,8 +63,8 @@ void mix(int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T*
   if (!in_place) {  // one row block reads all heads of a column before it writes any
     for (int64_t i = 0; i < blocks.count; i++) {
       const int64_t r = blocks.begin(i);
-      mix_rows<T>(blocks.size(i), H, L, weight + r * H, bias ? bias + r : nullptr, shift, in, stride, out + r * stride,
-                  stride, accumulate);
+      mix_rows<T>(blocks.size(i), H, L, weight + r * H, bias ? bias + r : nullptr, shift, in, stride,
+                  out + r * stride, stride, accumulate);
     }
     return;
   }
@@ -69,7 +72,8 @@ void mix(int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T*
   const int64_t columns = kMaxHeads / round_up(H, 64) * kPanel<T>;
   for (int64_t x = 0; x < L; x += columns) {
     const int64_t width = min64(columns, L - x);
-    for (int64_t h = 0; h < H; h++) memcpy(column + h * columns, in + h * stride + x, size_t(width) * sizeof(T));
+    for (int64_t h = 0; h < H; h++)
+      memcpy(column + h * columns, in + h * stride + x, size_t(width) * sizeof(T));
     for (int64_t i = 0; i < blocks.count; i++) {
       const int64_t r = blocks.begin(i);
       mix_rows<T>(blocks.size(i), H, width, weight + r * H, bias ? bias + r : nullptr, shift, column, columns,
@@ -81,8 +85,8 @@ void mix(int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T*
 // gram[g * ld + h] += sum_x (a[g][x] - shift_a) (b[h][x] - shift_b); symmetric: only blocks with g <= h are computed and
 // the caller mirrors them.
 template <class T>
-void gram(int64_t G, int64_t H, int64_t L, const T* a, T shift_a, const T* b, T shift_b, int64_t stride, double* gram,
-          bool symmetric) {
+void gram(int64_t G, int64_t H, int64_t L, const T* a, T shift_a, const T* b, T shift_b, int64_t stride,
+          double* gram, bool symmetric) {
   constexpr int kRows = kMaxRows > 8 ? 4 : 2, kCols = 4;
   for (int64_t g = 0; g < G; g += kRows)
     for (int64_t h = symmetric ? g / kCols * kCols : 0; h < H; h += kCols) {
@@ -103,7 +107,8 @@ void gram(int64_t G, int64_t H, int64_t L, const T* a, T shift_a, const T* b, T 
         }
       }
       for (int i = 0; i < kRows && g + i < G; i++)
-        for (int j = 0; j < kCols && h + j < H; j++) gram[(g + i) * H + h + j] += double(sum_lanes<T>(acc[i][j]));
+        for (int j = 0; j < kCols && h + j < H; j++)
+          gram[(g + i) * H + h + j] += double(sum_lanes<T>(acc[i][j]));
     }
 }
 
@@ -123,15 +128,16 @@ double dot(int64_t L, const T* x, const T* y) {
 
 template <class T>
 VITDIV_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {
-  for (int i = 0; i < kLanes<T>; i++) v[i] = T(1) / (sizeof(T) == 4 ? T(__builtin_sqrtf(float(v[i]))) : T(__builtin_sqrt(v[i])));
+  for (int i = 0; i < kLanes<T>; i++)
+    v[i] = T(1) / (sizeof(T) == 4 ? T(__builtin_sqrtf(float(v[i]))) : T(__builtin_sqrt(v[i])));
   return v;
 }
 
 // Layer norm over heads at each position: out = weight * normalized + bias. normalized may be x itself; rstd and out may
 // be null; out may be x when normalized is null.
 template <class T>
-void layer_norm_heads(int64_t H, int64_t L, const T* x, T* normalized, T* rstd, T* out, int64_t stride, const T* weight,
-                      const T* bias, T eps) {
+void layer_norm_heads(int64_t H, int64_t L, const T* x, T* normalized, T* rstd, T* out, int64_t stride,
+                      const T* weight, const T* bias, T eps) {
   const T inv_h = T(1) / T(H);
   for (int64_t i = 0; i < L; i += kLanes<T>) {
     Vec<T> mean = {}, var = {};

@@ -80,10 +80,10 @@ struct ReattentionArgs {
   int64_t B, H, N, M, d, dv;
   HeadsView q, k, v;
   double scale;
-  const void *pre_mix, *pre_bias;        // [H, H], [H]
-  const void *mix, *bias;                // [H, H], [H]
+  const void *pre_mix, *pre_bias;  // [H, H], [H]
+  const void *mix, *bias;          // [H, H], [H]
   bool centred;
-  const void *norm_weight, *norm_bias;   // [H], [H]
+  const void *norm_weight, *norm_bias;  // [H], [H]
   double eps;
   int threads;
 };
@@ -95,7 +95,7 @@ struct ReattentionForward : ReattentionArgs {
 
 struct ReattentionBackward : ReattentionArgs {
   HeadsView dout, dq, dk, dv_out;
-  const void* coupling;      // [B, H, H] or null: dgram + its transpose
+  const void* coupling;       // [B, H, H] or null: dgram + its transpose
   int64_t coupling_stride_b;  // 0 when all images share one
   void *dpre_mix, *dmix, *dbias, *dnorm_weight, *dnorm_bias;
 };
@@ -109,15 +109,15 @@ struct ReattentionAlignment {
   int threads;
 };
 
-#define VITDIV_DECLARE_CPU_KERNELS(ns)                           \
-  namespace ns {                                                 \
-  bool pairwise_cosine_fwd(const CosineForward& args);           \
-  bool pairwise_cosine_bwd(const CosineBackward& args);          \
-  bool attention_gram_fwd(const GramForward& args);              \
-  bool attention_gram_bwd(const GramBackward& args);             \
-  bool reattention_fwd(const ReattentionForward& args);          \
-  bool reattention_bwd(const ReattentionBackward& args);         \
-  bool reattention_alignment(const ReattentionAlignment& args);  \
+#define VITDIV_DECLARE_CPU_KERNELS(ns)                          \
+  namespace ns {                                                \
+  bool pairwise_cosine_fwd(const CosineForward& args);          \
+  bool pairwise_cosine_bwd(const CosineBackward& args);         \
+  bool attention_gram_fwd(const GramForward& args);             \
+  bool attention_gram_bwd(const GramBackward& args);            \
+  bool reattention_fwd(const ReattentionForward& args);         \
+  bool reattention_bwd(const ReattentionBackward& args);        \
+  bool reattention_alignment(const ReattentionAlignment& args); \
   }
 
 VITDIV_DECLARE_CPU_KERNELS(cpu_default)

@@ -55,8 +55,8 @@ T inverse_norm(int64_t D, const T* row, T eps, T* norm) {
 
 template <class T>
 Rows<T> raw_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, T* copy) {
-  return rows_of(set.view.data, set.view.dtype, set.view.offset[item] + i * set.view.stride_n, set.view.stride_n, n, D,
-                 copy);
+  return rows_of(set.view.data, set.view.dtype, set.view.offset[item] + i * set.view.stride_n,
+                 set.view.stride_n, n, D, copy);
 }
 
 // Unit rows i ... i + n as [n, D]. `row` holds one row.
@@ -97,7 +97,8 @@ void feature_gram(int64_t n, int64_t D, const T* panels, T* out, int64_t ld) {
   for (int64_t r = 0; r < D; r += P) {
     const int64_t rows = min64(P, D - r);
     for (int64_t j = r; j < D; j += P)
-      gemm<T, true>(rows, min64(P, D - j), n, panels + r * n, P, Panels<T>{panels + j * n, n}, out + r * ld + j, ld, false);
+      gemm<T, true>(rows, min64(P, D - j), n, panels + r * n, P, Panels<T>{panels + j * n, n},
+                    out + r * ld + j, ld, false);
   }
   for (int64_t r = 0; r < D; r++)
     for (int64_t c = 0; c < r; c++) out[r * ld + c] = out[c * ld + r];
@@ -119,7 +120,8 @@ struct Signs {
   int64_t planes, words_per_row;
   Signs(const CosineArgs& a, const void* saved, int64_t item)
       : planes(sign_planes(a.penalty)), words_per_row(ceil_div(a.M, kWord)) {
-    words = saved ? static_cast<uint32_t*>(const_cast<void*>(saved)) + item * a.N * planes * words_per_row : nullptr;
+    words = saved ? static_cast<uint32_t*>(const_cast<void*>(saved)) + item * a.N * planes * words_per_row
+                  : nullptr;
   }
   uint32_t* at(int64_t i, int64_t plane, int64_t j) const {
     return words + (i * planes + plane) * words_per_row + j / kWord;
@@ -136,7 +138,8 @@ VITDIV_INLINE Vec<T> penalise(Vec<T> s) {
 // The penalties of one micro-tile c [rows, kPanel] at (i, j), each row's similarities still times its norm. `triangle`:
 // only pairs j > i count.
 template <class T, Penalty P>
-double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* inverse, bool triangle, const Signs& signs) {
+double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* inverse, bool triangle,
+                   const Signs& signs) {
   Vec<T> total = {};
   for (int64_t r = 0; r < rows; r++) {
     Vec<T> row_total = {};
@@ -180,7 +183,8 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
   const bool within = !a.y.data;
   const int64_t D = a.D;
   const Signs signs(a, a.saved, item);
-  pack_unit_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D, T(a.eps), m.staging, m.panels);
+  pack_unit_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D, T(a.eps), m.staging,
+                    m.panels);
   constexpr int64_t kDepth = 384;  // of a product at a time: the rows' part stays in L1
   double total = 0;
   for (int64_t i = begin; i < end; i += kTile) {
@@ -198,7 +202,8 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
     for (int64_t j = within ? i / kPanel<T> * kPanel<T> : 0; j < columns.count; j += kPanel<T>)
       for (int64_t block = 0; block < blocks.count; block++) {
         const int64_t r = blocks.begin(block), rows = blocks.size(block);
-        if (within && j + kPanel<T> <= i + r + 1) break;  // this block and those below it lie under the diagonal
+        if (within && j + kPanel<T> <= i + r + 1)
+          break;  // this block and those below it lie under the diagonal
         for (int64_t k = 0; k < D; k += kDepth)
           micro_kernel_rows<T, 2, false>(rows, min64(kDepth, D - k), x.data + r * x.ld + k, x.ld,
                                          m.panels + j * D + k * kPanel<T>, m.c, kPanel<T>, k > 0);
@@ -212,7 +217,8 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
 
 template <class T>
 bool tiles_forward(const CosineForward& a) {
-  const int64_t pieces = pieces_per_item(a.L, a.threads, min64(ceil_div(a.N, kTile), a.threads)), tasks = a.L * pieces;
+  const int64_t pieces = pieces_per_item(a.L, a.threads, min64(ceil_div(a.N, kTile), a.threads)),
+                tasks = a.L * pieces;
   Arena per_thread;
   TileScratch<T>(per_thread, a);
   const int64_t sums_bytes = round_up(tasks * int64_t(sizeof(double)), 64);
@@ -408,7 +414,8 @@ void expand_signs(const Signs& signs, int64_t i, int64_t j, bool triangle, T* ou
 }
 
 template <class T>
-void RowsGradient<T>::add_signs(const Scratch& m, int64_t item, int64_t i, int64_t n, int64_t j, int64_t width) const {
+void RowsGradient<T>::add_signs(const Scratch& m, int64_t item, int64_t i, int64_t n, int64_t j,
+                                int64_t width) const {
   constexpr int64_t S = kTileStride<T>;
   const Signs signs(a, a.saved, item);
   const Panels<T> z = {m.z + j * kPanel<T>, columns.count};
@@ -428,11 +435,13 @@ void RowsGradient<T>::add_signs(const Scratch& m, int64_t item, int64_t i, int64
 }
 
 template <class T>
-void RowsGradient<T>::add_similarities(const Scratch& m, int64_t i, int64_t n, int64_t j, int64_t width) const {
+void RowsGradient<T>::add_similarities(const Scratch& m, int64_t i, int64_t n, int64_t j,
+                                       int64_t width) const {
   constexpr int64_t S = kTileStride<T>;
   gemm<T, false>(n, width, a.D, m.zi, a.D, Panels<T>{m.columns_t + j * a.D, a.D}, m.w, S, false);
   for (int64_t r = 0; r < n; r++)
-    for (int64_t c = 0; c < width; c++) m.w[r * S + c] *= within && !a.include_self && i + r == j + c ? T(0) : T(2);
+    for (int64_t c = 0; c < width; c++)
+      m.w[r * S + c] *= within && !a.include_self && i + r == j + c ? T(0) : T(2);
   gemm<T, false>(n, a.D, width, m.w, S, Panels<T>{m.z + j * kPanel<T>, columns.count}, m.dz, m.ld, true);
 }
 

@@ -38,7 +38,8 @@ template <class T>
 const T* centred_bias(const ReattentionArgs& args, T* out) {
   for (int64_t g = 0; g < args.H; g++) {
     double total = 0;
-    for (int64_t h = 0; !args.centred && h < args.H; h++) total += double(static_cast<const T*>(args.mix)[g * args.H + h]);
+    for (int64_t h = 0; !args.centred && h < args.H; h++)
+      total += double(static_cast<const T*>(args.mix)[g * args.H + h]);
     out[g] = T(total / double(args.M) + (args.bias ? double(static_cast<const T*>(args.bias)[g]) : 0));
   }
   return out;
@@ -58,15 +59,16 @@ struct MapScratch {
 // The softmax maps of query rows i ... i + n into m.a, their padding set to `pad`. With pre_mix (times the scale already)
 // the raw logits are made in `raw`.
 template <class T>
-void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m, const T* pre_mix, T* raw, int64_t b,
-                  int64_t i, int64_t n, T pad) {
+void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m, const T* pre_mix,
+                  T* raw, int64_t b, int64_t i, int64_t n, T pad) {
   const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
   for (int64_t h = 0; h < args.H; h++) {
     T* z = raw + h * stride;
     const Rows<T> q = head_rows(args.q, b, h, i, n, args.d, m.copy);
     gemm<T, false>(n, args.M, args.d, q.data, q.ld, m.keys_t[h], z, padded, false);
     if (pre_mix) w.tile.clear_padding(n, z);
-    for (int64_t r = 0; !pre_mix && r < n; r++) softmax_row(args.M, padded, z + r * padded, T(args.scale), pad);
+    for (int64_t r = 0; !pre_mix && r < n; r++)
+      softmax_row(args.M, padded, z + r * padded, T(args.scale), pad);
   }
   if (!pre_mix) return;
   mix<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), T(0), raw, m.a, stride);
@@ -86,7 +88,9 @@ struct ForwardShared {
   double* grams;
   T *pre_mix, *bias;
   ForwardShared(Arena& arena, const ReattentionForward& args, const Work<T>& w)
-      : grams(arena.take<double>(args.gram ? w.tasks * args.H * args.H : 0)), pre_mix(arena.take<T>(args.H * args.H)), bias(arena.take<T>(args.H)) {}
+      : grams(arena.take<double>(args.gram ? w.tasks * args.H * args.H : 0)),
+        pre_mix(arena.take<T>(args.H * args.H)),
+        bias(arena.take<T>(args.H)) {}
 };
 
 template <class T>
@@ -126,10 +130,12 @@ bool forward(const ReattentionForward& args) {
         if (!args.out.data) continue;
         mix<T>(H, L, static_cast<const T*>(args.mix), bias, w.mean, m.a, m.a, stride);
         if (args.norm_weight)
-          layer_norm_heads<T>(H, L, m.a, nullptr, nullptr, m.a, stride, static_cast<const T*>(args.norm_weight),
-                              static_cast<const T*>(args.norm_bias), T(args.eps));
+          layer_norm_heads<T>(H, L, m.a, nullptr, nullptr, m.a, stride,
+                              static_cast<const T*>(args.norm_weight), static_cast<const T*>(args.norm_bias),
+                              T(args.eps));
         for (int64_t h = 0; h < H; h++)
-          product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, m.values[h], args.out, b, h, i, m.copy);
+          product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, m.values[h], args.out, b, h, i,
+                             m.copy);
       }
     }
   }
@@ -141,7 +147,11 @@ bool forward(const ReattentionForward& args) {
 struct ParameterSums {
   double *dpre_mix, *dmix, *dbias, *dnorm_weight, *dnorm_bias;
   ParameterSums(double* base, int64_t H)
-      : dpre_mix(base), dmix(base + H * H), dbias(base + 2 * H * H), dnorm_weight(dbias + H), dnorm_bias(dbias + 2 * H) {}
+      : dpre_mix(base),
+        dmix(base + H * H),
+        dbias(base + 2 * H * H),
+        dnorm_weight(dbias + H),
+        dnorm_bias(dbias + 2 * H) {}
   static int64_t size(int64_t H) { return 2 * H * H + 3 * H; }
 };
 
@@ -157,8 +167,11 @@ struct BackwardScratch : MapScratch<T> {
         raw(arena.take<T>(args.pre_mix ? args.H * w.tile.head_stride() : 0)),
         normalized(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
         rstd(arena.take<T>(args.norm_weight ? w.tile.head_stride() : 0)),
-        dk(arena.take<T>(w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, false) : 0)),
-        dv(arena.take<T>(w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false) : 0)) {}
+        dk(arena.take<T>(
+            w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, false) : 0)),
+        dv(arena.take<T>(w.pieces == 1
+                             ? HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false)
+                             : 0)) {}
 };
 
 template <class T>
@@ -171,27 +184,32 @@ struct BackwardShared {
         pre_mix_t(arena.take<T>(args.H * args.H)),
         mix_t(arena.take<T>(args.H * args.H)),
         bias(arena.take<T>(args.H)),
-        dk(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, true) : 0)),
-        dv(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, true)
+        dk(arena.take<T>(w.pieces > 1
+                             ? w.tasks * HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, true)
+                             : 0)),
+        dv(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M,
+                                                                                 args.dv, true)
                                       : 0)) {}
 };
 
 // m.g: the gradient of the tile's softmax maps, from dout and from the Gram's coupling. Adds to the values' and the
 // parameters' gradients on the way. Returns false when nothing is asked for beyond those.
 template <class T>
-bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m, const T* mix_t, const T* bias,
-                   int64_t b, int64_t i, int64_t n, bool first, HeadGradients<T>& dv, ParameterSums sums) {
+bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m,
+                   const T* mix_t, const T* bias, int64_t b, int64_t i, int64_t n, bool first,
+                   HeadGradients<T>& dv, ParameterSums sums) {
   const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded, L = n * padded;
   const bool goes_on = args.dq.data || args.dk.data || args.dpre_mix;
-  const T* coupling = args.coupling ? static_cast<const T*>(args.coupling) + b * args.coupling_stride_b : nullptr;
+  const T* coupling =
+      args.coupling ? static_cast<const T*>(args.coupling) + b * args.coupling_stride_b : nullptr;
   if (args.dout.data) {
     const T* norm_weight = static_cast<const T*>(args.norm_weight);
     if (args.norm_weight || args.dv_out.data) {
       T* mixed = norm_weight ? m.normalized : m.g;
       mix<T>(H, L, static_cast<const T*>(args.mix), bias, w.mean, m.a, mixed, stride);
       if (norm_weight)
-        layer_norm_heads<T>(H, L, mixed, m.normalized, m.rstd, args.dv_out.data ? m.g : nullptr, stride, norm_weight,
-                            static_cast<const T*>(args.norm_bias), T(args.eps));
+        layer_norm_heads<T>(H, L, mixed, m.normalized, m.rstd, args.dv_out.data ? m.g : nullptr, stride,
+                            norm_weight, static_cast<const T*>(args.norm_bias), T(args.eps));
     }
     for (int64_t h = 0; h < H; h++) {
       T* g = m.g + h * stride;
@@ -215,7 +233,8 @@ bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const Back
     if (goes_on) mix<T>(H, L, mix_t, nullptr, T(0), m.g, m.g, stride);
   }
   // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of the logits
-  if (goes_on && coupling) mix<T>(H, L, coupling, nullptr, w.mean, m.a, m.g, stride, args.dout.data != nullptr);
+  if (goes_on && coupling)
+    mix<T>(H, L, coupling, nullptr, w.mean, m.a, m.g, stride, args.dout.data != nullptr);
   return goes_on;
 }
 
@@ -279,7 +298,8 @@ bool backward(const ReattentionBackward& args) {
       for (int64_t x = 0; x < ParameterSums::size(H); x++) task_sums[x] = 0;
       const ParameterSums sums(task_sums, H);
       HeadGradients<T> dk(args.dk, H, args.M, args.d, several, several ? shared.dk + task * dk_size : m.dk);
-      HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, several, several ? shared.dv + task * dv_size : m.dv);
+      HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, several,
+                          several ? shared.dv + task * dv_size : m.dv);
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         const bool first = t == w.first_tile(task);
@@ -293,9 +313,11 @@ bool backward(const ReattentionBackward& args) {
         if (pre_mix) mix<T>(H, n * padded, pre_mix_t, nullptr, T(0), m.g, m.g, stride);
         for (int64_t h = 0; h < H; h++) {
           if (args.dq.data)
-            product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, m.keys[h], args.dq, b, h, i, m.copy);
+            product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, m.keys[h], args.dq, b, h, i,
+                               m.copy);
           if (args.dk.data)
-            dk.add(b, h, n, m.g + h * stride, padded, head_row_panels(args.q, b, h, i, n, args.d, m.copy), !first);
+            dk.add(b, h, n, m.g + h * stride, padded, head_row_panels(args.q, b, h, i, n, args.d, m.copy),
+                   !first);
         }
       }
       for (int64_t h = 0; !several && h < H; h++) {
@@ -309,9 +331,11 @@ bool backward(const ReattentionBackward& args) {
         for (int64_t h = 0; h < H; h++) {
           const int64_t task = b * w.pieces;
           if (args.dk.data)
-            HeadGradients<T>(args.dk, H, args.M, args.d, true, shared.dk + task * dk_size).store(b, h, w.pieces, dk_size);
+            HeadGradients<T>(args.dk, H, args.M, args.d, true, shared.dk + task * dk_size)
+                .store(b, h, w.pieces, dk_size);
           if (args.dv_out.data)
-            HeadGradients<T>(args.dv_out, H, args.M, args.dv, true, shared.dv + task * dv_size).store(b, h, w.pieces, dv_size);
+            HeadGradients<T>(args.dv_out, H, args.M, args.dv, true, shared.dv + task * dv_size)
+                .store(b, h, w.pieces, dv_size);
         }
     }
   }
@@ -331,7 +355,8 @@ bool alignment(const ReattentionAlignment& args) {
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
   {
     Arena arena(block.data() + sums_bytes + thread_index() * per_thread.used());
-    T *dout_copy = arena.take<T>(4 * ld), *copy = dout_copy + ld, *dout_sum = copy + ld, *v_sum = dout_sum + ld;
+    T *dout_copy = arena.take<T>(4 * ld), *copy = dout_copy + ld, *dout_sum = copy + ld,
+      *v_sum = dout_sum + ld;
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < args.B; b++)
       for (int64_t h = 0; h < args.H; h++) {

@@ -34,7 +34,8 @@ class Arena {
 
 class Block {
  public:
-  explicit Block(int64_t bytes) : data_(static_cast<char*>(aligned_alloc(64, size_t(round_up(max64(bytes, 64), 64))))) {}
+  explicit Block(int64_t bytes)
+      : data_(static_cast<char*>(aligned_alloc(64, size_t(round_up(max64(bytes, 64), 64))))) {}
   ~Block() { free(data_); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;

@@ -38,7 +38,8 @@ struct Simd<float> {
   typedef int32_t Lane;
   typedef Lane Int __attribute__((vector_size(kVectorBytes)));
   static constexpr int32_t kSignBit = INT32_MIN, kExponentBias = 127, kMantissaBits = 23;
-  static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  static constexpr float kRound =
+      12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   static constexpr float kMinExponent = -126.f;
 };
 

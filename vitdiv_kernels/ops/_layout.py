@@ -4,18 +4,17 @@ import torch
 
 
 def unit_stride(tensor):
-    """The tensor itself if its last axis is contiguous, which is all that the kernels ask for; else a copy."""
+    """The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def heads_like(tensor, model=None):
-    """An uninitialised [B, H, N, d] of `tensor`'s shape, with the tokens outside of the heads where `model` has them so.
+def heads_like(tensor):
+    """An uninitialised [B, H, N, d] of the shape of `tensor`, laid out as [B, N, H, d] where `tensor` is.
 
-    An output laid out as [B, N, H, d] costs nothing when the heads are joined again.
+    In that layout joining the heads again costs nothing.
     """
-    model = tensor if model is None else model
     b, h, n, d = tensor.shape
-    if model.stride(1) < model.stride(2):
+    if tensor.stride(1) < tensor.stride(2):
         return tensor.new_empty(b, n, h, d).transpose(1, 2)
     return tensor.new_empty(b, h, n, d)
 

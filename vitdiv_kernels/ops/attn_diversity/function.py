@@ -6,7 +6,8 @@ from torch.autograd.function import once_differentiable
 from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
 
 torch.library.define(
-    "vitdiv::attention_gram_fwd", "(Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, float scale2) -> Tensor"
+    "vitdiv::attention_gram_fwd",
+    "(Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, float scale2) -> Tensor",
 )
 torch.library.define(
     "vitdiv::attention_gram_bwd",
@@ -52,5 +53,5 @@ class AttentionGramFunction(torch.autograd.Function):
 
 
 def head_gram(q, k, q2=None, k2=None, *, scale, scale2=None):
-    """The centred Gram matrix of the maps of all heads, both layers' one after the other: [B, H (+ H2), H (+ H2)]."""
+    """Centred Gram matrix of all heads' maps, both layers' in a row: [B, H (+ H2), H (+ H2)]."""
     return AttentionGramFunction.apply(q, k, q2, k2, scale, scale if scale2 is None else scale2)

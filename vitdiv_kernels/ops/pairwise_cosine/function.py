@@ -1,4 +1,4 @@
-"""The operators `vitdiv::pairwise_cosine_{fwd,bwd}` and their autograd.Function; the maths is in README.md."""
+"""The operators `vitdiv::pairwise_cosine_{fwd,bwd}` and their autograd.Function; maths in README.md."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -7,12 +7,13 @@ from .._layout import accumulation_dtype, nothing, unit_stride, when
 
 torch.library.define(
     "vitdiv::pairwise_cosine_fwd",
-    "(Tensor x, Tensor? y, str penalty, bool include_self, float eps, bool for_backward) -> (Tensor sums, Tensor saved)",
+    "(Tensor x, Tensor? y, str penalty, bool include_self, float eps, bool for_backward)"
+    " -> (Tensor sums, Tensor saved)",
 )
 torch.library.define(
     "vitdiv::pairwise_cosine_bwd",
-    "(Tensor dsums, Tensor x, Tensor? y, Tensor saved, str penalty, bool include_self, float eps, bool needs_dx,"
-    " bool needs_dy) -> (Tensor dx, Tensor dy)",
+    "(Tensor dsums, Tensor x, Tensor? y, Tensor saved, str penalty, bool include_self, float eps,"
+    " bool needs_dx, bool needs_dy) -> (Tensor dx, Tensor dy)",
 )
 
 
@@ -72,5 +73,5 @@ class PairwiseCosineFunction(torch.autograd.Function):
 
 
 def pairwise_cosine_sums(x, y, *, penalty, include_self, eps):
-    """Sum of the penalty over the ordered pairs of each leading index: [...] in float32 (float64 for float64)."""
+    """Sum of the penalty over the ordered pairs of each leading index: [...], float32 or float64."""
     return PairwiseCosineFunction.apply(x, y, penalty, include_self, eps).reshape(x.shape[:-2])

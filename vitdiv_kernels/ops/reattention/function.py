@@ -3,8 +3,17 @@
 import torch
 from torch.autograd.function import once_differentiable
 
+from .._checks import autocast_off
 from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
-from .fold import batch_statistics, fold, fold_backward, fold_batch, variance_coupling, variance_gradient
+from .fold import (
+    batch_mean,
+    batch_statistics,
+    fold,
+    fold_backward,
+    gain_of,
+    variance_coupling,
+    variance_gradient,
+)
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias,"
@@ -16,10 +25,12 @@ torch.library.define(
 # needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
 torch.library.define(
     "vitdiv::reattention_bwd",
-    f"(Tensor? dout, Tensor? coupling, {_INPUTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dpre_mix,"
-    " Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
+    f"(Tensor? dout, Tensor? coupling, {_INPUTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv,"
+    " Tensor dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
 )
-torch.library.define("vitdiv::reattention_alignment", "(Tensor dout, Tensor out, Tensor v, Tensor bias) -> Tensor")
+torch.library.define(
+    "vitdiv::reattention_alignment", "(Tensor dout, Tensor out, Tensor v, Tensor bias) -> Tensor"
+)
 
 
 @torch.library.register_fake("vitdiv::reattention_fwd")
@@ -72,12 +83,12 @@ def _accumulation(tensor, dtype):
 
 
 class ReattentionFunction(torch.autograd.Function):
-    """Returns (out, gram or None, mean or None, var or None): mean and unbiased variance of batch norm in training."""
+    """Returns (out, gram or None, and in batch norm's training its mean and unbiased variance or None)."""
 
     @staticmethod
     def forward(
         ctx, q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, running_mean, running_var,
-        norm, training, eps, out_scale, scale, return_gram, process_group,
+        norm, training, wants_statistics, eps, out_scale, scale, return_gram, process_group,
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
         differentiable = q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias
@@ -96,62 +107,90 @@ class ReattentionFunction(torch.autograd.Function):
                 out_scale * (ones if norm_weight is None else norm_weight),
                 out_scale * (torch.zeros_like(ones) if norm_bias is None else norm_bias),
             )
-        statistics, gram = None, None
         if norm == "batch" and training:
-            out, gram, weight, bias, statistics = _batch_norm_forward(
-                inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group
+            out, gram, bias, statistics = _batch_norm_forward(
+                inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group
             )
-            mean, var = statistics.mean, statistics.var
+            ctx.save_for_backward(
+                q, k, v, pre_mix, pre_bias, None, bias, None, None, mix, mix_bias, norm_weight, None,
+                statistics.var, statistics.mixed_covariance, out,
+            )  # fmt: skip
+            ctx.count = count = statistics.count
+            mean = unbiased = None
+            if wants_statistics:
+                mean, unbiased = batch_mean(mix, mix_bias, keys), statistics.var * (count / (count - 1))
+                ctx.mark_non_differentiable(mean, unbiased)
         else:
             weight, bias = fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
             out, gram = _fwd(*inputs, weight, bias, False, *layer, eps, True, return_gram)
-        ctx.save_for_backward(
-            q, k, v, pre_mix, pre_bias, weight, bias, *layer, mix, mix_bias, norm_weight, mean, var,
-            *((None, None) if statistics is None else (statistics.covariance, out)),
-        )  # fmt: skip
+            ctx.save_for_backward(
+                q,
+                k,
+                v,
+                pre_mix,
+                pre_bias,
+                weight,
+                bias,
+                *layer,
+                mix,
+                mix_bias,
+                norm_weight,
+                mean,
+                var,
+                None,
+                None,
+            )
+            mean = unbiased = None
         ctx.options = norm, eps, out_scale, scale, process_group
-        gram = gram + queries / keys if return_gram else None
-        if statistics is None:
-            return out, gram, None, None
-        ctx.count = statistics.count
-        unbiased = var * (statistics.count / (statistics.count - 1))
-        ctx.mark_non_differentiable(mean, unbiased)
-        return out, gram, mean, unbiased
+        return out, gram + queries / keys if return_gram else None, mean, unbiased
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dgram, dmean, dunbiased):
         (
-            q, k, v, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, mix, mix_bias, norm_weight, mean,
-            var, covariance, out,
+            q, k, v, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, mix, mix_bias, norm_weight,
+            mean, var, mixed_covariance, out,
         ) = ctx.saved_tensors  # fmt: skip
         norm, eps, out_scale, scale, process_group = ctx.options
         needs = ctx.needs_input_grad
-        needs_affine = needs[3] or needs[4] or (norm == "batch" and (needs[7] or needs[8]))
-        needs_layer = norm == "layer" and (needs[7] or needs[8])
+        has_dout, from_batch = dout is not None, mixed_covariance is not None
         coupling = None if dgram is None else dgram + dgram.mT
         dvar = None
-        if dout is not None:
+        if has_dout:
             dout = unit_stride(dout)
-            if covariance is not None:
-                aligned = _alignment(dout, out, v, bias)
-                dvar = variance_gradient(aligned, var, eps, process_group)
-                from_variance = variance_coupling(dvar, mix, ctx.count)
+        if from_batch:
+            weight = mix * gain_of(norm_weight, var, eps, out_scale).unsqueeze(1)
+            if has_dout:
+                dvar = variance_gradient(_alignment(dout, out, v, bias), var, eps, process_group)
+                with autocast_off(q):
+                    from_variance = variance_coupling(dvar, mix, ctx.count)
                 coupling = from_variance if coupling is None else coupling + from_variance
 
-        has_dout = dout is not None
+        needs_affine = needs[3] or needs[4] or (norm == "batch" and (needs[7] or needs[8]))
+        needs_layer = norm == "layer" and (needs[7] or needs[8])
         sums = needs[2] and has_dout, needs[5], needs_affine and has_dout, needs_layer and has_dout
         results = (None,) * 8
         if any((*needs[:2], *sums)) and (has_dout or coupling is not None):
             results = _bwd(
-                dout, coupling, q, k, v, scale, pre_mix, pre_bias, weight, bias, covariance is not None, layer_weight,
+                dout, coupling, q, k, v, scale, pre_mix, pre_bias, weight, bias, from_batch, layer_weight,
                 layer_bias, eps, [*needs[:2], *sums],
             )  # fmt: skip
         dq, dk, dv, dpre_mix, dweight, dbias, dnorm_weight, dnorm_bias = results
         dmix = dmix_bias = None
         if sums[2]:
             dmix, dmix_bias, dgain, dshift = fold_backward(
-                dweight, dbias, mix, mix_bias, norm, norm_weight, mean, var, covariance, dvar, eps, out_scale
+                dweight,
+                dbias,
+                mix,
+                mix_bias,
+                norm,
+                norm_weight,
+                mean,
+                var,
+                mixed_covariance,
+                dvar,
+                eps,
+                out_scale,
             )
             if norm == "batch":
                 dnorm_weight, dnorm_bias = dgain, dshift
@@ -163,41 +202,44 @@ class ReattentionFunction(torch.autograd.Function):
         return *(
             gradient.to(dtype) if need and gradient is not None else None
             for need, gradient, dtype in zip(needs[:9], gradients, ctx.dtypes, strict=True)
-        ), *(None,) * 9
+        ), *(None,) * 10
 
 
-def _batch_norm_forward(inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group):
-    """One sweep makes the maps' Gram matrix, hence the statistics, and the output less what they scale and shift by."""
+def _batch_norm_forward(inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group):
+    """One sweep makes the Gram matrix, hence the statistics, and the output but for gain and shift."""
     q, k, v = inputs[:3]
-    # float16 could not hold the unscaled output of nearly uniform maps: it takes a sweep for the statistics alone
+    # float16 cannot hold the unscaled output of nearly uniform maps: the statistics get a sweep of their own
     one_sweep = q.dtype != torch.float16
     out, gram = _fwd(*inputs, mix, None, True, None, None, eps, one_sweep, True)
-    statistics = batch_statistics(mix, mix_bias, gram, q.shape[2], k.shape[2], process_group)
-    gain, bias = fold_batch(mix, norm_weight, norm_bias, statistics.var, eps, out_scale)
-    weight = mix * gain.unsqueeze(1)
+    statistics = batch_statistics(mix, gram, q.shape[2], k.shape[2], process_group)
+    gain = gain_of(norm_weight, statistics.var, eps, out_scale)
+    # centred maps are mixed, so that the mean of the batch is gone already
+    bias = torch.zeros_like(gain) if norm_bias is None else norm_bias * out_scale
     if not one_sweep:
-        out, _ = _fwd(*inputs, weight, bias, True, None, None, eps, True, False)
+        out, _ = _fwd(*inputs, mix * gain.unsqueeze(1), bias, True, None, None, eps, True, False)
     elif norm_bias is None:
         out.mul_(gain[:, None, None])
     else:
         shift = bias[:, None, None] * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
         torch.addcmul(shift, out, gain[:, None, None], out=out)
-    return out, gram, weight, bias, statistics
+    return out, gram, bias, statistics
 
 
 def reattention(
-    q, k, v, mix, *, mix_bias, pre_mix, pre_bias, norm, norm_weight, norm_bias, running_mean, running_var, training,
-    momentum, eps, out_scale, scale, return_gram, process_group,
+    q, k, v, mix, *, mix_bias, pre_mix, pre_bias, norm, norm_weight, norm_bias, running_mean, running_var,
+    training, momentum, eps, out_scale, scale, return_gram, process_group,
 ):  # fmt: skip
     """(out, gram or None), as the public function says; updates the running statistics in place."""
     from_batch = norm == "batch" and training
+    # an empty batch has no statistics to add, unless other processes have some
+    updates = from_batch and running_mean is not None and (q.shape[0] > 0 or process_group is not None)
     given = (None, None) if from_batch else (running_mean, running_var)
-    out, gram, mean, var = ReattentionFunction.apply(
-        q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, *given, norm, training, eps, out_scale,
-        scale, return_gram, process_group,
+    out, gram, mean, unbiased_var = ReattentionFunction.apply(
+        q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, *given, norm, training, updates,
+        eps, out_scale, scale, return_gram, process_group,
     )  # fmt: skip
-    if from_batch and running_mean is not None and (q.shape[0] > 0 or process_group is not None):
+    if updates:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(var.to(running_var.dtype), momentum)
+            running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
     return out, gram
