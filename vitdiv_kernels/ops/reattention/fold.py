@@ -76,7 +76,7 @@ def variance_gradient(aligned, var, eps, process_group):
 
 def variance_coupling(dvar, mix, count):
     """What the gradient of the variances adds to dgram + its transpose: [1, H, H]."""
-    return ((mix * dvar.unsqueeze(1)).t() @ mix * (2 / count)).unsqueeze(0)
+    return ((mix * dvar.unsqueeze(1)).t() @ mix * 2 / count).unsqueeze(0)
 
 
 def fold_backward(

@@ -175,27 +175,15 @@ class ReattentionFunction(torch.autograd.Function):
                 dout, coupling, q, k, v, scale, pre_mix, pre_bias, weight, bias, from_batch, layer_weight,
                 layer_bias, eps, [*needs[:2], *sums],
             )  # fmt: skip
-        dq, dk, dv, dpre_mix, dweight, dbias, dnorm_weight, dnorm_bias = results
-        dmix = dmix_bias = None
+        dq, dk, dv, dpre_mix, dweight, dbias, dlayer_weight, dlayer_bias = results
+        dmix = dmix_bias = dnorm_weight = dnorm_bias = None
         if sums[2]:
-            dmix, dmix_bias, dgain, dshift = fold_backward(
-                dweight,
-                dbias,
-                mix,
-                mix_bias,
-                norm,
-                norm_weight,
-                mean,
-                var,
-                mixed_covariance,
-                dvar,
-                eps,
+            dmix, dmix_bias, dnorm_weight, dnorm_bias = fold_backward(
+                dweight, dbias, mix, mix_bias, norm, norm_weight, mean, var, mixed_covariance, dvar, eps,
                 out_scale,
-            )
-            if norm == "batch":
-                dnorm_weight, dnorm_bias = dgain, dshift
+            )  # fmt: skip
         if sums[3]:
-            dnorm_weight, dnorm_bias = dnorm_weight * out_scale, dnorm_bias * out_scale
+            dnorm_weight, dnorm_bias = dlayer_weight * out_scale, dlayer_bias * out_scale
         # a constant added to a row of logits changes no softmax
         dpre_bias = torch.zeros_like(pre_bias) if needs[6] else None
         gradients = dq, dk, when(sums[0], dv), dmix, dmix_bias, dpre_mix, dpre_bias, dnorm_weight, dnorm_bias
