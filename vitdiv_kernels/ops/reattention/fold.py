@@ -22,7 +22,7 @@ class Statistics(NamedTuple):
 def batch_statistics(mix, centered_gram, queries, keys, process_group):
     """Rows of a softmax sum to 1, so a map's mean is 1/M; the Gram matrix gives a mix's variance."""
     total = centered_gram.sum(0)
-    count = centered_gram.shape[0] * queries * keys
+    count = max(centered_gram.shape[0], 1) * queries * keys
     if process_group is None:
         mixed_covariance = mix @ (total / count)
         return Statistics((mix * mixed_covariance).sum(1), mixed_covariance, count)
