@@ -73,7 +73,9 @@ class CMakeBuild(build_ext):
             ) from None
         module = Path(self.get_ext_filename("_C")).name
         for name in (module, "_build.json"):
-            self.copy_file(str(build / name), str(package / name))
+            # Renamed over the old file: overwriting it would crash a process that has it loaded.
+            self.copy_file(str(build / name), str(package / f"{name}.new"))
+            os.replace(package / f"{name}.new", package / name)
 
     def compile(self) -> Path:
         """Configure and build, in a folder that is kept, so that the next run compiles only what changed."""

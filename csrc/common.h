@@ -47,6 +47,14 @@ inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef 
                    toString(t.scalar_type()));
 }
 
+// The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy. Done here and not in Python,
+// where torch.compile would trace it.
+inline at::Tensor unit_stride(const at::Tensor& t) {
+  return t.dim() == 0 || t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
+}
+
+inline OptionalTensor unit_stride(const OptionalTensor& t) { return t ? OptionalTensor(unit_stride(*t)) : t; }
+
 // [B, H, rows, width] with any strides but a last one of 1.
 inline HeadsView heads_view(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
                             at::ScalarType dtype) {

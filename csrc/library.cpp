@@ -105,9 +105,11 @@ bool keeps(const CosineArgs& args, bool for_backward) {
   return args.penalty == Penalty::kSigned || (for_backward && args.penalty != Penalty::kSquare);
 }
 
-std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x, const OptionalTensor& y,
-                                                       std::string penalty, bool include_self, double eps,
-                                                       bool for_backward) {
+std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x_given,
+                                                       const OptionalTensor& y_given, std::string penalty,
+                                                       bool include_self, double eps, bool for_backward) {
+  const at::Tensor x = unit_stride(x_given);
+  const OptionalTensor y = unit_stride(y_given);
   CosineForward args{};
   CosineOffsets offsets;
   fill_cosine(args, offsets, x, y, penalty, include_self, eps);
@@ -126,15 +128,18 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x, cons
   return {sums, saved};
 }
 
-std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, const at::Tensor& x,
-                                                       const OptionalTensor& y, const at::Tensor& saved,
+std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, const at::Tensor& x_given,
+                                                       const OptionalTensor& y_given, const at::Tensor& saved,
                                                        std::string penalty, bool include_self, double eps,
                                                        bool needs_dx, bool needs_dy) {
+  const at::Tensor x = unit_stride(x_given);
+  const OptionalTensor y = unit_stride(y_given);
   CosineBackward args{};
   CosineOffsets offsets;
   fill_cosine(args, offsets, x, y, penalty, include_self, eps);
   if (args.penalty != Penalty::kSquare) check_saved(args, x, saved);
-  args.dsums = array(dsums, "dsums", {args.L}, accumulation_type(x));
+  const at::Tensor dsums_row = dsums.contiguous();
+  args.dsums = array(dsums_row, "dsums", {args.L}, accumulation_type(x));
   args.saved = args.penalty == Penalty::kSquare ? nullptr : saved.data_ptr();
   TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
   const at::Tensor dx = empty(x, x.sizes(), x.scalar_type(), needs_dx);
@@ -169,8 +174,10 @@ void fill_gram(GramArgs& args, const at::Tensor& q, const at::Tensor& k, double 
   args.threads = threads_for(work);
 }
 
-at::Tensor attention_gram_fwd(const at::Tensor& q, const at::Tensor& k, double scale,
-                              const OptionalTensor& q2, const OptionalTensor& k2, double scale2) {
+at::Tensor attention_gram_fwd(const at::Tensor& q_given, const at::Tensor& k_given, double scale,
+                              const OptionalTensor& q2_given, const OptionalTensor& k2_given, double scale2) {
+  const at::Tensor q = unit_stride(q_given), k = unit_stride(k_given);
+  const OptionalTensor q2 = unit_stride(q2_given), k2 = unit_stride(k2_given);
   GramForward args{};
   fill_gram(args, q, k, scale, q2, k2, scale2);
   const int64_t H = args.layers[0].H + args.layers[1].H;
@@ -181,17 +188,19 @@ at::Tensor attention_gram_fwd(const at::Tensor& q, const at::Tensor& k, double s
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_gram_bwd(
-    const at::Tensor& coupling, const at::Tensor& q, const at::Tensor& k, double scale,
-    const OptionalTensor& q2, const OptionalTensor& k2, double scale2, c10::List<bool> needs) {
+    const at::Tensor& coupling, const at::Tensor& q_given, const at::Tensor& k_given, double scale,
+    const OptionalTensor& q2_given, const OptionalTensor& k2_given, double scale2, c10::List<bool> needs) {
+  const at::Tensor q = unit_stride(q_given), k = unit_stride(k_given);
+  const OptionalTensor q2 = unit_stride(q2_given), k2 = unit_stride(k2_given);
   GramBackward args{};
   fill_gram(args, q, k, scale, q2, k2, scale2);
   const int64_t H = args.layers[0].H + args.layers[1].H;
   args.coupling = array(coupling, "coupling", {args.B, H, H}, accumulation_type(q));
   TORCH_CHECK_VALUE(needs.size() == 4 && (q2 || !(needs[2] || needs[3])),
                     "needs must name dq, dk, dq2 and dk2");
-  const at::Tensor gradients[] = {empty_heads(q, needs[0]), empty_heads(k, needs[1]),
-                                  empty_heads(q2.value_or(q), needs[2]),
-                                  empty_heads(k2.value_or(k), needs[3])};
+  const at::Tensor gradients[] = {empty_heads(q_given, needs[0]), empty_heads(k_given, needs[1]),
+                                  empty_heads(q2_given.value_or(q_given), needs[2]),
+                                  empty_heads(k2_given.value_or(k_given), needs[3])};
   for (int l = 0; l < 2; l++) {
     if (needs[2 * l]) args.dq[l] = heads_view(gradients[2 * l], "dq");
     if (needs[2 * l + 1]) args.dk[l] = heads_view(gradients[2 * l + 1], "dk");
@@ -228,14 +237,15 @@ void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tens
 }
 
 std::tuple<at::Tensor, at::Tensor> reattention_fwd(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
+    const at::Tensor& q_given, const at::Tensor& k_given, const at::Tensor& v_given, double scale,
     const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& mix,
     const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, double eps, bool needs_out, bool needs_gram) {
+  const at::Tensor q = unit_stride(q_given), k = unit_stride(k_given), v = unit_stride(v_given);
   ReattentionForward args{};
   fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps);
   TORCH_CHECK_VALUE(args.dv == args.d, "v must have the head width of q, ", args.d, ", got ", args.dv);
-  const at::Tensor out = empty_heads(q, needs_out);
+  const at::Tensor out = empty_heads(q_given, needs_out);
   const at::Tensor gram = empty(q, {args.B, args.H, args.H}, accumulation_type(q), needs_gram);
   if (needs_out) args.out = heads_view(out, "out");
   if (needs_gram) args.gram = gram.data_ptr();
@@ -247,11 +257,14 @@ using Tensors8 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::
                             at::Tensor, at::Tensor>;
 
 // needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
-Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupling, const at::Tensor& q,
-                         const at::Tensor& k, const at::Tensor& v, double scale,
-                         const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& mix,
-                         const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
-                         const OptionalTensor& norm_bias, double eps, c10::List<bool> needs) {
+Tensors8 reattention_bwd(const OptionalTensor& dout_given, const OptionalTensor& coupling,
+                         const at::Tensor& q_given, const at::Tensor& k_given, const at::Tensor& v_given,
+                         double scale, const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
+                         const at::Tensor& mix, const OptionalTensor& bias, bool centred,
+                         const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+                         c10::List<bool> needs) {
+  const at::Tensor q = unit_stride(q_given), k = unit_stride(k_given), v = unit_stride(v_given);
+  const OptionalTensor dout = unit_stride(dout_given);
   ReattentionBackward args{};
   fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps);
   TORCH_CHECK_VALUE(needs.size() == 6, "needs must name dq, dk, dv, dpre_mix, dmix and dnorm");
@@ -269,8 +282,8 @@ Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupl
     args.coupling = array(*coupling, "coupling", {images, H, H}, acc);
     args.coupling_stride_b = images == B ? H * H : 0;
   }
-  const at::Tensor dq = empty_heads(q, needs[0]), dk = empty_heads(k, needs[1]),
-                   dv = empty_heads(v, needs_dv);
+  const at::Tensor dq = empty_heads(q_given, needs[0]), dk = empty_heads(k_given, needs[1]),
+                   dv = empty_heads(v_given, needs_dv);
   if (needs[0]) args.dq = heads_view(dq, "dq");
   if (needs[1]) args.dk = heads_view(dk, "dk");
   if (needs_dv) args.dv_out = heads_view(dv, "dv");
@@ -288,8 +301,9 @@ Tensors8 reattention_bwd(const OptionalTensor& dout, const OptionalTensor& coupl
   return {dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias};
 }
 
-at::Tensor reattention_alignment(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& v,
-                                 const at::Tensor& bias) {
+at::Tensor reattention_alignment(const at::Tensor& dout_given, const at::Tensor& out_given,
+                                 const at::Tensor& v_given, const at::Tensor& bias) {
+  const at::Tensor dout = unit_stride(dout_given), out = unit_stride(out_given), v = unit_stride(v_given);
   TORCH_CHECK_VALUE(out.dim() == 4 && v.dim() == 4, "out and v must have shape [B, H, N, d]");
   const int64_t B = out.size(0), H = out.size(1), N = out.size(2), M = v.size(2), dv = out.size(3);
   const at::ScalarType dtype = out.scalar_type(), acc = accumulation_type(out);

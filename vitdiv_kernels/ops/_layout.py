@@ -3,11 +3,6 @@
 import torch
 
 
-def unit_stride(tensor):
-    """The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def heads_like(tensor):
     """An uninitialised [B, H, N, d] of the shape of `tensor`, laid out as [B, N, H, d] where `tensor` is.
 

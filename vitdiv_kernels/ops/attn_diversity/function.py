@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
+from .._layout import accumulation_dtype, heads_like, nothing, when
 
 torch.library.define(
     "vitdiv::attention_gram_fwd",
@@ -35,7 +35,6 @@ _bwd = torch.ops.vitdiv.attention_gram_bwd.default
 class AttentionGramFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q2, k2, scale, scale2):
-        q, k, q2, k2 = (None if x is None else unit_stride(x) for x in (q, k, q2, k2))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, q2, k2)
             ctx.scales = scale, scale2

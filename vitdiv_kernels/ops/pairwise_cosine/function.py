@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._layout import accumulation_dtype, nothing, unit_stride, when
+from .._layout import accumulation_dtype, nothing, when
 
 torch.library.define(
     "vitdiv::pairwise_cosine_fwd",
@@ -55,7 +55,6 @@ _bwd = torch.ops.vitdiv.pairwise_cosine_bwd.default
 class PairwiseCosineFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, penalty, include_self, eps):
-        x, y = unit_stride(x), None if y is None else unit_stride(y)
         for_backward = any(ctx.needs_input_grad)
         sums, saved = _fwd(x, y, penalty, include_self, eps, for_backward)
         if for_backward:
@@ -68,7 +67,7 @@ class PairwiseCosineFunction(torch.autograd.Function):
     def backward(ctx, dsums):
         x, y, saved = ctx.saved_tensors
         needs_dx, needs_dy = ctx.needs_input_grad[:2]
-        dx, dy = _bwd(dsums.contiguous(), x, y, saved, *ctx.options, needs_dx, needs_dy)
+        dx, dy = _bwd(dsums, x, y, saved, *ctx.options, needs_dx, needs_dy)
         return when(needs_dx, dx), when(needs_dy, dy), None, None, None
 
 

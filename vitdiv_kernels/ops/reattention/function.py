@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .._checks import autocast_off
-from .._layout import accumulation_dtype, heads_like, nothing, unit_stride, when
+from .._layout import accumulation_dtype, heads_like, nothing, when
 from .fold import (
     batch_mean,
     batch_statistics,
@@ -93,7 +93,6 @@ class ReattentionFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         differentiable = q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias
         ctx.dtypes = [None if x is None else x.dtype for x in differentiable]
-        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
         dtype, queries, keys = accumulation_dtype(q), q.shape[2], k.shape[2]
         mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, mean, var = (
             _accumulation(x, dtype)
@@ -156,8 +155,6 @@ class ReattentionFunction(torch.autograd.Function):
         has_dout, from_batch = dout is not None, mixed_covariance is not None
         coupling = None if dgram is None else dgram + dgram.mT
         dvar = None
-        if has_dout:
-            dout = unit_stride(dout)
         if from_batch:
             weight = mix * gain_of(norm_weight, var, eps, out_scale).unsqueeze(1)
             if has_dout:
@@ -209,7 +206,7 @@ def _batch_norm_forward(inputs, mix, norm_weight, norm_bias, eps, out_scale, pro
         out.mul_(gain[:, None, None])
     else:
         shift = bias[:, None, None] * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
-        torch.addcmul(shift, out, gain[:, None, None], out=out)
+        out.mul_(gain[:, None, None]).add_(shift)
     return out, gram, bias, statistics
 
 
