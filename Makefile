@@ -8,10 +8,13 @@ ifeq ($(VENV),)
   PY := $(PYTHON)
   STAMPS := build/stamps
   TORCH ?= torch>=2.8
+  EXTRAS := test
 else
   PY := $(VENV)/bin/python
   STAMPS := $(VENV)/stamps
   TORCH ?= torch==2.13.0
+  # torchvision, which timm needs, would exchange a torch that it was not made for: only into an environment of ours
+  EXTRAS := test,timm,imagefolder
 endif
 
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -63,7 +66,7 @@ build: $(STAMPS)/package
 
 $(STAMPS)/package: $(STAMPS)/environment $(BUILD_INPUTS)
 	@echo 'Compiling the kernels and installing vitdiv_kernels with its tools ...'
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]' '$(TORCH)'
 	@$(PY) -c 'import vitdiv_kernels._native' # says so when there are no kernels
 	@touch $@
 

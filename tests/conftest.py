@@ -1,6 +1,8 @@
 """What all tests share: a seed, memory poisoned with NaN, and the backends that one test body runs over."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +42,38 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+# The operators that torchvision gives fake kernels to when it is imported.
+TORCHVISION_OPERATORS = [
+    "_deform_conv2d_backward",
+    "_ps_roi_align_backward",
+    "_ps_roi_pool_backward",
+    "_roi_align_backward",
+    "_roi_pool_backward",
+    "deform_conv2d",
+    "nms",
+    "ps_roi_align",
+    "ps_roi_pool",
+    "qnms",
+    "qroi_align",
+    "roi_align",
+    "roi_pool",
+]
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision, its operators declared without kernels where its compiled part is for another torch."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        pytest.skip("torchvision is not installed")
+    library = None
+    try:
+        torch.ops.load_library(next(Path(spec.origin).parent.glob("_C*")))
+    except (OSError, StopIteration):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in TORCHVISION_OPERATORS:
+            library.define(f"{name}(Tensor x) -> Tensor")
+    yield pytest.importorskip("torchvision")
+    del library

@@ -162,12 +162,8 @@ def test_repr_tells_the_options():
     assert "num_heads=4" in repr(vd.nn.TalkingHeadsAttention(24, 4))
 
 
-def test_it_drops_into_timm():
-    """Where timm is installed beside a torchvision that loads."""
-    try:
-        from timm.models.vision_transformer import VisionTransformer
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm is not here: {error}")
+def test_it_drops_into_timm(torchvision):
+    VisionTransformer = pytest.importorskip("timm.models.vision_transformer").VisionTransformer
     model = VisionTransformer(
         img_size=32,
         patch_size=8,
