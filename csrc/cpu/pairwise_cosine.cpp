@@ -135,17 +135,16 @@ VITDIV_INLINE Vec<T> penalise(Vec<T> s) {
   return s < Vec<T>{} ? Vec<T>{} : s;
 }
 
-// The penalties of one micro-tile c [rows, kPanel] at (i, j), each row's similarities still times its norm. `triangle`:
-// only pairs j > i count.
+// The penalties of one micro-tile of raw products, c [rows, kPanel] at (i, j). `triangle`: only pairs j > i count.
 template <class T, Penalty P>
-double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* inverse, bool triangle,
-                   const Signs& signs) {
+double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* row_inverse,
+                   const T* column_inverse, bool triangle, const Signs& signs) {
   Vec<T> total = {};
   for (int64_t r = 0; r < rows; r++) {
     Vec<T> row_total = {};
     uint32_t positive = 0, negative = 0;
     for (int v = 0; v < 2; v++) {
-      Vec<T> s = load(c + r * kPanel<T> + v * kLanes<T>);
+      Vec<T> s = load(c + r * kPanel<T> + v * kLanes<T>) * load(column_inverse + v * kLanes<T>);
       if (triangle) {
         const Lane<T> first = Lane<T>(i + r + 1 - j - v * kLanes<T>);
         s = lane_index<T>() >= (first - Int<T>{}) ? s : Vec<T>{};
@@ -156,7 +155,7 @@ double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* inve
         if (P == Penalty::kAbs) negative |= positive_lanes<T>(-s) << (v * kLanes<T>);
       }
     }
-    total += row_total * (P == Penalty::kSquare ? inverse[r] * inverse[r] : inverse[r]);
+    total += row_total * (P == Penalty::kSquare ? row_inverse[r] * row_inverse[r] : row_inverse[r]);
     if (signs.words) {
       *signs.at(i + r, 0, j) |= positive << (j % kWord);
       if (P == Penalty::kAbs) *signs.at(i + r, 1, j) |= negative << (j % kWord);
@@ -167,14 +166,29 @@ double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* inve
 
 template <class T>
 struct TileScratch {
-  T *panels, *staging, *rows, *inverse, *c;
+  T *panels, *rows, *row_inverse, *column_inverse, *c;
   TileScratch(Arena& arena, const CosineArgs& a)
       : panels(arena.take<T>(packed_size<T>(a.M, a.D))),
-        staging(arena.take<T>((kPanel<T> + 1) * a.D)),
         rows(arena.take<T>(kTile * a.D)),
-        inverse(arena.take<T>(kTile)),
+        row_inverse(arena.take<T>(kTile)),
+        column_inverse(arena.take<T>(round_up(a.M, kPanel<T>))),
         c(arena.take<T>(kMaxRows * kPanel<T>)) {}
 };
+
+// Columns from `first` (a multiple of kPanel) on: raw, transposed, as panels; and their inverse norms, 0 in the padding.
+// `copy` holds kPanel rows.
+template <class T>
+void pack_columns(const Set& set, int64_t item, int64_t first, int64_t D, T eps, T* copy, T* panels,
+                  T* inverse) {
+  for (int64_t j = first; j < set.count; j += kPanel<T>) {
+    const int64_t width = min64(kPanel<T>, set.count - j);
+    const Rows<T> x = raw_rows(set, item, j, width, D, copy);
+    T norm;
+    for (int64_t c = 0; c < kPanel<T>; c++)
+      inverse[j + c] = c < width ? inverse_norm(D, x.data + c * x.ld, eps, &norm) : T(0);
+    pack_transposed(width, D, x.data, x.ld, panels + j * D);
+  }
+}
 
 // Sum of the penalties of rows begin ... end of an item.
 template <class T, Penalty P>
@@ -183,8 +197,8 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
   const bool within = !a.y.data;
   const int64_t D = a.D;
   const Signs signs(a, a.saved, item);
-  pack_unit_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D, T(a.eps), m.staging,
-                    m.panels);
+  pack_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D, T(a.eps), m.rows, m.panels,
+               m.column_inverse);
   constexpr int64_t kDepth = 384;  // of a product at a time: the rows' part stays in L1
   double total = 0;
   for (int64_t i = begin; i < end; i += kTile) {
@@ -192,10 +206,11 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
     const Rows<T> x = raw_rows(rows_of_x, item, i, n, D, m.rows);
     for (int64_t r = 0; r < n; r++) {
       T norm;
-      m.inverse[r] = inverse_norm(D, x.data + r * x.ld, T(a.eps), &norm);
+      m.row_inverse[r] =
+          within ? m.column_inverse[i + r] : inverse_norm(D, x.data + r * x.ld, T(a.eps), &norm);
       if (within && a.include_self) {
-        const T unit = norm * m.inverse[r];
-        total += double(P == Penalty::kSquare ? unit * unit * unit * unit : unit * unit);
+        const T unit = m.row_inverse[r] * m.row_inverse[r] * dot(D, x.data + r * x.ld, x.data + r * x.ld);
+        total += double(P == Penalty::kSquare ? unit * unit : unit);
       }
     }
     const RowBlocks blocks(n);
@@ -208,7 +223,8 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
           micro_kernel_rows<T, 2, false>(rows, min64(kDepth, D - k), x.data + r * x.ld + k, x.ld,
                                          m.panels + j * D + k * kPanel<T>, m.c, kPanel<T>, k > 0);
         const bool triangle = within && j <= i + r + rows - 1;
-        const double sum = reduce_tile<T, P>(m.c, rows, i + r, j, m.inverse + r, triangle, signs);
+        const double sum =
+            reduce_tile<T, P>(m.c, rows, i + r, j, m.row_inverse + r, m.column_inverse + j, triangle, signs);
         total += within ? 2 * sum : sum;
       }
   }
@@ -399,10 +415,10 @@ void RowsGradient<T>::prepare(const Scratch& m, int64_t item) const {
   }
 }
 
-// Signs of columns j ... j + kTile of row i as +1, -1, 0; only of pairs j > i with `triangle`.
+// Signs of columns j ... j + width of row i as +1, -1, 0; only of pairs j > i with `triangle`.
 template <class T>
-void expand_signs(const Signs& signs, int64_t i, int64_t j, bool triangle, T* out) {
-  for (int64_t c = 0; c < kTile; c += kLanes<T>) {
+void expand_signs(const Signs& signs, int64_t i, int64_t j, int64_t width, bool triangle, T* out) {
+  for (int64_t c = 0; c < width; c += kLanes<T>) {
     uint32_t bits[2] = {0, 0};
     for (int64_t plane = 0; plane < signs.planes && (j + c) / kWord < signs.words_per_row; plane++) {
       bits[plane] = *signs.at(i, plane, j + c) >> ((j + c) % kWord);
@@ -420,12 +436,12 @@ void RowsGradient<T>::add_signs(const Scratch& m, int64_t item, int64_t i, int64
   const Signs signs(a, a.saved, item);
   const Panels<T> z = {m.z + j * kPanel<T>, columns.count};
   if (of_y || (within && j < i)) {  // the words stand in the other set's rows
-    for (int64_t c = 0; c < width; c++) expand_signs(signs, j + c, i, false, m.w + c * S);
+    for (int64_t c = 0; c < width; c++) expand_signs(signs, j + c, i, n, false, m.w + c * S);
     gemm<T, true>(n, a.D, width, m.w, S, z, m.dz, m.ld, true);
     return;
   }
   const bool diagonal = within && i == j;
-  for (int64_t r = 0; r < n; r++) expand_signs(signs, i + r, j, diagonal, m.w + r * S);
+  for (int64_t r = 0; r < n; r++) expand_signs(signs, i + r, j, width, diagonal, m.w + r * S);
   for (int64_t r = 0; diagonal && r < n; r++) {
     for (int64_t c = 0; c < r; c++) m.w[r * S + c] = m.w[c * S + r];
     const T* x = raw_rows(rows, item, i + r, 1, a.D, m.row).data;
