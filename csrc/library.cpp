@@ -154,14 +154,15 @@ Layer layer_of(const at::Tensor& q, const at::Tensor& k, double scale, int64_t B
                at::ScalarType dtype) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, "q and k must have shape [B, H, N, d]");
   const int64_t H = q.size(1), d = q.size(3);
-  TORCH_CHECK_VALUE(H <= 256, "at most 256 heads are supported, got ", H);
+  TORCH_CHECK_VALUE(H <= 256, "q must have at most 256 heads for the compiled kernels, got ", H);
   return {heads_view(q, "q", {B, H, N, d}, dtype), heads_view(k, "k", {B, H, M, d}, dtype), H, d, scale};
 }
 
 void fill_gram(GramArgs& args, const at::Tensor& q, const at::Tensor& k, double scale,
                const OptionalTensor& q2, const OptionalTensor& k2, double scale2) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, "q and k must have shape [B, H, N, d]");
-  TORCH_CHECK_VALUE(k.size(2) > 0, "k must have at least one key");
+  TORCH_CHECK_VALUE(q.size(2) > 0 && k.size(2) > 0, "q and k must have at least one query and key");
+  TORCH_CHECK_VALUE(q2.has_value() == k2.has_value(), "q2 and k2 must be given together");
   args.B = q.size(0);
   args.N = q.size(2);
   args.M = k.size(2);
@@ -195,7 +196,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_gram_bwd(
   GramBackward args{};
   fill_gram(args, q, k, scale, q2, k2, scale2);
   const int64_t H = args.layers[0].H + args.layers[1].H;
-  args.coupling = array(coupling, "coupling", {args.B, H, H}, accumulation_type(q));
+  const at::Tensor coupling_rows = coupling.contiguous();
+  args.coupling = array(coupling_rows, "coupling", {args.B, H, H}, accumulation_type(q));
   TORCH_CHECK_VALUE(needs.size() == 4 && (q2 || !(needs[2] || needs[3])),
                     "needs must name dq, dk, dq2 and dk2");
   const at::Tensor gradients[] = {empty_heads(q_given, needs[0]), empty_heads(k_given, needs[1]),
@@ -215,8 +217,8 @@ void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tens
                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have shape [B, H, N, d]");
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2), d = q.size(3), dv = v.size(3);
-  TORCH_CHECK_VALUE(H <= 256, "at most 256 heads are supported, got ", H);
-  TORCH_CHECK_VALUE(M > 0, "k must have at least one key");
+  TORCH_CHECK_VALUE(H <= 256, "q must have at most 256 heads for the compiled kernels, got ", H);
+  TORCH_CHECK_VALUE(N > 0 && M > 0, "q and k must have at least one query and key");
   TORCH_CHECK_VALUE(norm_weight.has_value() == norm_bias.has_value(),
                     "norm_weight and norm_bias must be given together");
   args.B = B, args.H = H, args.N = N, args.M = M, args.d = d, args.dv = dv;
@@ -277,9 +279,10 @@ Tensors8 reattention_bwd(const OptionalTensor& dout_given, const OptionalTensor&
   const int64_t B = args.B, H = args.H;
   const at::ScalarType acc = accumulation_type(q);
   args.dout = heads_view(dout, "dout", {B, H, args.N, args.dv}, q.scalar_type());
-  if (coupling) {
-    const int64_t images = coupling->dim() == 3 && coupling->size(0) == 1 ? 1 : B;
-    args.coupling = array(*coupling, "coupling", {images, H, H}, acc);
+  const OptionalTensor coupling_rows = coupling ? OptionalTensor(coupling->contiguous()) : coupling;
+  if (coupling_rows) {
+    const int64_t images = coupling_rows->dim() == 3 && coupling_rows->size(0) == 1 ? 1 : B;
+    args.coupling = array(*coupling_rows, "coupling", {images, H, H}, acc);
     args.coupling_stride_b = images == B ? H * H : 0;
   }
   const at::Tensor dq = empty_heads(q_given, needs[0]), dk = empty_heads(k_given, needs[1]),
@@ -301,21 +304,15 @@ Tensors8 reattention_bwd(const OptionalTensor& dout_given, const OptionalTensor&
   return {dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias};
 }
 
-at::Tensor reattention_alignment(const at::Tensor& dout_given, const at::Tensor& out_given,
-                                 const at::Tensor& v_given, const at::Tensor& bias) {
-  const at::Tensor dout = unit_stride(dout_given), out = unit_stride(out_given), v = unit_stride(v_given);
-  TORCH_CHECK_VALUE(out.dim() == 4 && v.dim() == 4, "out and v must have shape [B, H, N, d]");
-  const int64_t B = out.size(0), H = out.size(1), N = out.size(2), M = v.size(2), dv = out.size(3);
-  const at::ScalarType dtype = out.scalar_type(), acc = accumulation_type(out);
-  ReattentionAlignment args{
-      B, H, N, M, dv, {}, {}, {}, nullptr, nullptr, threads_for(double(B * H) * double(N * dv))};
-  args.dout = heads_view(dout, "dout", {B, H, N, dv}, dtype);
-  args.out = heads_view(out, "out", {B, H, N, dv}, dtype);
-  args.v = heads_view(v, "v", {B, H, M, dv}, dtype);
-  args.bias = array(bias, "bias", {H}, acc);
-  const at::Tensor sums = empty(bias, {H}, acc);
-  args.sums = sums.data_ptr();
-  require_memory(cpu().reattention_alignment(args));
+at::Tensor head_dots(const at::Tensor& x_given, const at::Tensor& y_given) {
+  const at::Tensor x = unit_stride(x_given), y = unit_stride(y_given);
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must have shape [B, H, N, d], got ", shape_text(x.sizes()));
+  const int64_t B = x.size(0), H = x.size(1), N = x.size(2), d = x.size(3);
+  const at::Tensor sums = empty(x, {H}, accumulation_type(x));
+  HeadDots args{B, H, N, d, {}, {}, sums.data_ptr(), threads_for(double(B * H) * double(N * d))};
+  args.x = heads_view(x, "x", {B, H, N, d}, x.scalar_type());
+  args.y = heads_view(y, "y", {B, H, N, d}, x.scalar_type());
+  require_memory(cpu().head_dots(args));
   return sums;
 }
 
@@ -340,7 +337,7 @@ TORCH_LIBRARY_IMPL(vitdiv, CPU, m) {
   m.impl("attention_gram_bwd", &vitdiv::attention_gram_bwd);
   m.impl("reattention_fwd", &vitdiv::reattention_fwd);
   m.impl("reattention_bwd", &vitdiv::reattention_bwd);
-  m.impl("reattention_alignment", &vitdiv::reattention_alignment);
+  m.impl("head_dots", &vitdiv::head_dots);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -237,3 +237,28 @@ def test_any_shape_and_layout(backend, data):
     centered = data.draw(st.booleans(), "centered")
     scale = data.draw(st.none() | st.floats(0.01, 2), "scale")
     check(backend, attention_gram, formulas.attention_gram, (q, k), centered=centered, scale=scale)
+
+
+def test_gradient_of_a_transposed_gram(backend):
+    q, k = torch.randn(2, 2, 3, 9, 8).unbind()
+    w = torch.randn(2, 3, 3)
+
+    def gradients(order):
+        leaves = [x.clone().requires_grad_() for x in (q, k)]
+        gram = attention_gram(*leaves, backend=backend)
+        weight = w if order == "as it is" else w.mT
+        ((gram if order == "as it is" else gram.mT) * weight).sum().backward()
+        return [x.grad for x in leaves]
+
+    for one, other in zip(gradients("as it is"), gradients("transposed"), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_derivative_raises(backend):
+    if backend == "reference":
+        pytest.skip("the reference is differentiable as often as one likes")
+    q, k = torch.randn(2, 2, 3, 9, 8).requires_grad_().unbind()
+    loss = attention_diversity(q, k, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.square().sum().backward()

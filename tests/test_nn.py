@@ -175,3 +175,35 @@ def test_it_drops_into_timm(torchvision):
     )
     assert isinstance(model.blocks[1].attn, vd.nn.ReAttention)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_batch_norm_can_be_frozen(backend):
+    attention = vd.nn.ReAttention(24, 3, backend=backend).train()
+    attention.var_norm.eval()
+    before = {name: value.clone() for name, value in attention.var_norm.named_buffers()}
+    x = torch.randn(2, 9, 24)
+    frozen = attention(x)
+    for name, value in attention.var_norm.named_buffers():
+        assert torch.equal(value, before[name]), name
+    torch.testing.assert_close(frozen, attention.eval()(x))
+
+
+def test_cumulative_statistics(backend):
+    """momentum=None: the running variance is the mean of the batches' own."""
+    attention = vd.nn.ReAttention(24, 3, momentum=None, backend=backend).train()
+    batches, own = torch.randn(3, 2, 9, 24), []
+    for x in batches:
+        attention.var_norm.reset_running_stats()
+        attention(x)
+        own.append(attention.var_norm.running_var.clone())
+    attention.var_norm.reset_running_stats()
+    for x in batches:
+        attention(x)
+    torch.testing.assert_close(attention.var_norm.running_var, torch.stack(own).mean(0))
+
+
+def test_batch_norm_without_running_statistics(backend):
+    attention = vd.nn.ReAttention(24, 3, backend=backend)
+    attention.var_norm = torch.nn.BatchNorm2d(3, track_running_stats=False)
+    x = torch.randn(2, 9, 24)
+    torch.testing.assert_close(attention.train()(x), attention.eval()(x))

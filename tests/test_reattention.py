@@ -416,3 +416,34 @@ def test_any_shape_layout_and_options(backend, data):
         return inputs
 
     check(backend, case, change=change)
+
+
+def test_layer_norm_with_eps_zero(backend):
+    """Padding columns of a tile have equal values over heads: their variance of 0 must reach nothing."""
+    leaves = [torch.randn(2, 4, 3, 8), torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8), torch.eye(4)]
+    leaves = [x.requires_grad_() for x in leaves]
+    out = reattention(*leaves, norm="layer", norm_weight=torch.ones(4), eps=0.0, backend=backend)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(0.05, 1.0), (1e-3, 10.0), (0.0, 1.0)])
+def test_batch_norm_whose_shift_is_large(backend, weight, bias):
+    """The gradient of the variance is a small part of what the shift adds to the output."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 6, 65, 32).unbind()
+    v, dout = (torch.randn(2, 2, 6, 65, 32) + 1).unbind()
+    mix = torch.eye(6) + 0.3 * torch.randn(6, 6)
+
+    def gradients(dtype, backend):
+        leaves = [x.to(dtype).requires_grad_() for x in (q.clone(), k.clone(), v.clone(), mix.clone())]
+        norm = {
+            "norm_weight": torch.full((6,), weight, dtype=dtype),
+            "norm_bias": torch.full((6,), bias, dtype=dtype),
+        }
+        reattention(*leaves, norm="batch", training=True, backend=backend, **norm).backward(dout.to(dtype))
+        return [x.grad.double() for x in leaves]
+
+    exact, plain = gradients(torch.float64, "reference"), gradients(torch.float32, "reference")
+    for truth, yardstick, ours in zip(exact, plain, gradients(torch.float32, backend), strict=True):
+        assert (ours - truth).norm() <= 3 * (yardstick - truth).norm() + 1e-6 * truth.norm()

@@ -25,10 +25,38 @@ struct TileShape {
   }
   int64_t begin(int64_t tile) const { return tile * N / tiles; }
   int64_t head_stride() const { return rows * padded; }
-  // Sets the columns that a product into a tile did not reach.
   void clear_padding(int64_t n, T* map) const {
-    const int64_t reached = round_up(M, kLanes<T>);
-    for (int64_t r = 0; reached < padded && r < n; r++) store(map + r * padded + reached, Vec<T>{});
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t j = M; j < padded; j++) map[r * padded + j] = 0;
+  }
+};
+
+// The tasks that threads share: whole images and, where those left over would keep some threads idle, ranges of the row
+// tiles of the images left over. Tasks of one image are neighbours and in the order of its tiles.
+template <class T>
+struct Work {
+  TileShape<T> tile;
+  int64_t B, pieces, whole, tasks;
+  T mean;  // of a softmax map: maps are mixed and their Gram is taken less this, which keeps digits near uniform maps
+  Work(int64_t heads, int64_t B, int64_t N, int64_t M, int64_t threads)
+      : tile(heads, N, M), B(B), pieces(pieces_per_item(B % threads, threads, min64(tile.tiles, threads))) {
+    const int64_t idle = B % threads ? threads - B % threads : 0;
+    if (8 * idle <= ceil_div(B, threads) * threads) pieces = 1;
+    whole = pieces > 1 ? B - B % threads : B;
+    tasks = whole + (B - whole) * pieces;
+    mean = T(1) / T(M);
+  }
+  int64_t image(int64_t task) const { return task < whole ? task : whole + (task - whole) / pieces; }
+  int64_t first_task(int64_t image) const {
+    return image <= whole ? image : whole + (image - whole) * pieces;
+  }
+  bool is_part(int64_t task) const { return task >= whole; }
+  int64_t parts() const { return tasks - whole; }
+  int64_t first_tile(int64_t task) const {
+    return is_part(task) ? (task - whole) % pieces * tile.tiles / pieces : 0;
+  }
+  int64_t end_tile(int64_t task) const {
+    return is_part(task) ? ((task - whole) % pieces + 1) * tile.tiles / pieces : tile.tiles;
   }
 };
 
@@ -110,7 +138,7 @@ int64_t copy_size(const TileShape<T>& tile, int64_t width) {
 template <class T>
 class HeadGradients {
  public:
-  // bytes of scratch: per thread, or per task where an image has several
+  // elements of scratch: per thread, or per task where an image has several
   static int64_t scratch_size(const HeadsView& out, int64_t H, int64_t M, int64_t width, bool several) {
     return out.data && (several || !takes_whole_vectors<T>(out, width)) ? H * M * round_up(width, kLanes<T>)
                                                                         : 0;
@@ -148,14 +176,15 @@ class HeadGradients {
   T* scratch_;
 };
 
-// The per-task upper triangles [B * pieces, H, H] to [B, H, H].
+// The upper triangles [H, H] of each task, added up and mirrored: [B, H, H].
 template <class T>
-void store_grams(int64_t B, int64_t pieces, int64_t H, const double* sums, T* out) {
-  for (int64_t b = 0; b < B; b++)
+void store_grams(const Work<T>& w, int64_t H, const double* sums, T* out) {
+  for (int64_t b = 0; b < w.B; b++)
     for (int64_t g = 0; g < H; g++)
       for (int64_t h = g; h < H; h++) {
         double total = 0;
-        for (int64_t p = 0; p < pieces; p++) total += sums[((b * pieces + p) * H + g) * H + h];
+        for (int64_t task = w.first_task(b); task < w.first_task(b + 1); task++)
+          total += sums[(task * H + g) * H + h];
         out[(b * H + g) * H + h] = out[(b * H + h) * H + g] = T(total);
       }
 }

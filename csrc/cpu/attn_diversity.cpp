@@ -9,21 +9,7 @@ namespace {
 
 constexpr int kLayers = 2;
 
-template <class T>
-struct Work {
-  int64_t H;
-  TileShape<T> tile;
-  int64_t pieces, tasks;
-  T mean;
-  explicit Work(const GramArgs& a)
-      : H(a.layers[0].H + a.layers[1].H),
-        tile(H, a.N, a.M),
-        pieces(pieces_per_item(a.B, a.threads, min64(tile.tiles, a.threads))),
-        tasks(a.B * pieces),
-        mean(T(1) / T(a.M)) {}
-  int64_t first_tile(int64_t task) const { return task % pieces * tile.tiles / pieces; }
-  int64_t end_tile(int64_t task) const { return (task % pieces + 1) * tile.tiles / pieces; }
-};
+VITDIV_INLINE int64_t heads_of(const GramArgs& a) { return a.layers[0].H + a.layers[1].H; }
 
 template <class T>
 struct MapScratch {
@@ -33,7 +19,7 @@ struct MapScratch {
       : keys_t{{arena, true, args.layers[0].H, args.M, args.layers[0].d, Pack::kTransposed},
                {arena, true, args.layers[1].H, args.M, args.layers[1].d, Pack::kTransposed}},
         copy(arena.take<T>(copy_size(w.tile, max64(args.layers[0].d, args.layers[1].d)))),
-        a(arena.take<T>(w.H * w.tile.head_stride())) {}
+        a(arena.take<T>(heads_of(args) * w.tile.head_stride())) {}
   void set_image(const GramArgs& args, int64_t b) const {
     for (int l = 0; l < kLayers; l++) keys_t[l].fill(args.layers[l].k, b, args.layers[l].H, copy);
   }
@@ -56,11 +42,11 @@ void softmax_maps(const GramArgs& args, const Work<T>& w, const MapScratch<T>& m
 
 template <class T>
 bool forward(const GramForward& args) {
-  const Work<T> w(args);
+  const int64_t H = heads_of(args);
+  const Work<T> w(H, args.B, args.N, args.M, args.threads);
   Arena per_thread;
   MapScratch<T>(per_thread, args, w);
-  const int64_t sums_size = w.H * w.H,
-                sums_bytes = round_up(w.tasks * sums_size * int64_t(sizeof(double)), 64);
+  const int64_t sums_size = H * H, sums_bytes = round_up(w.tasks * sums_size * int64_t(sizeof(double)), 64);
   const Block block(sums_bytes + args.threads * per_thread.used());
   if (!block.data()) return false;
   double* sums = reinterpret_cast<double*>(block.data());
@@ -72,7 +58,7 @@ bool forward(const GramForward& args) {
     int64_t image = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
-      const int64_t b = task / w.pieces;
+      const int64_t b = w.image(task);
       if (b != image) m.set_image(args, image = b);
       double* task_sums = sums + task * sums_size;
       for (int64_t x = 0; x < sums_size; x++) task_sums[x] = 0;
@@ -80,11 +66,11 @@ bool forward(const GramForward& args) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         // padding at the mean adds nothing to the centred Gram
         softmax_maps(args, w, m, b, i, n, w.mean);
-        gram<T>(w.H, w.H, n * w.tile.padded, m.a, w.mean, m.a, w.mean, w.tile.head_stride(), task_sums, true);
+        gram<T>(H, H, n * w.tile.padded, m.a, w.mean, m.a, w.mean, w.tile.head_stride(), task_sums, true);
       }
     }
   }
-  store_grams<T>(args.B, w.pieces, w.H, sums, static_cast<T*>(args.gram));
+  store_grams<T>(w, H, sums, static_cast<T*>(args.gram));
   return true;
 }
 
@@ -96,11 +82,10 @@ struct BackwardScratch : MapScratch<T> {
       : MapScratch<T>(arena, args, w),
         keys{{arena, args.dq[0].data != nullptr, args.layers[0].H, args.M, args.layers[0].d, Pack::kRows},
              {arena, args.dq[1].data != nullptr, args.layers[1].H, args.M, args.layers[1].d, Pack::kRows}},
-        g(arena.take<T>(w.H * w.tile.head_stride())) {
+        g(arena.take<T>(heads_of(args) * w.tile.head_stride())) {
     for (int l = 0; l < kLayers; l++) {
       const Layer& layer = args.layers[l];
-      dk[l] = arena.take<T>(
-          w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk[l], layer.H, args.M, layer.d, false) : 0);
+      dk[l] = arena.take<T>(HeadGradients<T>::scratch_size(args.dk[l], layer.H, args.M, layer.d, false));
     }
   }
   void set_image(const GramBackward& args, int64_t b) const {
@@ -112,19 +97,17 @@ struct BackwardScratch : MapScratch<T> {
 
 template <class T>
 bool backward(const GramBackward& args) {
-  const Work<T> w(args);
+  const int64_t H = heads_of(args);
+  const Work<T> w(H, args.B, args.N, args.M, args.threads);
   const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
-  const bool several = w.pieces > 1;
-  int64_t dk_size[kLayers], dk_offset[kLayers], dk_total = 0;
+  int64_t dk_offset[kLayers], dk_total = 0;  // of one part of an image
   for (int l = 0; l < kLayers; l++) {
-    dk_size[l] =
-        HeadGradients<T>::scratch_size(args.dk[l], args.layers[l].H, args.M, args.layers[l].d, several);
     dk_offset[l] = dk_total;
-    if (several) dk_total += dk_size[l];
+    dk_total += HeadGradients<T>::scratch_size(args.dk[l], args.layers[l].H, args.M, args.layers[l].d, true);
   }
   Arena per_thread, common;
   BackwardScratch<T>(per_thread, args, w);
-  common.take<T>(w.tasks * dk_total);
+  common.take<T>(w.parts() * dk_total);
   const Block block(common.used() + args.threads * per_thread.used());
   if (!block.data()) return false;
   T* partial = reinterpret_cast<T*>(block.data());
@@ -136,19 +119,20 @@ bool backward(const GramBackward& args) {
     int64_t image = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
-      const int64_t b = task / w.pieces;
+      const int64_t b = w.image(task);
       if (b != image) m.set_image(args, image = b);
-      const T* coupling = static_cast<const T*>(args.coupling) + b * w.H * w.H;
+      const T* coupling = static_cast<const T*>(args.coupling) + b * H * H;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         softmax_maps(args, w, m, b, i, n, T(0));
         // the maps enter centred: a constant along a row of their gradient has no effect on that of the logits
-        mix<T>(w.H, n * padded, coupling, nullptr, w.mean, m.a, m.g, stride);
+        mix<T>(H, n * padded, coupling, nullptr, w.mean, m.a, m.g, stride);
         T *a = m.a, *g = m.g;
         for (int l = 0; l < kLayers; l++) {
           const Layer& layer = args.layers[l];
-          HeadGradients<T> dk(args.dk[l], layer.H, args.M, layer.d, several,
-                              several ? partial + task * dk_total + dk_offset[l] : m.dk[l]);
+          const bool part = w.is_part(task);
+          HeadGradients<T> dk(args.dk[l], layer.H, args.M, layer.d, part,
+                              part ? partial + (task - w.whole) * dk_total + dk_offset[l] : m.dk[l]);
           for (int64_t h = 0; h < layer.H; h++, a += stride, g += stride) {
             for (int64_t r = 0; r < n; r++)
               softmax_row_bwd(padded, a + r * padded, g + r * padded, T(layer.scale));
@@ -157,23 +141,21 @@ bool backward(const GramBackward& args) {
             if (args.dk[l].data)
               dk.add(b, h, n, g, padded, head_row_panels(layer.q, b, h, i, n, layer.d, m.copy),
                      t != w.first_tile(task));
-            if (args.dk[l].data && !several && t + 1 == w.end_tile(task)) dk.store(b, h);
+            if (args.dk[l].data && !part && t + 1 == w.end_tile(task)) dk.store(b, h);
           }
         }
       }
     }
-    if (several)
-      for (int l = 0; l < kLayers; l++) {
-        const Layer& layer = args.layers[l];
+    for (int l = 0; l < kLayers; l++) {
+      const Layer& layer = args.layers[l];
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t b = 0; b < args.B; b++)
-          for (int64_t h = 0; h < layer.H; h++) {
-            if (!args.dk[l].data) continue;
-            T* first = partial + b * w.pieces * dk_total + dk_offset[l];
-            HeadGradients<T>(args.dk[l], layer.H, args.M, layer.d, true, first)
-                .store(b, h, w.pieces, dk_total);
-          }
-      }
+      for (int64_t b = w.whole; b < args.B; b++)
+        for (int64_t h = 0; h < layer.H; h++) {
+          if (!args.dk[l].data) continue;
+          T* first = partial + (b - w.whole) * w.pieces * dk_total + dk_offset[l];
+          HeadGradients<T>(args.dk[l], layer.H, args.M, layer.d, true, first).store(b, h, w.pieces, dk_total);
+        }
+    }
   }
   return true;
 }

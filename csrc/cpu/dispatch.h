@@ -17,14 +17,14 @@ struct CpuKernels {
   bool (*attention_gram_bwd)(const GramBackward&);
   bool (*reattention_fwd)(const ReattentionForward&);
   bool (*reattention_bwd)(const ReattentionBackward&);
-  bool (*reattention_alignment)(const ReattentionAlignment&);
+  bool (*head_dots)(const HeadDots&);
 };
 
 #define VITDIV_CPU_KERNELS(name)                                                                             \
   CpuKernels {                                                                                               \
     #name, cpu_##name::pairwise_cosine_fwd, cpu_##name::pairwise_cosine_bwd, cpu_##name::attention_gram_fwd, \
         cpu_##name::attention_gram_bwd, cpu_##name::reattention_fwd, cpu_##name::reattention_bwd,            \
-        cpu_##name::reattention_alignment                                                                    \
+        cpu_##name::head_dots                                                                                \
   }
 
 inline CpuKernels choose_cpu_kernels() {

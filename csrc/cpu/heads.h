@@ -82,7 +82,7 @@ void mix(int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T*
   }
 }
 
-// gram[g * ld + h] += sum_x (a[g][x] - shift_a) (b[h][x] - shift_b); symmetric: only blocks with g <= h are computed and
+// gram[g * H + h] += sum_x (a[g][x] - shift_a) (b[h][x] - shift_b); symmetric: only blocks with g <= h are computed and
 // the caller mirrors them.
 template <class T>
 void gram(int64_t G, int64_t H, int64_t L, const T* a, T shift_a, const T* b, T shift_b, int64_t stride,

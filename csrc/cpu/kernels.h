@@ -100,24 +100,23 @@ struct ReattentionBackward : ReattentionArgs {
   void *dpre_mix, *dmix, *dbias, *dnorm_weight, *dnorm_bias;
 };
 
-// sums[h] = sum_bi dout . (out - bias[h] sum_j v): what dout finds of the output beside the bias' part of it.
-struct ReattentionAlignment {
-  int64_t B, H, N, M, dv;
-  HeadsView dout, out, v;
-  const void* bias;  // [H]
-  void* sums;        // [H]
+// sums[h] = sum over images and rows of x . y
+struct HeadDots {
+  int64_t B, H, N, width;
+  HeadsView x, y;
+  void* sums;  // [H]
   int threads;
 };
 
-#define VITDIV_DECLARE_CPU_KERNELS(ns)                          \
-  namespace ns {                                                \
-  bool pairwise_cosine_fwd(const CosineForward& args);          \
-  bool pairwise_cosine_bwd(const CosineBackward& args);         \
-  bool attention_gram_fwd(const GramForward& args);             \
-  bool attention_gram_bwd(const GramBackward& args);            \
-  bool reattention_fwd(const ReattentionForward& args);         \
-  bool reattention_bwd(const ReattentionBackward& args);        \
-  bool reattention_alignment(const ReattentionAlignment& args); \
+#define VITDIV_DECLARE_CPU_KERNELS(ns)                   \
+  namespace ns {                                         \
+  bool pairwise_cosine_fwd(const CosineForward& args);   \
+  bool pairwise_cosine_bwd(const CosineBackward& args);  \
+  bool attention_gram_fwd(const GramForward& args);      \
+  bool attention_gram_bwd(const GramBackward& args);     \
+  bool reattention_fwd(const ReattentionForward& args);  \
+  bool reattention_bwd(const ReattentionBackward& args); \
+  bool head_dots(const HeadDots& args);                  \
   }
 
 VITDIV_DECLARE_CPU_KERNELS(cpu_default)

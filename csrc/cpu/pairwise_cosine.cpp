@@ -104,7 +104,7 @@ void feature_gram(int64_t n, int64_t D, const T* panels, T* out, int64_t ld) {
     for (int64_t c = 0; c < r; c++) out[r * ld + c] = out[c * ld + r];
 }
 
-// Row ranges of an item's pieces, in whole words of signs; for pairs within x of equal area of the upper triangle.
+// Row ranges of an item's pieces, whole panels; for pairs within x of equal area of the upper triangle.
 VITDIV_INLINE int64_t piece_begin(int64_t N, int64_t piece, int64_t pieces, bool triangle) {
   if (piece == pieces) return N;
   const double share = double(piece) / double(pieces);
@@ -149,13 +149,15 @@ double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* row_
         const Lane<T> first = Lane<T>(i + r + 1 - j - v * kLanes<T>);
         s = lane_index<T>() >= (first - Int<T>{}) ? s : Vec<T>{};
       }
+      if (P == Penalty::kSquare)
+        s *= row_inverse[r];  // before squaring: the square of an inverse may overflow
       row_total += penalise<T, P>(s);
       if (signs.words) {
         positive |= positive_lanes<T>(s) << (v * kLanes<T>);
         if (P == Penalty::kAbs) negative |= positive_lanes<T>(-s) << (v * kLanes<T>);
       }
     }
-    total += row_total * (P == Penalty::kSquare ? row_inverse[r] * row_inverse[r] : row_inverse[r]);
+    total += P == Penalty::kSquare ? row_total : row_total * row_inverse[r];
     if (signs.words) {
       *signs.at(i + r, 0, j) |= positive << (j % kWord);
       if (P == Penalty::kAbs) *signs.at(i + r, 1, j) |= negative << (j % kWord);

@@ -1,27 +1,12 @@
 // Re-attention, forward and backward; the maths is in vitdiv_kernels/ops/reattention/README.md.
 //
-// Work is cut into tasks: an image, or where images are too few for the threads a range of its row tiles. Sums that cross
-// tasks are kept per task and added in order, so that the bits do not depend on which thread ran what.
+// Sums that cross tasks are kept per task and added in order, so that the bits do not depend on which thread ran what.
 #include "attention.h"
 #include "heads.h"
 
 namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
-
-template <class T>
-struct Work {
-  TileShape<T> tile;
-  int64_t pieces, tasks;
-  T mean;  // of a softmax map: the maps are mixed and their Gram is taken less this, which keeps digits near uniform maps
-  Work(const ReattentionArgs& a, int tile_buffers)
-      : tile(a.H * tile_buffers, a.N, a.M),
-        pieces(pieces_per_item(a.B, a.threads, min64(tile.tiles, a.threads))),
-        tasks(a.B * pieces),
-        mean(T(1) / T(a.M)) {}
-  int64_t first_tile(int64_t task) const { return task % pieces * tile.tiles / pieces; }
-  int64_t end_tile(int64_t task) const { return (task % pieces + 1) * tile.tiles / pieces; }
-};
 
 // scale * matrix [H, H], or its transpose.
 template <class T>
@@ -95,7 +80,7 @@ struct ForwardShared {
 
 template <class T>
 bool forward(const ReattentionForward& args) {
-  const Work<T> w(args, 1);
+  const Work<T> w(args.H, args.B, args.N, args.M, args.threads);
   const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded;
   Arena per_thread, common;
   ForwardScratch<T>(per_thread, args, w);
@@ -114,7 +99,7 @@ bool forward(const ReattentionForward& args) {
     int64_t image = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
-      const int64_t b = task / w.pieces;
+      const int64_t b = w.image(task);
       if (b != image) {
         m.keys_t.fill(args.k, b, H, m.copy);
         if (args.out.data) m.values.fill(args.v, b, H, m.copy);
@@ -139,7 +124,7 @@ bool forward(const ReattentionForward& args) {
       }
     }
   }
-  if (args.gram) store_grams<T>(args.B, w.pieces, H, shared.grams, static_cast<T*>(args.gram));
+  if (args.gram) store_grams<T>(w, H, shared.grams, static_cast<T*>(args.gram));
   return true;
 }
 
@@ -167,11 +152,8 @@ struct BackwardScratch : MapScratch<T> {
         raw(arena.take<T>(args.pre_mix ? args.H * w.tile.head_stride() : 0)),
         normalized(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
         rstd(arena.take<T>(args.norm_weight ? w.tile.head_stride() : 0)),
-        dk(arena.take<T>(
-            w.pieces == 1 ? HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, false) : 0)),
-        dv(arena.take<T>(w.pieces == 1
-                             ? HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false)
-                             : 0)) {}
+        dk(arena.take<T>(HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, false))),
+        dv(arena.take<T>(HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false))) {}
 };
 
 template <class T>
@@ -184,12 +166,9 @@ struct BackwardShared {
         pre_mix_t(arena.take<T>(args.H * args.H)),
         mix_t(arena.take<T>(args.H * args.H)),
         bias(arena.take<T>(args.H)),
-        dk(arena.take<T>(w.pieces > 1
-                             ? w.tasks * HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, true)
-                             : 0)),
-        dv(arena.take<T>(w.pieces > 1 ? w.tasks * HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M,
-                                                                                 args.dv, true)
-                                      : 0)) {}
+        dk(arena.take<T>(w.parts() * HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, true))),
+        dv(arena.take<T>(w.parts() *
+                         HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, true))) {}
 };
 
 // m.g: the gradient of the tile's softmax maps, from dout and from the Gram's coupling. Adds to the values' and the
@@ -210,6 +189,10 @@ bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const Back
       if (norm_weight)
         layer_norm_heads<T>(H, L, mixed, m.normalized, m.rstd, args.dv_out.data ? m.g : nullptr, stride,
                             norm_weight, static_cast<const T*>(args.norm_bias), T(args.eps));
+    }
+    if (norm_weight) {
+      w.tile.clear_padding(n, m.rstd);
+      for (int64_t h = 0; h < H; h++) w.tile.clear_padding(n, m.normalized + h * stride);
     }
     for (int64_t h = 0; h < H; h++) {
       T* g = m.g + h * stride;
@@ -263,11 +246,10 @@ void store_parameters(const ReattentionBackward& args, const Work<T>& w, const d
 
 template <class T>
 bool backward(const ReattentionBackward& args) {
-  const Work<T> w(args, 1);
+  const Work<T> w(args.H, args.B, args.N, args.M, args.threads);
   const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded;
-  const bool several = w.pieces > 1;
-  const int64_t dk_size = HeadGradients<T>::scratch_size(args.dk, H, args.M, args.d, several);
-  const int64_t dv_size = HeadGradients<T>::scratch_size(args.dv_out, H, args.M, args.dv, several);
+  const int64_t dk_size = HeadGradients<T>::scratch_size(args.dk, H, args.M, args.d, true);
+  const int64_t dv_size = HeadGradients<T>::scratch_size(args.dv_out, H, args.M, args.dv, true);
   Arena per_thread, common;
   BackwardScratch<T>(per_thread, args, w);
   BackwardShared<T>(common, args, w);
@@ -287,7 +269,7 @@ bool backward(const ReattentionBackward& args) {
     int64_t image = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
-      const int64_t b = task / w.pieces;
+      const int64_t b = w.image(task);
       if (b != image) {
         m.keys_t.fill(args.k, b, H, m.copy);
         if (args.dout.data) m.values_t.fill(args.v, b, H, m.copy);
@@ -297,9 +279,11 @@ bool backward(const ReattentionBackward& args) {
       double* task_sums = shared.sums + task * ParameterSums::size(H);
       for (int64_t x = 0; x < ParameterSums::size(H); x++) task_sums[x] = 0;
       const ParameterSums sums(task_sums, H);
-      HeadGradients<T> dk(args.dk, H, args.M, args.d, several, several ? shared.dk + task * dk_size : m.dk);
-      HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, several,
-                          several ? shared.dv + task * dv_size : m.dv);
+      const bool part = w.is_part(task);
+      HeadGradients<T> dk(args.dk, H, args.M, args.d, part,
+                          part ? shared.dk + (task - w.whole) * dk_size : m.dk);
+      HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, part,
+                          part ? shared.dv + (task - w.whole) * dv_size : m.dv);
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         const bool first = t == w.first_tile(task);
@@ -320,34 +304,31 @@ bool backward(const ReattentionBackward& args) {
                    !first);
         }
       }
-      for (int64_t h = 0; !several && h < H; h++) {
+      for (int64_t h = 0; !part && h < H; h++) {
         if (args.dk.data) dk.store(b, h);
         if (args.dv_out.data) dv.store(b, h);
       }
     }
-    if (several) {
 #pragma omp for collapse(2) schedule(static)
-      for (int64_t b = 0; b < args.B; b++)
-        for (int64_t h = 0; h < H; h++) {
-          const int64_t task = b * w.pieces;
-          if (args.dk.data)
-            HeadGradients<T>(args.dk, H, args.M, args.d, true, shared.dk + task * dk_size)
-                .store(b, h, w.pieces, dk_size);
-          if (args.dv_out.data)
-            HeadGradients<T>(args.dv_out, H, args.M, args.dv, true, shared.dv + task * dv_size)
-                .store(b, h, w.pieces, dv_size);
-        }
-    }
+    for (int64_t b = w.whole; b < args.B; b++)
+      for (int64_t h = 0; h < H; h++) {
+        const int64_t first = (b - w.whole) * w.pieces;
+        if (args.dk.data)
+          HeadGradients<T>(args.dk, H, args.M, args.d, true, shared.dk + first * dk_size)
+              .store(b, h, w.pieces, dk_size);
+        if (args.dv_out.data)
+          HeadGradients<T>(args.dv_out, H, args.M, args.dv, true, shared.dv + first * dv_size)
+              .store(b, h, w.pieces, dv_size);
+      }
   }
   store_parameters<T>(args, w, shared.sums);
   return true;
 }
 
 template <class T>
-bool alignment(const ReattentionAlignment& args) {
-  const int64_t width = args.dv, ld = round_up(width, kLanes<T>);
+bool dots_of_heads(const HeadDots& args) {
   Arena per_thread;
-  per_thread.take<T>(4 * ld);
+  per_thread.take<T>(2 * round_up(args.width, kLanes<T>));
   const int64_t sums_bytes = round_up(args.B * args.H * int64_t(sizeof(double)), 64);
   const Block block(sums_bytes + args.threads * per_thread.used());
   if (!block.data()) return false;
@@ -355,30 +336,23 @@ bool alignment(const ReattentionAlignment& args) {
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
   {
     Arena arena(block.data() + sums_bytes + thread_index() * per_thread.used());
-    T *dout_copy = arena.take<T>(4 * ld), *copy = dout_copy + ld, *dout_sum = copy + ld,
-      *v_sum = dout_sum + ld;
+    T *x_copy = arena.take<T>(2 * round_up(args.width, kLanes<T>)),
+      *y_copy = x_copy + round_up(args.width, kLanes<T>);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < args.B; b++)
       for (int64_t h = 0; h < args.H; h++) {
         double total = 0;
-        for (int64_t c = 0; c < 2 * ld; c++) dout_sum[c] = 0;
         for (int64_t i = 0; i < args.N; i++) {
-          const T* dout = head_rows(args.dout, b, h, i, 1, width, dout_copy).data;
-          const T* out = head_rows(args.out, b, h, i, 1, width, copy).data;
-          T row = 0;
-          for (int64_t c = 0; c < width; c++) {
-            row += dout[c] * out[c];
-            dout_sum[c] += dout[c];
-          }
+          const T* x = head_rows(args.x, b, h, i, 1, args.width, x_copy).data;
+          const T* y = head_rows(args.y, b, h, i, 1, args.width, y_copy).data;
+          Vec<T> acc = {};
+          int64_t c = 0;
+          for (; c + kLanes<T> <= args.width; c += kLanes<T>) acc += load(x + c) * load(y + c);
+          T row = sum_lanes<T>(acc);
+          for (; c < args.width; c++) row += x[c] * y[c];
           total += double(row);
         }
-        for (int64_t j = 0; j < args.M; j++) {
-          const T* v = head_rows(args.v, b, h, j, 1, width, copy).data;
-          for (int64_t c = 0; c < width; c++) v_sum[c] += v[c];
-        }
-        T bias_part = 0;
-        for (int64_t c = 0; c < width; c++) bias_part += dout_sum[c] * v_sum[c];
-        sums[b * args.H + h] = total - double(static_cast<const T*>(args.bias)[h] * bias_part);
+        sums[b * args.H + h] = total;
       }
   }
   for (int64_t h = 0; h < args.H; h++) {
@@ -391,8 +365,8 @@ bool alignment(const ReattentionAlignment& args) {
 
 }  // namespace
 
-bool reattention_alignment(const ReattentionAlignment& args) {
-  return args.dout.dtype == ScalarType::kDouble ? alignment<double>(args) : alignment<float>(args);
+bool head_dots(const HeadDots& args) {
+  return args.x.dtype == ScalarType::kDouble ? dots_of_heads<double>(args) : dots_of_heads<float>(args);
 }
 
 bool reattention_fwd(const ReattentionForward& args) {

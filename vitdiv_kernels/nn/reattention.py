@@ -55,7 +55,6 @@ class ReAttention(nn.Module):
         self.apply_transform = apply_transform
         self.map_norm = norm
         self.out_scale = self.scale if transform_scale else 1.0
-        self.eps = eps
         self.backend = backend
 
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **kind)
@@ -111,22 +110,33 @@ class ReAttention(nn.Module):
         return (out, gram) if return_gram else out
 
     def _mixed_attention(self, q, k, v, return_gram):
-        norm_options = {}
+        training, norm_options = self.training, {}
         if self.map_norm != "none":
-            norm_options = {"norm_weight": self.var_norm.weight, "norm_bias": self.var_norm.bias}
+            norm = self.var_norm
+            norm_options = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
         if self.map_norm == "batch":
-            if self.training:
-                self.var_norm.num_batches_tracked.add_(1)
-            norm_options["running_mean"] = self.var_norm.running_mean
-            norm_options["running_var"] = self.var_norm.running_var
-            norm_options["momentum"] = self.var_norm.momentum
-            norm_options["process_group"] = _process_group(self.var_norm)
+            # as BatchNorm2d: its own mode, so that it can be frozen; the batch's statistics if none are kept
+            training = norm.training or norm.running_mean is None
+            if self.training and not training and self.attn_drop.p > 0:
+                raise ValueError("attn_drop must be 0 in training with the batch norm var_norm in evaluation")
+            norm_options["running_mean"] = norm.running_mean
+            norm_options["running_var"] = norm.running_var
+            norm_options["momentum"] = self._momentum(training)
+            norm_options["process_group"] = _process_group(norm)
         return reattention(
             q, k, v, self.reatten_matrix.weight.flatten(1), mix_bias=self.reatten_matrix.bias,
-            norm=self.map_norm, training=self.training, eps=self.eps, out_scale=self.out_scale,
-            scale=self.scale, dropout_p=self.attn_drop.p, return_gram=return_gram, backend=self.backend,
-            **norm_options,
+            norm=self.map_norm, training=training, out_scale=self.out_scale, scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0, return_gram=return_gram,
+            backend=self.backend, **norm_options,
         )  # fmt: skip
+
+    def _momentum(self, training):
+        norm = self.var_norm
+        if training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:  # cumulative average
+                return 1.0 / float(norm.num_batches_tracked)
+        return 0.0 if norm.momentum is None else norm.momentum
 
     def extra_repr(self):
         mix = f"norm={self.map_norm!r}, out_scale={self.out_scale:.4g}" if self.apply_transform else "no mix"

@@ -1,8 +1,8 @@
 """The operators `vitdiv::attention_gram_{fwd,bwd}` and their autograd.Function; the maths is in README.md."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._layout import accumulation_dtype, heads_like, nothing, when
 
 torch.library.define(

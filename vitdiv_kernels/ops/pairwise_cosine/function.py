@@ -1,8 +1,8 @@
 """The operators `vitdiv::pairwise_cosine_{fwd,bwd}` and their autograd.Function; maths in README.md."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._layout import accumulation_dtype, nothing, when
 
 torch.library.define(

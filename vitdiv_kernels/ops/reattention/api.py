@@ -19,13 +19,14 @@ def reattention(
     L   = Z, or with pre_mix  L_g = sum_h pre_mix[g, h] Z_h + pre_bias[g]       (talking heads)
     A   = softmax(L)
     M_g = sum_h mix[g, h] A_h + mix_bias[g]
-    Y   = M | batch norm over (image, query, key) per head | layer norm over the heads at each (image, query,
-    key) O_g = out_scale Y_g v_g
+    Y   = M | batch norm over (image, query, key), per head | layer norm over heads, per (image, query, key)
+    O_g = out_scale Y_g v_g
     ```
 
     Args:
         q, k, v: [B, H, N, d], [B, H, M, d], [B, H, M, d]. float16, bfloat16, float32 or float64, one dtype
             and device; any strides, and no copy when the last one is 1 (views into a packed qkv projection).
+            native takes at most 256 heads.
         mix: [H, H], row = output head, column = input head (the orientation of Linear and Conv2d weights).
         mix_bias: [H].
         pre_mix, pre_bias: [H, H] and [H], the mix of the logits; pre_bias needs pre_mix.

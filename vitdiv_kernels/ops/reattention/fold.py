@@ -22,8 +22,9 @@ class Statistics(NamedTuple):
 def batch_statistics(mix, centered_gram, queries, keys, process_group):
     """Rows of a softmax sum to 1, so a map's mean is 1/M; the Gram matrix gives a mix's variance."""
     total = centered_gram.sum(0)
-    count = max(centered_gram.shape[0], 1) * queries * keys
+    count = centered_gram.shape[0] * queries * keys
     if process_group is None:
+        count = max(count, 1)  # an empty batch
         mixed_covariance = mix @ (total / count)
         return Statistics((mix * mixed_covariance).sum(1), mixed_covariance, count)
     packed = torch.cat([total.flatten(), total.new_tensor([count])])
@@ -63,12 +64,12 @@ def gain_of(norm_weight, var, eps, out_scale):
     return gain if out_scale == 1 else gain * out_scale
 
 
-def variance_gradient(aligned, var, eps, process_group):
+def variance_gradient(dots, var, eps, process_group):
     """dvar [H] of batch norm, without a sweep over the maps or a division by the gain.
 
-    `aligned[g]` sums, over the batch, dout_g times the part of out_g that the gain scales: gain times dgain.
+    `dots[g]` sums, over the batch, dout_g times the part of out_g that the gain scales: gain times dgain.
     """
-    dvar = -0.5 * aligned / (var + eps)
+    dvar = -0.5 * dots / (var + eps)
     if process_group is not None:
         torch.distributed.all_reduce(dvar, group=process_group)
     return dvar
@@ -84,7 +85,7 @@ def fold_backward(
 ):
     """(dmix, dmix_bias, dnorm_weight, dnorm_bias) from the gradients of the affine mix.
 
-    mixed_covariance and dvar are given when batch norm took the batch's own statistics.
+    mixed_covariance is given when batch norm took the batch's own statistics, and dvar when dmix is needed.
     """
     if norm == "layer":
         return dweight, dbias, None, None
@@ -95,8 +96,10 @@ def fold_backward(
     rstd = (var + eps).rsqrt()
     gain = rstd if norm_weight is None else rstd * norm_weight
     dgain = (dweight * mix).sum(1)
-    if dvar is not None:
-        dmix = gain.unsqueeze(1) * dweight + (2 * dvar).unsqueeze(1) * mixed_covariance
+    if mixed_covariance is not None:
+        dmix = gain.unsqueeze(1) * dweight
+        if dvar is not None:
+            dmix = dmix + (2 * dvar).unsqueeze(1) * mixed_covariance
         return dmix, torch.zeros_like(dbias), dgain * rstd, dbias
     dgain = dgain + dbias * (-mean if mix_bias is None else mix_bias - mean)
     return gain.unsqueeze(1) * dweight, gain * dbias, dgain * rstd, dbias

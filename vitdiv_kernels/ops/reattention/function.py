@@ -1,8 +1,8 @@
 """The operators `vitdiv::reattention_{fwd,bwd}` and their autograd.Function; the maths is in README.md."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import autocast_off
 from .._layout import accumulation_dtype, heads_like, nothing, when
 from .fold import (
@@ -28,9 +28,8 @@ torch.library.define(
     f"(Tensor? dout, Tensor? coupling, {_INPUTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv,"
     " Tensor dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
 )
-torch.library.define(
-    "vitdiv::reattention_alignment", "(Tensor dout, Tensor out, Tensor v, Tensor bias) -> Tensor"
-)
+# [H]: sums over images and rows of x . y, both [B, H, N, d]
+torch.library.define("vitdiv::head_dots", "(Tensor x, Tensor y) -> Tensor")
 
 
 @torch.library.register_fake("vitdiv::reattention_fwd")
@@ -66,14 +65,14 @@ def _(
     )
 
 
-@torch.library.register_fake("vitdiv::reattention_alignment")
-def _(dout, out, v, bias):
-    return torch.empty_like(bias)
+@torch.library.register_fake("vitdiv::head_dots")
+def _(x, y):
+    return x.new_empty(x.shape[1], dtype=accumulation_dtype(x))
 
 
 _fwd = torch.ops.vitdiv.reattention_fwd.default
 _bwd = torch.ops.vitdiv.reattention_bwd.default
-_alignment = torch.ops.vitdiv.reattention_alignment.default
+_head_dots = torch.ops.vitdiv.head_dots.default
 
 
 def _accumulation(tensor, dtype):
@@ -107,12 +106,12 @@ class ReattentionFunction(torch.autograd.Function):
                 out_scale * (torch.zeros_like(ones) if norm_bias is None else norm_bias),
             )
         if norm == "batch" and training:
-            out, gram, bias, statistics = _batch_norm_forward(
+            out, scaled, gram, bias, statistics = _batch_norm_forward(
                 inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group
             )
             ctx.save_for_backward(
                 q, k, v, pre_mix, pre_bias, None, bias, None, None, mix, mix_bias, norm_weight, None,
-                statistics.var, statistics.mixed_covariance, out,
+                statistics.var, statistics.mixed_covariance, scaled,
             )  # fmt: skip
             ctx.count = count = statistics.count
             mean = unbiased = None
@@ -123,22 +122,9 @@ class ReattentionFunction(torch.autograd.Function):
             weight, bias = fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
             out, gram = _fwd(*inputs, weight, bias, False, *layer, eps, True, return_gram)
             ctx.save_for_backward(
-                q,
-                k,
-                v,
-                pre_mix,
-                pre_bias,
-                weight,
-                bias,
-                *layer,
-                mix,
-                mix_bias,
-                norm_weight,
-                mean,
-                var,
-                None,
-                None,
-            )
+                q, k, v, pre_mix, pre_bias, weight, bias, *layer, mix, mix_bias, norm_weight, mean, var,
+                None, None,
+            )  # fmt: skip
             mean = unbiased = None
         ctx.options = norm, eps, out_scale, scale, process_group
         return out, gram + queries / keys if return_gram else None, mean, unbiased
@@ -148,7 +134,7 @@ class ReattentionFunction(torch.autograd.Function):
     def backward(ctx, dout, dgram, dmean, dunbiased):
         (
             q, k, v, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, mix, mix_bias, norm_weight,
-            mean, var, mixed_covariance, out,
+            mean, var, mixed_covariance, scaled,
         ) = ctx.saved_tensors  # fmt: skip
         norm, eps, out_scale, scale, process_group = ctx.options
         needs = ctx.needs_input_grad
@@ -157,8 +143,9 @@ class ReattentionFunction(torch.autograd.Function):
         dvar = None
         if from_batch:
             weight = mix * gain_of(norm_weight, var, eps, out_scale).unsqueeze(1)
-            if has_dout:
-                dvar = variance_gradient(_alignment(dout, out, v, bias), var, eps, process_group)
+            # beside dmix, only the maps' gradient needs that of the variances
+            if has_dout and (needs[0] or needs[1] or needs[3] or needs[5]):
+                dvar = variance_gradient(_head_dots(dout, scaled), var, eps, process_group)
                 with autocast_off(q):
                     from_variance = variance_coupling(dvar, mix, ctx.count)
                 coupling = from_variance if coupling is None else coupling + from_variance
@@ -191,7 +178,10 @@ class ReattentionFunction(torch.autograd.Function):
 
 
 def _batch_norm_forward(inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group):
-    """One sweep makes the Gram matrix, hence the statistics, and the output but for gain and shift."""
+    """One sweep makes the Gram matrix, hence the statistics, and the output but for gain and shift.
+
+    Returns (out, out less its shift, centred gram, bias of the centred mix, statistics).
+    """
     q, k, v = inputs[:3]
     # float16 cannot hold the unscaled output of nearly uniform maps: the statistics get a sweep of their own
     one_sweep = q.dtype != torch.float16
@@ -200,14 +190,16 @@ def _batch_norm_forward(inputs, mix, norm_weight, norm_bias, eps, out_scale, pro
     gain = gain_of(norm_weight, statistics.var, eps, out_scale)
     # centred maps are mixed, so that the mean of the batch is gone already
     bias = torch.zeros_like(gain) if norm_bias is None else norm_bias * out_scale
-    if not one_sweep:
-        out, _ = _fwd(*inputs, mix * gain.unsqueeze(1), bias, True, None, None, eps, True, False)
-    elif norm_bias is None:
-        out.mul_(gain[:, None, None])
+    if one_sweep:
+        scaled = out.mul_(gain[:, None, None])
     else:
+        scaled, _ = _fwd(*inputs, mix * gain.unsqueeze(1), None, True, None, None, eps, True, False)
+    out = scaled
+    if norm_bias is not None:
         shift = bias[:, None, None] * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
-        out.mul_(gain[:, None, None]).add_(shift)
-    return out, gram, bias, statistics
+        # in place it is added in float32 and rounded once
+        out = scaled + shift if scaled.dtype == shift.dtype else scaled.clone().add_(shift)
+    return out, scaled, gram, bias, statistics
 
 
 def reattention(
