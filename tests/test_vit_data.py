@@ -148,6 +148,21 @@ def test_a_broken_image_is_named(folder, content, tmp_path, capsys):
     assert f"error: the image file {broken} can't be read" in error
 
 
+@pytest.mark.parametrize("workers", ["0", "1", "2"])
+def test_a_broken_image_is_one_sentence_from_any_process(workers, tmp_path, torchvision, capsys):
+    for name in ("train", "val"):
+        write_images(tmp_path / name, count=4)
+    broken = tmp_path / "train" / "cat" / "0.png"
+    broken.write_bytes(b"no picture")
+    options = ["--data", f"imagefolder:{tmp_path}", "--model", "deit_tiny", "--image-size", "32"]
+    options += ["--batch", "4", "--epochs", "1", "--workers", workers, "--out", str(tmp_path / "out")]
+    assert train.main(options) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: the image file {broken} can't be read (")
+    assert errors[0].endswith("): repair or remove it")
+
+
 def test_torchvision_that_is_absent(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(DataError, match=r"pip install 'vitdiv-kernels\[imagefolder\]'"):

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from vitdiv_kernels import _dispatch
+from vitdiv_kernels import _dispatch, use_backend
 from vitdiv_kernels.nn import ReAttention
 from vitdiv_kernels.vit import cost, demo
+from vitdiv_kernels.vit.trainer import TrainError
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,24 @@ def result(abs_cosine, accuracy):
 def test_the_notes_claim_what_the_run_shows(plain, sentence):
     results = {"plain": result(plain, 0.95), "losses": result(0.4, 0.96), "reattention": result(0.5, 0.98)}
     assert sentence in " ".join(demo.notes(results, 360).split())
+
+
+def test_what_another_study_found_is_said_to_be_from_there():
+    results = {"plain": result(0.7, 0.95), "losses": result(0.4, 0.96), "reattention": result(0.5, 0.98)}
+    own, other = " ".join(demo.notes(results, 360).split()).split("Not from this run: ")
+    assert "frozen" not in own
+    for words in ("an earlier study with other settings (lr 1.5e-3, three seeds", "on its test split"):
+        assert words in other
+
+
+def test_the_backend_that_runs_is_named():
+    with use_backend("auto"):
+        by_table = _dispatch.auto_choice("reattention", "cpu")
+        assert demo.backend_line() == "backend {}: {}".format(*by_table)
+    with use_backend("reference"):
+        assert demo.backend_line().startswith("backend reference: ")
+    with use_backend("triton"), pytest.raises(TrainError, match="triton"):
+        demo.backend_line()
 
 
 def test_published_and_reference_steps_are_the_same_training():

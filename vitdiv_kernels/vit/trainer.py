@@ -14,10 +14,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _dispatch, use_backend
-from .data import Data
+from .data import Data, DataError
 from .losses import diversity_losses
 from .metrics import accuracy
 from .model import ViT
+
+CHECKPOINT = (
+    "model",
+    "optimizer",
+    "step",
+    "rows",
+    "recipe",
+    "config",
+    "classes",
+    "rng",
+    "cuda_rng",
+    "augment_rng",
+)
 
 
 class TrainError(RuntimeError):
@@ -75,6 +88,18 @@ class StepBatches:
 
 def as_batch(batch):
     return batch
+
+
+def with_own_errors(loader: DataLoader) -> Iterator:
+    """The loader's batches; a worker's DataError is cut back to its sentence.
+
+    The loader raises it again with the whole traceback of the worker as its message.
+    """
+    try:
+        yield from loader
+    except DataError as error:
+        name = f"{DataError.__module__}.{DataError.__qualname__}: "
+        raise DataError(str(error).rpartition(name)[2].strip()) from None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -179,7 +204,7 @@ class Trainer:
         """Trains to step `until` (default: the recipe's last), or until `stop_requested` is set.
 
         May be called again for more. `on_step(step, terms)` is called after each step. Raises TrainError when
-        the loss is not finite at a logged step.
+        the loss is not finite at a logged step, DataError when an image can't be read.
         """
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
         batches = StepBatches(len(self.data.train), self.recipe.batch, self.recipe.seed, self.step, until)
@@ -195,7 +220,7 @@ class Trainer:
         )
         self.model.train()
         with self._chosen_backend(), self._log_file() as log:
-            for images, labels in loader:
+            for images, labels in with_own_errors(loader):
                 terms = self.train_step(images, labels)
                 last = self.step == self.recipe.steps
                 measure = last or self.step % self.eval_every == 0
@@ -266,6 +291,9 @@ class Trainer:
             raise TrainError(f"there is no checkpoint {path} to resume from") from None
         except Exception as error:
             raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
+        absent = [name for name in CHECKPOINT if not isinstance(state, dict) or name not in state]
+        if absent:
+            raise TrainError(f"{path} is no checkpoint of this trainer: it has no {', '.join(absent)}")
         now = asdict(self.recipe) | _plain(asdict(self.model.config)) | {"classes": list(self.data.classes)}
         then = state["recipe"] | state["config"] | {"classes": state["classes"]}
         changed = [
