@@ -11,10 +11,6 @@
 #include "common.h"
 #include "cpu/dispatch.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace vitdiv {
 namespace {
 
@@ -219,6 +215,7 @@ void fill_reattention(ReattentionArgs& args, const at::Tensor& q, const at::Tens
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2), d = q.size(3), dv = v.size(3);
   TORCH_CHECK_VALUE(H <= 256, "q must have at most 256 heads for the compiled kernels, got ", H);
   TORCH_CHECK_VALUE(N > 0 && M > 0, "q and k must have at least one query and key");
+  TORCH_CHECK_VALUE(v.size(3) == d, "v must have the head width of q, ", d, ", got ", v.size(3));
   TORCH_CHECK_VALUE(norm_weight.has_value() == norm_bias.has_value(),
                     "norm_weight and norm_bias must be given together");
   args.B = B, args.H = H, args.N = N, args.M = M, args.d = d, args.dv = dv;
@@ -246,7 +243,6 @@ std::tuple<at::Tensor, at::Tensor> reattention_fwd(
   const at::Tensor q = unit_stride(q_given), k = unit_stride(k_given), v = unit_stride(v_given);
   ReattentionForward args{};
   fill_reattention(args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps);
-  TORCH_CHECK_VALUE(args.dv == args.d, "v must have the head width of q, ", args.d, ", got ", args.dv);
   const at::Tensor out = empty_heads(q_given, needs_out);
   const at::Tensor gram = empty(q, {args.B, args.H, args.H}, accumulation_type(q), needs_gram);
   if (needs_out) args.out = heads_view(out, "out");
@@ -316,17 +312,6 @@ at::Tensor head_dots(const at::Tensor& x_given, const at::Tensor& y_given) {
   return sums;
 }
 
-// Threads that the kernels' parallel regions get; 1 when they were compiled without OpenMP.
-int num_threads() {
-  int threads = 1;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(at::get_num_threads())
-#pragma omp single
-  threads = omp_get_num_threads();
-#endif
-  return threads;
-}
-
 }  // namespace
 }  // namespace vitdiv
 
@@ -342,7 +327,7 @@ TORCH_LIBRARY_IMPL(vitdiv, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", [] { return std::string(vitdiv::cpu().capability); });
-  m.def("num_threads", &vitdiv::num_threads, py::call_guard<py::gil_scoped_release>());
+  m.def("num_threads", [] { return vitdiv::cpu().count_threads(at::get_num_threads()); });
   m.attr("built_for_torch") = VITDIV_TORCH_VERSION;
   m.attr("with_cuda") = false;
 }

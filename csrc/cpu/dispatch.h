@@ -18,13 +18,14 @@ struct CpuKernels {
   bool (*reattention_fwd)(const ReattentionForward&);
   bool (*reattention_bwd)(const ReattentionBackward&);
   bool (*head_dots)(const HeadDots&);
+  int (*count_threads)(int);
 };
 
 #define VITDIV_CPU_KERNELS(name)                                                                             \
   CpuKernels {                                                                                               \
     #name, cpu_##name::pairwise_cosine_fwd, cpu_##name::pairwise_cosine_bwd, cpu_##name::attention_gram_fwd, \
         cpu_##name::attention_gram_bwd, cpu_##name::reattention_fwd, cpu_##name::reattention_bwd,            \
-        cpu_##name::head_dots                                                                                \
+        cpu_##name::head_dots, cpu_##name::count_threads                                                     \
   }
 
 inline CpuKernels choose_cpu_kernels() {

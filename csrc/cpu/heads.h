@@ -120,7 +120,7 @@ double sum(int64_t L, const T* x) {
 }
 
 template <class T>
-double dot(int64_t L, const T* x, const T* y) {
+double sum_products(int64_t L, const T* x, const T* y) {
   Vec<T> acc = {};
   for (int64_t i = 0; i < L; i += kLanes<T>) acc += load(x + i) * load(y + i);
   return double(sum_lanes<T>(acc));

@@ -117,6 +117,7 @@ struct HeadDots {
   bool reattention_fwd(const ReattentionForward& args);  \
   bool reattention_bwd(const ReattentionBackward& args); \
   bool head_dots(const HeadDots& args);                  \
+  int count_threads(int threads);                        \
   }
 
 VITDIV_DECLARE_CPU_KERNELS(cpu_default)

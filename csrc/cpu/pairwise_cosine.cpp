@@ -29,19 +29,6 @@ VITDIV_INLINE Set columns_set(const CosineArgs& a) { return a.y.data ? Set{a.y, 
 bool closed_square(const CosineArgs& a) { return a.y.data ? (a.N + a.M) * a.D < a.N * a.M : a.D < a.N; }
 
 template <class T>
-T dot(int64_t n, const T* x, const T* y) {
-  Vec<T> acc0 = {}, acc1 = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
-    acc0 += load(x + i) * load(y + i);
-    acc1 += load(x + i + kLanes<T>) * load(y + i + kLanes<T>);
-  }
-  T total = sum_lanes<T>(acc0 + acc1);
-  for (; i < n; i++) total += x[i] * y[i];
-  return total;
-}
-
-template <class T>
 T square_root(T x) {
   return sizeof(T) == 8 ? T(__builtin_sqrt(double(x))) : T(__builtin_sqrtf(float(x)));
 }

@@ -204,7 +204,7 @@ bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const Back
     }
     if (norm_weight) {
       for (int64_t h = 0; h < H; h++) {
-        sums.dnorm_weight[h] += dot<T>(L, m.g + h * stride, m.normalized + h * stride);
+        sums.dnorm_weight[h] += sum_products<T>(L, m.g + h * stride, m.normalized + h * stride);
         sums.dnorm_bias[h] += sum<T>(L, m.g + h * stride);
       }
       layer_norm_heads_bwd<T>(H, L, m.normalized, m.rstd, m.g, stride, norm_weight);
@@ -345,12 +345,7 @@ bool dots_of_heads(const HeadDots& args) {
         for (int64_t i = 0; i < args.N; i++) {
           const T* x = head_rows(args.x, b, h, i, 1, args.width, x_copy).data;
           const T* y = head_rows(args.y, b, h, i, 1, args.width, y_copy).data;
-          Vec<T> acc = {};
-          int64_t c = 0;
-          for (; c + kLanes<T> <= args.width; c += kLanes<T>) acc += load(x + c) * load(y + c);
-          T row = sum_lanes<T>(acc);
-          for (; c < args.width; c++) row += x[c] * y[c];
-          total += double(row);
+          total += double(dot(args.width, x, y));
         }
         sums[b * args.H + h] = total;
       }

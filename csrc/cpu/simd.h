@@ -190,6 +190,19 @@ VITDIV_INLINE Vec<T> exp2_nonpositive(Vec<T> t) {
   return underflow ? Vec<T>{} : p;
 }
 
+template <class T>
+T dot(int64_t n, const T* x, const T* y) {
+  Vec<T> acc0 = {}, acc1 = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
+    acc0 += load(x + i) * load(y + i);
+    acc1 += load(x + i + kLanes<T>) * load(y + i + kLanes<T>);
+  }
+  T total = sum_lanes<T>(acc0 + acc1);
+  for (; i < n; i++) total += x[i] * y[i];
+  return total;
+}
+
 }  // namespace
 }  // namespace VITDIV_CPU_NAMESPACE
 }  // namespace vitdiv

@@ -1,4 +1,4 @@
-"""DeepViT's attention, with the constructor and the forward signature of timm's Attention."""
+"""DeepViT's attention, with the constructor arguments (by keyword) and the forward of timm's Attention."""
 
 import torch
 import torch.nn.functional as F

@@ -107,7 +107,7 @@ class ReattentionFunction(torch.autograd.Function):
             )
         if norm == "batch" and training:
             out, scaled, gram, bias, statistics = _batch_norm_forward(
-                inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group
+                inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group, any(ctx.needs_input_grad)
             )
             ctx.save_for_backward(
                 q, k, v, pre_mix, pre_bias, None, bias, None, None, mix, mix_bias, norm_weight, None,
@@ -177,7 +177,9 @@ class ReattentionFunction(torch.autograd.Function):
         ), *(None,) * 10
 
 
-def _batch_norm_forward(inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group):
+def _batch_norm_forward(
+    inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group, keep_scaled
+):  # fmt: skip
     """One sweep makes the Gram matrix, hence the statistics, and the output but for gain and shift.
 
     Returns (out, out less its shift, centred gram, bias of the centred mix, statistics).
@@ -197,8 +199,10 @@ def _batch_norm_forward(inputs, mix, norm_weight, norm_bias, eps, out_scale, pro
     out = scaled
     if norm_bias is not None:
         shift = bias[:, None, None] * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
-        # in place it is added in float32 and rounded once
-        out = scaled + shift if scaled.dtype == shift.dtype else scaled.clone().add_(shift)
+        if keep_scaled and scaled.dtype == shift.dtype:
+            out = scaled + shift
+        else:  # in place it is added in float32 and rounded once
+            out = (scaled.clone() if keep_scaled else scaled).add_(shift)
     return out, scaled, gram, bias, statistics
 
 
