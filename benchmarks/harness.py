@@ -164,7 +164,7 @@ def _floor_seconds(
 
 
 def _peak_extra_mb_apart(workload: Workload, provider: str, mode: str, **settings) -> float:
-    """The same, measured in a process of its own, where no other provider has left memory behind."""
+    """Peak extra MB, measured in a process of its own, where no other provider has left memory behind."""
     command = [
         sys.executable,
         str(HERE / f"bench_{workload.op}.py"),

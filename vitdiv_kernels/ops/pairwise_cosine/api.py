@@ -13,7 +13,8 @@ def pairwise_cosine(
     """Penalty on the cosine similarity of all pairs of vectors: the patch diversity loss.
 
     With `x_hat = x / max(|x|, eps)` and `S = x_hat y_hat^T` (y = x when absent), reduces `penalty(S)` over
-    all pairs. No N x M matrix reaches main memory, except with the reference backend.
+    all pairs. No N x M matrix of similarities reaches main memory, except with the reference backend; for the
+    gradient, abs keeps two bits a pair and relu one.
 
     Args:
         x: vectors, [..., N, D]; any strides. float16, bfloat16, float32 or float64.
