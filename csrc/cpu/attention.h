@@ -84,14 +84,22 @@ struct HeadPanels {
   }
   HeadPanels(Arena& arena, bool needed, int64_t H, int64_t M, int64_t width, Pack order)
       : data(arena.take<T>(needed ? size(H, M, width, order) : 0)), M(M), width(width), order(order) {}
+  // Head h of image b becomes panel set `slot`.
+  void fill_head(const HeadsView& view, int64_t b, int64_t h, int64_t slot, T* copy) const {
+    const Rows<T> rows = head_rows(view, b, h, 0, M, width, copy);
+    T* out = data + slot * size(1, M, width, order);
+    if (order == Pack::kRows)
+      pack_rows(M, width, rows.data, rows.ld, out);
+    else
+      pack_transposed(M, width, rows.data, rows.ld, out);
+  }
   void fill(const HeadsView& view, int64_t b, int64_t H, T* copy) const {
-    for (int64_t h = 0; h < H; h++) {
-      const Rows<T> rows = head_rows(view, b, h, 0, M, width, copy);
-      if (order == Pack::kRows)
-        pack_rows(M, width, rows.data, rows.ld, data + h * size(1, M, width, order));
-      else
-        pack_transposed(M, width, rows.data, rows.ld, data + h * size(1, M, width, order));
-    }
+    for (int64_t h = 0; h < H; h++) fill_head(view, b, h, h, copy);
+  }
+  HeadPanels from(int64_t slot) const {
+    HeadPanels rest = *this;
+    rest.data += slot * size(1, M, width, order);
+    return rest;
   }
   Panels<T> operator[](int64_t h) const {
     return {data + h * size(1, M, width, order), order == Pack::kRows ? M : width};

@@ -36,7 +36,7 @@ struct MapScratch {
   HeadPanels<T> keys_t;
   T *copy, *a;
   MapScratch(Arena& arena, const ReattentionArgs& args, const Work<T>& w)
-      : keys_t(arena, true, args.H, args.M, args.d, Pack::kTransposed),
+      : keys_t(arena, w.whole > 0, args.H, args.M, args.d, Pack::kTransposed),
         copy(arena.take<T>(copy_size(w.tile, max64(args.d, args.dv)))),
         a(arena.take<T>(args.H * w.tile.head_stride())) {}
 };
@@ -44,13 +44,14 @@ struct MapScratch {
 // The softmax maps of query rows i ... i + n into m.a, their padding set to `pad`. With pre_mix (times the scale already)
 // the raw logits are made in `raw`.
 template <class T>
-void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m, const T* pre_mix,
-                  T* raw, int64_t b, int64_t i, int64_t n, T pad) {
+void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m,
+                  const HeadPanels<T>& keys_t, const T* pre_mix, T* raw, int64_t b, int64_t i, int64_t n,
+                  T pad) {
   const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
   for (int64_t h = 0; h < args.H; h++) {
     T* z = raw + h * stride;
     const Rows<T> q = head_rows(args.q, b, h, i, n, args.d, m.copy);
-    gemm<T, false>(n, args.M, args.d, q.data, q.ld, m.keys_t[h], z, padded, false);
+    gemm<T, false>(n, args.M, args.d, q.data, q.ld, keys_t[h], z, padded, false);
     if (pre_mix) w.tile.clear_padding(n, z);
     for (int64_t r = 0; !pre_mix && r < n; r++)
       softmax_row(args.M, padded, z + r * padded, T(args.scale), pad);
@@ -65,15 +66,19 @@ template <class T>
 struct ForwardScratch : MapScratch<T> {
   HeadPanels<T> values;
   ForwardScratch(Arena& arena, const ReattentionForward& args, const Work<T>& w)
-      : MapScratch<T>(arena, args, w), values(arena, args.out.data, args.H, args.M, args.dv, Pack::kRows) {}
+      : MapScratch<T>(arena, args, w),
+        values(arena, args.out.data && w.whole > 0, args.H, args.M, args.dv, Pack::kRows) {}
 };
 
 template <class T>
 struct ForwardShared {
+  HeadPanels<T> keys_t, values;  // of the images that several tasks share
   double* grams;
   T *pre_mix, *bias;
   ForwardShared(Arena& arena, const ReattentionForward& args, const Work<T>& w)
-      : grams(arena.take<double>(args.gram ? w.tasks * args.H * args.H : 0)),
+      : keys_t(arena, true, args.H * (args.B - w.whole), args.M, args.d, Pack::kTransposed),
+        values(arena, args.out.data, args.H * (args.B - w.whole), args.M, args.dv, Pack::kRows),
+        grams(arena.take<double>(args.gram ? w.tasks * args.H * args.H : 0)),
         pre_mix(arena.take<T>(args.H * args.H)),
         bias(arena.take<T>(args.H)) {}
 };
@@ -96,21 +101,29 @@ bool forward(const ReattentionForward& args) {
   {
     Arena arena(block.data() + common.used() + thread_index() * per_thread.used());
     const ForwardScratch<T> m(arena, args, w);
-    int64_t image = -1;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t b = w.whole; b < args.B; b++)
+      for (int64_t h = 0; h < H; h++) {
+        const int64_t slot = (b - w.whole) * H + h;
+        shared.keys_t.fill_head(args.k, b, h, slot, m.copy);
+        if (args.out.data) shared.values.fill_head(args.v, b, h, slot, m.copy);
+      }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
       const int64_t b = w.image(task);
-      if (b != image) {
-        m.keys_t.fill(args.k, b, H, m.copy);
-        if (args.out.data) m.values.fill(args.v, b, H, m.copy);
-        image = b;
+      const bool part = w.is_part(task);
+      const HeadPanels<T> keys_t = part ? shared.keys_t.from((b - w.whole) * H) : m.keys_t;
+      const HeadPanels<T> values = part ? shared.values.from((b - w.whole) * H) : m.values;
+      if (!part) {
+        keys_t.fill(args.k, b, H, m.copy);
+        if (args.out.data) values.fill(args.v, b, H, m.copy);
       }
       double* gram_sum = args.gram ? shared.grams + task * H * H : nullptr;
       for (int64_t x = 0; gram_sum && x < H * H; x++) gram_sum[x] = 0;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i, L = n * padded;
         // padding at the mean adds nothing to the centred Gram
-        softmax_maps<T>(args, w, m, pre_mix, m.a, b, i, n, w.mean);
+        softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n, w.mean);
         if (gram_sum) gram<T>(H, H, L, m.a, w.mean, m.a, w.mean, stride, gram_sum, true);
         if (!args.out.data) continue;
         mix<T>(H, L, static_cast<const T*>(args.mix), bias, w.mean, m.a, m.a, stride);
@@ -119,7 +132,7 @@ bool forward(const ReattentionForward& args) {
                               static_cast<const T*>(args.norm_weight), static_cast<const T*>(args.norm_bias),
                               T(args.eps));
         for (int64_t h = 0; h < H; h++)
-          product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, m.values[h], args.out, b, h, i,
+          product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, values[h], args.out, b, h, i,
                              m.copy);
       }
     }
@@ -146,8 +159,8 @@ struct BackwardScratch : MapScratch<T> {
   T *g, *raw, *normalized, *rstd, *dk, *dv;
   BackwardScratch(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
       : MapScratch<T>(arena, args, w),
-        values_t(arena, args.dout.data, args.H, args.M, args.dv, Pack::kTransposed),
-        keys(arena, args.dq.data, args.H, args.M, args.d, Pack::kRows),
+        values_t(arena, args.dout.data && w.whole > 0, args.H, args.M, args.dv, Pack::kTransposed),
+        keys(arena, args.dq.data && w.whole > 0, args.H, args.M, args.d, Pack::kRows),
         g(arena.take<T>(args.H * w.tile.head_stride())),
         raw(arena.take<T>(args.pre_mix ? args.H * w.tile.head_stride() : 0)),
         normalized(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
@@ -158,10 +171,14 @@ struct BackwardScratch : MapScratch<T> {
 
 template <class T>
 struct BackwardShared {
+  HeadPanels<T> keys_t, values_t, keys;  // of the images that several tasks share
   double* sums;
   T *pre_mix, *pre_mix_t, *mix_t, *bias, *dk, *dv;
   BackwardShared(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
-      : sums(arena.take<double>(w.tasks * ParameterSums::size(args.H))),
+      : keys_t(arena, true, args.H * (args.B - w.whole), args.M, args.d, Pack::kTransposed),
+        values_t(arena, args.dout.data, args.H * (args.B - w.whole), args.M, args.dv, Pack::kTransposed),
+        keys(arena, args.dq.data, args.H * (args.B - w.whole), args.M, args.d, Pack::kRows),
+        sums(arena.take<double>(w.tasks * ParameterSums::size(args.H))),
         pre_mix(arena.take<T>(args.H * args.H)),
         pre_mix_t(arena.take<T>(args.H * args.H)),
         mix_t(arena.take<T>(args.H * args.H)),
@@ -175,8 +192,8 @@ struct BackwardShared {
 // parameters' gradients on the way. Returns false when nothing is asked for beyond those.
 template <class T>
 bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m,
-                   const T* mix_t, const T* bias, int64_t b, int64_t i, int64_t n, bool first,
-                   HeadGradients<T>& dv, ParameterSums sums) {
+                   const HeadPanels<T>& values_t, const T* mix_t, const T* bias, int64_t b, int64_t i,
+                   int64_t n, bool first, HeadGradients<T>& dv, ParameterSums sums) {
   const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded, L = n * padded;
   const bool goes_on = args.dq.data || args.dk.data || args.dpre_mix;
   const T* coupling =
@@ -199,7 +216,7 @@ bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const Back
       if (args.dv_out.data)
         dv.add(b, h, n, g, padded, head_row_panels(args.dout, b, h, i, n, args.dv, m.copy), !first);
       const Rows<T> dout = head_rows(args.dout, b, h, i, n, args.dv, m.copy);
-      gemm<T, false>(n, args.M, args.dv, dout.data, dout.ld, m.values_t[h], g, padded, false);
+      gemm<T, false>(n, args.M, args.dv, dout.data, dout.ld, values_t[h], g, padded, false);
       w.tile.clear_padding(n, g);
     }
     if (norm_weight) {
@@ -266,20 +283,29 @@ bool backward(const ReattentionBackward& args) {
   {
     Arena arena(block.data() + common.used() + thread_index() * per_thread.used());
     const BackwardScratch<T> m(arena, args, w);
-    int64_t image = -1;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t b = w.whole; b < args.B; b++)
+      for (int64_t h = 0; h < H; h++) {
+        const int64_t slot = (b - w.whole) * H + h;
+        shared.keys_t.fill_head(args.k, b, h, slot, m.copy);
+        if (args.dout.data) shared.values_t.fill_head(args.v, b, h, slot, m.copy);
+        if (args.dq.data) shared.keys.fill_head(args.k, b, h, slot, m.copy);
+      }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
       const int64_t b = w.image(task);
-      if (b != image) {
-        m.keys_t.fill(args.k, b, H, m.copy);
-        if (args.dout.data) m.values_t.fill(args.v, b, H, m.copy);
-        if (args.dq.data) m.keys.fill(args.k, b, H, m.copy);
-        image = b;
+      const bool part = w.is_part(task);
+      const HeadPanels<T> keys_t = part ? shared.keys_t.from((b - w.whole) * H) : m.keys_t;
+      const HeadPanels<T> values_t = part ? shared.values_t.from((b - w.whole) * H) : m.values_t;
+      const HeadPanels<T> keys = part ? shared.keys.from((b - w.whole) * H) : m.keys;
+      if (!part) {
+        keys_t.fill(args.k, b, H, m.copy);
+        if (args.dout.data) values_t.fill(args.v, b, H, m.copy);
+        if (args.dq.data) keys.fill(args.k, b, H, m.copy);
       }
       double* task_sums = shared.sums + task * ParameterSums::size(H);
       for (int64_t x = 0; x < ParameterSums::size(H); x++) task_sums[x] = 0;
       const ParameterSums sums(task_sums, H);
-      const bool part = w.is_part(task);
       HeadGradients<T> dk(args.dk, H, args.M, args.d, part,
                           part ? shared.dk + (task - w.whole) * dk_size : m.dk);
       HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, part,
@@ -287,8 +313,8 @@ bool backward(const ReattentionBackward& args) {
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         const bool first = t == w.first_tile(task);
-        softmax_maps<T>(args, w, m, pre_mix, pre_mix ? m.raw : m.a, b, i, n, T(0));
-        if (!maps_gradient<T>(args, w, m, mix_t, bias, b, i, n, first, dv, sums)) continue;
+        softmax_maps<T>(args, w, m, keys_t, pre_mix, pre_mix ? m.raw : m.a, b, i, n, T(0));
+        if (!maps_gradient<T>(args, w, m, values_t, mix_t, bias, b, i, n, first, dv, sums)) continue;
         for (int64_t h = 0; h < H; h++)
           for (int64_t r = 0; r < n; r++)
             softmax_row_bwd(padded, m.a + h * stride + r * padded, m.g + h * stride + r * padded,
@@ -297,7 +323,7 @@ bool backward(const ReattentionBackward& args) {
         if (pre_mix) mix<T>(H, n * padded, pre_mix_t, nullptr, T(0), m.g, m.g, stride);
         for (int64_t h = 0; h < H; h++) {
           if (args.dq.data)
-            product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, m.keys[h], args.dq, b, h, i,
+            product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, keys[h], args.dq, b, h, i,
                                m.copy);
           if (args.dk.data)
             dk.add(b, h, n, m.g + h * stride, padded, head_row_panels(args.q, b, h, i, n, args.d, m.copy),
