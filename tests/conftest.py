@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitdiv_kernels import _dispatch
+from vitdiv_kernels import _dispatch, _native
 
 BACKENDS = {"reference": ("reference", "cpu"), "native-cpu": ("native", "cpu")}
 
@@ -26,14 +26,25 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+def need(backend, device="cpu"):
+    """Skip, with the reason, what needs a backend that is not here; fail it in CI, which has to have it."""
+    why_not = _dispatch.missing(backend, "reattention", device)
+    if why_not is not None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{backend} on {device}: {why_not}")
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """The `backend` argument. A backend that is not here is skipped with its reason; in CI it fails."""
-    name, device = BACKENDS[request.param]
-    why_not = _dispatch.missing(name, "reattention", device)
-    if why_not is not None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{request.param}: {why_not}")
-    return name
+    """The `backend` argument of one test body that runs on every backend."""
+    need(*BACKENDS[request.param])
+    return BACKENDS[request.param][0]
+
+
+@pytest.fixture
+def library():
+    """The compiled extension."""
+    need("native")
+    return _native.library()
 
 
 @pytest.fixture(params=[1, 2])

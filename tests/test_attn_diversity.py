@@ -104,6 +104,15 @@ def test_low_precision(backend, operation, dtype):
     check(backend, *functions[operation], draw((2, 6, 65, 65, 32), dtype), dtype)
 
 
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_whole_images_beside_a_part_of_one(backend, threads, dtype):
+    """Three images on two threads: two are done whole, the rows of the third are shared."""
+    check(backend, attention_gram, formulas.attention_gram, draw((3, 4, 77, 65, 20), dtype), dtype)
+    tensors = draw((3, 4, 77, 65, 20), dtype, layers=2)
+    check(backend, attention_cosine, formulas.attention_cosine, tensors, dtype)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 3, 2, 2), (2, 1, 2, 3, 2)], ids=str)
 def test_gradcheck(backend, shape):
     q, k, q2, k2 = (t.requires_grad_() for t in draw(shape, layers=2))

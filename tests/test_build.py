@@ -12,8 +12,6 @@ import isa_leaks
 import pytest
 import torch
 
-from vitdiv_kernels import _native
-
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = ["default", "avx2", "avx512"]
 
@@ -23,15 +21,6 @@ x86_64_only = pytest.mark.skipif(
 needs_objdump = pytest.mark.skipif(
     shutil.which("objdump") is None, reason="objdump (binutils) is not installed"
 )
-
-
-@pytest.fixture
-def library():
-    if _native.library() is None:
-        if os.environ.get("CI"):
-            pytest.fail(_native.reason())
-        pytest.skip(_native.reason())
-    return _native.library()
 
 
 def python(code, **environment):

@@ -132,11 +132,8 @@ class Recorder(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("library")
 def test_operators_pass_opcheck():
-    from vitdiv_kernels import _dispatch
-
-    if _dispatch.missing("native", "reattention", "cpu"):
-        pytest.skip(_dispatch.missing("native", "reattention", "cpu"))
     recorder = Recorder()
     with recorder:
         for operation in OPERATIONS.values():
