@@ -1,0 +1,81 @@
+"""How the Triton kernels of all operations are launched, or, where there is no GPU, recorded to be compiled.
+
+Imports Triton: only `triton_kernels` modules import this one.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+class Launch(NamedTuple):
+    """One launch as `recording` sees it; `arguments` are the kernel's, by name, constexprs included."""
+
+    kernel: triton.runtime.JITFunction
+    arguments: dict
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+_recorded = None  # (launches, compute capability), inside `recording`
+
+
+@contextlib.contextmanager
+def recording(capability):
+    """Launches inside the block are not run but returned in a list, as if on a GPU of this (major, minor).
+
+    The tensors may be on the meta device. The ahead-of-time test compiles what it finds here, so that what is
+    compiled is what would be launched.
+    """
+    global _recorded
+    outer, _recorded = _recorded, ([], capability)
+    try:
+        yield _recorded[0]
+    finally:
+        _recorded = outer
+
+
+def capability(tensor):
+    """(major, minor) of the GPU that launches for `tensor` run on; (9, 0) for the interpreter."""
+    if _recorded is not None:
+        return _recorded[1]
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def launch(kernel, grid, *arguments, num_warps, num_stages, maxnreg=None, **constexprs):
+    """kernel[grid](*arguments, **constexprs), on the device of the first argument."""
+    if _recorded is not None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constexprs
+        _recorded[0].append(Launch(kernel, named, num_warps, num_stages, maxnreg))
+        return
+    if 0 in grid:
+        return
+    options = {} if maxnreg is None else {"maxnreg": maxnreg}
+    device = torch.cuda.device_of(arguments[0]) if arguments[0].is_cuda else contextlib.nullcontext()
+    with device:
+        kernel[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=num_stages, **options)
+
+
+def input_precision(dtype):
+    """Of tl.dot: float32 in three TF32 products, or in one where torch is allowed TF32 in its own products."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def accumulator(dtype):
+    """The tl dtype that sums and softmax statistics are kept in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
