@@ -143,6 +143,26 @@ void pack_transposed(int64_t N, int64_t K, const T* rows, int64_t ld, T* out) {
   }
 }
 
+// The triangle below the diagonal of a [n, n], rows `ld` apart, becomes the mirror image of that above.
+template <class T>
+void mirror_upper(int64_t n, T* a, int64_t ld) {
+  constexpr int64_t kBlock = 8;  // both sides of a block stay in L1
+  for (int64_t r0 = 0; r0 < n; r0 += kBlock)
+    for (int64_t c0 = 0; c0 <= r0; c0 += kBlock) {
+      const int64_t r1 = min64(n, r0 + kBlock);
+#if defined(__AVX2__)
+      if constexpr (sizeof(T) == 4) {
+        if (c0 < r0 && r1 == r0 + kBlock) {
+          transpose_8x8(a + c0 * ld + r0, ld, a + r0 * ld + c0, ld);
+          continue;
+        }
+      }
+#endif
+      for (int64_t r = r0; r < r1; r++)
+        for (int64_t c = c0; c < min64(r, c0 + kBlock); c++) a[r * ld + c] = a[c * ld + r];
+    }
+}
+
 // One row of N columns into row k of panels of the given depth.
 template <class T>
 VITDIV_INLINE void pack_row(int64_t N, const T* row, int64_t k, int64_t depth, T* out) {

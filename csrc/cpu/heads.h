@@ -82,6 +82,31 @@ void mix(int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T*
   }
 }
 
+// The same for `rows` rows of maps whose softmax is still to be scaled: in[h] stands for factors[h, row] in[h]. In place.
+// That saves a pass over the tile in L2, and the copy that working in place needs takes the factors and the shift along.
+template <class T>
+void mix_unscaled(int64_t H, int64_t rows, int64_t padded, const T* weight, const T* bias, T shift,
+                  const T* factors, T* maps, int64_t stride) {
+  alignas(64) T column[kMaxHeads * kPanel<T>];
+  const int64_t columns = kMaxHeads * kPanel<T> / H / kLanes<T> * kLanes<T>;
+  const RowBlocks blocks(H);
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t x = 0; x < padded; x += columns) {
+      const int64_t width = min64(columns, padded - x);
+      T* const begin = maps + row * padded + x;
+      for (int64_t h = 0; h < H; h++) {
+        const T factor = factors[h * rows + row];
+        for (int64_t j = 0; j < width; j += kLanes<T>)
+          store(column + h * columns + j, load(begin + h * stride + j) * factor - shift);
+      }
+      for (int64_t i = 0; i < blocks.count; i++) {
+        const int64_t g = blocks.begin(i);
+        mix_rows<T>(blocks.size(i), H, width, weight + g * H, bias ? bias + g : nullptr, T(0), column,
+                    columns, begin + g * stride, stride, false);
+      }
+    }
+}
+
 // gram[g * H + h] += sum_x (a[g][x] - shift_a) (b[h][x] - shift_b); symmetric: only blocks with g <= h are computed and
 // the caller mirrors them.
 template <class T>

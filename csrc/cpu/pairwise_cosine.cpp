@@ -87,8 +87,7 @@ void feature_gram(int64_t n, int64_t D, const T* panels, T* out, int64_t ld) {
       gemm<T, true>(rows, min64(P, D - j), n, panels + r * n, P, Panels<T>{panels + j * n, n},
                     out + r * ld + j, ld, false);
   }
-  for (int64_t r = 0; r < D; r++)
-    for (int64_t c = 0; c < r; c++) out[r * ld + c] = out[c * ld + r];
+  mirror_upper(D, out, ld);
 }
 
 // Row ranges of an item's pieces, whole panels; for pairs within x of equal area of the upper triangle.
@@ -431,8 +430,8 @@ void RowsGradient<T>::add_signs(const Scratch& m, int64_t item, int64_t i, int64
   }
   const bool diagonal = within && i == j;
   for (int64_t r = 0; r < n; r++) expand_signs(signs, i + r, j, width, diagonal, m.w + r * S);
+  if (diagonal) mirror_upper(n, m.w, S);
   for (int64_t r = 0; diagonal && r < n; r++) {
-    for (int64_t c = 0; c < r; c++) m.w[r * S + c] = m.w[c * S + r];
     const T* x = raw_rows(rows, item, i + r, 1, a.D, m.row).data;
     m.w[r * S + r] = a.include_self && dot(a.D, x, x) > 0 ? T(1) : T(0);
   }

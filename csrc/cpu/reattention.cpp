@@ -42,32 +42,43 @@ struct MapScratch {
 };
 
 // The softmax maps of query rows i ... i + n into m.a, their padding set to `pad`. With pre_mix (times the scale already)
-// the raw logits are made in `raw`.
+// the raw logits are made in `raw`. With factors [H, n] the maps are left for those to scale, and their padding is 0.
 template <class T>
 void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m,
                   const HeadPanels<T>& keys_t, const T* pre_mix, T* raw, int64_t b, int64_t i, int64_t n,
-                  T pad) {
+                  T pad, T* factors = nullptr) {
   const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
+  const auto softmax = [&](int64_t h, T* map, T scale) {
+    for (int64_t r = 0; r < n; r++) {
+      T* row = map + r * padded;
+      if (factors)
+        factors[h * n + r] = softmax_row_unscaled(args.M, padded, row, scale);
+      else
+        softmax_row(args.M, padded, row, scale, pad);
+    }
+  };
   for (int64_t h = 0; h < args.H; h++) {
     T* z = raw + h * stride;
     const Rows<T> q = head_rows(args.q, b, h, i, n, args.d, m.copy);
     gemm<T, false>(n, args.M, args.d, q.data, q.ld, keys_t[h], z, padded, false);
-    if (pre_mix) w.tile.clear_padding(n, z);
-    for (int64_t r = 0; !pre_mix && r < n; r++)
-      softmax_row(args.M, padded, z + r * padded, T(args.scale), pad);
+    if (pre_mix)
+      w.tile.clear_padding(n, z);
+    else
+      softmax(h, z, T(args.scale));
   }
   if (!pre_mix) return;
   mix<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), T(0), raw, m.a, stride);
-  for (int64_t h = 0; h < args.H; h++)
-    for (int64_t r = 0; r < n; r++) softmax_row(args.M, padded, m.a + h * stride + r * padded, T(1), pad);
+  for (int64_t h = 0; h < args.H; h++) softmax(h, m.a + h * stride, T(1));
 }
 
 template <class T>
 struct ForwardScratch : MapScratch<T> {
   HeadPanels<T> values;
+  T* factors;
   ForwardScratch(Arena& arena, const ReattentionForward& args, const Work<T>& w)
       : MapScratch<T>(arena, args, w),
-        values(arena, args.out.data && w.whole > 0, args.H, args.M, args.dv, Pack::kRows) {}
+        values(arena, args.out.data && w.whole > 0, args.H, args.M, args.dv, Pack::kRows),
+        factors(arena.take<T>(args.gram ? 0 : args.H * w.tile.rows)) {}
 };
 
 template <class T>
@@ -122,11 +133,17 @@ bool forward(const ReattentionForward& args) {
       for (int64_t x = 0; gram_sum && x < H * H; x++) gram_sum[x] = 0;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i, L = n * padded;
-        // padding at the mean adds nothing to the centred Gram
-        softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n, w.mean);
-        if (gram_sum) gram<T>(H, H, L, m.a, w.mean, m.a, w.mean, stride, gram_sum, true);
-        if (!args.out.data) continue;
-        mix<T>(H, L, static_cast<const T*>(args.mix), bias, w.mean, m.a, m.a, stride);
+        const T* weight = static_cast<const T*>(args.mix);
+        if (gram_sum) {
+          // padding at the mean adds nothing to the centred Gram
+          softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n, w.mean);
+          gram<T>(H, H, L, m.a, w.mean, m.a, w.mean, stride, gram_sum, true);
+          if (!args.out.data) continue;
+          mix<T>(H, L, weight, bias, w.mean, m.a, m.a, stride);
+        } else {
+          softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n, w.mean, m.factors);
+          mix_unscaled<T>(H, n, padded, weight, bias, w.mean, m.factors, m.a, stride);
+        }
         if (args.norm_weight)
           layer_norm_heads<T>(H, L, m.a, nullptr, nullptr, m.a, stride,
                               static_cast<const T*>(args.norm_weight), static_cast<const T*>(args.norm_bias),

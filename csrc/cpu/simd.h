@@ -37,10 +37,10 @@ struct Simd<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Lane;
   typedef Lane Int __attribute__((vector_size(kVectorBytes)));
-  static constexpr int32_t kSignBit = INT32_MIN, kExponentBias = 127, kMantissaBits = 23;
-  static constexpr float kRound =
-      12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  static constexpr float kMinExponent = -126.f;
+  static constexpr int32_t kSignBit = INT32_MIN, kMantissaBits = 23;
+  // 1.5 * 2^23 + 127: adding it to t rounds to an integer, whose exponent field is then in the lowest mantissa bits
+  static constexpr float kRound = 12583039.f;
+  static constexpr float kZeroExponent = -127.f;  // an exponent field of 0: the number 0
 };
 
 template <>
@@ -48,9 +48,9 @@ struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Lane;
   typedef Lane Int __attribute__((vector_size(kVectorBytes)));
-  static constexpr int64_t kSignBit = INT64_MIN, kExponentBias = 1023, kMantissaBits = 52;
-  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kMinExponent = -1022.0;
+  static constexpr int64_t kSignBit = INT64_MIN, kMantissaBits = 52;
+  static constexpr double kRound = 6755399441056767.0;  // 1.5 * 2^52 + 1023
+  static constexpr double kZeroExponent = -1023.0;
 };
 
 template <class T>
@@ -180,14 +180,12 @@ VITDIV_INLINE Vec<double> exp2_fraction<double>(Vec<double> r) {
 // 2^t for t <= 0; 0 below the normal range, NaN for NaN.
 template <class T>
 VITDIV_INLINE Vec<T> exp2_nonpositive(Vec<T> t) {
-  const Vec<T> lowest = broadcast<T>(Simd<T>::kMinExponent);
-  const Int<T> underflow = t < lowest;
-  t = underflow ? lowest : t;
+  const Vec<T> lowest = broadcast<T>(Simd<T>::kZeroExponent);
+  t = lowest > t ? lowest : t;  // in this order a NaN stays
   const Vec<T> shifted = t + Simd<T>::kRound;
-  const Int<T> n = (Int<T>)shifted - (Int<T>)broadcast<T>(Simd<T>::kRound);
-  const Vec<T> power = (Vec<T>)((n + Simd<T>::kExponentBias) << Simd<T>::kMantissaBits);
-  const Vec<T> p = exp2_fraction<T>(t - (shifted - Simd<T>::kRound)) * power;
-  return underflow ? Vec<T>{} : p;
+  const Vec<T> power = (Vec<T>)((Int<T>)shifted << Simd<T>::kMantissaBits);
+  // not t - (shifted - kRound), of which the compiler makes a second constant, and registers are short here
+  return exp2_fraction<T>(t + (Simd<T>::kRound - shifted)) * power;
 }
 
 template <class T>
