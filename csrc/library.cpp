@@ -8,6 +8,7 @@
 
 #include <new>
 
+#include "batch_norm.h"
 #include "common.h"
 #include "cpu/dispatch.h"
 
@@ -323,6 +324,9 @@ TORCH_LIBRARY_IMPL(vitdiv, CPU, m) {
   m.impl("reattention_fwd", &vitdiv::reattention_fwd);
   m.impl("reattention_bwd", &vitdiv::reattention_bwd);
   m.impl("head_dots", &vitdiv::head_dots);
+  m.impl("batch_norm_fwd", &vitdiv::batch_norm_fwd);
+  m.impl("batch_norm_coupling", &vitdiv::batch_norm_coupling);
+  m.impl("batch_norm_bwd", &vitdiv::batch_norm_bwd);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

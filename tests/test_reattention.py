@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitdiv_kernels import attention_gram, reattention
+from vitdiv_kernels.ops.reattention import fold
 
 
 @dataclass(frozen=True)
@@ -474,3 +475,34 @@ def test_batch_norm_whose_shift_is_large(backend, weight, bias):
     exact, plain = gradients(torch.float64, "reference"), gradients(torch.float32, "reference")
     for truth, yardstick, ours in zip(exact, plain, gradients(torch.float32, backend), strict=True):
         assert (ours - truth).norm() <= 3 * (yardstick - truth).norm() + 1e-6 * truth.norm()
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("optional", [True, False])
+def test_batch_norm_in_cpp_is_that_in_torch(dtype, optional):
+    heads, queries, keys = 5, 7, 9
+
+    def random(*shape):
+        return torch.rand(*shape, dtype=dtype) + 0.5
+
+    gram, mix, mix_bias, norm_weight = (
+        random(3, heads, heads), random(heads, heads), random(heads), random(heads)
+    )  # fmt: skip
+    if not optional:
+        mix_bias = norm_weight = None
+    operators = torch.ops.vitdiv
+    arguments = gram, mix, mix_bias, norm_weight, queries, keys, 1e-3, 0.7
+    results = operators.batch_norm_fwd(*arguments)
+    assert_all_close(results, fold.batch_norm_fwd(*arguments))
+    _, var, _, mixed_covariance, _ = results
+    arguments = random(heads), var, mix, 3 * queries * keys, 1e-3
+    dvar, coupling = operators.batch_norm_coupling(*arguments)
+    assert_all_close((dvar, coupling), fold.batch_norm_coupling(*arguments))
+    arguments = gram[0], mix, norm_weight, var, mixed_covariance, dvar if optional else None, 1e-3, 0.7
+    assert_all_close(operators.batch_norm_bwd(*arguments), fold.batch_norm_bwd(*arguments))
+
+
+def assert_all_close(results, expected):
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value)

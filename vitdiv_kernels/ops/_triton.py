@@ -70,7 +70,7 @@ def launch(kernel, grid, *arguments, num_warps, num_stages, maxnreg=None, **cons
 
 
 def input_precision(dtype):
-    """Of tl.dot: float32 in three TF32 products, or in one where torch is allowed TF32 in its own products."""
+    """Of tl.dot: float32 in three TF32 products, or in one where torch is allowed TF32 in its own."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -5,15 +5,7 @@ import torch
 from .._autograd import once_differentiable
 from .._checks import autocast_off
 from .._layout import accumulation_dtype, heads_like, nothing, when
-from .fold import (
-    batch_mean,
-    batch_statistics,
-    fold,
-    fold_backward,
-    gain_of,
-    variance_coupling,
-    variance_gradient,
-)
+from .fold import batch_norm_backward, batch_statistics, fold, fold_backward, variance_gradient
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias,"
@@ -107,17 +99,18 @@ class ReattentionFunction(torch.autograd.Function):
             )
         if norm == "batch" and training:
             out, scaled, gram, bias, statistics = _batch_norm_forward(
-                inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group, any(ctx.needs_input_grad)
-            )
-            ctx.save_for_backward(
-                q, k, v, pre_mix, pre_bias, None, bias, None, None, mix, mix_bias, norm_weight, None,
-                statistics.var, statistics.mixed_covariance, scaled,
+                inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group,
+                any(ctx.needs_input_grad),
             )  # fmt: skip
-            ctx.count = count = statistics.count
-            mean = unbiased = None
+            mean, var, unbiased, mixed_covariance, gain, ctx.count = statistics
+            ctx.save_for_backward(
+                q, k, v, pre_mix, pre_bias, gain, bias, None, None, mix, mix_bias, norm_weight, None, var,
+                mixed_covariance, scaled,
+            )  # fmt: skip
             if wants_statistics:
-                mean, unbiased = batch_mean(mix, mix_bias, keys), statistics.var * (count / (count - 1))
                 ctx.mark_non_differentiable(mean, unbiased)
+            else:
+                mean = unbiased = None
         else:
             weight, bias = fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
             out, gram = _fwd(*inputs, weight, bias, False, *layer, eps, True, return_gram)
@@ -141,14 +134,15 @@ class ReattentionFunction(torch.autograd.Function):
         has_dout, from_batch = dout is not None, mixed_covariance is not None
         coupling = None if dgram is None else dgram + dgram.mT
         dvar = None
-        if from_batch:
-            weight = mix * gain_of(norm_weight, var, eps, out_scale).unsqueeze(1)
-            # beside dmix, only the maps' gradient needs that of the variances
-            if has_dout and (needs[0] or needs[1] or needs[3] or needs[5]):
-                dvar = variance_gradient(_head_dots(dout, scaled), var, eps, process_group)
-                with autocast_off(q):
-                    from_variance = variance_coupling(dvar, mix, ctx.count)
-                coupling = from_variance if coupling is None else coupling + from_variance
+        if from_batch:  # what was saved is the gain
+            weight = mix * weight.unsqueeze(1)
+        # beside dmix, only the maps' gradient needs that of the variances
+        if from_batch and has_dout and (needs[0] or needs[1] or needs[3] or needs[5]):
+            with autocast_off(q):
+                dvar, from_variance = variance_gradient(
+                    _head_dots(dout, scaled), var, mix, ctx.count, eps, process_group
+                )
+            coupling = from_variance if coupling is None else coupling + from_variance
 
         needs_affine = needs[3] or needs[4] or (norm == "batch" and (needs[7] or needs[8]))
         needs_layer = norm == "layer" and (needs[7] or needs[8])
@@ -161,11 +155,17 @@ class ReattentionFunction(torch.autograd.Function):
             )  # fmt: skip
         dq, dk, dv, dpre_mix, dweight, dbias, dlayer_weight, dlayer_bias = results
         dmix = dmix_bias = dnorm_weight = dnorm_bias = None
-        if sums[2]:
+        if sums[2] and from_batch:
+            dmix, dnorm_weight = batch_norm_backward(
+                dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale
+            )
+            # a bias moves the mean and nothing else
+            dmix_bias = torch.zeros_like(dbias) if needs[4] else None
+            dnorm_bias = dbias if out_scale == 1 else dbias * out_scale
+        elif sums[2]:
             dmix, dmix_bias, dnorm_weight, dnorm_bias = fold_backward(
-                dweight, dbias, mix, mix_bias, norm, norm_weight, mean, var, mixed_covariance, dvar, eps,
-                out_scale,
-            )  # fmt: skip
+                dweight, dbias, mix, mix_bias, norm, norm_weight, mean, var, eps, out_scale
+            )
         if sums[3]:
             dnorm_weight, dnorm_bias = dlayer_weight * out_scale, dlayer_bias * out_scale
         # a constant added to a row of logits changes no softmax
@@ -178,7 +178,7 @@ class ReattentionFunction(torch.autograd.Function):
 
 
 def _batch_norm_forward(
-    inputs, mix, norm_weight, norm_bias, eps, out_scale, process_group, keep_scaled
+    inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group, keep_scaled
 ):  # fmt: skip
     """One sweep makes the Gram matrix, hence the statistics, and the output but for gain and shift.
 
@@ -188,21 +188,23 @@ def _batch_norm_forward(
     # float16 cannot hold the unscaled output of nearly uniform maps: the statistics get a sweep of their own
     one_sweep = q.dtype != torch.float16
     out, gram = _fwd(*inputs, mix, None, True, None, None, eps, one_sweep, True)
-    statistics = batch_statistics(mix, gram, q.shape[2], k.shape[2], process_group)
-    gain = gain_of(norm_weight, statistics.var, eps, out_scale)
-    # centred maps are mixed, so that the mean of the batch is gone already
-    bias = torch.zeros_like(gain) if norm_bias is None else norm_bias * out_scale
+    statistics = batch_statistics(
+        gram, mix, mix_bias, norm_weight, q.shape[2], k.shape[2], eps, out_scale, process_group
+    )
+    gain = statistics[4]
     if one_sweep:
-        scaled = out.mul_(gain[:, None, None])
+        scaled = out.mul_(gain.view(-1, 1, 1))
     else:
         scaled, _ = _fwd(*inputs, mix * gain.unsqueeze(1), None, True, None, None, eps, True, False)
-    out = scaled
-    if norm_bias is not None:
-        shift = bias[:, None, None] * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
-        if keep_scaled and scaled.dtype == shift.dtype:
-            out = scaled + shift
-        else:  # in place it is added in float32 and rounded once
-            out = (scaled.clone() if keep_scaled else scaled).add_(shift)
+    # centred maps are mixed, so that the mean of the batch is gone already
+    if norm_bias is None:
+        return scaled, scaled, gram, None, statistics
+    bias = norm_bias if out_scale == 1 else norm_bias * out_scale
+    shift = bias.view(-1, 1, 1) * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
+    if keep_scaled and scaled.dtype == shift.dtype:
+        out = scaled + shift
+    else:  # in place it is added in float32 and rounded once
+        out = (scaled.clone() if keep_scaled else scaled).add_(shift)
     return out, scaled, gram, bias, statistics
 
 
