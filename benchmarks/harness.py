@@ -131,15 +131,15 @@ def _alternate(
     for (provider, count), call in calls.items():
         torch.set_num_threads(count)
         numbers[provider, count] = call.calls_a_sample()
-    several = len({count for _, count in calls}) > 1
     order = list(calls)
     with tqdm(total=repeats * len(order), desc=desc, leave=False) as bar:
         for _ in range(repeats):
             for provider, count in order:
                 call = calls[provider, count]
                 torch.set_num_threads(count)
-                if several:
-                    call.seconds(1)  # the OpenMP team is rebuilt when its size changes: not this call's time
+                # What a change of provider costs is not this call's: memory that the other gave back to the
+                # kernel (a third of a quick backward's time), and an OpenMP team of another size.
+                call.seconds(1)
                 samples[provider, count].append(call.seconds(numbers[provider, count]))
                 bar.update()
             order.append(order.pop(0))
