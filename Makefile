@@ -14,7 +14,7 @@ else
   STAMPS := $(VENV)/stamps
   TORCH ?= torch==2.13.0
   # torchvision, which timm needs, would exchange a torch that it was not made for: only into an environment of ours
-  EXTRAS := test,timm,imagefolder
+  EXTRAS := test,timm,imagefolder,triton
 endif
 
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet

@@ -1,0 +1,29 @@
+"""Every Triton kernel, in every configuration of its table, compiles for three generations of GPUs within
+their registers and shared memory. No GPU is needed; tests/aot.py does it, and prints the table on its own."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+OPERATIONS = sorted(path.stem.removeprefix("aot_") for path in HERE.glob("aot_*.py"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_compiles_without_spills(operation, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "aot.py"), operation, "--json", str(tmp_path / "rows.json")]
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(run.stdout)
+    assert (tmp_path / "rows.json").exists(), run.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["cc"] for row in rows} == {80, 90, 100}
+    faulty = [row for row in rows if row["faults"]]
+    assert not faulty, faulty
