@@ -22,13 +22,15 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(she
 CPP := $(filter %.cpp %.h,$(BUILD_INPUTS))
 CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
 
-.PHONY: help demo test pytest lint format bench build clean
+.PHONY: help demo test pytest lint format bench gpu-check build clean
 
 help:
 	@echo 'make demo     train small vision transformers on handwritten digits and show what diversity did'
 	@echo 'make test     lint, then the whole test suite; make pytest and make lint are its halves'
 	@echo 'make format   let ruff and clang-format rewrite what make lint complains about'
 	@echo 'make bench    measure speed and memory of the operations; build/bench.csv and build/bench.png'
+	@echo 'make gpu-check  on a machine with an NVIDIA GPU: build in place, test and measure there, in nine minutes, with the'
+	@echo '              packages that PYTHON has; installs nothing'
 	@echo 'make build    environment and kernels only; compiles what changed'
 	@echo 'make clean    remove the environment and everything that was built'
 	@echo
@@ -61,6 +63,9 @@ bench: build
 	rm -f build/bench.csv
 	set -e; for bench in benchmarks/bench_*.py; do $(PY) $$bench --out build/bench.csv; done
 	$(PY) benchmarks/plot.py build/bench.csv
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 build: $(STAMPS)/package
 
