@@ -77,8 +77,29 @@ def library():
     return _native.library()
 
 
+@pytest.fixture
+def far_apart(tmp_path):
+    """Lays out [2, ...] so that its halves lie more than 2^31 elements apart; in a sparse file on the CPU."""
+
+    def lay_out(x):
+        distance = 2**31 + 2**12
+        size = distance + x[0].numel()
+        if x.is_cuda:
+            storage = torch.empty(size, dtype=x.dtype, device=x.device)
+        else:
+            path = tmp_path / f"sparse{len(list(tmp_path.iterdir()))}"
+            path.touch()
+            os.truncate(path, size * x.element_size())
+            storage = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
+        return storage.as_strided(x.shape, (distance, *x[0].contiguous().stride())).copy_(x)
+
+    return lay_out
+
+
 @pytest.fixture(params=[1, 2])
-def threads(request):
+def threads(request, interpreted):
+    if interpreted and request.param > 1:
+        pytest.skip("the interpreter has one thread")
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

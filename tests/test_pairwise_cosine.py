@@ -211,6 +211,28 @@ def test_layouts(backend, layout, two_sets):
         check(backend, x, y, penalty=penalty)
 
 
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_items_more_than_2_to_31_elements_apart(backend, far_apart, penalty):
+    x, y = draw((2, 5, 8), torch.float16), draw((2, 3, 8), torch.float16)
+    near = [x.requires_grad_(), y.requires_grad_()]
+    far = [far_apart(t.detach()).requires_grad_() for t in near]
+    values = [pairwise_cosine(*pair, penalty=penalty, backend=backend) for pair in (near, far)]
+    assert torch.equal(*values)
+    for value in values:
+        value.backward()
+    for a, b in zip(near, far, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_no_gradient_is_wanted(backend, penalty):
+    """Then the forward keeps nothing for a backward; the value is the same."""
+    x, y = draw((2, 40, 24)), draw((2, 33, 24))
+    for inputs in ((x, None), (x, y)):
+        expected = formulas.pairwise_cosine(*inputs, penalty=penalty)
+        torch.testing.assert_close(pairwise_cosine(*inputs, penalty=penalty, backend=backend), expected)
+
+
 @pytest.mark.parametrize("wanted", ["x", "y"])
 def test_only_the_gradients_asked_for(backend, wanted):
     x, y = draw((2, 5, 8)), draw((2, 6, 8))
@@ -249,7 +271,7 @@ def test_backward_twice_and_inputs_untouched(backend, penalty):
 def test_autocast_does_not_change_it(backend):
     x = draw((2, 33, 24), torch.float32)
     expected = pairwise_cosine(x, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert torch.equal(pairwise_cosine(x, backend=backend), expected)
 
 
