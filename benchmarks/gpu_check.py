@@ -24,7 +24,7 @@ BENCHMARKS = (
     ("attn_diversity", "eager,compile,reference,triton", 0.2),
     ("pairwise_cosine", "eager,compile,closed,reference,triton", 0.2),
 )
-TESTED = ("pairwise_cosine", "attn_diversity", "reattention", "determinism", "compile")
+TESTED = ("gpu", "pairwise_cosine", "attn_diversity", "reattention", "determinism", "compile")
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def tests(limit: float) -> bool:
     files = [f"tests/test_{name}.py" for name in TESTED]
     # most of the time goes to compiling kernels, which the processes share by Triton's cache
     parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    return run("-m", "pytest", "-q", "-k", "triton-gpu", *parallel, *files, timeout=limit) == 0
+    return run("-m", "pytest", "-q", "-k", "triton-gpu or test_gpu", *parallel, *files, timeout=limit) == 0
 
 
 def measure(folder: Path, deadline: float) -> None:

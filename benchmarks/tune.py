@@ -33,8 +33,14 @@ def _grid(**choices: Iterable) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+def _from_signs(**choices: Iterable) -> list[dict]:
+    return [row for row in _grid(**choices) if row["rows"] % row["columns"] == 0]
+
+
 def _cosine(penalty: str, backward: bool, shape, dtype, device) -> Callable[[], object]:
-    x = torch.randn(shape, device=device).to(dtype).requires_grad_(backward)
+    x = (
+        torch.randn(shape, device=device).to(dtype).requires_grad_()
+    )  # the forward keeps what a backward needs
     forward = partial(vitdiv_kernels.pairwise_cosine, x, penalty=penalty, backend="triton")
     if not backward:
         return forward
@@ -46,12 +52,12 @@ def _cosine(penalty: str, backward: bool, shape, dtype, device) -> Callable[[], 
 TABLES = {
     "pairwise_cosine.FORWARD": (
         partial(_cosine, "abs", False),
-        _grid(rows=(32, 64, 128), width=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4)),
+        _grid(rows=(64, 128), width=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4)),
     ),
     "pairwise_cosine.FROM_SIGNS": (
         partial(_cosine, "abs", True),
-        _grid(
-            rows=(32, 64, 128), columns=(32, 64), out=(64, 128, 256), width=(0,), warps=(4, 8), stages=(2, 3)
+        _from_signs(
+            rows=(32, 64), columns=(32, 64), out=(64, 128, 256), width=(0,), warps=(4, 8), stages=(2, 3)
         ),
     ),
     "pairwise_cosine.FROM_ROWS": (

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitdiv_kernels import pairwise_cosine
+from vitdiv_kernels.ops.pairwise_cosine import triton_configs
 
 PENALTIES = ["signed", "abs", "square", "relu"]
 # leading axes, N, M (None: pairs within x), D
@@ -222,6 +223,16 @@ def test_items_more_than_2_to_31_elements_apart(backend, far_apart, penalty):
         value.backward()
     for a, b in zip(near, far, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_the_rows_of_the_triton_tables_fit_together():
+    assert (
+        triton_configs.FORWARD.keys() == triton_configs.FROM_SIGNS.keys() == triton_configs.FROM_ROWS.keys()
+    )
+    for key, backward in triton_configs.FROM_SIGNS.items():
+        assert triton_configs.FORWARD[key].rows % backward.rows == 0
+        assert backward.rows % backward.columns == 0
+        assert backward.columns % 32 == 0
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

@@ -41,7 +41,8 @@ FORWARD = {
     (8, 10): Forward(32, 16, 4, 1, "aot"),
 }
 
-# From the signs of S that the forward kept: one product.
+# From the signs of S that the forward kept: one product. columns divide rows, and rows those of the forward's
+# tiles, which wrote the upper triangle tile by tile; all are multiples of the 32 bits of a word.
 FROM_SIGNS = {
     (2, 8): Backward(64, 64, 128, 0, 8, 2, "aot"),
     (2, 9): Backward(64, 64, 128, 0, 8, 3, "aot"),
@@ -49,9 +50,9 @@ FROM_SIGNS = {
     (4, 8): Backward(32, 32, 64, 0, 4, 2, "aot"),
     (4, 9): Backward(64, 32, 64, 0, 8, 2, "aot"),
     (4, 10): Backward(64, 32, 64, 0, 8, 2, "aot"),
-    (8, 8): Backward(32, 16, 32, 0, 4, 2, "aot"),
-    (8, 9): Backward(32, 16, 32, 0, 4, 2, "aot"),
-    (8, 10): Backward(32, 16, 32, 0, 4, 1, "aot"),
+    (8, 8): Backward(32, 32, 32, 0, 4, 2, "aot"),
+    (8, 9): Backward(32, 32, 32, 0, 4, 2, "aot"),
+    (8, 10): Backward(32, 32, 32, 0, 4, 1, "aot"),
 }
 
 # S is made again: two products, the first of them for every `out` columns of dx.

@@ -304,6 +304,41 @@ def _tiles_kernel(
 
 
 @triton.jit
+def _signs(
+    SIGNS, rows, row_mask, first, words, PENALTY: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The penalty's slope, 1, -1 or 0, at R rows of S, from column `first` on C columns."""
+    planes: tl.constexpr = 2 if PENALTY == "abs" else 1
+    w = first // 32 + tl.arange(0, C // 32)
+    place = SIGNS + (rows * planes * words)[:, None] + w[None, :]
+    mask = row_mask[:, None] & (w < words)[None, :]
+    bit = (1 << tl.arange(0, C) % 32)[None, :]
+    word = tl.load(place, mask=mask, other=0)
+    positive = tl.reshape(tl.broadcast_to(word[:, :, None], (R, C // 32, 32)), (R, C))
+    slope = tl.where((positive & bit) != 0, tl.full((R, C), 1.0, ACC), 0.0)
+    if PENALTY == "abs":
+        below = tl.load(place + words, mask=mask, other=0)
+        negative = tl.reshape(tl.broadcast_to(below[:, :, None], (R, C // 32, 32)), (R, C))
+        slope = tl.where((negative & bit) != 0, -1.0, slope)
+    return slope
+
+
+@triton.jit
+def _add_unit_rows(
+    dx, slope, y_places, y_mask, y_norm, DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr
+):
+    """dx + slope y_hat, the rows of y being scaled in the slope, of which there are fewer."""
+    y = tl.load(y_places, mask=y_mask, other=0.0).to(DT)
+    if y.dtype == tl.float16:  # which 1 / |y| may not fit into
+        y = (y.to(ACC) * y_norm[:, None]).to(DT)
+        weight = slope.to(DT)
+    else:
+        weight = (slope * y_norm[None, :]).to(DT)
+    return tl.dot(weight, y, dx, input_precision=PREC, out_dtype=ACC)
+
+
+@triton.jit
 def _tiles_backward_kernel(
     X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, X_SUMS, SIGNS, DSUMS, DX, N, M, D,
     PENALTY: tl.constexpr, ONE_SET: tl.constexpr, SELF: tl.constexpr, BY_COLUMN: tl.constexpr,
@@ -318,17 +353,19 @@ def _tiles_backward_kernel(
     row_tiles = tl.cdiv(N, BR)
     out_tiles = tl.cdiv(D, BO)
     item = (tl.program_id(0) // (row_tiles * out_tiles)).to(tl.int64)
-    i = tl.program_id(0) // out_tiles % row_tiles * BR + tl.arange(0, BR)
+    first_row = tl.program_id(0) // out_tiles % row_tiles * BR
+    i = first_row + tl.arange(0, BR)
     o = tl.program_id(0) % out_tiles * BO + tl.arange(0, BO)
+    columns = tl.arange(0, BC)
     out_mask = (o < D)[None, :]
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
     norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
     dx = tl.zeros((BR, BO), ACC)
-    for j0 in tl.range(0, M, BC):
-        j = j0 + tl.arange(0, BC)
-        y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
-        y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-        if PENALTY == "square":
+    if PENALTY == "square":
+        for j0 in tl.range(0, M, BC):
+            j = j0 + columns
+            y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
+            y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
             d = tl.arange(0, BD)
             s = tl.zeros((BR, BC), ACC)
             for d0 in tl.range(0, D, BD):
@@ -336,36 +373,31 @@ def _tiles_backward_kernel(
                 x = tl.load(x_rows + (d0 + d)[None, :], mask=(i < N)[:, None] & width_mask, other=0.0).to(DT)
                 y = tl.load(y_rows + (d0 + d)[None, :], mask=(j < M)[:, None] & width_mask, other=0.0).to(DT)
                 s = tl.dot(x, tl.trans(y), s, input_precision=PREC, out_dtype=ACC)
-            s = 2.0 * s * norm[:, None] * y_norm[None, :]
+            slope = 2.0 * s * norm[:, None] * y_norm[None, :]
             if ONE_SET and not SELF:
-                s = tl.where(i[:, None] == j[None, :], 0.0, s)
-            weight = s.to(DT)
-        else:
-            if ONE_SET:  # S is symmetric, and only j >= i was written
-                row = tl.minimum(i[:, None], j[None, :])
-                column = tl.maximum(i[:, None], j[None, :])
-                word = (item * N + row) * tl.cdiv(M, 32)
-            elif BY_COLUMN:
-                row = j[None, :] + tl.zeros((BR, BC), tl.int32)
-                column = i[:, None] + tl.zeros((BR, BC), tl.int32)
-                word = (item * M + row) * tl.cdiv(N, 32)
-            else:
-                row = i[:, None] + tl.zeros((BR, BC), tl.int32)
-                column = j[None, :] + tl.zeros((BR, BC), tl.int32)
-                word = (item * N + row) * tl.cdiv(M, 32)
-            mask = (i < N)[:, None] & (j < M)[None, :]
-            if PENALTY == "abs":
-                place = SIGNS + 2 * word + column // 32
-                positive = tl.load(place, mask=mask, other=0) >> (column % 32) & 1
-                below = place + (tl.cdiv(N, 32) if BY_COLUMN else tl.cdiv(M, 32))
-                negative = tl.load(below, mask=mask, other=0) >> (column % 32) & 1
-                weight = (positive - negative).to(DT)
-            else:
-                place = SIGNS + word + column // 32
-                weight = (tl.load(place, mask=mask, other=0) >> (column % 32) & 1).to(DT)
-        unit = tl.load(y_rows + o[None, :], mask=(j < M)[:, None] & out_mask, other=0.0).to(ACC)
-        unit = (unit * y_norm[:, None]).to(DT)
-        dx = tl.dot(weight, unit, dx, input_precision=PREC, out_dtype=ACC)
+                slope = tl.where(i[:, None] == j[None, :], 0.0, slope)
+            y_mask = (j < M)[:, None] & out_mask
+            dx = _add_unit_rows(dx, slope, y_rows + o[None, :], y_mask, y_norm, DT, PREC, ACC)
+    else:
+        # Signs of y's rows against x's: of one set where j < i, for only the upper triangle of S was written.
+        turned = first_row if ONE_SET else M
+        if ONE_SET or BY_COLUMN:
+            for j1 in tl.range(0, turned, BC):
+                j = j1 + columns
+                y_places = Y + item * y_item + j.to(tl.int64)[:, None] * y_row + o[None, :]
+                y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
+                words = tl.cdiv(N, 32)
+                slope = tl.trans(_signs(SIGNS, item * M + j, j < M, first_row, words, PENALTY, BC, BR, ACC))
+                y_mask = (j < M)[:, None] & out_mask
+                dx = _add_unit_rows(dx, slope, y_places, y_mask, y_norm, DT, PREC, ACC)
+        if not BY_COLUMN:
+            for j2 in tl.range(first_row if ONE_SET else 0, M, BC):
+                j = j2 + columns
+                y_places = Y + item * y_item + j.to(tl.int64)[:, None] * y_row + o[None, :]
+                y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
+                slope = _signs(SIGNS, item * N + i, i < N, j2, tl.cdiv(M, 32), PENALTY, BR, BC, ACC)
+                y_mask = (j < M)[:, None] & out_mask
+                dx = _add_unit_rows(dx, slope, y_places, y_mask, y_norm, DT, PREC, ACC)
     along = tl.load(X_SUMS + item * N + i, mask=i < N, other=0.0)
     if PENALTY == "square":
         along = 2.0 * along
