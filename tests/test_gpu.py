@@ -1,4 +1,4 @@
-"""What only a GPU shows: no call waits for the device, and every operation can be captured in a CUDA graph."""
+"""What only a GPU shows: no call waits for the device, and a CUDA graph can capture every operation."""
 
 import pytest
 import torch
