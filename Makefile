@@ -9,12 +9,15 @@ ifeq ($(VENV),)
   STAMPS := build/stamps
   TORCH ?= torch>=2.8
   EXTRAS := test
+  ADD_TRITON := :
 else
   PY := $(VENV)/bin/python
   STAMPS := $(VENV)/stamps
   TORCH ?= torch==2.13.0
   # torchvision, which timm needs, would exchange a torch that it was not made for: only into an environment of ours
-  EXTRAS := test,timm,imagefolder,triton
+  EXTRAS := test,timm,imagefolder
+  # A CUDA build of torch has brought its own Triton; a CPU build brings none.
+  ADD_TRITON := $(PY) -c 'import triton' 2>/dev/null || extras="$$extras,triton"
 endif
 
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -71,7 +74,8 @@ build: $(STAMPS)/package
 
 $(STAMPS)/package: $(STAMPS)/environment $(BUILD_INPUTS)
 	@echo 'Compiling the kernels and installing vitdiv_kernels with its tools ...'
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]' '$(TORCH)'
+	@extras='$(EXTRAS)'; $(ADD_TRITON); \
+	  $(PIP_INSTALL) --no-build-isolation --editable ".[$$extras]" '$(TORCH)'
 	@$(PY) -c 'import vitdiv_kernels._native' # says so when there are no kernels
 	@touch $@
 
