@@ -44,10 +44,10 @@ FORWARD = {
 # From the signs of S that the forward kept: one product. columns divide rows, and rows those of the forward's
 # tiles, which wrote the upper triangle tile by tile; all are multiples of the 32 bits of a word.
 FROM_SIGNS = {
-    (2, 8): Backward(64, 64, 128, 0, 8, 2, "aot"),
-    (2, 9): Backward(64, 64, 128, 0, 8, 3, "aot"),
-    (2, 10): Backward(64, 64, 128, 0, 8, 3, "aot"),
-    (4, 8): Backward(32, 32, 64, 0, 4, 2, "aot"),
+    (2, 8): Backward(64, 64, 64, 0, 4, 3, "aot"),
+    (2, 9): Backward(64, 64, 128, 0, 4, 3, "aot"),
+    (2, 10): Backward(64, 64, 128, 0, 4, 3, "aot"),
+    (4, 8): Backward(32, 32, 32, 0, 4, 2, "aot"),
     (4, 9): Backward(64, 32, 64, 0, 8, 2, "aot"),
     (4, 10): Backward(64, 32, 64, 0, 8, 2, "aot"),
     (8, 8): Backward(32, 32, 32, 0, 4, 2, "aot"),

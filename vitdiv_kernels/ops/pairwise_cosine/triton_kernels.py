@@ -47,6 +47,11 @@ def _items(x):
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
+def _aligned(x):
+    """Whether Triton, too, can tell that its rows start at multiples of 16 bytes."""
+    return x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
+
+
 def _rows(x, norms, eps, *, squares=None, sums=None, unit=None):
     """Inverse norms and what else is asked for: |x_hat|^2, sums of x_hat over blocks of rows, x_hat."""
     items, rows, width = x.shape
@@ -112,6 +117,8 @@ def _tiles_backward(of, dsums, x, y, parts, penalty, include_self, eps):
     config = configs.row(configs.FROM_ROWS if signs is None else configs.FROM_SIGNS, x, capability(x))
     # no wider than the gradient: narrow rows would be mostly padding
     out = min(config.out, max(16, triton.next_power_of_2(width)))
+    if not _aligned(this) or not _aligned(other):
+        out = min(out, 32)  # loads of one element each need a register for every address
     gradient = this.new_empty(this.shape)
     launch(
         _tiles_backward_kernel,
