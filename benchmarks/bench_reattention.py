@@ -1,13 +1,14 @@
 """Speed and memory of re-attention: attention whose softmax maps are mixed across heads, and normalised.
 
 eager mixes by einsum, the fastest plain form found; conv2d by a 1x1 Conv2d, as DeepViT was published; sdpa
-does not mix, and so bounds what mixing kernels can reach; triton-s1 and triton-s2 are the two schedules that
-triton chooses from. Batch norm is in training, with running statistics. --pre-mix yes also mixes the logits
+does not mix, and so bounds what mixing kernels can reach; triton-s1 (streaming) and triton-s2 (workspace)
+are the two schedules that triton chooses from. Batch norm is in training, with running statistics. --pre-mix yes also mixes the logits
 (talking heads). Example:
 
     python benchmarks/bench_reattention.py --providers eager,native --shapes 32x12x197x64 --norm none,batch
 """
 
+import contextlib
 from functools import partial
 
 import cli
@@ -81,12 +82,18 @@ def unmixed(q, k, v, mix, **_):
     return scaled_dot_product_attention(q, k, v)
 
 
-def scheduled(package, schedule):
-    """The Triton backend under one of its schedules, or, with None, that of its table."""
-    from vitdiv_kernels.ops.reattention.triton_configs import use_schedule
+_SCHEDULE = contextlib.ExitStack()
+
+
+def scheduled(package, name):
+    """The Triton backend under the schedule of this name, or, with None, that of its table."""
+    from vitdiv_kernels.ops.reattention.triton_kernels.schedule import schedule
 
     def operation(**inputs):
-        use_schedule(schedule)  # stays for the backward, which comes before any other provider's forward
+        # Held for the backward, too, which comes before any other provider's forward.
+        _SCHEDULE.close()
+        if name is not None:
+            _SCHEDULE.enter_context(schedule(name))
         return package(**inputs, backend="triton")
 
     return operation
@@ -140,8 +147,8 @@ def workload(shape, norm="none", pre_mix="no"):
             "conv2d": lambda: published,
             "sdpa": lambda: unmixed,
             "triton": lambda: scheduled(package, None),
-            "triton-s1": lambda: scheduled(package, "s1"),
-            "triton-s2": lambda: scheduled(package, "s2"),
+            "triton-s1": lambda: scheduled(package, "streaming"),
+            "triton-s2": lambda: scheduled(package, "workspace"),
         },
         bounds=("sdpa",),
         flops=_flops(shape, norm, pre_mix),
