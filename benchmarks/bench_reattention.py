@@ -2,8 +2,8 @@
 
 eager mixes by einsum, the fastest plain form found; conv2d by a 1x1 Conv2d, as DeepViT was published; sdpa
 does not mix, and so bounds what mixing kernels can reach; triton-s1 (streaming) and triton-s2 (workspace)
-are the two schedules that triton chooses from. Batch norm is in training, with running statistics. --pre-mix yes also mixes the logits
-(talking heads). Example:
+are the two schedules that triton chooses from. Batch norm is in training, with running statistics.
+--pre-mix yes also mixes the logits (talking heads). Example:
 
     python benchmarks/bench_reattention.py --providers eager,native --shapes 32x12x197x64 --norm none,batch
 """
