@@ -55,7 +55,9 @@ def specialised(launch):
         if parameter.is_constexpr:
             kind, key = "constexpr", None
         else:
-            kind, key = native_specialize_impl(CUDABackend, value, parameter.is_const, True, True)
+            by_value = not parameter.do_not_specialize
+            by_alignment = not parameter.do_not_specialize_on_alignment
+            kind, key = native_specialize_impl(CUDABackend, value, parameter.is_const, by_value, by_alignment)
         signature.append((parameter.name, kind))
         if kind == "constexpr":
             constexprs.append((i, value))

@@ -206,7 +206,8 @@ def _closed_backward(dsums, x, norms, along, factor, less, eps):
     return gradient
 
 
-@triton.jit
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
+@triton.jit(do_not_specialize=["N"])
 def _rows_kernel(
     X, x_item, x_row, NORMS, SQUARES, SUMS, UNIT, N, D,
     EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
@@ -245,7 +246,7 @@ def _rows_kernel(
                 tl.store(place, unit.to(UNIT.dtype.element_ty), mask=row_mask & width_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _tiles_kernel(
     X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, X_SUMS, Y_SUMS, SIGNS, N, M, D,
     PENALTY: tl.constexpr, ONE_SET: tl.constexpr, SELF: tl.constexpr,
@@ -345,7 +346,7 @@ def _add_unit_rows(
     return tl.dot(weight, y, dx, input_precision=PREC, out_dtype=ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _tiles_backward_kernel(
     X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, X_SUMS, SIGNS, DSUMS, DX, N, M, D,
     PENALTY: tl.constexpr, ONE_SET: tl.constexpr, SELF: tl.constexpr, BY_COLUMN: tl.constexpr,
@@ -419,7 +420,7 @@ def _tiles_backward_kernel(
     tl.store(place_out, out.to(DX.dtype.element_ty), mask=(i < N)[:, None] & out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _closed_backward_kernel(
     X, x_item, x_row, NORMS, ALONG, along_item, along_row, DSUMS, DX, N, D,
     FACTOR: tl.constexpr, LESS: tl.constexpr, INVERSE_EPS: tl.constexpr,
