@@ -9,12 +9,15 @@ ifeq ($(VENV),)
   STAMPS := build/stamps
   TORCH ?= torch>=2.8
   EXTRAS := test
+  ADD_TRITON := :
 else
   PY := $(VENV)/bin/python
   STAMPS := $(VENV)/stamps
   TORCH ?= torch==2.13.0
   # torchvision, which timm needs, would exchange a torch that it was not made for: only into an environment of ours
   EXTRAS := test,timm,imagefolder
+  # A CUDA build of torch has brought its own Triton; a CPU build brings none.
+  ADD_TRITON := $(PY) -c 'import triton' 2>/dev/null || extras="$$extras,triton"
 endif
 
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -22,13 +25,15 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(she
 CPP := $(filter %.cpp %.h,$(BUILD_INPUTS))
 CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
 
-.PHONY: help demo test pytest lint format bench build clean
+.PHONY: help demo test pytest lint format bench gpu-check build clean
 
 help:
 	@echo 'make demo     train small vision transformers on handwritten digits and show what diversity did'
 	@echo 'make test     lint, then the whole test suite; make pytest and make lint are its halves'
 	@echo 'make format   let ruff and clang-format rewrite what make lint complains about'
 	@echo 'make bench    measure speed and memory of the operations; build/bench.csv and build/bench.png'
+	@echo 'make gpu-check  on a machine with an NVIDIA GPU: build in place, test and measure there, in nine minutes, with the'
+	@echo '              packages that PYTHON has; installs nothing'
 	@echo 'make build    environment and kernels only; compiles what changed'
 	@echo 'make clean    remove the environment and everything that was built'
 	@echo
@@ -62,11 +67,15 @@ bench: build
 	set -e; for bench in benchmarks/bench_*.py; do $(PY) $$bench --out build/bench.csv; done
 	$(PY) benchmarks/plot.py build/bench.csv
 
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+
 build: $(STAMPS)/package
 
 $(STAMPS)/package: $(STAMPS)/environment $(BUILD_INPUTS)
 	@echo 'Compiling the kernels and installing vitdiv_kernels with its tools ...'
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]' '$(TORCH)'
+	@extras='$(EXTRAS)'; $(ADD_TRITON); \
+	  $(PIP_INSTALL) --no-build-isolation --editable ".[$$extras]" '$(TORCH)'
 	@$(PY) -c 'import vitdiv_kernels._native' # says so when there are no kernels
 	@touch $@
 

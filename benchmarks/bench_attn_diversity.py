@@ -24,6 +24,14 @@ SUITES = {
         ((2, 16, 1025, 64), {}),
         ((1, 12, 4096, 64), {}),
     ],
+    "gpu": [
+        ((128, 12, 197, 64), {}),
+        ((8, 16, 1025, 64), {}),
+        ((128, 12, 197, 64), {"function": "cosine"}),
+        ((128, 6, 197, 64), {}),
+        ((1, 12, 4096, 64), {}),
+    ],
+    "gpu-float16": [((128, 12, 197, 64), {})],
     "small": [((4, 3, 65, 32), {"function": function}) for function in ("gram", "diversity", "cosine")],
     "tiny": [((1, 2, 4, 8), {})],
 }
@@ -83,7 +91,7 @@ def workload(shape, function="gram"):
 
 
 def main():
-    parser = cli.parser(__doc__, providers=("eager", "compile", "reference", "native"))
+    parser = cli.parser(__doc__, providers=("eager", "compile", "reference", "native", "triton"))
     cli.add_shapes(parser, "BHNd", SUITES, function=tuple(FUNCTIONS))
     args = parser.parse_args()
     cli.run(parser, args, cli.workloads(parser, args, workload, SUITES, "function"))

@@ -24,6 +24,15 @@ SUITES = {
         ((8, 1025, 1024), {}),
         ((1, 4096, 1024), {}),
     ],
+    "gpu": [
+        ((256, 196, 384), {}),
+        ((256, 196, 384), {"penalty": "square"}),
+        ((64, 1024, 768), {}),
+        ((8, 4096, 1024), {}),
+        ((64, 1024, 384), {"penalty": "square"}),
+        ((256, 196, 384), {"penalty": "signed"}),
+    ],
+    "gpu-float16": [((256, 196, 384), {})],
     "small": [((8, 65, 192), {"penalty": penalty}) for penalty in PENALTIES],
     "tiny": [((1, 4, 8), {})],
 }
@@ -92,7 +101,7 @@ def workload(shape, penalty="abs"):
 
 
 def main():
-    parser = cli.parser(__doc__, providers=("eager", "compile", "closed", "reference", "native"))
+    parser = cli.parser(__doc__, providers=("eager", "compile", "closed", "reference", "native", "triton"))
     cli.add_shapes(parser, "BND", SUITES, penalty=tuple(PENALTIES))
     args = parser.parse_args()
     cli.run(parser, args, cli.workloads(parser, args, workload, SUITES, "penalty"))

@@ -1,17 +1,20 @@
 """Speed and memory of re-attention: attention whose softmax maps are mixed across heads, and normalised.
 
-eager mixes by einsum, the fastest plain form found; conv2d by a 1x1 Conv2d, as DeepViT was published. Batch
-norm is in training, with running statistics. --pre-mix yes also mixes the logits (talking heads). Example:
+eager mixes by einsum, the fastest plain form found; conv2d by a 1x1 Conv2d, as DeepViT was published; sdpa
+does not mix, and so bounds what mixing kernels can reach; triton-s1 (streaming) and triton-s2 (workspace)
+are the two schedules that triton chooses from. Batch norm is in training, with running statistics.
+--pre-mix yes also mixes the logits (talking heads). Example:
 
     python benchmarks/bench_reattention.py --providers eager,native --shapes 32x12x197x64 --norm none,batch
 """
 
+import contextlib
 from functools import partial
 
 import cli
 import torch
 from harness import Workload, standard_providers
-from torch.nn.functional import batch_norm, conv2d, layer_norm
+from torch.nn.functional import batch_norm, conv2d, layer_norm, scaled_dot_product_attention
 
 import vitdiv_kernels
 
@@ -32,6 +35,20 @@ SUITES = {
         ((2, 16, 1025, 64), {"norm": "batch"}),
         ((1, 12, 4096, 64), {}),
     ],
+    "gpu": [
+        ((128, 12, 197, 64), {}),
+        ((128, 12, 197, 64), {"norm": "batch"}),
+        ((8, 16, 1025, 64), {}),
+        ((8, 16, 1025, 64), {"norm": "batch"}),
+        ((128, 12, 197, 64), {"norm": "layer"}),
+        ((128, 12, 197, 32), {"norm": "batch"}),
+        ((128, 6, 197, 64), {"norm": "batch"}),
+        ((32, 12, 577, 64), {"norm": "batch"}),
+        ((128, 12, 197, 35), {"norm": "batch"}),
+        ((128, 12, 197, 64), {"pre_mix": "yes"}),
+        ((1, 12, 4096, 64), {}),
+    ],
+    "gpu-float16": [((128, 12, 197, 64), {}), ((128, 12, 197, 64), {"norm": "batch"})],
     "small": [((4, 3, 65, 32), {"norm": norm}) for norm in ("none", "batch", "layer")],
     "tiny": [((1, 2, 4, 8), {})],
 }
@@ -58,6 +75,28 @@ def plain(q, k, v, mix, *, pre_mix=None, norm, mix_heads, norm_weight=None, norm
         weight, bias = norm_weight.to(maps.dtype), norm_bias.to(maps.dtype)
         maps = layer_norm(heads_last, maps.shape[1:2], weight, bias).permute(0, 3, 1, 2)
     return maps @ v
+
+
+def unmixed(q, k, v, mix, **_):
+    """Attention without mixing: what a kernel that mixes is measured against."""
+    return scaled_dot_product_attention(q, k, v)
+
+
+_SCHEDULE = contextlib.ExitStack()
+
+
+def scheduled(package, name):
+    """The Triton backend under the schedule of this name, or, with None, that of its table."""
+    from vitdiv_kernels.ops.reattention.triton_kernels.schedule import schedule
+
+    def operation(**inputs):
+        # Held for the backward, too, which comes before any other provider's forward.
+        _SCHEDULE.close()
+        if name is not None:
+            _SCHEDULE.enter_context(schedule(name))
+        return package(**inputs, backend="triton")
+
+    return operation
 
 
 def _flops(shape, norm, pre_mix):
@@ -103,13 +142,26 @@ def workload(shape, norm="none", pre_mix="no"):
         shape=shape,
         arguments=("--shapes", "x".join(map(str, shape)), "--norm", norm, "--pre-mix", pre_mix),
         inputs=inputs,
-        providers=standard_providers(formula, package) | {"conv2d": lambda: published},
+        providers=standard_providers(formula, package)
+        | {
+            "conv2d": lambda: published,
+            "sdpa": lambda: unmixed,
+            "triton": lambda: scheduled(package, None),
+            "triton-s1": lambda: scheduled(package, "streaming"),
+            "triton-s2": lambda: scheduled(package, "workspace"),
+        },
+        bounds=("sdpa",),
         flops=_flops(shape, norm, pre_mix),
     )
 
 
+PROVIDERS = (
+    "eager", "compile", "conv2d", "sdpa", "reference", "native", "triton", "triton-s1", "triton-s2",
+)  # fmt: skip
+
+
 def main():
-    parser = cli.parser(__doc__, providers=("eager", "compile", "conv2d", "reference", "native"))
+    parser = cli.parser(__doc__, providers=PROVIDERS)
     cli.add_shapes(parser, "BHNd", SUITES, norm=("none", "batch", "layer"), pre_mix=("no", "yes"))
     args = parser.parse_args()
     cli.run(parser, args, cli.workloads(parser, args, workload, SUITES, "norm", "pre_mix"))

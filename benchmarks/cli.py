@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def parser(description: str, *, providers: Sequence[str], threads: Sequence[int]
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help=memory)
     add("--check", action="store_true", help="run the operation's tests first; report no speed if one fails")
     add("--out", type=Path, help="CSV file that the rows are appended to")
+    budget = "start no workload after so many seconds; those left out are named"
+    add("--budget", type=float, default=float("inf"), help=budget)
     only = "print the peak extra MB of the first shape, provider and mode; time nothing"
     add("--peak-memory-only", action="store_true", help=only)
     result.set_defaults(all_providers=list(providers))
@@ -100,7 +103,8 @@ def workloads(
 def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list[dict]:
     """Measure, print the table, append the CSV rows."""
     _refuse(parser, args)
-    available = {workload: _available(workload, args.providers or args.all_providers) for workload in chosen}
+    names = args.providers or args.all_providers
+    available = {workload: _available(workload, names, args.device) for workload in chosen}
     for name in args.providers or ():
         reasons = [reasons[name] for _, reasons in available.values() if name in reasons]
         if len(reasons) == len(chosen):
@@ -112,9 +116,12 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
         return []
     if args.check:
         _check(sorted({workload.op for workload in chosen}))
-    facts, rows = origin(args.device), []
+    start, facts, rows = time.monotonic(), origin(args.device), []
     settings = Settings(args.dtype, args.device, args.repeats, args.memory, _floors(args))
     for workload, (names, reasons) in available.items():
+        if time.monotonic() - start > args.budget:
+            print(f"{workload}: left out, the budget of {args.budget:.0f} s is spent")
+            continue
         for name, reason in reasons.items():
             print(f"{workload}: no {name}: {reason}")
         new = measure(workload, names, args.modes, settings)
@@ -149,9 +156,16 @@ def _refuse(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(f"--out {args.out} has other columns than this version writes; name a new file")
 
 
-def _available(workload: Workload, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+def _available(workload: Workload, names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
+    from vitdiv_kernels import _dispatch
+
     here, reasons = [], {}
     for name in names:
+        backend = name.partition("-")[0]
+        why_not = _dispatch.missing(backend, device) if backend in _dispatch.BACKENDS else None
+        if why_not is not None:
+            reasons[name] = why_not
+            continue
         try:
             workload.providers.get(name, _no_such_form)()
             here.append(name)

@@ -45,7 +45,8 @@ class Call:
         return self.function(**self.inputs)
 
     def backward(self, out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, self.leaves, self.grad_out)
+        # a provider that is only a bound may leave inputs out
+        return torch.autograd.grad(out, self.leaves, self.grad_out, allow_unused=True)
 
     def seconds(self, number: int) -> float:
         """Mean seconds of `number` calls in a row.
@@ -89,7 +90,7 @@ class Call:
             if self.mode != "fwd":
                 results += self.backward(results[0])
             peak = meter.peak()
-        return max(0, peak - before - sum(x.numel() * x.element_size() for x in results))
+        return max(0, peak - before - sum(x.numel() * x.element_size() for x in results if x is not None))
 
     def _device(self) -> torch.device:
         return next(iter(self.inputs.values())).device
@@ -111,8 +112,9 @@ def _cpu_seconds(calls: list[Callable]) -> float:
 
 
 def _cuda_seconds(calls: list[Callable]) -> float:
-    # 256 MB is more than any L2: nothing of the last call stays in it, and the device is busy while we queue.
-    torch.empty(2**28, dtype=torch.int8, device="cuda").zero_()
+    # More than any L2, so that nothing of the last call stays in it, and enough to keep the device busy while
+    # we queue: what is measured is the device's time, not Python's.
+    torch.empty(2**30, dtype=torch.int8, device="cuda").zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for call in calls:

@@ -1,5 +1,6 @@
 """What all tests share: a seed, memory poisoned with NaN, and the backends that one test body runs over."""
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -7,9 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitdiv_kernels import _dispatch, _native
+HAS_GPU = torch.cuda.is_available()
+if HAS_GPU:
+    # deterministic cuBLAS, which use_deterministic_algorithms asks for
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
+    # Triton reads it when it is imported and when a kernel is defined; torch alone does not import Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-BACKENDS = {"reference": ("reference", "cpu"), "native-cpu": ("native", "cpu")}
+from vitdiv_kernels import _dispatch, _native  # noqa: E402
+
+BACKENDS = {
+    "reference": ("reference", "cpu"),
+    "native-cpu": ("native", "cpu"),
+    "triton-interpreter": ("triton", "cpu"),
+    "triton-gpu": ("triton", "cuda"),
+}
+INTERPRETED = _dispatch._INTERPRETED
+# Only the tests of the backend "triton-interpreter" see it, all others what a user sees.
+_dispatch._INTERPRETED = False
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +45,29 @@ def poisoned_memory():
 
 def need(backend, device="cpu"):
     """Skip, with the reason, what needs a backend that is not here; fail it in CI, which has to have it."""
-    why_not = _dispatch.missing(backend, "reattention", device)
+    why_not = _dispatch.missing(backend, device)
     if why_not is not None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{backend} on {device}: {why_not}")
+        in_ci = os.environ.get("CI") and device != "cuda"
+        (pytest.fail if in_ci else pytest.skip)(f"{backend} on {device}: {why_not}")
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    """The `backend` argument of one test body that runs on every backend."""
-    need(*BACKENDS[request.param])
-    return BACKENDS[request.param][0]
+def backend(request, monkeypatch):
+    """The `backend` argument of one test body that runs on every backend, on tensors of its device."""
+    name, device = BACKENDS[request.param]
+    if request.param == "triton-interpreter":
+        if HAS_GPU:
+            pytest.skip("Triton compiles for the GPU that is here: run with TRITON_INTERPRET=1 to interpret")
+        monkeypatch.setattr(_dispatch, "_INTERPRETED", INTERPRETED)
+    need(name, device)
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield name
+
+
+@pytest.fixture
+def interpreted(request):
+    """Whether the kernels run in Triton's interpreter, where a test of many sizes takes fewer."""
+    return "triton-interpreter" in request.node.name
 
 
 @pytest.fixture
@@ -47,8 +77,29 @@ def library():
     return _native.library()
 
 
+@pytest.fixture
+def far_apart(tmp_path):
+    """Lays out [2, ...] so that its halves lie more than 2^31 elements apart; in a sparse file on the CPU."""
+
+    def lay_out(x):
+        distance = 2**31 + 2**12
+        size = distance + x[0].numel()
+        if x.is_cuda:
+            storage = torch.empty(size, dtype=x.dtype, device=x.device)
+        else:
+            path = tmp_path / f"sparse{len(list(tmp_path.iterdir()))}"
+            path.touch()
+            os.truncate(path, size * x.element_size())
+            storage = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
+        return storage.as_strided(x.shape, (distance, *x[0].contiguous().stride())).copy_(x)
+
+    return lay_out
+
+
 @pytest.fixture(params=[1, 2])
-def threads(request):
+def threads(request, interpreted):
+    if interpreted and request.param > 1:
+        pytest.skip("the interpreter has one thread")
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

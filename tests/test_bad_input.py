@@ -161,6 +161,38 @@ def test_native_kernels_are_for_cpu_tensors():
         pairwise(x=X.to("meta"), backend="native")
 
 
+class Gpu:
+    name, major, minor = "Tesla T4", 7, 5
+
+
+def test_triton_says_what_is_missing(monkeypatch):
+    for device, words in [("cpu", "TRITON_INTERPRET=1"), ("meta", "CUDA tensors only, got meta")]:
+        assert words in _dispatch.missing("triton", device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in _dispatch.missing("triton", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
+    assert "8.0 or newer (Ampere), and Tesla T4 has 7.5" in _dispatch.missing("triton", "cuda")
+    monkeypatch.setattr(_dispatch, "_TRITON_MISSING", "Triton is not installed: do this")
+    assert _dispatch.missing("triton", "cuda") == "Triton is not installed: do this"
+
+
+def test_what_triton_does_not_support_goes_to_the_reference(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_TRITON_MISSING", None)
+    monkeypatch.setattr(_dispatch, "_triton_absent_on", lambda device: None)
+    for operation in _dispatch.OPERATIONS:
+        assert _dispatch.resolve(operation, "cuda", "auto") == "triton"
+    for operation in ("attn_diversity", "reattention"):
+        assert _dispatch.resolve(operation, "cuda", "auto", _dispatch.MANY_HEADS) == "reference"
+        assert _dispatch.resolve(operation, "cpu", "auto", _dispatch.MANY_HEADS) != "triton"
+    many = torch.randn(1, 33, 2, 4)
+    with pytest.raises(ValueError, match="at most 32 heads"):
+        gram(q=many, k=many, backend="triton")
+    with pytest.raises(ValueError, match="at most 32 heads"):
+        reattention(q=many, k=many, v=many, mix=torch.eye(33), backend="triton")
+
+
 def test_use_backend_nests_and_a_call_can_overrule_it(monkeypatch):
     taken = []
     monkeypatch.setattr(_dispatch, "TABLE", ())  # the table must not be asked
@@ -191,7 +223,7 @@ def test_environment_variable(value, outcome):
         "import torch, vitdiv_kernels as vd; vd.pairwise_cosine(torch.ones(2, 3));"
         "from vitdiv_kernels import _dispatch; print(_dispatch.resolve('pairwise_cosine', 'cpu', 'auto'))"
     )
-    environment = os.environ | {"VITDIV_BACKEND": value}
+    environment = os.environ | {"VITDIV_BACKEND": value, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     expected = outcome or _dispatch.auto_choice("pairwise_cosine", "cpu")[0]
     assert expected in (done.stdout if done.returncode == 0 else done.stderr)

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import vitdiv_kernels
+from vitdiv_kernels import _dispatch
+from vitdiv_kernels.ops.pairwise_cosine import triton_configs as configs
 
 pytest.importorskip("tqdm")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -182,3 +184,81 @@ def test_red_tests_give_no_speed(module, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "HERE", tmp_path / "benchmarks")
     with pytest.raises(SystemExit, match="tests of fake fail: no speed reported"):
         cli._check(["fake"])
+
+
+def test_the_summary_of_a_gpu_check(module):
+    gpu_check = module("gpu_check")
+    shared = {
+        "op": "reattention",
+        "variant": "norm=none",
+        "shape": "1x2x3x4",
+        "dtype": "bfloat16",
+        "mode": "fwd",
+    }
+    numbers = {
+        "ms": "0.5",
+        "ratio_eager": "2.5",
+        "ratio_compile": "1.51234",
+        "ratio_floor": "",
+        "peak_extra_mb": "3",
+    }
+    rows = [
+        shared | numbers | {"provider": "eager", "peak_extra_mb": "40"},
+        shared | numbers | {"provider": "triton-s1"},
+    ]
+    head, _, row = gpu_check.summary_of(rows).splitlines()
+    assert row.count("|") == head.count("|")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "reattention norm=none",
+        "1x2x3x4, bfloat16",
+        "triton-s1",
+        "fwd",
+        "0.5",
+        "2.5",
+        "1.51",
+        "-",
+        "3 (40)",
+    ]
+
+
+def test_gpu_check_without_a_gpu_is_one_sentence(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
+        module("gpu_check").main()
+
+
+def test_the_tuner_writes_a_row(module, monkeypatch, tmp_path, capsys):
+    """In the interpreter, where the times mean nothing."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is not on here")
+    monkeypatch.setattr(_dispatch, "_INTERPRETED", True)
+    tune, table = module("tune"), Path(configs.__file__)
+    copy = tmp_path / "triton_configs.py"
+    copy.write_text(table.read_text())
+    before = dict(configs.FROM_SIGNS)
+    options = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--shapes",
+        "1x5x8",
+        "--limit",
+        "2",
+        "--write",
+        str(copy),
+    ]
+    monkeypatch.setattr(sys, "argv", ["tune.py", "pairwise_cosine.FROM_SIGNS", *options])
+    tune.main()
+    assert "of the present row's time" in capsys.readouterr().out
+    assert before == configs.FROM_SIGNS
+    written = {}
+    exec(copy.read_text(), written)
+    assert written["FROM_SIGNS"].keys() == before.keys()
+    assert written["FORWARD"].keys() == configs.FORWARD.keys()
+    row = tune.rewritten(copy.read_text(), "FORWARD", (2, 12), configs.Forward(32, 32, 4, 2, "a GPU"))
+    exec(row, written)
+    assert written["FORWARD"][2, 12] == (32, 32, 4, 2, "a GPU")

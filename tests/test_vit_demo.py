@@ -42,7 +42,7 @@ def test_the_demo_ends_with_table_figure_and_cost(tmp_path, capsys):
         assert [len(values) for values in model["diversity"].values()] == [24] * 4
         assert (len(model["matrix"]), len(model["matrix"][0])) == (16, 16)
         assert model["rows"][-1]["val_accuracy"] > 0
-    native = _dispatch.missing("native", "reattention", "cpu") is None
+    native = _dispatch.missing("native", "cpu") is None
     assert set(results["cost"]) == {"published", "reference", "native"} - (set() if native else {"native"})
     assert all(row["ms"] > 0 and row["megabytes"] > 0 for row in results["cost"].values())
     assert {p.name for p in tmp_path.iterdir()} == {"demo.png", "results.json", *demo.TITLES}

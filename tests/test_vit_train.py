@@ -209,7 +209,7 @@ def test_autocast_trains_in_bfloat16():
 
 
 def test_fused_and_reference_operations_give_the_same_losses():
-    missing = _dispatch.missing("native", "reattention", "cpu")
+    missing = _dispatch.missing("native", "cpu")
     if missing:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     curves = []

@@ -5,18 +5,37 @@ VITDIV_BACKEND, read once at import; the table. Only the table falls back. The o
 the backend they name cannot run the call, the call raises.
 """
 
+import importlib.util
 import os
+
+import torch
 
 from . import _native
 
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("pairwise_cosine", "attn_diversity", "reattention")
 
+# Conditions of a call that some backend cannot meet; at most one is given, dropout before the others.
+DROPOUT = "dropout"
+TRITON_HEADS = 32
+MANY_HEADS = f"more than {TRITON_HEADS} heads"
+_UNSUPPORTED = {
+    (DROPOUT, "native"): 'attention dropout in training is done by backend="reference" only, not by "native"',
+    (DROPOUT, "triton"): 'attention dropout in training is done by backend="reference" only, not by "triton"',
+    (MANY_HEADS, "triton"): (
+        f"the Triton kernels hold the maps of at most {TRITON_HEADS} heads, of both layers together; use "
+        'backend="reference" for more'
+    ),
+}
+
 # The first row that matches the call, and whose backend is here, is taken.
 TABLE = (
     # device, operation, condition, backend, reason
-    ("*", "reattention", "dropout", "reference", "attention dropout is done by the reference operation only"),
+    ("*", "reattention", DROPOUT, "reference", "attention dropout is done by the reference operation only"),
     ("cpu", "*", None, "native", "compiled C++ kernels"),
+    ("cuda", "attn_diversity", MANY_HEADS, "reference", f"Triton holds the maps of {TRITON_HEADS} heads"),
+    ("cuda", "reattention", MANY_HEADS, "reference", f"Triton holds the maps of {TRITON_HEADS} heads"),
+    ("cuda", "*", None, "triton", "Triton kernels"),
     ("*", "*", None, "reference", "plain PyTorch, on every device"),
 )
 
@@ -24,19 +43,53 @@ TABLE = (
 _NATIVE_MISSING = None if _native.library() is not None else _native.reason()
 
 
-def missing(backend, operation, device, condition=None):
-    """Why `backend` cannot run `operation` on this device type: a sentence, or None when it can."""
+# Looked for without importing it: that takes a second, and reads TRITON_INTERPRET.
+_TRITON_MISSING = (
+    None
+    if importlib.util.find_spec("triton")
+    else "Triton is not installed: `pip install triton`, or a CUDA build of torch, brings it (Linux only)"
+)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing(backend, device, condition=None):
+    """Why `backend` cannot run calls on this device type: a sentence, or None when it can."""
+    return _UNSUPPORTED.get((condition, backend)) or _absent(backend, device)
+
+
+def _absent(backend, device):
     if backend == "reference":
         return None
-    if condition == "dropout":
-        return f'attention dropout in training is done by backend="reference" only, not by "{backend}"'
     if backend == "triton":
-        return 'the Triton kernels are not written yet; use backend="auto" or backend="reference"'
+        return _TRITON_MISSING or _triton_absent_on(device)
     if device != "cpu":
         return (
             f'native kernels run on CPU tensors only so far, got {device}; use backend="auto" or "reference"'
         )
     return _NATIVE_MISSING
+
+
+def _triton_absent_on(device):
+    if device == "cpu":
+        if _INTERPRETED:
+            return None
+        return (
+            "the Triton kernels run on CUDA tensors; on CPU tensors only to test them, in Triton's slow "
+            "interpreter, with TRITON_INTERPRET=1 in the environment from the start"
+        )
+    if device != "cuda":
+        return f"the Triton kernels run on CUDA tensors only, got {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    if torch.version.hip:
+        return "the Triton kernels are made for NVIDIA GPUs, and this is a ROCm build of torch"
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if gpu.major < 8:
+        return (
+            f"the Triton kernels need a GPU of compute capability 8.0 or newer (Ampere), and {gpu.name} has "
+            f"{gpu.major}.{gpu.minor}"
+        )
+    return None
 
 
 def auto_choice(operation, device, condition=None):
@@ -48,7 +101,7 @@ def auto_choice(operation, device, condition=None):
             and row_operation in ("*", operation)
             and row_condition in (None, condition)
         ):
-            why_not = missing(backend, operation, device, condition)
+            why_not = missing(backend, device, condition)
             if why_not is None:
                 return backend, reason + passed_over
             passed_over += f" ({backend} is not here: {why_not})"
@@ -64,9 +117,9 @@ def resolve(operation, device, backend, condition=None):
         return auto_choice(operation, device, condition)[0]
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}{source}")
-    why_not = missing(backend, operation, device, condition)
+    why_not = missing(backend, device, condition)
     if why_not is not None:
-        error = ValueError if condition is not None else RuntimeError
+        error = ValueError if (condition, backend) in _UNSUPPORTED else RuntimeError
         raise error(f'backend "{backend}"{source} cannot run {operation}: {why_not}')
     return backend
 

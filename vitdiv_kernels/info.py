@@ -40,14 +40,14 @@ def _backends() -> str:
         ("reference", "here: plain PyTorch, every device"),
         ("native, CPU", _here_or_not("native", "cpu", _native_facts)),
         ("native, CUDA", _here_or_not("native", "cuda", _native_facts)),
-        ("triton", _here_or_not("triton", "cuda", lambda: f"triton {_installed('triton')}")),
+        ("triton, CUDA", _here_or_not("triton", "cuda", _gpu_facts)),
+        ("triton, CPU", _here_or_not("triton", "cpu", lambda: "in Triton's interpreter, for tests")),
     ]
     return "Backends\n" + _table(rows)
 
 
 def _here_or_not(backend: str, device: str, facts) -> str:
-    # Any operation will do: a backend has all of them or none.
-    why_not = _dispatch.missing(backend, _dispatch.OPERATIONS[0], device)
+    why_not = _dispatch.missing(backend, device)
     return f"absent: {why_not}" if why_not else f"here: {facts()}"
 
 
@@ -59,6 +59,11 @@ def _native_facts() -> str:
         f"(processor: {torch.backends.cpu.get_cpu_capability().lower()}, VITDIV_CPU_CAPABILITY: {limit}); "
         f"{library.num_threads()} threads"
     )
+
+
+def _gpu_facts() -> str:
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"triton {_installed('triton')} on {gpu.name}, compute capability {gpu.major}.{gpu.minor}"
 
 
 def _auto() -> str:

@@ -120,7 +120,7 @@ def backend_line() -> str:
 
 def compare_cost(batch: int, rounds: int) -> dict:
     """Milliseconds and peak memory of one training step of each variant that can run here; prints them."""
-    missing = _dispatch.missing("native", "reattention", "cpu")
+    missing = _dispatch.missing("native", "cpu")
     variants = [v for v in cost.VARIANTS if v != "native" or missing is None]
     labels = {
         "published": "published form (Conv2d mix)",

@@ -147,10 +147,13 @@ def _centered_gram(q, k, q2, k2, scale, backend):
     if q2 is not None:
         scale2 = q2.shape[3] ** -0.5 if scale is None else scale
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    backend = _dispatch.resolve("attn_diversity", q.device.type, backend)
-    head_gram = reference.head_gram if backend == "reference" else function.head_gram
+    heads = q.shape[1] + (0 if q2 is None else q2.shape[1])
+    condition = _dispatch.MANY_HEADS if heads > _dispatch.TRITON_HEADS else None
+    backend = _dispatch.resolve("attn_diversity", q.device.type, backend, condition)
     with _checks.autocast_off(q):
-        return head_gram(q, k, q2, k2, scale=scale, scale2=scale2)
+        if backend == "reference":
+            return reference.head_gram(q, k, q2, k2, scale=scale, scale2=scale2)
+        return function.head_gram(q, k, q2, k2, scale=scale, scale2=scale2, backend=backend)
 
 
 def _cosine(centered_gram, q, k):

@@ -72,8 +72,11 @@ def pairwise_cosine(
     _checks.number("eps", eps, at_least=0)
     backend = _dispatch.resolve("pairwise_cosine", x.device.type, backend)
 
-    sums_of = reference.pairwise_cosine_sums if backend == "reference" else function.pairwise_cosine_sums
+    options = dict(penalty=penalty, include_self=include_self, eps=eps)
     with _checks.autocast_off(x):
-        sums = sums_of(x, y, penalty=penalty, include_self=include_self, eps=eps)
+        if backend == "reference":
+            sums = reference.pairwise_cosine_sums(x, y, **options)
+        else:
+            sums = function.pairwise_cosine_sums(x, y, **options, backend=backend)
     pairs = n * y.shape[-2] if y is not None else n * (n if include_self else n - 1)
     return _checks.reduce_pairs(sums, pairs, reduction)

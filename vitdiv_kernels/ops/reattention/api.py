@@ -114,7 +114,9 @@ def reattention(
         _checks.number("scale", scale)
 
     dropout = training and dropout_p > 0
-    backend = _dispatch.resolve("reattention", q.device.type, backend, "dropout" if dropout else None)
+    condition = _dispatch.MANY_HEADS if q.shape[1] > _dispatch.TRITON_HEADS else None
+    condition = _dispatch.DROPOUT if dropout else condition
+    backend = _dispatch.resolve("reattention", q.device.type, backend, condition)
     arguments = dict(
         mix_bias=mix_bias, pre_mix=pre_mix, pre_bias=pre_bias, norm=norm, norm_weight=norm_weight,
         norm_bias=norm_bias, running_mean=running_mean, running_var=running_var, training=training,
@@ -126,6 +128,7 @@ def reattention(
         arguments["dropout_p"] = dropout_p
     else:
         operation = function.reattention
+        arguments["backend"] = backend
     with _checks.autocast_off(q):
         out, gram = operation(q, k, v, mix, **arguments)
     return (out, gram) if return_gram else out

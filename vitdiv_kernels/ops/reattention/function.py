@@ -1,31 +1,20 @@
-"""The operators `vitdiv::reattention_{fwd,bwd}` and their autograd.Function; the maths is in README.md."""
+"""The operators `reattention_{fwd,bwd}` and `head_dots`, their autograd.Function; maths in README.md."""
 
 import torch
 
 from .._autograd import once_differentiable
 from .._checks import autocast_off
 from .._layout import accumulation_dtype, heads_like, nothing, when
+from .._operators import define
 from .fold import batch_norm_backward, batch_statistics, fold, fold_backward, variance_gradient
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias,"
     " bool centred, Tensor? norm_weight, Tensor? norm_bias, float eps"
 )
-torch.library.define(
-    "vitdiv::reattention_fwd", f"({_INPUTS}, bool needs_out, bool needs_gram) -> (Tensor out, Tensor gram)"
-)
-# needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
-torch.library.define(
-    "vitdiv::reattention_bwd",
-    f"(Tensor? dout, Tensor? coupling, {_INPUTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv,"
-    " Tensor dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
-)
-# [H]: sums over images and rows of x . y, both [B, H, N, d]
-torch.library.define("vitdiv::head_dots", "(Tensor x, Tensor y) -> Tensor")
 
 
-@torch.library.register_fake("vitdiv::reattention_fwd")
-def _(
+def _fwd_fake(
     q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs_out, needs_gram
 ):  # fmt: skip
     gram_shape = (q.shape[0], q.shape[1], q.shape[1])
@@ -35,8 +24,7 @@ def _(
     )
 
 
-@torch.library.register_fake("vitdiv::reattention_bwd")
-def _(
+def _bwd_fake(
     dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs
 ):  # fmt: skip
     heads, dtype = q.shape[1], accumulation_dtype(q)
@@ -57,14 +45,24 @@ def _(
     )
 
 
-@torch.library.register_fake("vitdiv::head_dots")
-def _(x, y):
+def _head_dots_fake(x, y):
     return x.new_empty(x.shape[1], dtype=accumulation_dtype(x))
 
 
-_fwd = torch.ops.vitdiv.reattention_fwd.default
-_bwd = torch.ops.vitdiv.reattention_bwd.default
-_head_dots = torch.ops.vitdiv.head_dots.default
+_fwd = define(
+    "reattention_fwd",
+    f"({_INPUTS}, bool needs_out, bool needs_gram) -> (Tensor out, Tensor gram)",
+    _fwd_fake,
+)
+# needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
+_bwd = define(
+    "reattention_bwd",
+    f"(Tensor? dout, Tensor? coupling, {_INPUTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv,"
+    " Tensor dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
+    _bwd_fake,
+)
+# [H]: sums over images and rows of x . y, both [B, H, N, d]
+_head_dots = define("head_dots", "(Tensor x, Tensor y) -> Tensor", _head_dots_fake)
 
 
 def _accumulation(tensor, dtype):
@@ -79,7 +77,7 @@ class ReattentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, running_mean, running_var,
-        norm, training, wants_statistics, eps, out_scale, scale, return_gram, process_group,
+        norm, training, wants_statistics, eps, out_scale, scale, return_gram, process_group, backend,
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
         differentiable = q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias
@@ -100,7 +98,7 @@ class ReattentionFunction(torch.autograd.Function):
         if norm == "batch" and training:
             out, scaled, gram, bias, statistics = _batch_norm_forward(
                 inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group,
-                any(ctx.needs_input_grad),
+                any(ctx.needs_input_grad), backend,
             )  # fmt: skip
             mean, var, unbiased, mixed_covariance, gain, ctx.count = statistics
             ctx.save_for_backward(
@@ -113,13 +111,13 @@ class ReattentionFunction(torch.autograd.Function):
                 mean = unbiased = None
         else:
             weight, bias = fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
-            out, gram = _fwd(*inputs, weight, bias, False, *layer, eps, True, return_gram)
+            out, gram = _fwd[backend](*inputs, weight, bias, False, *layer, eps, True, return_gram)
             ctx.save_for_backward(
                 q, k, v, pre_mix, pre_bias, weight, bias, *layer, mix, mix_bias, norm_weight, mean, var,
                 None, None,
             )  # fmt: skip
             mean = unbiased = None
-        ctx.options = norm, eps, out_scale, scale, process_group
+        ctx.options = norm, eps, out_scale, scale, process_group, backend
         return out, gram + queries / keys if return_gram else None, mean, unbiased
 
     @staticmethod
@@ -129,7 +127,7 @@ class ReattentionFunction(torch.autograd.Function):
             q, k, v, pre_mix, pre_bias, weight, bias, layer_weight, layer_bias, mix, mix_bias, norm_weight,
             mean, var, mixed_covariance, scaled,
         ) = ctx.saved_tensors  # fmt: skip
-        norm, eps, out_scale, scale, process_group = ctx.options
+        norm, eps, out_scale, scale, process_group, backend = ctx.options
         needs = ctx.needs_input_grad
         has_dout, from_batch = dout is not None, mixed_covariance is not None
         coupling = None if dgram is None else dgram + dgram.mT
@@ -140,7 +138,7 @@ class ReattentionFunction(torch.autograd.Function):
         if from_batch and has_dout and (needs[0] or needs[1] or needs[3] or needs[5]):
             with autocast_off(q):
                 dvar, from_variance = variance_gradient(
-                    _head_dots(dout, scaled), var, mix, ctx.count, eps, process_group
+                    _head_dots[backend](dout, scaled), var, mix, ctx.count, eps, process_group
                 )
             coupling = from_variance if coupling is None else coupling + from_variance
 
@@ -149,7 +147,7 @@ class ReattentionFunction(torch.autograd.Function):
         sums = needs[2] and has_dout, needs[5], needs_affine and has_dout, needs_layer and has_dout
         results = (None,) * 8
         if any((*needs[:2], *sums)) and (has_dout or coupling is not None):
-            results = _bwd(
+            results = _bwd[backend](
                 dout, coupling, q, k, v, scale, pre_mix, pre_bias, weight, bias, from_batch, layer_weight,
                 layer_bias, eps, [*needs[:2], *sums],
             )  # fmt: skip
@@ -174,11 +172,11 @@ class ReattentionFunction(torch.autograd.Function):
         return *(
             gradient.to(dtype) if need and gradient is not None else None
             for need, gradient, dtype in zip(needs[:9], gradients, ctx.dtypes, strict=True)
-        ), *(None,) * 10
+        ), *(None,) * 11
 
 
 def _batch_norm_forward(
-    inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group, keep_scaled
+    inputs, mix, mix_bias, norm_weight, norm_bias, eps, out_scale, process_group, keep_scaled, backend
 ):  # fmt: skip
     """One sweep makes the Gram matrix, hence the statistics, and the output but for gain and shift.
 
@@ -187,7 +185,7 @@ def _batch_norm_forward(
     q, k, v = inputs[:3]
     # float16 cannot hold the unscaled output of nearly uniform maps: the statistics get a sweep of their own
     one_sweep = q.dtype != torch.float16
-    out, gram = _fwd(*inputs, mix, None, True, None, None, eps, one_sweep, True)
+    out, gram = _fwd[backend](*inputs, mix, None, True, None, None, eps, one_sweep, True)
     statistics = batch_statistics(
         gram, mix, mix_bias, norm_weight, q.shape[2], k.shape[2], eps, out_scale, process_group
     )
@@ -195,7 +193,7 @@ def _batch_norm_forward(
     if one_sweep:
         scaled = out.mul_(gain.view(-1, 1, 1))
     else:
-        scaled, _ = _fwd(*inputs, mix * gain.unsqueeze(1), None, True, None, None, eps, True, False)
+        scaled, _ = _fwd[backend](*inputs, mix * gain.unsqueeze(1), None, True, None, None, eps, True, False)
     # centred maps are mixed, so that the mean of the batch is gone already
     if norm_bias is None:
         return scaled, scaled, gram, None, statistics
@@ -210,7 +208,7 @@ def _batch_norm_forward(
 
 def reattention(
     q, k, v, mix, *, mix_bias, pre_mix, pre_bias, norm, norm_weight, norm_bias, running_mean, running_var,
-    training, momentum, eps, out_scale, scale, return_gram, process_group,
+    training, momentum, eps, out_scale, scale, return_gram, process_group, backend,
 ):  # fmt: skip
     """(out, gram or None), as the public function says; updates the running statistics in place."""
     from_batch = norm == "batch" and training
@@ -219,7 +217,7 @@ def reattention(
     given = (None, None) if from_batch else (running_mean, running_var)
     out, gram, mean, unbiased_var = ReattentionFunction.apply(
         q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, *given, norm, training, updates,
-        eps, out_scale, scale, return_gram, process_group,
+        eps, out_scale, scale, return_gram, process_group, backend,
     )  # fmt: skip
     if updates:
         with torch.no_grad():

@@ -1,0 +1,210 @@
+"""Compiles the Triton kernels ahead of time, with no GPU, and tells what they need.
+
+    python tests/aot.py pairwise_cosine
+
+What is compiled is what a GPU would launch: tests/aot_<operation>.py calls the operators' functions on meta
+tensors, and every launch is recorded, once for each compute capability. Needs TRITON_INTERPRET unset.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+
+from vitdiv_kernels.ops import _triton
+
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+# What a block may take of shared memory when it asks, in bytes.
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+TENSOR_CORE = re.compile(r"^(?:HMMA|IMMA|DMMA|HGMMA|UTC\w*MMA)$")
+INSTRUCTION = re.compile(r"\s*(?:/\*[0-9a-f]+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(?:[.\s;])")
+
+
+def recorded(operations, capability):
+    """The launches of all operations on a GPU of this capability (80, 90, ..), by key, each kind once."""
+    launches = {}
+    for operation in operations:
+        module = importlib.import_module(f"aot_{operation}")
+        with _triton.recording(divmod(capability, 10)) as found:
+            module.calls()
+        for launch in found:
+            launches.setdefault((operation, capability, *specialised(launch)), launch)
+    return launches
+
+
+def specialised(launch):
+    """What Triton's JIT would compile: (kernel's name, signature, constexprs, attributes, options)."""
+    signature, constexprs, attributes = [], [], []
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            kind, key = "constexpr", None
+        else:
+            by_value = not parameter.do_not_specialize
+            by_alignment = not parameter.do_not_specialize_on_alignment
+            kind, key = native_specialize_impl(CUDABackend, value, parameter.is_const, by_value, by_alignment)
+        signature.append((parameter.name, kind))
+        if kind == "constexpr":
+            constexprs.append((i, value))
+        elif key:
+            attributes.append((i, key))
+    options = launch.num_warps, launch.num_stages, launch.maxnreg
+    return launch.kernel.__name__, tuple(signature), tuple(constexprs), tuple(attributes), options
+
+
+def compiled(kernel, key):
+    """Compile and read the cubin: registers, stack, shared memory, counts of instructions."""
+    _, capability, _, signature, constexprs, attributes, (num_warps, num_stages, maxnreg) = key
+    attributes = {(i,): CUDABackend.parse_attr(text) for i, text in attributes}
+    constexprs = {(i,): value for i, value in constexprs}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if maxnreg:
+        options["maxnreg"] = maxnreg
+    source = ASTSource(kernel, dict(signature), constexprs, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _output("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    counts = {}
+    for match in filter(None, map(INSTRUCTION.match, assembly.splitlines())):
+        counts[match[1]] = counts.get(match[1], 0) + 1
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": counts.get("LDL", 0) + counts.get("STL", 0),
+        "shared": binary.metadata.shared,
+        "tensor_core": {name: n for name, n in counts.items() if TENSOR_CORE.match(name)},
+    }
+
+
+def _output(program, *arguments):
+    return subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _compile_in_child(kernel, key, pipe):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a crash prints the whole module
+    try:
+        pipe.send(compiled(kernel, key))
+    except Exception as error:
+        pipe.send({"failure": f"{type(error).__name__}: {str(error).strip()[-300:]}"})
+
+
+def compile_all(launches, jobs):
+    """(key, result) of each launch as it comes; a process each, for an LLVM assertion ends the process."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(launches.items()), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            key, launch = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_compile_in_child, args=(launch.kernel, key, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = process, key, time.monotonic()
+        for pipe in wait(list(running)):
+            process, key, start = running.pop(pipe)
+            try:
+                result = pipe.recv()
+            except EOFError:
+                process.join()
+                result = {"failure": f"the compiler crashed, exit code {process.exitcode}"}
+            process.join()
+            yield key, result | {"seconds": time.monotonic() - start}
+
+
+def faults(key, result):
+    """What must not be, in words."""
+    if "failure" in result:
+        return [result["failure"]]
+    found, limit = [], SHARED_MEMORY[key[1]]
+    if result["stack"] or result["local"]:
+        found.append(f"spills: stack {result['stack']} bytes, {result['local']} local loads and stores")
+    if result["shared"] > limit:
+        found.append(f"shared memory of {result['shared']} bytes, at most {limit}")
+    return found
+
+
+def described(key):
+    """Operation, kernel, capability, warps x stages, and the arguments that tell variants apart."""
+    operation, capability, name, signature, constexprs, attributes, (num_warps, num_stages, _) = key
+    names = [argument for argument, _ in signature]
+    constants = " ".join(f"{names[i]}={value}" for i, value in constexprs if value is not None)
+    kinds = sorted({kind for _, kind in signature if kind.startswith("*")})
+    scalars = [i for i, (_, kind) in enumerate(signature) if kind in ("i32", "i64")]
+    aligned = sum(i in dict(attributes) for i in scalars)
+    return {
+        "operation": operation,
+        "cc": capability,
+        "kernel": name,
+        "pointers": ",".join(kinds),
+        "multiples of 16": f"{aligned}/{len(scalars)}",
+        "warps": num_warps,
+        "stages": num_stages,
+        "constants": constants,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("operations", nargs="+", help="as in tests/aot_<operation>.py")
+    parser.add_argument("--capabilities", default="80,90,100", help="comma-separated; default: 80,90,100")
+    parser.add_argument("--kernels", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    launches = {}
+    for capability in map(int, args.capabilities.split(",")):
+        launches |= recorded(args.operations, capability)
+    launches = {key: launch for key, launch in launches.items() if args.kernels in key[2]}
+    rows = []
+    # Nothing from an earlier run, which another version of the compiler may have made.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for key, result in compile_all(launches, args.jobs):
+            rows.append(described(key) | result | {"faults": faults(key, result)})
+    rows.sort(key=lambda row: (row["operation"], row["kernel"], row["constants"], row["pointers"], row["cc"]))
+    for row in rows:
+        print(line_of(row))
+    if args.json:
+        args.json.write_text(json.dumps(rows))
+    failed = sum(bool(row["faults"]) for row in rows)
+    print(f"{len(rows)} kernels compiled, {failed} with faults")
+    return 1 if failed else 0
+
+
+def line_of(row):
+    """The row of the table."""
+    if "failure" in row:
+        figures = "-"
+    else:
+        units = " ".join(f"{name}:{n}" for name, n in sorted(row["tensor_core"].items())) or "none"
+        figures = f"{row['registers']:3} registers {row['shared'] / 1024:5.1f} KB  {units}"
+    head = f"{row['kernel']:24} sm_{row['cc']:<3} {row['warps']}x{row['stages']} {figures:45}"
+    tail = f"{row['pointers']} {row['multiples of 16']} {row['constants']} ({row['seconds']:.1f} s)"
+    return "\n    FAULT: ".join([f"{head} {tail}", *row["faults"]])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
