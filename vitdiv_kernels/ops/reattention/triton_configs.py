@@ -1,0 +1,115 @@
+"""Which schedule and which tiles the Triton kernels of re-attention run with. Static: nothing is tuned at run time.
+
+source: "cost model" for a choice by counting (README.md), "aot" for one that ahead-of-time compilation showed to
+be free of spills, "measured on <device>" once a benchmark made it. Rows are searched in order.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+_BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
+_ANY = 1 << 30
+
+
+class ScheduleRow(NamedTuple):
+    direction: str
+    capability: tuple | None  # the first that it holds for, (major, minor)
+    bits: int  # of the inputs' dtype
+    most_heads: int
+    most_width: int
+    most_keys: int
+    schedule: str
+    source: str
+
+
+# Streaming reads shared memory for about 4 clocks a pair forward and 23 backward at 12 heads of 64; the workspace
+# moves 8 and 18 bytes a pair and head through L2, 4 and 8 clocks, whatever the width.
+SCHEDULES = (
+    ScheduleRow("forward", None, 16, 16, 64, _ANY, "streaming", "cost model"),
+    ScheduleRow("forward", None, 64, _ANY, _ANY, _ANY, "workspace", "cost model"),
+    ScheduleRow("backward", None, 64, _ANY, _ANY, _ANY, "workspace", "cost model"),
+)
+
+
+def schedule_for(direction, heads, width, keys, dtype, capability):
+    """ "streaming" or "workspace": the first row of SCHEDULES that covers the call."""
+    for row in SCHEDULES:
+        if (
+            row.direction == direction
+            and (row.capability is None or capability >= row.capability)
+            and _BITS[dtype] <= row.bits
+            and heads <= row.most_heads
+            and width <= row.most_width
+            and keys <= row.most_keys
+        ):
+            return row.schedule
+    raise AssertionError("the last rows of the table match every call")
+
+
+# About what stays in L2 (A100 40 MB, H200 50 MB, B200 126 MB) beside the operands of a chunk: by capability.
+WORKSPACE_BYTES = (((10, 0), 64 << 20), ((9, 0), 32 << 20), ((0, 0), 24 << 20))
+
+
+def workspace_bytes(capability):
+    return next(size for first, size in WORKSPACE_BYTES if capability >= first)
+
+
+class RowsRow(NamedTuple):
+    """Tiles of the row kernels: [tile_rows, block] elements."""
+
+    direction: str
+    bits: int
+    tile_rows: int
+    most_keys: int  # _ANY: rows longer than `block` are walked in blocks
+    block: int
+    tiles: int  # of a program, one after the other: they share its partial sums
+    num_warps: int
+    num_stages: int
+    source: str
+
+
+# 16 to 32 elements a thread; the backward holds about five such tiles at a time.
+ROWS = (
+    RowsRow("forward", 32, 16, 64, 64, 8, 2, 1, "cost model"),
+    RowsRow("forward", 32, 16, 256, 256, 8, 4, 1, "cost model"),
+    RowsRow("forward", 32, 16, 512, 512, 8, 8, 1, "cost model"),
+    RowsRow("forward", 32, 16, _ANY, 128, 4, 4, 1, "cost model"),
+    RowsRow("forward", 32, 32, 256, 256, 8, 8, 1, "cost model"),
+    RowsRow("forward", 32, 32, _ANY, 128, 4, 8, 1, "cost model"),
+    RowsRow("forward", 64, 64, _ANY, 32, 4, 4, 1, "cost model"),
+    RowsRow("backward", 32, 16, 64, 64, 8, 4, 1, "cost model"),
+    RowsRow("backward", 32, 16, 256, 256, 8, 8, 1, "cost model"),
+    RowsRow("backward", 32, 16, _ANY, 128, 4, 4, 1, "cost model"),
+    RowsRow("backward", 32, 32, 128, 128, 8, 8, 1, "cost model"),
+    RowsRow("backward", 32, 32, _ANY, 64, 4, 8, 1, "cost model"),
+    RowsRow("backward", 64, 64, _ANY, 32, 4, 4, 1, "cost model"),
+)
+
+
+class RowConfig(NamedTuple):
+    share: int  # query rows of a tile
+    tile_rows: int
+    block: int
+    one_block: bool
+    tiles: int
+    num_warps: int
+    num_stages: int
+
+
+def row_config(direction, heads, keys, dtype, capability):
+    """The tiles for a call, by the first row of ROWS that covers it."""
+    tile_rows = max(16, 1 << (heads - 1).bit_length())
+    for row in ROWS:
+        if (
+            row.direction == direction
+            and _BITS[dtype] <= row.bits
+            and tile_rows <= row.tile_rows
+            and keys <= row.most_keys
+        ):
+            # 16: what a tensor-core product takes at least
+            block = min(row.block, max(16, 1 << (keys - 1).bit_length()))
+            return RowConfig(
+                tile_rows // heads, tile_rows, block, keys <= block, row.tiles, row.num_warps, row.num_stages
+            )
+    raise ValueError(f"q must have at most 64 heads for the Triton kernels, got {heads}")
