@@ -1,7 +1,7 @@
-"""Which schedule and which tiles the Triton kernels of re-attention run with. Static: nothing is tuned at run time.
+"""Which schedule and which tiles the Triton kernels of re-attention run with. Nothing is tuned at run time.
 
-source: "cost model" for a choice by counting (README.md), "aot" for one that ahead-of-time compilation showed to
-be free of spills, "measured on <device>" once a benchmark made it. Rows are searched in order.
+source: "cost model" for a choice by counting (README.md), "aot" for one that ahead-of-time compilation showed
+to be free of spills, "measured on <device>" once a benchmark made it. Rows are searched in order.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class ScheduleRow(NamedTuple):
     source: str
 
 
-# Streaming reads shared memory for about 4 clocks a pair forward and 23 backward at 12 heads of 64; the workspace
-# moves 8 and 18 bytes a pair and head through L2, 4 and 8 clocks, whatever the width.
+# Streaming reads shared memory for about 4 clocks a pair forward and 23 backward at 12 heads of 64; the
+# workspace moves 8 and 18 bytes a pair and head, 4 and 8 clocks of L2, whatever the width.
 SCHEDULES = (
     ScheduleRow("forward", None, 16, 16, 64, _ANY, "streaming", "cost model"),
     ScheduleRow("forward", None, 64, _ANY, _ANY, _ANY, "workspace", "cost model"),
@@ -47,8 +47,9 @@ def schedule_for(direction, heads, width, keys, dtype, capability):
     raise AssertionError("the last rows of the table match every call")
 
 
-# About what stays in L2 (A100 40 MB, H200 50 MB, B200 126 MB) beside the operands of a chunk: by capability.
-WORKSPACE_BYTES = (((10, 0), 64 << 20), ((9, 0), 32 << 20), ((0, 0), 24 << 20))
+# Of the maps of a chunk and the copies of its operands, by capability. Source: cost model; README.md counts
+# why it is more than the L2 (A100 40 MB, H200 50 MB, B200 126 MB).
+WORKSPACE_BYTES = (((10, 0), 128 << 20), ((9, 0), 96 << 20), ((0, 0), 64 << 20))
 
 
 def workspace_bytes(capability):
@@ -60,6 +61,7 @@ class RowsRow(NamedTuple):
 
     direction: str
     bits: int
+    extras: bool  # layer norm or pre-mix, which hold more tiles at a time
     tile_rows: int
     most_keys: int  # _ANY: rows longer than `block` are walked in blocks
     block: int
@@ -69,21 +71,23 @@ class RowsRow(NamedTuple):
     source: str
 
 
-# 16 to 32 elements a thread; the backward holds about five such tiles at a time.
+# 8 to 32 elements a thread; the backward holds about five such tiles at a time, eight with extras.
 ROWS = (
-    RowsRow("forward", 32, 16, 64, 64, 8, 2, 1, "cost model"),
-    RowsRow("forward", 32, 16, 256, 256, 8, 4, 1, "cost model"),
-    RowsRow("forward", 32, 16, 512, 512, 8, 8, 1, "cost model"),
-    RowsRow("forward", 32, 16, _ANY, 128, 4, 4, 1, "cost model"),
-    RowsRow("forward", 32, 32, 256, 256, 8, 8, 1, "cost model"),
-    RowsRow("forward", 32, 32, _ANY, 128, 4, 8, 1, "cost model"),
-    RowsRow("forward", 64, 64, _ANY, 32, 4, 4, 1, "cost model"),
-    RowsRow("backward", 32, 16, 64, 64, 8, 4, 1, "cost model"),
-    RowsRow("backward", 32, 16, 256, 256, 8, 8, 1, "cost model"),
-    RowsRow("backward", 32, 16, _ANY, 128, 4, 4, 1, "cost model"),
-    RowsRow("backward", 32, 32, 128, 128, 8, 8, 1, "cost model"),
-    RowsRow("backward", 32, 32, _ANY, 64, 4, 8, 1, "cost model"),
-    RowsRow("backward", 64, 64, _ANY, 32, 4, 4, 1, "cost model"),
+    RowsRow("forward", 16, False, 16, 64, 64, 8, 2, 1, "aot"),
+    RowsRow("forward", 16, False, 16, 256, 256, 8, 4, 1, "aot"),
+    RowsRow("forward", 32, True, 16, 256, 256, 8, 8, 1, "aot"),
+    RowsRow("forward", 16, False, 16, 512, 512, 8, 8, 1, "aot"),
+    RowsRow("forward", 32, True, 16, _ANY, 128, 4, 4, 1, "aot"),
+    RowsRow("forward", 16, False, 32, 256, 256, 8, 8, 1, "aot"),
+    RowsRow("forward", 32, True, 64, _ANY, 128, 4, 8, 1, "aot"),
+    RowsRow("forward", 64, True, 64, _ANY, 32, 4, 4, 1, "aot"),
+    RowsRow("backward", 16, False, 16, 64, 64, 8, 4, 1, "aot"),
+    RowsRow("backward", 16, False, 16, 256, 256, 8, 8, 1, "aot"),
+    RowsRow("backward", 16, False, 16, _ANY, 128, 4, 4, 1, "aot"),
+    RowsRow("backward", 32, True, 16, _ANY, 128, 4, 8, 1, "aot"),
+    RowsRow("backward", 16, False, 32, 128, 128, 8, 8, 1, "aot"),
+    RowsRow("backward", 32, True, 64, _ANY, 64, 4, 8, 1, "aot"),
+    RowsRow("backward", 64, True, 64, _ANY, 32, 4, 4, 1, "aot"),
 )
 
 
@@ -93,23 +97,26 @@ class RowConfig(NamedTuple):
     block: int
     one_block: bool
     tiles: int
+    split: int  # of the keys of a block, for products over them: 16 a part are the least
     num_warps: int
     num_stages: int
 
 
-def row_config(direction, heads, keys, dtype, capability):
-    """The tiles for a call, by the first row of ROWS that covers it."""
+def row_config(direction, heads, keys, dtype, extras):
+    """The tiles for a call, with or without layer norm or pre-mix: the first row of ROWS that covers it."""
     tile_rows = max(16, 1 << (heads - 1).bit_length())
     for row in ROWS:
         if (
             row.direction == direction
             and _BITS[dtype] <= row.bits
+            and extras <= row.extras
             and tile_rows <= row.tile_rows
             and keys <= row.most_keys
         ):
             # 16: what a tensor-core product takes at least
             block = min(row.block, max(16, 1 << (keys - 1).bit_length()))
             return RowConfig(
-                tile_rows // heads, tile_rows, block, keys <= block, row.tiles, row.num_warps, row.num_stages
-            )
+                tile_rows // heads, tile_rows, block, keys <= block, row.tiles,
+                min(row.num_warps, block // 16), row.num_warps, row.num_stages,
+            )  # fmt: skip
     raise ValueError(f"q must have at most 64 heads for the Triton kernels, got {heads}")

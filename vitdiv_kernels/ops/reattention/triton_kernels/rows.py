@@ -1,10 +1,10 @@
 """The row kernels of the workspace schedule: all that happens to the maps between two matrix products.
 
-A tile holds the logits of all heads for SHARE query rows: tile row r is head r % H of query row r // H, and the
-T = 16, 32, ... tile rows are what a tensor-core product needs at least. A mix over heads is then one product
-with the [T, T] matrix that has the [H, H] one SHARE times on its diagonal, so few heads do not leave the tensor
-cores idle. A row longer than BLOCK keys is walked in blocks (ONE_BLOCK is False): once for the softmax's
-statistics, once more for each thing that needs a whole row before it; it comes from L1 then.
+A tile holds the logits of all heads for SHARE query rows: tile row r is head r % H of query row r // H, and
+T = 16, 32, ... tile rows are what a tensor-core product needs. A mix over heads is then one product with the
+[T, T] matrix that has the [H, H] one SHARE times on its diagonal, so few heads do not leave most of it idle.
+A row longer than BLOCK keys is walked in blocks (ONE_BLOCK is False): once for the softmax's statistics, once
+more for each thing that needs a whole row before it; it comes from L1 then.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_rows(H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr):
-    """Of each tile row: its head, its query row within the tile, whether it is one; and which belong together."""
+    """Of each tile row: its head, its query row in the tile, whether it is one; which rows share one."""
     r = tl.arange(0, T)
     share = r // H
     used = r < SHARE * H
@@ -45,6 +45,17 @@ def mix_heads(
     if SHARE > 1:
         mixed += tl.sum(tl.where(together, lost[None, :], 0.0), 1)[:, None]
     return mixed
+
+
+@triton.jit
+def add_products(
+    sums, x, y, SPLIT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """sums [SPLIT, T, T] + x y^T, keys shared out: else every warp makes the whole of so small a product."""
+    x_parts = tl.permute(tl.reshape(x.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 0, 2))
+    y_parts = tl.permute(tl.reshape(y.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 2, 0))
+    return tl.dot(x_parts, y_parts, sums, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
@@ -112,10 +123,10 @@ def forward_rows(
     z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, grams, rows, keys, padded_keys, gram_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_OUT: tl.constexpr, NEEDS_GRAM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    TILES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     WIDE_PRECISION: tl.constexpr, BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Logits z [images, H, rows, padded_keys] -> Y, in place; centred Gram [images, programs, T, T] per program."""
+    """Logits z [images, H, rows, padded_keys] -> Y in place; centred Gram [images, programs, T, T]."""
     HAS_PRE: tl.constexpr = pre_mix is not None
     LAYER: tl.constexpr = norm_weight is not None
     image, program = tl.program_id(0), tl.program_id(1)
@@ -140,7 +151,7 @@ def forward_rows(
         if LAYER:
             gain = tl.load(norm_weight + head, mask=used, other=0.0)
             offset = tl.load(norm_bias + head, mask=used, other=0.0)
-    gram = tl.zeros((T, T), ACC)
+    gram = tl.zeros((SPLIT, T, T), ACC)
 
     for tile in range(TILES):
         i = (program * TILES + tile) * SHARE + share
@@ -165,9 +176,7 @@ def forward_rows(
             inside = live[:, None] & (j < keys)[None, :]
             centred = tl.where(inside, softmax_maps(logits, top, total, live) - mean, 0.0) * BOOST
             if NEEDS_GRAM:
-                gram = tl.dot(
-                    centred.to(DOT), tl.trans(centred.to(DOT)), gram, input_precision=PRECISION, out_dtype=ACC
-                )
+                gram = add_products(gram, centred, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
             if NEEDS_OUT:
                 y = mix_heads(weight, centred, together, SHARE, DOT, PRECISION, ACC) * (1.0 / BOOST)
                 y += shift[:, None]
@@ -185,7 +194,7 @@ def forward_rows(
     if NEEDS_GRAM:
         r = tl.arange(0, T)
         grams += image.to(tl.int64) * gram_stride + program * (T * T)
-        tl.store(grams + r[:, None] * T + r[None, :], gram * (1.0 / (BOOST * BOOST)))
+        tl.store(grams + r[:, None] * T + r[None, :], tl.sum(gram, 0) * (1.0 / (BOOST * BOOST)))
 
 
 @triton.jit
@@ -196,7 +205,7 @@ def maps_gradient(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, BOOST: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """(maps, centred times BOOST, Y, dY, normalised M, dM, gradient of the maps); what is not needed is `maps`"""
+    """(maps, centred * BOOST, Y, dY, normalised M, dM, the maps' gradient); `maps` for what is not needed"""
     inside = live[:, None] & (j < keys)[None, :]
     maps = softmax_maps(logits, top, total, live)
     centred = tl.where(inside, maps - mean, 0.0) * BOOST
@@ -231,18 +240,18 @@ def maps_gradient(
 
 @triton.jit
 def backward_rows(
-    z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows, keys,
-    padded_keys, coupling_stride, matrix_stride, vector_stride,
+    z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows,
+    keys, padded_keys, coupling_stride, matrix_stride, vector_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
     NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    TILES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     WIDE_PRECISION: tl.constexpr, BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Logits z and dy [images, H, rows, padded_keys] -> Y in z, the logits' gradient in dy (in z without dy).
 
-    matrix_sums [images, programs, 2, T, T]: dmix from centred maps, dpre_mix. vector_sums [images, programs, 3, T]:
-    dbias, dnorm_weight, dnorm_bias.
+    matrix_sums [images, programs, 2, T, T]: dmix from centred maps, dpre_mix.
+    vector_sums [images, programs, 3, T]: dbias, dnorm_weight, dnorm_bias.
     """
     HAS_DOUT: tl.constexpr = dy is not None
     HAS_COUPLING: tl.constexpr = coupling is not None
@@ -275,12 +284,10 @@ def backward_rows(
     if HAS_PRE:
         pre_t = diagonal_blocks(pre_mix, head, together, True, H)
     if HAS_COUPLING:
-        couple = diagonal_blocks(
-            coupling + image.to(tl.int64) * coupling_stride, head, together, False, H
-        )
+        couple = diagonal_blocks(coupling + image.to(tl.int64) * coupling_stride, head, together, False, H)
 
-    dmix = tl.zeros((T, T), ACC)
-    dpre = tl.zeros((T, T), ACC)
+    dmix = tl.zeros((SPLIT, T, T), ACC)
+    dpre = tl.zeros((SPLIT, T, T), ACC)
     dbias = tl.zeros((T,), ACC)
     dnorm_weight = tl.zeros((T,), ACC)
     dnorm_bias = tl.zeros((T,), ACC)
@@ -310,9 +317,9 @@ def backward_rows(
                         z_rows, jd, live, keys, pre, pre_shift, together, HAS_PRE, SHARE, DOT, PRECISION, ACC
                     )
                     maps_d, _, _, _, _, _, dmaps_d = maps_gradient(
-                        logits_d, dy_rows, jd, top, total, live, keys, mean, weight, weight_t, shift, gain, offset,
-                        couple, used, together, HAS_DOUT, HAS_COUPLING, LAYER, False, True, EPS, H, SHARE, DOT,
-                        PRECISION, WIDE, WIDE_PRECISION, BOOST, ACC,
+                        logits_d, dy_rows, jd, top, total, live, keys, mean, weight, weight_t, shift, gain,
+                        offset, couple, used, together, HAS_DOUT, HAS_COUPLING, LAYER, False, True, EPS, H,
+                        SHARE, DOT, PRECISION, WIDE, WIDE_PRECISION, BOOST, ACC,
                     )  # fmt: skip
                     delta += tl.sum(maps_d * dmaps_d, 1)
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
@@ -323,14 +330,12 @@ def backward_rows(
             if ONE_BLOCK:
                 top, total = add_to_statistics(logits, top, total)
             maps, centred, y, dy_block, normalized, dmixed, dmaps = maps_gradient(
-                logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset, couple,
-                used, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, SHARE, DOT,
-                PRECISION, WIDE, WIDE_PRECISION, BOOST, ACC,
+                logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset,
+                couple, used, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, SHARE,
+                DOT, PRECISION, WIDE, WIDE_PRECISION, BOOST, ACC,
             )  # fmt: skip
             if NEEDS_DMIX:
-                dmix = tl.dot(
-                    dmixed.to(DOT), tl.trans(centred.to(DOT)), dmix, input_precision=PRECISION, out_dtype=ACC
-                )
+                dmix = add_products(dmix, dmixed, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
                 dbias += tl.sum(dmixed, 1)
             if NEEDS_DNORM:
                 dnorm_weight += tl.sum(dy_block * normalized, 1)
@@ -348,9 +353,7 @@ def backward_rows(
                     delta = tl.sum(maps * dmaps, 1)
                 dlogits = maps * (dmaps - delta[:, None])
                 if NEEDS_DPRE:
-                    dpre = tl.dot(
-                        dlogits.to(DOT), tl.trans(raw.to(DOT)), dpre, input_precision=PRECISION, out_dtype=ACC
-                    )
+                    dpre = add_products(dpre, dlogits, raw, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
                 if NEEDS_DZ:
                     if HAS_PRE:
                         dlogits = mix_heads(pre_t, dlogits, together, SHARE, DOT, PRECISION, ACC)
@@ -367,10 +370,10 @@ def backward_rows(
     matrix_sums += image.to(tl.int64) * matrix_stride + program * (2 * T * T)
     vector_sums += image.to(tl.int64) * vector_stride + program * (3 * T)
     if NEEDS_DMIX:
-        tl.store(matrix_sums + square, dmix * (1.0 / BOOST))
+        tl.store(matrix_sums + square, tl.sum(dmix, 0) * (1.0 / BOOST))
         tl.store(vector_sums + r, dbias)
     if NEEDS_DPRE:
-        tl.store(matrix_sums + T * T + square, dpre)
+        tl.store(matrix_sums + T * T + square, tl.sum(dpre, 0))
     if NEEDS_DNORM:
         tl.store(vector_sums + T + r, dnorm_weight)
         tl.store(vector_sums + 2 * T + r, dnorm_bias)

@@ -15,8 +15,8 @@ from ..._triton import DTYPES, INTERPRETED, accumulator, capability, input_preci
 from ..triton_configs import row_config, workspace_bytes
 from .rows import backward_rows, forward_rows
 
-# Rows of the maps start at multiples of this many elements: 16-byte loads and stores, and the alignment that the
-# library's tensor-core products want, for any number of keys.
+# Rows of the maps start at multiples of this many elements: 16-byte loads and stores, and the alignment that
+# the library's tensor-core products want, for any number of keys.
 _KEYS_MULTIPLE = 16
 
 
@@ -36,16 +36,17 @@ class Chunk(NamedTuple):
     bottom: int
 
 
-def plan(images, heads, queries, keys, itemsize, maps, limit):
-    """The largest chunks whose `maps` sets of maps take at most `limit` bytes, all of about the same size.
+def plan(images, heads, queries, keys, itemsize, maps, operands, limit):
+    """The largest chunks whose maps and operands take at most `limit` bytes, all of about the same size.
 
-    Never less than 16 rows, which exceed the limit only beyond limit / (16 itemsize maps heads) keys.
+    `maps` sets of maps, and `operands` bytes an image for copies of its queries, keys and so on. Where not
+    even one image fits, its rows are shared out so that the maps alone do, but never less than 16 at a time.
     """
     row_bytes = maps * heads * _round_up(keys, _KEYS_MULTIPLE) * itemsize
-    affordable = limit // max(row_bytes, 1)
-    if affordable >= queries:
-        most = max(affordable // max(queries, 1), 1)
+    if row_bytes * queries + operands <= limit:
+        most = limit // max(row_bytes * queries + operands, 1)
         return Plan(triton.cdiv(images, triton.cdiv(images, most)) if images else 1, queries)
+    affordable = limit // row_bytes
     # whole tiles of the products where there are several
     multiple = next((m for m in (128, 64) if affordable >= m), 16)
     return Plan(1, min(queries, max(affordable // multiple, 1) * multiple))
@@ -59,6 +60,15 @@ def chunks(size, images, queries):
 
 def _round_up(n, multiple):
     return (n + multiple - 1) // multiple * multiple
+
+
+def _plan(q, k, maps, like_queries, like_keys):
+    """The plan for a call with so many sets of maps, and operands and results of the rows of q and of k."""
+    images, heads, queries, width = q.shape
+    keys, itemsize = k.shape[2], q.element_size()
+    rows = like_queries * queries + like_keys * _round_up(keys, _KEYS_MULTIPLE)
+    operands = heads * rows * _round_up(width, 16 // itemsize) * itemsize
+    return plan(images, heads, queries, keys, itemsize, maps, operands, workspace_bytes(capability(q)))
 
 
 class _Batched:
@@ -131,7 +141,7 @@ class _Workspace:
 
 
 def _product(out, a, b, alpha=1.0, add=False):
-    """out = alpha a b, or out += alpha a b; float32 sums of float16 and bfloat16 factors are never rounded."""
+    """out = alpha a b, or out += alpha a b; a float32 sum of 16-bit factors is not rounded to 16 bits."""
     beta = 1 if add else 0
     if out.dtype == a.dtype:
         torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
@@ -144,10 +154,10 @@ def _product(out, a, b, alpha=1.0, add=False):
 class _Rows:
     """What the row kernels of one call share: how they run, and the constants that they are compiled for."""
 
-    def __init__(self, direction, q, keys, eps, centred, size):
+    def __init__(self, direction, q, keys, eps, centred, extras, size):
         heads, self.queries = q.shape[1], q.shape[2]
         self.heads, self.rows = heads, size.rows
-        config = row_config(direction, heads, keys, q.dtype, capability(q))
+        config = row_config(direction, heads, keys, q.dtype, extras)
         self.share, self.tile = config.share, config.tile_rows
         self.tiles = config.tiles
         self.program_rows = config.share * config.tiles
@@ -157,7 +167,8 @@ class _Rows:
         wide = accumulator(q.dtype)
         self.options = dict(
             EPS=eps, CENTRED=centred, H=heads, SHARE=config.share, T=config.tile_rows, BLOCK=config.block,
-            ONE_BLOCK=config.one_block, TILES=config.tiles, DOT=dot, PRECISION=input_precision(q.dtype),
+            ONE_BLOCK=config.one_block, TILES=config.tiles,
+            SPLIT=config.split, DOT=dot, PRECISION=input_precision(q.dtype),
             WIDE=wide, WIDE_PRECISION="tf32x3" if wide == tl.float32 else "ieee",
             # lifts centred maps, which are small where attention is nearly uniform, into float16's range
             BOOST=4096 if q.dtype == torch.float16 else 1, ACC=wide,
@@ -199,8 +210,9 @@ def forward(
     """As `vitdiv::reattention_fwd`: (out, centred Gram); `nothing` for what is not needed."""
     images, heads, queries, _ = q.shape
     keys, dtype = k.shape[2], accumulation_dtype(q)
-    size = plan(images, heads, queries, keys, q.element_size(), 1, workspace_bytes(capability(q)))
-    rows = _Rows("forward", q, keys, eps, centred, size)
+    size = _plan(q, k, 1, 2, 2)
+    extras = pre_mix is not None or norm_weight is not None
+    rows = _Rows("forward", q, keys, eps, centred, extras, size)
     out = heads_like(q) if needs_out else nothing(q)
     grams = rows.partial_sums(q, images, needs_gram, rows.tile, rows.tile)
     workspace = _Workspace(q, size, heads, keys)
@@ -213,9 +225,9 @@ def forward(
         _product(z, queries_of.load(chunk), keys_of.load(chunk).mT, scale)
         gram_part = rows.part(grams, chunk)
         launch(
-            forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, gram_part,
-            z.shape[1], keys, z.shape[2], gram_part.stride(0), NEEDS_OUT=needs_out, NEEDS_GRAM=needs_gram,
-            **rows.options,
+            forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias,
+            gram_part, z.shape[1], keys, z.shape[2], gram_part.stride(0), NEEDS_OUT=needs_out,
+            NEEDS_GRAM=needs_gram, **rows.options,
         )  # fmt: skip
         if needs_out:
             _product(out_of.view(chunk), z, values_of.load(chunk))
@@ -250,9 +262,9 @@ def backward(
     needs_dz = needs_dq or needs_dk
     # dv alone does not need the gradient of the mixed maps
     has_dy = dout is not None and (needs_dz or needs_dpre_mix or needs_dmix or needs_dnorm)
-    limit = workspace_bytes(capability(q))
-    size = plan(images, heads, queries, keys, q.element_size(), 2 if has_dy else 1, limit)
-    rows = _Rows("backward", q, keys, eps, centred, size)
+    size = _plan(q, k, 2 if has_dy else 1, 3, 4)
+    extras = pre_mix is not None or norm_weight is not None
+    rows = _Rows("backward", q, keys, eps, centred, extras, size)
     dq, dk, dv = (
         heads_like(x) if need else nothing(x)
         for x, need in zip((q, k, v), (needs_dq, needs_dk, needs_dv), strict=True)
