@@ -84,7 +84,8 @@ ROWS = (
     RowsRow("backward", 16, False, 16, 64, 64, 8, 4, 1, "aot"),
     RowsRow("backward", 16, False, 16, 256, 256, 8, 8, 1, "aot"),
     RowsRow("backward", 16, False, 16, _ANY, 128, 4, 4, 1, "aot"),
-    RowsRow("backward", 32, True, 16, _ANY, 128, 4, 8, 1, "aot"),
+    RowsRow("backward", 32, False, 16, _ANY, 128, 4, 8, 1, "aot"),
+    RowsRow("backward", 32, True, 16, _ANY, 64, 4, 4, 1, "aot"),
     RowsRow("backward", 16, False, 32, 128, 128, 8, 8, 1, "aot"),
     RowsRow("backward", 32, True, 64, _ANY, 64, 4, 8, 1, "aot"),
     RowsRow("backward", 64, True, 64, _ANY, 32, 4, 4, 1, "aot"),
@@ -92,12 +93,13 @@ ROWS = (
 
 
 class RowConfig(NamedTuple):
-    share: int  # query rows of a tile
+    share: int  # query rows of a tile; a layer norm over heads wants one
     tile_rows: int
     block: int
     one_block: bool
     tiles: int
     split: int  # of the keys of a block, for products over them: 16 a part are the least
+    reload: bool  # matrices of the mixes are loaded for each use, to save registers
     num_warps: int
     num_stages: int
 
@@ -116,7 +118,7 @@ def row_config(direction, heads, keys, dtype, extras):
             # 16: what a tensor-core product takes at least
             block = min(row.block, max(16, 1 << (keys - 1).bit_length()))
             return RowConfig(
-                tile_rows // heads, tile_rows, block, keys <= block, row.tiles,
-                min(row.num_warps, block // 16), row.num_warps, row.num_stages,
+                1 if extras else tile_rows // heads, tile_rows, block, keys <= block, row.tiles,
+                min(row.num_warps, block // 16), extras or tile_rows > 16, row.num_warps, row.num_stages,
             )  # fmt: skip
     raise ValueError(f"q must have at most 64 heads for the Triton kernels, got {heads}")

@@ -32,16 +32,31 @@ def diagonal_blocks(matrix, head, together, TRANSPOSED: tl.constexpr, H: tl.cons
 
 
 @triton.jit
+def matrix_of(matrix, head, together, TRANSPOSED: tl.constexpr, RELOAD: tl.constexpr, H: tl.constexpr):
+    """With RELOAD the pointer, for `mix_heads` to load from: a matrix held for the tensor cores costs 8 to 64
+    registers a thread, times two in TF32x3."""
+    if RELOAD:
+        return matrix
+    else:
+        return diagonal_blocks(matrix, head, together, TRANSPOSED, H)
+
+
+@triton.jit
 def mix_heads(
-    weight, x, together, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
-):
-    """weight [T, T] times x [T, BLOCK]; what is not finite stays in the query row where it is."""
+    weight, x, head, together, TRANSPOSED: tl.constexpr, RELOAD: tl.constexpr, H: tl.constexpr,
+    SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """weight [T, T] (see `matrix_of`) times x [T, BLOCK]; what is not finite stays in its query row."""
+    if RELOAD:
+        held = diagonal_blocks(weight, head, together, TRANSPOSED, H)
+    else:
+        held = weight
     if SHARE > 1:
         # zeros of the weight would carry NaN and Inf to the tile's other query rows
         difference = x - x
         lost = tl.sum(difference, 1)
         x = tl.where(difference == 0, x, 0.0)
-    mixed = tl.dot(weight.to(DOT), x.to(DOT), input_precision=PRECISION, out_dtype=ACC)
+    mixed = tl.dot(held.to(DOT), x.to(DOT), input_precision=PRECISION, out_dtype=ACC)
     if SHARE > 1:
         mixed += tl.sum(tl.where(together, lost[None, :], 0.0), 1)[:, None]
     return mixed
@@ -59,28 +74,16 @@ def add_products(
 
 
 @triton.jit
-def mean_over_heads(
-    x, together, H: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """[T, BLOCK], or [1, BLOCK] where the tile is one query row. Unused tile rows of x are 0."""
-    if SHARE == 1:
-        return (tl.sum(x, 0) / H)[None, :]
-    else:
-        ones = tl.where(together, 1.0, 0.0).to(ACC)
-        return mix_heads(ones, x, together, SHARE, WIDE, WIDE_PRECISION, ACC) / H
-
-
-@triton.jit
 def load_logits(
-    z_rows, j, live, keys, pre, pre_shift, together, HAS_PRE: tl.constexpr, SHARE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE: tl.constexpr, RELOAD: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(raw logits, 0 outside; what goes into the softmax, -inf outside)"""
     inside = live[:, None] & (j < keys)[None, :]
     raw = tl.load(z_rows[:, None] + j[None, :], mask=inside, other=0.0).to(ACC)
     if HAS_PRE:
-        logits = mix_heads(pre, raw, together, SHARE, DOT, PRECISION, ACC) + pre_shift[:, None]
+        logits = mix_heads(pre, raw, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+        logits += pre_shift[:, None]
     else:
         logits = raw
     return raw, tl.where(inside, logits, float("-inf"))
@@ -105,16 +108,12 @@ def softmax_maps(logits, top, total, live):
 
 
 @triton.jit
-def layer_norm(
-    mixed, used, together, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(normalised over the heads, with weight and bias, 1 / standard deviation)"""
-    mean = mean_over_heads(mixed, together, H, SHARE, WIDE, WIDE_PRECISION, ACC)
-    deviation = tl.where(used[:, None], mixed - mean, 0.0)
-    var = mean_over_heads(deviation * deviation, together, H, SHARE, WIDE, WIDE_PRECISION, ACC)
-    rstd = 1.0 / tl.sqrt(var + tl.full((), EPS, ACC))
-    normalized = deviation * rstd
+def layer_norm(mixed, used, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
+    """(normalised over the heads, with weight and bias, 1 / standard deviation [BLOCK]); SHARE is 1."""
+    mean = tl.sum(mixed, 0) / H
+    deviation = tl.where(used[:, None], mixed - mean[None, :], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / H + tl.full((), EPS, ACC))
+    normalized = deviation * rstd[None, :]
     return normalized, normalized * norm_weight[:, None] + norm_bias[:, None], rstd
 
 
@@ -123,8 +122,9 @@ def forward_rows(
     z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, grams, rows, keys, padded_keys, gram_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_OUT: tl.constexpr, NEEDS_GRAM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    WIDE_PRECISION: tl.constexpr, BOOST: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr, SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, BOOST: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Logits z [images, H, rows, padded_keys] -> Y in place; centred Gram [images, programs, T, T]."""
     HAS_PRE: tl.constexpr = pre_mix is not None
@@ -136,15 +136,15 @@ def forward_rows(
 
     pre, pre_shift = together, head
     if HAS_PRE:
-        pre = diagonal_blocks(pre_mix, head, together, False, H)
+        pre = matrix_of(pre_mix, head, together, False, RELOAD, H)
         pre_shift = tl.zeros((T,), ACC)
         if pre_bias is not None:
             pre_shift = tl.load(pre_bias + head, mask=used, other=0.0)
     if NEEDS_OUT:
-        weight = diagonal_blocks(mix, head, together, False, H)
+        weight = matrix_of(mix, head, together, False, RELOAD, H)
         shift = tl.zeros((T,), ACC)
         if not CENTRED:
-            shift += tl.sum(weight, 1) * mean
+            shift += tl.sum(diagonal_blocks(mix, head, together, False, H), 1) * mean
         if bias is not None:
             shift += tl.load(bias + head, mask=used, other=0.0)
         gain, offset = shift, shift
@@ -162,15 +162,16 @@ def forward_rows(
         if not ONE_BLOCK:
             for j0 in tl.range(0, keys, BLOCK):
                 _, block_logits = load_logits(
-                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, together, HAS_PRE, SHARE,
-                    DOT, PRECISION, ACC,
+                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, head, together, HAS_PRE,
+                    RELOAD, H, SHARE, DOT, PRECISION, ACC,
                 )  # fmt: skip
                 top, total = add_to_statistics(block_logits, top, total)
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             _, logits = load_logits(
-                z_rows, j, live, keys, pre, pre_shift, together, HAS_PRE, SHARE, DOT, PRECISION, ACC
-            )
+                z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE, DOT,
+                PRECISION, ACC,
+            )  # fmt: skip
             if ONE_BLOCK:
                 top, total = add_to_statistics(logits, top, total)
             inside = live[:, None] & (j < keys)[None, :]
@@ -178,12 +179,10 @@ def forward_rows(
             if NEEDS_GRAM:
                 gram = add_products(gram, centred, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
             if NEEDS_OUT:
-                y = mix_heads(weight, centred, together, SHARE, DOT, PRECISION, ACC) * (1.0 / BOOST)
-                y += shift[:, None]
+                y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+                y = y * (1.0 / BOOST) + shift[:, None]
                 if LAYER:
-                    _, y, _ = layer_norm(
-                        y, used, together, gain, offset, EPS, H, SHARE, WIDE, WIDE_PRECISION, ACC
-                    )
+                    _, y, _ = layer_norm(y, used, gain, offset, EPS, H, ACC)
                 # others of this program may still be reading what is overwritten here
                 tl.debug_barrier()
                 tl.store(
@@ -199,11 +198,10 @@ def forward_rows(
 
 @triton.jit
 def maps_gradient(
-    logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset, coupling, used,
-    together, HAS_DOUT: tl.constexpr, HAS_COUPLING: tl.constexpr, LAYER: tl.constexpr, NEEDS_Y: tl.constexpr,
-    NEEDS_MAPS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, BOOST: tl.constexpr,
-    ACC: tl.constexpr,
+    logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset, couple, used,
+    head, together, HAS_DOUT: tl.constexpr, HAS_COUPLING: tl.constexpr, LAYER: tl.constexpr,
+    NEEDS_Y: tl.constexpr, NEEDS_MAPS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr,
+    RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(maps, centred * BOOST, Y, dY, normalised M, dM, the maps' gradient); `maps` for what is not needed"""
     inside = live[:, None] & (j < keys)[None, :]
@@ -211,26 +209,32 @@ def maps_gradient(
     centred = tl.where(inside, maps - mean, 0.0) * BOOST
     y, dy, normalized, dmixed, dmaps = maps, maps, maps, maps, maps
     if NEEDS_Y or (LAYER and HAS_DOUT):
-        y = mix_heads(weight, centred, together, SHARE, DOT, PRECISION, ACC) * (1.0 / BOOST) + shift[:, None]
+        y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+        y = y * (1.0 / BOOST) + shift[:, None]
         rstd = mean
         if LAYER:
-            normalized, y, rstd = layer_norm(
-                y, used, together, gain, offset, EPS, H, SHARE, WIDE, WIDE_PRECISION, ACC
-            )
+            normalized, y, rstd = layer_norm(y, used, gain, offset, EPS, H, ACC)
     if HAS_DOUT:
         dy = tl.load(dy_rows[:, None] + j[None, :], mask=inside, other=0.0).to(ACC)
         dmixed = dy
         if LAYER:
             scaled = dy * gain[:, None]
-            first = mean_over_heads(scaled, together, H, SHARE, WIDE, WIDE_PRECISION, ACC)
-            second = mean_over_heads(scaled * normalized, together, H, SHARE, WIDE, WIDE_PRECISION, ACC)
-            dmixed = tl.where(inside, rstd * (scaled - first - normalized * second), 0.0)
+            first = tl.sum(scaled, 0)[None, :] / H
+            second = tl.sum(scaled * normalized, 0)[None, :] / H
+            dmixed = tl.where(inside, rstd[None, :] * (scaled - first - normalized * second), 0.0)
     if NEEDS_MAPS:
         if HAS_DOUT:
-            dmaps = mix_heads(weight_t, dmixed, together, SHARE, DOT, PRECISION, ACC)
+            dmaps = mix_heads(weight_t, dmixed, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC)
         if HAS_COUPLING:
-            # a gradient of the batch norm's variance is far below float16's range: WIDE
-            from_gram = mix_heads(coupling, centred, together, SHARE, WIDE, WIDE_PRECISION, ACC)
+            # far below float16's range where it comes from a batch norm's variance
+            if BOOST > 1:
+                from_gram = mix_heads(
+                    couple, centred, head, together, False, RELOAD, H, SHARE, ACC, "tf32x3", ACC
+                )
+            else:
+                from_gram = mix_heads(
+                    couple, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC
+                )
             if HAS_DOUT:
                 dmaps += from_gram * (1.0 / BOOST)
             else:
@@ -245,8 +249,9 @@ def backward_rows(
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
     NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    WIDE_PRECISION: tl.constexpr, BOOST: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr, SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, BOOST: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Logits z and dy [images, H, rows, padded_keys] -> Y in z, the logits' gradient in dy (in z without dy).
 
@@ -265,15 +270,15 @@ def backward_rows(
 
     pre, pre_shift = together, head
     if HAS_PRE:
-        pre = diagonal_blocks(pre_mix, head, together, False, H)
+        pre = matrix_of(pre_mix, head, together, False, RELOAD, H)
         pre_shift = tl.zeros((T,), ACC)
         if pre_bias is not None:
             pre_shift = tl.load(pre_bias + head, mask=used, other=0.0)
-    weight = diagonal_blocks(mix, head, together, False, H)
-    weight_t = diagonal_blocks(mix, head, together, True, H)
+    weight = matrix_of(mix, head, together, False, RELOAD, H)
+    weight_t = matrix_of(mix, head, together, True, RELOAD, H)
     shift = tl.zeros((T,), ACC)
     if not CENTRED:
-        shift += tl.sum(weight, 1) * mean
+        shift += tl.sum(diagonal_blocks(mix, head, together, False, H), 1) * mean
     if bias is not None:
         shift += tl.load(bias + head, mask=used, other=0.0)
     gain, offset = shift, shift
@@ -282,9 +287,10 @@ def backward_rows(
         offset = tl.load(norm_bias + head, mask=used, other=0.0)
     pre_t, couple = weight, weight
     if HAS_PRE:
-        pre_t = diagonal_blocks(pre_mix, head, together, True, H)
+        pre_t = matrix_of(pre_mix, head, together, True, RELOAD, H)
     if HAS_COUPLING:
-        couple = diagonal_blocks(coupling + image.to(tl.int64) * coupling_stride, head, together, False, H)
+        coupling += image.to(tl.int64) * coupling_stride
+        couple = matrix_of(coupling, head, together, False, RELOAD, H)
 
     dmix = tl.zeros((SPLIT, T, T), ACC)
     dpre = tl.zeros((SPLIT, T, T), ACC)
@@ -306,33 +312,35 @@ def backward_rows(
         if not ONE_BLOCK:
             for j0 in tl.range(0, keys, BLOCK):
                 _, block_logits = load_logits(
-                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, together, HAS_PRE, SHARE,
-                    DOT, PRECISION, ACC,
+                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, head, together, HAS_PRE,
+                    RELOAD, H, SHARE, DOT, PRECISION, ACC,
                 )  # fmt: skip
                 top, total = add_to_statistics(block_logits, top, total)
             if NEEDS_MAPS:
                 for j0 in tl.range(0, keys, BLOCK):
                     jd = j0 + tl.arange(0, BLOCK)
                     _, logits_d = load_logits(
-                        z_rows, jd, live, keys, pre, pre_shift, together, HAS_PRE, SHARE, DOT, PRECISION, ACC
-                    )
+                        z_rows, jd, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE,
+                        DOT, PRECISION, ACC,
+                    )  # fmt: skip
                     maps_d, _, _, _, _, _, dmaps_d = maps_gradient(
-                        logits_d, dy_rows, jd, top, total, live, keys, mean, weight, weight_t, shift, gain,
-                        offset, couple, used, together, HAS_DOUT, HAS_COUPLING, LAYER, False, True, EPS, H,
-                        SHARE, DOT, PRECISION, WIDE, WIDE_PRECISION, BOOST, ACC,
+                        logits_d, dy_rows, jd, top, total, live, keys, mean, weight, weight_t, shift,
+                        gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
+                        True, EPS, H, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
                     )  # fmt: skip
                     delta += tl.sum(maps_d * dmaps_d, 1)
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             raw, logits = load_logits(
-                z_rows, j, live, keys, pre, pre_shift, together, HAS_PRE, SHARE, DOT, PRECISION, ACC
-            )
+                z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE, DOT,
+                PRECISION, ACC,
+            )  # fmt: skip
             if ONE_BLOCK:
                 top, total = add_to_statistics(logits, top, total)
             maps, centred, y, dy_block, normalized, dmixed, dmaps = maps_gradient(
                 logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset,
-                couple, used, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, SHARE,
-                DOT, PRECISION, WIDE, WIDE_PRECISION, BOOST, ACC,
+                couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H,
+                SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
             )  # fmt: skip
             if NEEDS_DMIX:
                 dmix = add_products(dmix, dmixed, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
@@ -356,7 +364,9 @@ def backward_rows(
                     dpre = add_products(dpre, dlogits, raw, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
                 if NEEDS_DZ:
                     if HAS_PRE:
-                        dlogits = mix_heads(pre_t, dlogits, together, SHARE, DOT, PRECISION, ACC)
+                        dlogits = mix_heads(
+                            pre_t, dlogits, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC
+                        )
                     if not NEEDS_DV:
                         tl.debug_barrier()
                     tl.store(

@@ -164,14 +164,12 @@ class _Rows:
         dot = DTYPES[q.dtype]
         if q.dtype == torch.bfloat16 and INTERPRETED:  # which gets bfloat16 products wrong
             dot = tl.float32
-        wide = accumulator(q.dtype)
         self.options = dict(
             EPS=eps, CENTRED=centred, H=heads, SHARE=config.share, T=config.tile_rows, BLOCK=config.block,
-            ONE_BLOCK=config.one_block, TILES=config.tiles,
-            SPLIT=config.split, DOT=dot, PRECISION=input_precision(q.dtype),
-            WIDE=wide, WIDE_PRECISION="tf32x3" if wide == tl.float32 else "ieee",
+            ONE_BLOCK=config.one_block, TILES=config.tiles, SPLIT=config.split, RELOAD=config.reload, DOT=dot,
+            PRECISION=input_precision(q.dtype),
             # lifts centred maps, which are small where attention is nearly uniform, into float16's range
-            BOOST=4096 if q.dtype == torch.float16 else 1, ACC=wide,
+            BOOST=4096 if q.dtype == torch.float16 else 1, ACC=accumulator(q.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
