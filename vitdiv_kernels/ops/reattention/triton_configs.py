@@ -98,7 +98,8 @@ class RowConfig(NamedTuple):
     block: int
     one_block: bool
     tiles: int
-    split: int  # of the keys of a block, for products over them: 16 a part are the least
+    split: int  # of the keys of a block, for products over them: where [T, T] is less than one product a warp
+    three_steps: bool  # the backward's results are made one after the other, to save registers
     reload: bool  # matrices of the mixes are loaded for each use, to save registers
     num_warps: int
     num_stages: int
@@ -119,6 +120,7 @@ def row_config(direction, heads, keys, dtype, extras):
             block = min(row.block, max(16, 1 << (keys - 1).bit_length()))
             return RowConfig(
                 1 if extras else tile_rows // heads, tile_rows, block, keys <= block, row.tiles,
-                min(row.num_warps, block // 16), extras or tile_rows > 16, row.num_warps, row.num_stages,
+                1 if tile_rows > 16 else min(row.num_warps, block // 16), (tile_rows > 16 and (extras or dtype.itemsize > 2)) or (extras and dtype.itemsize > 4),
+                extras or tile_rows > 16, row.num_warps, row.num_stages,
             )  # fmt: skip
     raise ValueError(f"q must have at most 64 heads for the Triton kernels, got {heads}")

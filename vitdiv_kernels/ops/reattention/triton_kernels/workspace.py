@@ -161,6 +161,10 @@ class _Rows:
         self.share, self.tile = config.share, config.tile_rows
         self.tiles = config.tiles
         self.program_rows = config.share * config.tiles
+        # of the backward: which launch makes the parameters' sums, the gradient of the logits, the mixed maps
+        self.steps = [(True, True, True)]
+        if config.three_steps:
+            self.steps = [(True, False, False), (False, True, False), (False, False, True)]
         dot = DTYPES[q.dtype]
         if q.dtype == torch.bfloat16 and INTERPRETED:  # which gets bfloat16 products wrong
             dot = tl.float32
@@ -293,14 +297,16 @@ def backward(
             dy = dy_space.maps(chunk)
             _product(dy, douts_of.load(chunk), values_of.load(chunk).mT)
         matrix_part, vector_part = rows.part(matrices, chunk), rows.part(vectors, chunk)
-        launch(
-            backward_rows, rows.grid(chunk), z, dy,
-            coupling if shared_coupling else coupling[chunk.first : chunk.last],
-            pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_part, vector_part, z.shape[1], keys,
-            z.shape[2], 0 if shared_coupling else heads * heads, matrix_part.stride(0), vector_part.stride(0),
-            NEEDS_DV=needs_dv, NEEDS_DZ=needs_dz, NEEDS_DPRE=needs_dpre_mix, NEEDS_DMIX=needs_dmix,
-            NEEDS_DNORM=needs_dnorm, **rows.options,
-        )  # fmt: skip
+        for sums, gradient, values in rows.steps:
+            launch(
+                backward_rows, rows.grid(chunk), z, dy if sums or gradient else None,
+                coupling if shared_coupling else coupling[chunk.first : chunk.last],
+                pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_part, vector_part, z.shape[1],
+                keys, z.shape[2], 0 if shared_coupling else heads * heads, matrix_part.stride(0),
+                vector_part.stride(0), NEEDS_DV=needs_dv and values, NEEDS_DZ=needs_dz and gradient,
+                NEEDS_DPRE=needs_dpre_mix and gradient, NEEDS_DMIX=needs_dmix and sums,
+                NEEDS_DNORM=needs_dnorm and sums, **rows.options,
+            )  # fmt: skip
         if needs_dv:
             dv_of.add(chunk, z, douts_of.load(chunk))
         dz = dy if has_dy else z
