@@ -119,10 +119,11 @@ def layer_norm(mixed, used, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.con
 
 @triton.jit
 def forward_rows(
-    z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, grams, rows, keys, padded_keys, gram_stride,
+    z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, grams, rows, keys, padded_keys, tiles,
+    gram_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_OUT: tl.constexpr, NEEDS_GRAM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BOOST: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -153,8 +154,9 @@ def forward_rows(
             offset = tl.load(norm_bias + head, mask=used, other=0.0)
     gram = tl.zeros((SPLIT, T, T), ACC)
 
-    for tile in range(TILES):
-        i = (program * TILES + tile) * SHARE + share
+    # a constant number of tiles would be unrolled, and spill
+    for tile in range(tiles):
+        i = (program * tiles + tile) * SHARE + share
         live = used & (i < rows)
         z_rows = z + (head * rows + i).to(tl.int64) * padded_keys
         top = tl.full((T,), float("-inf"), ACC)
@@ -245,11 +247,11 @@ def maps_gradient(
 @triton.jit
 def backward_rows(
     z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows,
-    keys, padded_keys, coupling_stride, matrix_stride, vector_stride,
+    keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
     NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BOOST: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -298,8 +300,9 @@ def backward_rows(
     dnorm_weight = tl.zeros((T,), ACC)
     dnorm_bias = tl.zeros((T,), ACC)
 
-    for tile in range(TILES):
-        i = (program * TILES + tile) * SHARE + share
+    # a constant number of tiles would be unrolled, and spill
+    for tile in range(tiles):
+        i = (program * tiles + tile) * SHARE + share
         live = used & (i < rows)
         offsets = image_offset + (head * rows + i).to(tl.int64) * padded_keys
         z_rows = z + offsets

@@ -170,7 +170,7 @@ class _Rows:
             dot = tl.float32
         self.options = dict(
             EPS=eps, CENTRED=centred, H=heads, SHARE=config.share, T=config.tile_rows, BLOCK=config.block,
-            ONE_BLOCK=config.one_block, TILES=config.tiles, SPLIT=config.split, RELOAD=config.reload, DOT=dot,
+            ONE_BLOCK=config.one_block, SPLIT=config.split, RELOAD=config.reload, DOT=dot,
             PRECISION=input_precision(q.dtype),
             # lifts centred maps, which are small where attention is nearly uniform, into float16's range
             BOOST=4096 if q.dtype == torch.float16 else 1, ACC=accumulator(q.dtype),
@@ -228,7 +228,7 @@ def forward(
         gram_part = rows.part(grams, chunk)
         launch(
             forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias,
-            gram_part, z.shape[1], keys, z.shape[2], gram_part.stride(0), NEEDS_OUT=needs_out,
+            gram_part, z.shape[1], keys, z.shape[2], rows.tiles, gram_part.stride(0), NEEDS_OUT=needs_out,
             NEEDS_GRAM=needs_gram, **rows.options,
         )  # fmt: skip
         if needs_out:
@@ -302,7 +302,7 @@ def backward(
                 backward_rows, rows.grid(chunk), z, dy if sums or gradient else None,
                 coupling if shared_coupling else coupling[chunk.first : chunk.last],
                 pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_part, vector_part, z.shape[1],
-                keys, z.shape[2], 0 if shared_coupling else heads * heads, matrix_part.stride(0),
+                keys, z.shape[2], rows.tiles, 0 if shared_coupling else heads * heads, matrix_part.stride(0),
                 vector_part.stride(0), NEEDS_DV=needs_dv and values, NEEDS_DZ=needs_dz and gradient,
                 NEEDS_DPRE=needs_dpre_mix and gradient, NEEDS_DMIX=needs_dmix and sums,
                 NEEDS_DNORM=needs_dnorm and sums, **rows.options,
