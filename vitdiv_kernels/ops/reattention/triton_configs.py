@@ -118,9 +118,17 @@ def row_config(direction, heads, keys, dtype, extras):
         ):
             # 16: what a tensor-core product takes at least
             block = min(row.block, max(16, 1 << (keys - 1).bit_length()))
+            large = tile_rows > 16
             return RowConfig(
-                1 if extras else tile_rows // heads, tile_rows, block, keys <= block, row.tiles,
-                1 if tile_rows > 16 else min(row.num_warps, block // 16), (tile_rows > 16 and (extras or dtype.itemsize > 2)) or (extras and dtype.itemsize > 4),
-                extras or tile_rows > 16, row.num_warps, row.num_stages,
-            )  # fmt: skip
+                share=1 if extras else tile_rows // heads,
+                tile_rows=tile_rows,
+                block=block,
+                one_block=keys <= block,
+                tiles=row.tiles,
+                split=1 if large else min(row.num_warps, block // 16),
+                three_steps=(large and (extras or dtype.itemsize > 2)) or (extras and dtype.itemsize > 4),
+                reload=extras or large,
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
     raise ValueError(f"q must have at most 64 heads for the Triton kernels, got {heads}")
