@@ -1,0 +1,134 @@
+"""Which schedule and which tiles the Triton kernels of re-attention run with. Nothing is tuned at run time.
+
+source: "cost model" for a choice by counting (README.md), "aot" for one that ahead-of-time compilation showed
+to be free of spills, "measured on <device>" once a benchmark made it. Rows are searched in order.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+_BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
+_ANY = 1 << 30
+
+
+class ScheduleRow(NamedTuple):
+    direction: str
+    capability: tuple | None  # the first that it holds for, (major, minor)
+    bits: int  # of the inputs' dtype
+    most_heads: int
+    most_width: int
+    most_keys: int
+    schedule: str
+    source: str
+
+
+# Streaming reads shared memory for about 4 clocks a pair forward and 23 backward at 12 heads of 64; the
+# workspace moves 8 and 18 bytes a pair and head, 4 and 8 clocks of L2, whatever the width.
+SCHEDULES = (
+    ScheduleRow("forward", None, 16, 16, 64, _ANY, "streaming", "cost model"),
+    ScheduleRow("forward", None, 64, _ANY, _ANY, _ANY, "workspace", "cost model"),
+    ScheduleRow("backward", None, 64, _ANY, _ANY, _ANY, "workspace", "cost model"),
+)
+
+
+def schedule_for(direction, heads, width, keys, dtype, capability):
+    """ "streaming" or "workspace": the first row of SCHEDULES that covers the call."""
+    for row in SCHEDULES:
+        if (
+            row.direction == direction
+            and (row.capability is None or capability >= row.capability)
+            and _BITS[dtype] <= row.bits
+            and heads <= row.most_heads
+            and width <= row.most_width
+            and keys <= row.most_keys
+        ):
+            return row.schedule
+    raise AssertionError("the last rows of the table match every call")
+
+
+# Of the maps of a chunk and the copies of its operands, by capability. Source: cost model; README.md counts
+# why it is more than the L2 (A100 40 MB, H200 50 MB, B200 126 MB).
+WORKSPACE_BYTES = (((10, 0), 128 << 20), ((9, 0), 96 << 20), ((0, 0), 64 << 20))
+
+
+def workspace_bytes(capability):
+    return next(size for first, size in WORKSPACE_BYTES if capability >= first)
+
+
+class RowsRow(NamedTuple):
+    """Tiles of the row kernels: [tile_rows, block] elements."""
+
+    direction: str
+    bits: int
+    extras: bool  # layer norm or pre-mix, which hold more tiles at a time
+    tile_rows: int
+    most_keys: int  # _ANY: rows longer than `block` are walked in blocks
+    block: int
+    tiles: int  # of a program, one after the other: they share its partial sums
+    num_warps: int
+    num_stages: int
+    source: str
+
+
+# 8 to 32 elements a thread; the backward holds about five such tiles at a time, eight with extras.
+ROWS = (
+    RowsRow("forward", 16, False, 16, 64, 64, 8, 2, 1, "aot"),
+    RowsRow("forward", 16, False, 16, 256, 256, 8, 4, 1, "aot"),
+    RowsRow("forward", 32, True, 16, 256, 256, 8, 8, 1, "aot"),
+    RowsRow("forward", 16, False, 16, 512, 512, 8, 8, 1, "aot"),
+    RowsRow("forward", 32, True, 16, _ANY, 128, 4, 4, 1, "aot"),
+    RowsRow("forward", 16, False, 32, 256, 256, 8, 8, 1, "aot"),
+    RowsRow("forward", 32, True, 64, _ANY, 128, 4, 8, 1, "aot"),
+    RowsRow("forward", 64, True, 64, _ANY, 32, 4, 4, 1, "aot"),
+    RowsRow("backward", 16, False, 16, 64, 64, 8, 4, 1, "aot"),
+    RowsRow("backward", 16, False, 16, 256, 256, 8, 8, 1, "aot"),
+    RowsRow("backward", 16, False, 16, _ANY, 128, 4, 4, 1, "aot"),
+    RowsRow("backward", 32, False, 16, _ANY, 128, 4, 8, 1, "aot"),
+    RowsRow("backward", 32, True, 16, _ANY, 64, 4, 4, 1, "aot"),
+    RowsRow("backward", 16, False, 32, 128, 128, 8, 8, 1, "aot"),
+    RowsRow("backward", 32, True, 64, _ANY, 64, 4, 8, 1, "aot"),
+    RowsRow("backward", 64, True, 64, _ANY, 32, 4, 4, 1, "aot"),
+)
+
+
+class RowConfig(NamedTuple):
+    share: int  # query rows of a tile; a layer norm over heads wants one
+    tile_rows: int
+    block: int
+    one_block: bool
+    tiles: int
+    split: int  # of the keys of a block, for products over them: where [T, T] is less than one product a warp
+    three_steps: bool  # the backward's results are made one after the other, to save registers
+    reload: bool  # matrices of the mixes are loaded for each use, to save registers
+    num_warps: int
+    num_stages: int
+
+
+def row_config(direction, heads, keys, dtype, extras):
+    """The tiles for a call, with or without layer norm or pre-mix: the first row of ROWS that covers it."""
+    tile_rows = max(16, 1 << (heads - 1).bit_length())
+    for row in ROWS:
+        if (
+            row.direction == direction
+            and _BITS[dtype] <= row.bits
+            and extras <= row.extras
+            and tile_rows <= row.tile_rows
+            and keys <= row.most_keys
+        ):
+            # 16: what a tensor-core product takes at least
+            block = min(row.block, max(16, 1 << (keys - 1).bit_length()))
+            large = tile_rows > 16
+            return RowConfig(
+                share=1 if extras else tile_rows // heads,
+                tile_rows=tile_rows,
+                block=block,
+                one_block=keys <= block,
+                tiles=row.tiles,
+                split=1 if large else min(row.num_warps, block // 16),
+                three_steps=(large and (extras or dtype.itemsize > 2)) or (extras and dtype.itemsize > 4),
+                reload=extras or large,
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
+    raise ValueError(f"q must have at most 64 heads for the Triton kernels, got {heads}")

@@ -1,0 +1,26 @@
+"""Triton kernels of re-attention: the operators of ../function.py, for `backend="triton"`.
+
+Two schedules, ../README.md has both: `streaming` walks the keys with a tile of all heads, `workspace` holds
+the maps of a few images and lets library products and one row kernel work on them.
+"""
+
+import importlib
+
+from .dots import head_dots
+from .schedule import chosen, schedule
+
+__all__ = ["chosen", "head_dots", "reattention_bwd", "reattention_fwd", "schedule"]
+
+
+def _module(direction, q, k):
+    return importlib.import_module(f".{chosen(direction, q, k)}", __name__)
+
+
+def reattention_fwd(q, k, v, *arguments):
+    """As `vitdiv::reattention_fwd`: (out, centred Gram), an empty tensor for what is not needed."""
+    return _module("forward", q, k).forward(q, k, v, *arguments)
+
+
+def reattention_bwd(dout, coupling, q, k, v, *arguments):
+    """As `vitdiv::reattention_bwd`: dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias."""
+    return _module("backward", q, k).backward(dout, coupling, q, k, v, *arguments)

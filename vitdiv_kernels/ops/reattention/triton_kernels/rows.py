@@ -1,0 +1,392 @@
+"""The row kernels of the workspace schedule: all that happens to the maps between two matrix products.
+
+A tile holds the logits of all heads for SHARE query rows: tile row r is head r % H of query row r // H, and
+T = 16, 32, ... tile rows are what a tensor-core product needs. A mix over heads is then one product with the
+[T, T] matrix that has the [H, H] one SHARE times on its diagonal, so few heads do not leave most of it idle.
+A row longer than BLOCK keys is walked in blocks (ONE_BLOCK is False): once for the softmax's statistics, once
+more for each thing that needs a whole row before it; it comes from L1 then.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_rows(H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr):
+    """Of each tile row: its head, its query row in the tile, whether it is one; which rows share one."""
+    r = tl.arange(0, T)
+    share = r // H
+    used = r < SHARE * H
+    together = (share[:, None] == share[None, :]) & used[:, None] & used[None, :]
+    return r % H, share, used, together
+
+
+@triton.jit
+def diagonal_blocks(matrix, head, together, TRANSPOSED: tl.constexpr, H: tl.constexpr):
+    """[H, H] in memory -> [T, T], once per query row of the tile."""
+    if TRANSPOSED:
+        offsets = head[None, :] * H + head[:, None]
+    else:
+        offsets = head[:, None] * H + head[None, :]
+    return tl.load(matrix + offsets, mask=together, other=0.0)
+
+
+@triton.jit
+def matrix_of(matrix, head, together, TRANSPOSED: tl.constexpr, RELOAD: tl.constexpr, H: tl.constexpr):
+    """With RELOAD the pointer, for `mix_heads` to load from: a matrix held for the tensor cores costs 8 to 64
+    registers a thread, times two in TF32x3."""
+    if RELOAD:
+        return matrix
+    else:
+        return diagonal_blocks(matrix, head, together, TRANSPOSED, H)
+
+
+@triton.jit
+def mix_heads(
+    weight, x, head, together, TRANSPOSED: tl.constexpr, RELOAD: tl.constexpr, H: tl.constexpr,
+    SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """weight [T, T] (see `matrix_of`) times x [T, BLOCK]; what is not finite stays in its query row."""
+    if RELOAD:
+        held = diagonal_blocks(weight, head, together, TRANSPOSED, H)
+    else:
+        held = weight
+    if SHARE > 1:
+        # zeros of the weight would carry NaN and Inf to the tile's other query rows
+        difference = x - x
+        lost = tl.sum(difference, 1)
+        x = tl.where(difference == 0, x, 0.0)
+    mixed = tl.dot(held.to(DOT), x.to(DOT), input_precision=PRECISION, out_dtype=ACC)
+    if SHARE > 1:
+        mixed += tl.sum(tl.where(together, lost[None, :], 0.0), 1)[:, None]
+    return mixed
+
+
+@triton.jit
+def add_products(
+    sums, x, y, SPLIT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """sums [SPLIT, T, T] + x y^T, keys shared out: else every warp makes the whole of so small a product."""
+    x_parts = tl.permute(tl.reshape(x.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 0, 2))
+    y_parts = tl.permute(tl.reshape(y.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 2, 0))
+    return tl.dot(x_parts, y_parts, sums, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def load_logits(
+    z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE: tl.constexpr, RELOAD: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(raw logits, 0 outside; what goes into the softmax, -inf outside)"""
+    inside = live[:, None] & (j < keys)[None, :]
+    raw = tl.load(z_rows[:, None] + j[None, :], mask=inside, other=0.0).to(ACC)
+    if HAS_PRE:
+        logits = mix_heads(pre, raw, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+        logits += pre_shift[:, None]
+    else:
+        logits = raw
+    return raw, tl.where(inside, logits, float("-inf"))
+
+
+@triton.jit
+def add_to_statistics(logits, top, total):
+    """The softmax's running maximum and sum of exponentials, per tile row, with one block more."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    # all -inf so far: not inf - inf
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    total = total * tl.exp(top - finite_top) + tl.sum(tl.exp(logits - finite_top[:, None]), 1)
+    return new_top, total
+
+
+@triton.jit
+def softmax_maps(logits, top, total, live):
+    """exp(logits - top) / total; a row of -inf alone gives NaN, as it does in a softmax."""
+    finite_top = tl.where(top == float("-inf"), 0.0, top)
+    inverse = 1.0 / tl.where(live, total, 1.0)
+    return tl.exp(logits - finite_top[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def layer_norm(mixed, used, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
+    """(normalised over the heads, with weight and bias, 1 / standard deviation [BLOCK]); SHARE is 1."""
+    mean = tl.sum(mixed, 0) / H
+    deviation = tl.where(used[:, None], mixed - mean[None, :], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / H + tl.full((), EPS, ACC))
+    normalized = deviation * rstd[None, :]
+    return normalized, normalized * norm_weight[:, None] + norm_bias[:, None], rstd
+
+
+@triton.jit
+def forward_rows(
+    z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, grams, rows, keys, padded_keys, tiles,
+    gram_stride,
+    EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_OUT: tl.constexpr, NEEDS_GRAM: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, BOOST: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Logits z [images, H, rows, padded_keys] -> Y in place; centred Gram [images, programs, T, T]."""
+    HAS_PRE: tl.constexpr = pre_mix is not None
+    LAYER: tl.constexpr = norm_weight is not None
+    image, program = tl.program_id(0), tl.program_id(1)
+    head, share, used, together = tile_rows(H, SHARE, T)
+    z += image.to(tl.int64) * (H * rows) * padded_keys
+    mean = (tl.full((), 1.0, ACC) / keys).to(ACC)
+
+    pre, pre_shift = together, head
+    if HAS_PRE:
+        pre = matrix_of(pre_mix, head, together, False, RELOAD, H)
+        pre_shift = tl.zeros((T,), ACC)
+        if pre_bias is not None:
+            pre_shift = tl.load(pre_bias + head, mask=used, other=0.0)
+    if NEEDS_OUT:
+        weight = matrix_of(mix, head, together, False, RELOAD, H)
+        shift = tl.zeros((T,), ACC)
+        if not CENTRED:
+            shift += tl.sum(diagonal_blocks(mix, head, together, False, H), 1) * mean
+        if bias is not None:
+            shift += tl.load(bias + head, mask=used, other=0.0)
+        gain, offset = shift, shift
+        if LAYER:
+            gain = tl.load(norm_weight + head, mask=used, other=0.0)
+            offset = tl.load(norm_bias + head, mask=used, other=0.0)
+    gram = tl.zeros((SPLIT, T, T), ACC)
+
+    # a constant number of tiles would be unrolled, and spill
+    for tile in range(tiles):
+        i = (program * tiles + tile) * SHARE + share
+        live = used & (i < rows)
+        z_rows = z + (head * rows + i).to(tl.int64) * padded_keys
+        top = tl.full((T,), float("-inf"), ACC)
+        total = tl.zeros((T,), ACC)
+        if not ONE_BLOCK:
+            for j0 in tl.range(0, keys, BLOCK):
+                _, block_logits = load_logits(
+                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, head, together, HAS_PRE,
+                    RELOAD, H, SHARE, DOT, PRECISION, ACC,
+                )  # fmt: skip
+                top, total = add_to_statistics(block_logits, top, total)
+        for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            _, logits = load_logits(
+                z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE, DOT,
+                PRECISION, ACC,
+            )  # fmt: skip
+            if ONE_BLOCK:
+                top, total = add_to_statistics(logits, top, total)
+            inside = live[:, None] & (j < keys)[None, :]
+            centred = tl.where(inside, softmax_maps(logits, top, total, live) - mean, 0.0) * BOOST
+            if NEEDS_GRAM:
+                gram = add_products(gram, centred, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
+            if NEEDS_OUT:
+                y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+                y = y * (1.0 / BOOST) + shift[:, None]
+                if LAYER:
+                    _, y, _ = layer_norm(y, used, gain, offset, EPS, H, ACC)
+                # others of this program may still be reading what is overwritten here
+                tl.debug_barrier()
+                tl.store(
+                    z_rows[:, None] + j[None, :],
+                    tl.where(inside, y, 0.0).to(z.dtype.element_ty),
+                    mask=live[:, None] & (j < padded_keys)[None, :],
+                )
+    if NEEDS_GRAM:
+        r = tl.arange(0, T)
+        grams += image.to(tl.int64) * gram_stride + program * (T * T)
+        tl.store(grams + r[:, None] * T + r[None, :], tl.sum(gram, 0) * (1.0 / (BOOST * BOOST)))
+
+
+@triton.jit
+def maps_gradient(
+    logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset, couple, used,
+    head, together, HAS_DOUT: tl.constexpr, HAS_COUPLING: tl.constexpr, LAYER: tl.constexpr,
+    NEEDS_Y: tl.constexpr, NEEDS_MAPS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr,
+    RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BOOST: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(maps, centred * BOOST, Y, dY, normalised M, dM, the maps' gradient); `maps` for what is not needed"""
+    inside = live[:, None] & (j < keys)[None, :]
+    maps = softmax_maps(logits, top, total, live)
+    centred = tl.where(inside, maps - mean, 0.0) * BOOST
+    y, dy, normalized, dmixed, dmaps = maps, maps, maps, maps, maps
+    if NEEDS_Y or (LAYER and HAS_DOUT):
+        y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+        y = y * (1.0 / BOOST) + shift[:, None]
+        rstd = mean
+        if LAYER:
+            normalized, y, rstd = layer_norm(y, used, gain, offset, EPS, H, ACC)
+    if HAS_DOUT:
+        dy = tl.load(dy_rows[:, None] + j[None, :], mask=inside, other=0.0).to(ACC)
+        dmixed = dy
+        if LAYER:
+            scaled = dy * gain[:, None]
+            first = tl.sum(scaled, 0)[None, :] / H
+            second = tl.sum(scaled * normalized, 0)[None, :] / H
+            dmixed = tl.where(inside, rstd[None, :] * (scaled - first - normalized * second), 0.0)
+    if NEEDS_MAPS:
+        if HAS_DOUT:
+            dmaps = mix_heads(weight_t, dmixed, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+        if HAS_COUPLING:
+            # far below float16's range where it comes from a batch norm's variance
+            if BOOST > 1:
+                from_gram = mix_heads(
+                    couple, centred, head, together, False, RELOAD, H, SHARE, ACC, "tf32x3", ACC
+                )
+            else:
+                from_gram = mix_heads(
+                    couple, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC
+                )
+            if HAS_DOUT:
+                dmaps += from_gram * (1.0 / BOOST)
+            else:
+                dmaps = from_gram * (1.0 / BOOST)
+    return maps, centred, y, dy, normalized, dmixed, dmaps
+
+
+@triton.jit
+def backward_rows(
+    z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows,
+    keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,
+    EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
+    NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, BOOST: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Logits z and dy [images, H, rows, padded_keys] -> Y in z, the logits' gradient in dy (in z without dy).
+
+    matrix_sums [images, programs, 2, T, T]: dmix from centred maps, dpre_mix.
+    vector_sums [images, programs, 3, T]: dbias, dnorm_weight, dnorm_bias.
+    """
+    HAS_DOUT: tl.constexpr = dy is not None
+    HAS_COUPLING: tl.constexpr = coupling is not None
+    HAS_PRE: tl.constexpr = pre_mix is not None
+    LAYER: tl.constexpr = norm_weight is not None
+    NEEDS_MAPS: tl.constexpr = NEEDS_DZ or NEEDS_DPRE
+    image, program = tl.program_id(0), tl.program_id(1)
+    head, share, used, together = tile_rows(H, SHARE, T)
+    image_offset = image.to(tl.int64) * (H * rows) * padded_keys
+    mean = (tl.full((), 1.0, ACC) / keys).to(ACC)
+
+    pre, pre_shift = together, head
+    if HAS_PRE:
+        pre = matrix_of(pre_mix, head, together, False, RELOAD, H)
+        pre_shift = tl.zeros((T,), ACC)
+        if pre_bias is not None:
+            pre_shift = tl.load(pre_bias + head, mask=used, other=0.0)
+    weight = matrix_of(mix, head, together, False, RELOAD, H)
+    weight_t = matrix_of(mix, head, together, True, RELOAD, H)
+    shift = tl.zeros((T,), ACC)
+    if not CENTRED:
+        shift += tl.sum(diagonal_blocks(mix, head, together, False, H), 1) * mean
+    if bias is not None:
+        shift += tl.load(bias + head, mask=used, other=0.0)
+    gain, offset = shift, shift
+    if LAYER:
+        gain = tl.load(norm_weight + head, mask=used, other=0.0)
+        offset = tl.load(norm_bias + head, mask=used, other=0.0)
+    pre_t, couple = weight, weight
+    if HAS_PRE:
+        pre_t = matrix_of(pre_mix, head, together, True, RELOAD, H)
+    if HAS_COUPLING:
+        coupling += image.to(tl.int64) * coupling_stride
+        couple = matrix_of(coupling, head, together, False, RELOAD, H)
+
+    dmix = tl.zeros((SPLIT, T, T), ACC)
+    dpre = tl.zeros((SPLIT, T, T), ACC)
+    dbias = tl.zeros((T,), ACC)
+    dnorm_weight = tl.zeros((T,), ACC)
+    dnorm_bias = tl.zeros((T,), ACC)
+
+    # a constant number of tiles would be unrolled, and spill
+    for tile in range(tiles):
+        i = (program * tiles + tile) * SHARE + share
+        live = used & (i < rows)
+        offsets = image_offset + (head * rows + i).to(tl.int64) * padded_keys
+        z_rows = z + offsets
+        dy_rows = z_rows
+        if HAS_DOUT:
+            dy_rows = dy + offsets
+        top = tl.full((T,), float("-inf"), ACC)
+        total = tl.zeros((T,), ACC)
+        delta = tl.zeros((T,), ACC)
+        if not ONE_BLOCK:
+            for j0 in tl.range(0, keys, BLOCK):
+                _, block_logits = load_logits(
+                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, head, together, HAS_PRE,
+                    RELOAD, H, SHARE, DOT, PRECISION, ACC,
+                )  # fmt: skip
+                top, total = add_to_statistics(block_logits, top, total)
+            if NEEDS_MAPS:
+                for j0 in tl.range(0, keys, BLOCK):
+                    jd = j0 + tl.arange(0, BLOCK)
+                    _, logits_d = load_logits(
+                        z_rows, jd, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE,
+                        DOT, PRECISION, ACC,
+                    )  # fmt: skip
+                    maps_d, _, _, _, _, _, dmaps_d = maps_gradient(
+                        logits_d, dy_rows, jd, top, total, live, keys, mean, weight, weight_t, shift,
+                        gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
+                        True, EPS, H, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
+                    )  # fmt: skip
+                    delta += tl.sum(maps_d * dmaps_d, 1)
+        for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            raw, logits = load_logits(
+                z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE, DOT,
+                PRECISION, ACC,
+            )  # fmt: skip
+            if ONE_BLOCK:
+                top, total = add_to_statistics(logits, top, total)
+            maps, centred, y, dy_block, normalized, dmixed, dmaps = maps_gradient(
+                logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset,
+                couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H,
+                SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
+            )  # fmt: skip
+            if NEEDS_DMIX:
+                dmix = add_products(dmix, dmixed, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
+                dbias += tl.sum(dmixed, 1)
+            if NEEDS_DNORM:
+                dnorm_weight += tl.sum(dy_block * normalized, 1)
+                dnorm_bias += tl.sum(dy_block, 1)
+            inside = live[:, None] & (j < keys)[None, :]
+            stored = live[:, None] & (j < padded_keys)[None, :]
+            if NEEDS_DV:
+                # others of this program may still be reading what is overwritten here and below
+                tl.debug_barrier()
+                tl.store(
+                    z_rows[:, None] + j[None, :], tl.where(inside, y, 0.0).to(z.dtype.element_ty), mask=stored
+                )
+            if NEEDS_MAPS:
+                if ONE_BLOCK:
+                    delta = tl.sum(maps * dmaps, 1)
+                dlogits = maps * (dmaps - delta[:, None])
+                if NEEDS_DPRE:
+                    dpre = add_products(dpre, dlogits, raw, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
+                if NEEDS_DZ:
+                    if HAS_PRE:
+                        dlogits = mix_heads(
+                            pre_t, dlogits, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC
+                        )
+                    if not NEEDS_DV:
+                        tl.debug_barrier()
+                    tl.store(
+                        dy_rows[:, None] + j[None, :],
+                        tl.where(inside, dlogits, 0.0).to(z.dtype.element_ty),
+                        mask=stored,
+                    )
+
+    r = tl.arange(0, T)
+    square = r[:, None] * T + r[None, :]
+    matrix_sums += image.to(tl.int64) * matrix_stride + program * (2 * T * T)
+    vector_sums += image.to(tl.int64) * vector_stride + program * (3 * T)
+    if NEEDS_DMIX:
+        tl.store(matrix_sums + square, tl.sum(dmix, 0) * (1.0 / BOOST))
+        tl.store(vector_sums + r, dbias)
+    if NEEDS_DPRE:
+        tl.store(matrix_sums + T * T + square, tl.sum(dpre, 0))
+    if NEEDS_DNORM:
+        tl.store(vector_sums + T + r, dnorm_weight)
+        tl.store(vector_sums + 2 * T + r, dnorm_bias)

@@ -1,0 +1,33 @@
+"""Which of the two schedules runs a call: the table of ../triton_configs.py, or what `schedule` says."""
+
+import contextlib
+
+from ..._triton import capability
+from ..triton_configs import schedule_for
+
+SCHEDULES = ("streaming", "workspace")
+_chosen = None
+
+
+@contextlib.contextmanager
+def schedule(name):
+    """Within the block every call, forward and backward, takes the schedule "streaming" or "workspace".
+
+    For tests and benchmarks. It holds for all threads, so for autograd's too; blocks nest. Raises ValueError
+    for an unknown name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {name!r}")
+    global _chosen
+    outer, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = outer
+
+
+def chosen(direction, q, k):
+    """The schedule of this call; `direction` is "forward" or "backward"."""
+    if _chosen is not None:
+        return _chosen
+    return schedule_for(direction, q.shape[1], q.shape[3], k.shape[2], q.dtype, capability(q))
