@@ -174,7 +174,7 @@ class _Rows:
             PRECISION=input_precision(q.dtype),
             # lifts centred maps, which are small where attention is nearly uniform, into float16's range
             BOOST=4096 if q.dtype == torch.float16 else 1, ACC=accumulator(q.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip
 
     def programs(self, rows):
