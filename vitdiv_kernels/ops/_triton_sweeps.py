@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ._layout import accumulation_dtype
-from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch
+from ._triton import DTYPES, INTERPRETED, accumulator, capability, input_precision, launch
 from ._triton_heads import LOG2_E, aligned, aligned_empty, deliver, padded_heads, split, uncouple
 from ._triton_maps import key_gradient, query_gradient, softmax_sweep
 from ._triton_tiles import tile
@@ -33,8 +33,10 @@ class Maps:
         """A number for each head and query row."""
         return self.empty(self.images, self.padded, self.row_stride)
 
-    def tile(self, kernel, width):
-        return tile(kernel, self.padded, width, self.dtype)
+    def tile(self, kernel, layer_norm=False):
+        """v and its gradient are as wide as q; layer norm and pre-mix hold more at a time."""
+        extras = layer_norm or self.pre_mix is not None
+        return tile(kernel, self.padded, self.width, self.dtype, extras, capability(self.q))
 
     def numbers(self):
         """Constants of the arithmetic. The interpreter computes wrongly in bfloat16."""
@@ -55,7 +57,7 @@ class Maps:
     def softmax(self, coupling=None, gram=False, statistics=True):
         """(shift, rate, delta, gram) as softmax_sweep says; None for what is not asked for. gram is [B, H, H]."""
         delta = coupling is not None
-        t = self.tile("softmax_gram" if gram or delta else "softmax", self.width)
+        t = self.tile("softmax_gram" if gram or delta else "softmax")
         tiles = triton.cdiv(self.queries, t.rows)
         shift, rate, deltas = (self.rows() if x else self.q for x in (statistics, statistics, delta))
         partial = self.empty(self.images, tiles, self.padded, self.padded) if gram else self.q
@@ -85,7 +87,7 @@ class Maps:
     def _query_gradient(self, statistics, delta, coupling, mixed, needs_dq, needs_dpre_mix):
         if not (needs_dq or needs_dpre_mix):
             return None, None
-        t = self.tile("query_gradient", self.width if mixed is None else max(self.width, mixed.width))
+        t = self.tile("query_gradient", mixed is not None and mixed.norm_weight is not None)
         tiles = triton.cdiv(self.queries, t.rows)
         kron = max(16, self.padded)
         dq, written = aligned_empty(self.q_given) if needs_dq else (None, self.q)
@@ -103,7 +105,7 @@ class Maps:
         return deliver(dq, written) if needs_dq else None, dpre_mix
 
     def _key_gradient(self, statistics, delta, coupling, mixed):
-        t = self.tile("key_gradient", self.width if mixed is None else max(self.width, mixed.width))
+        t = self.tile("key_gradient", mixed is not None and mixed.norm_weight is not None)
         tiles = triton.cdiv(self.keys, t.rows)
         dk, written = aligned_empty(self.k_given)
         launch(
