@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,36 @@ def backend(request, monkeypatch):
     need(name, device)
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
+
+
+# Cases of a test: of pairwise_cosine each takes a third of a second, of the others several.
+MOST_INTERPRETED = {"test_pairwise_cosine.py": 40}
+MOST_INTERPRETED_ELSEWHERE = 8
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="run all cases of each test in Triton's interpreter, not a sample",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Triton's interpreter is slow: of a test with many cases a sample, always the same one."""
+    if config.getoption("--every-case"):
+        return
+    cases = {}
+    for item in items:
+        if "triton-interpreter" in item.name:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    dropped = set()
+    for group in cases.values():
+        shuffled = sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        most = MOST_INTERPRETED.get(group[0].path.name, MOST_INTERPRETED_ELSEWHERE)
+        dropped.update(shuffled[most:])
+    config.hook.pytest_deselected(items=sorted(dropped, key=lambda item: item.nodeid))
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture

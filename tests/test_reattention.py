@@ -143,7 +143,9 @@ GRID = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", GRID, ids=str)
-def test_values_and_gradients(backend, case, dtype):
+def test_values_and_gradients(backend, interpreted, case, dtype):
+    if interpreted and max(case.sizes[2:4]) > 65:
+        pytest.skip("slow: shorter rows stand for it; tests/test_triton_*.py walk rows in blocks")
     check(backend, case, dtype)
 
 

@@ -196,7 +196,9 @@ def head_values(base, H: tl.constexpr, HP: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def factors(first_high, first_low, second_high, second_low, H1: tl.constexpr, HP: tl.constexpr, ACC: tl.constexpr):
+def factors(
+    first_high, first_low, second_high, second_low, H1: tl.constexpr, HP: tl.constexpr, ACC: tl.constexpr
+):
     """What the products of each head are multiplied by, [HP, 1, 1]: heads past H1 are another layer's."""
     first = double(first_high, first_low, ACC)
     second = double(second_high, second_low, ACC)
@@ -214,7 +216,12 @@ def aligned(x):
 
     Otherwise every load is of one element, which takes twice the instructions and spills registers.
     """
-    if x.stride(3) == 1 and x.shape[3] % 16 == 0 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in x.stride()[:3]):
+    if (
+        x.stride(3) == 1
+        and x.shape[3] % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and not any(s % 16 for s in x.stride()[:3])
+    ):
         return x
     b, h, n, d = x.shape
     copy = x.new_zeros(b, n, h, -(-d // 16) * 16).transpose(1, 2)

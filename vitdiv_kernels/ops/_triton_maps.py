@@ -42,7 +42,14 @@ def mixed_maps(
 
 @triton.jit
 def mix_constant(
-    mix, bias, mean, H: tl.constexpr, HP: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr
+    mix,
+    bias,
+    mean,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """What stands beside the mix of centred maps, [HP, 1, 1]: mix A + bias = mix (A - 1/M) + bias + sum_h mix / M."""
     constant = tl.zeros((HP, 1, 1), ACC)
@@ -154,10 +161,14 @@ def softmax_sweep(
             tl.store(gram + pid.to(tl.int64) * HP * HP + h[:, None] * HP + h[None, :], tl.sum(acc, 0))
         if DELTA:
             inside_c = (h < H)[:, None] & (h < H)[None, :]
-            c = tl.load(coupling + image * coupling_b + h[:, None] * H + h[None, :], mask=inside_c, other=0.0).to(ACC)
+            c = tl.load(
+                coupling + image * coupling_b + h[:, None] * H + h[None, :], mask=inside_c, other=0.0
+            ).to(ACC)
             d = tl.trans(tl.sum(acc * c[None, :, :], 2))
             tl.store(
-                delta + (image * HP + h[:, None]) * NS + i[None, :], d, mask=(i < N)[None, :] & (h < HP)[:, None]
+                delta + (image * HP + h[:, None]) * NS + i[None, :],
+                d,
+                mask=(i < N)[None, :] & (h < HP)[:, None],
             )
 
 
@@ -256,7 +267,9 @@ def query_gradient(
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = p
         if DOUT:
-            dy = products(held_o, dout, i, N, o_h, o_n, v, j, M, v_h, v_n, H, HP, DV, DVB, DT, HOLD, PREC, ACC)
+            dy = products(
+                held_o, dout, i, N, o_h, o_n, v, j, M, v_h, v_n, H, HP, DV, DVB, DT, HOLD, PREC, ACC
+            )
         valid = (i < N)[:, None] & (j < M)[None, :]
         d = maps_gradient(
             dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 2, DOUT, LAYER, COUPLING,
@@ -356,7 +369,9 @@ def key_gradient(
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = p
         if DOUT:
-            dy = products(held_v, v, j, M, v_h, v_n, dout, i, N, o_h, o_n, H, HP, DV, DVB, DT, HOLD, PREC, ACC)
+            dy = products(
+                held_v, v, j, M, v_h, v_n, dout, i, N, o_h, o_n, H, HP, DV, DVB, DT, HOLD, PREC, ACC
+            )
         valid = (j < M)[:, None] & (i < N)[None, :]
         d = maps_gradient(
             dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 1, DOUT, LAYER, COUPLING,

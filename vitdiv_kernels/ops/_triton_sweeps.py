@@ -116,7 +116,11 @@ class Maps:
         return deliver(dk, written)
 
     def _gradient_arguments(self, written, mixed, coupling, statistics, delta):
-        tensors = (self.q,) * 5 if mixed is None else (mixed.v, mixed.dout, mixed.mix, mixed.bias, mixed.norm_weight)
+        tensors = (
+            (self.q,) * 5
+            if mixed is None
+            else (mixed.v, mixed.dout, mixed.mix, mixed.bias, mixed.norm_weight)
+        )
         v, dout, mix, bias, norm_weight = (or_else(x, self.q) for x in tensors)
         return (
             *located(self.q), *located(self.k), *located(v), *located(dout), *located(written),

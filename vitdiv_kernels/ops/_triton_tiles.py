@@ -19,4 +19,6 @@ class Tile(NamedTuple):
 
 def tile(kernel, heads, width, dtype, extras, capability):
     """The Tile of a kernel; `width` is the widest row that it multiplies."""
-    return Tile(16, 16, 16 if width <= 16 else 32 if width <= 32 else 64, True, max(1, min(8, heads)), 1, "draft")
+    return Tile(
+        16, 16, 16 if width <= 16 else 32 if width <= 32 else 64, True, max(1, min(8, heads)), 1, "draft"
+    )

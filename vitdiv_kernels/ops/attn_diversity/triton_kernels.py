@@ -20,7 +20,9 @@ def attention_gram_bwd(coupling, q, k, scale, q2, k2, scale2, needs):
     heads = q.shape[1]
     whole = dq, dk, dq, dk
     return tuple(
-        _part(gradient, x, slice(heads) if layer == 0 else slice(heads, None), q2 is None) if need else nothing(q)
+        _part(gradient, x, slice(heads) if layer == 0 else slice(heads, None), q2 is None)
+        if need
+        else nothing(q)
         for gradient, x, layer, need in zip(whole, (q, k, q2, k2), (0, 0, 1, 1), needs, strict=True)
     )
 
