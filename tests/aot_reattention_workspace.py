@@ -11,6 +11,8 @@ SHAPES = ((12, 64, 64), (12, 197, 64), (6, 197, 35), (12, 300, 32), (16, 1025, 6
 def calls():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for heads, keys, width in SHAPES:
+            if heads > 16 and dtype == torch.float64:
+                continue  # known to spill, as are some below: triton_configs.py
             packed = torch.empty(2, keys, 3, heads, width, dtype=dtype, device="meta")
             call(*packed.permute(2, 0, 3, 1, 4))
         x = torch.empty(2, 12, 197, 35, dtype=dtype, device="meta")
@@ -29,6 +31,6 @@ def call(q, k, v):
         triton_kernels.reattention_bwd(q, None, *plain, [True, True, True, False, True, False])
         triton_kernels.reattention_fwd(*batch, True, True)
         triton_kernels.reattention_bwd(q, matrix[None], *batch, [True, True, True, False, True, False])
-        if heads <= 16 or q.dtype.itemsize == 2:  # the others are known to spill: triton_configs.py
+        if heads <= 16 or q.dtype.itemsize == 2:
             triton_kernels.reattention_fwd(*everything, True, True)
             triton_kernels.reattention_bwd(q, matrix[None], *everything, [True] * 6)
