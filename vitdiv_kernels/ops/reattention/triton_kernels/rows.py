@@ -202,8 +202,9 @@ def forward_rows(
 def maps_gradient(
     logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset, couple, used,
     head, together, HAS_DOUT: tl.constexpr, HAS_COUPLING: tl.constexpr, LAYER: tl.constexpr,
-    NEEDS_Y: tl.constexpr, NEEDS_MAPS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr,
-    RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BOOST: tl.constexpr, ACC: tl.constexpr,
+    NEEDS_Y: tl.constexpr, NEEDS_MAPS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, T: tl.constexpr,
+    SHARE: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(maps, centred * BOOST, Y, dY, normalised M, dM, the maps' gradient); `maps` for what is not needed"""
     inside = live[:, None] & (j < keys)[None, :]
@@ -230,8 +231,10 @@ def maps_gradient(
         if HAS_COUPLING:
             # far below float16's range where it comes from a batch norm's variance
             if BOOST > 1:
+                # three products would spill where T is 32
+                TF32: tl.constexpr = "tf32x3" if T == 16 else "tf32"
                 from_gram = mix_heads(
-                    couple, centred, head, together, False, RELOAD, H, SHARE, ACC, "tf32x3", ACC
+                    couple, centred, head, together, False, RELOAD, H, SHARE, ACC, TF32, ACC
                 )
             else:
                 from_gram = mix_heads(
@@ -329,7 +332,7 @@ def backward_rows(
                     maps_d, _, _, _, _, _, dmaps_d = maps_gradient(
                         logits_d, dy_rows, jd, top, total, live, keys, mean, weight, weight_t, shift,
                         gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
-                        True, EPS, H, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
+                        True, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
                     )  # fmt: skip
                     delta += tl.sum(maps_d * dmaps_d, 1)
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
@@ -342,7 +345,7 @@ def backward_rows(
                 top, total = add_to_statistics(logits, top, total)
             maps, centred, y, dy_block, normalized, dmixed, dmaps = maps_gradient(
                 logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset,
-                couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H,
+                couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, T,
                 SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
             )  # fmt: skip
             if NEEDS_DMIX:
