@@ -6,6 +6,7 @@ Heads past H, rows past N and columns past M of a tile are zero where they are l
 import ctypes
 import math
 
+import torch
 import triton
 import triton.language as tl
 
