@@ -1,6 +1,7 @@
 """What the Triton kernels that hold a tile of all heads share: [HP, rows, columns], HP heads, a power of two.
 
-Heads past H, rows past N and columns past M of a tile are zero where they are loaded and leave no trace in a sum.
+Heads past H, rows past N and columns past M of a tile are zero where they are loaded and leave no trace in a
+sum.
 """
 
 import ctypes
@@ -67,39 +68,44 @@ def store_heads(
 
 @triton.jit
 def hold_heads(
-    base, i, n, stride_h, stride_n,
-    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DT: tl.constexpr, HOLD: tl.constexpr,
+    base, i, n, stride_h, stride_n, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    DT: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
-    """Rows i of all heads in pieces of DB columns, to stay on the chip through a loop; only the first if not HOLD."""
-    pieces = (load_heads(base, i, n, 0, stride_h, stride_n, H, HP, D, DB, DT),)
+    """Rows i of all heads in pieces of DB columns, kept through a loop; nothing if not HOLD."""
+    pieces = ()
     if HOLD:
-        for c in tl.static_range(1, (D + DB - 1) // DB):
-            pieces = pieces + (load_heads(base, i, n, c * DB, stride_h, stride_n, H, HP, D, DB, DT),)
+        for c in tl.static_range(0, (D + DB - 1) // DB):
+            piece = load_heads(base, i, n, c * DB, stride_h, stride_n, H, HP, D, DB, DT)
+            pieces = pieces + (piece,)  # noqa: RUF005 -- Triton knows no unpacking
     return pieces
 
 
 @triton.jit
 def products(
-    held, a, i, n, a_h, a_n, b, j, m, b_h, b_n,
-    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DT: tl.constexpr, HOLD: tl.constexpr,
-    PREC: tl.constexpr, ACC: tl.constexpr,
+    held, a, i, n, a_h, a_n, b, j, m, b_h, b_n, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, DT: tl.constexpr, HOLD: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """a_h[i] . b_h[j] of every head: [HP, rows i, rows j]; `held` is hold_heads of the rows i of a."""
-    y = load_heads(b, j, m, 0, b_h, b_n, H, HP, D, DB, DT)
-    s = tl.dot(held[0], tl.permute(y, (0, 2, 1)), input_precision=PREC, out_dtype=ACC)
-    for c in tl.static_range(1, (D + DB - 1) // DB):
-        if HOLD:
-            x = held[c]
-        else:
-            x = load_heads(a, i, n, c * DB, a_h, a_n, H, HP, D, DB, DT)
-        y = load_heads(b, j, m, c * DB, b_h, b_n, H, HP, D, DB, DT)
-        s = tl.dot(x, tl.permute(y, (0, 2, 1)), s, input_precision=PREC, out_dtype=ACC)
+    if HOLD:
+        y = load_heads(b, j, m, 0, b_h, b_n, H, HP, D, DB, DT)
+        s = tl.dot(held[0], tl.permute(y, (0, 2, 1)), input_precision=PREC, out_dtype=ACC)
+        for c in tl.static_range(1, (D + DB - 1) // DB):
+            y = load_heads(b, j, m, c * DB, b_h, b_n, H, HP, D, DB, DT)
+            s = tl.dot(held[c], tl.permute(y, (0, 2, 1)), s, input_precision=PREC, out_dtype=ACC)
+    else:
+        s = tl.zeros((HP, i.shape[0], j.shape[0]), ACC)
+        # a loop at run time: unrolled, its loads of a would be hoisted to where they hold the chip's memory
+        for c0 in tl.range(0, D, DB, num_stages=1):
+            x = load_heads(a, i, n, c0, a_h, a_n, H, HP, D, DB, DT)
+            t = load_heads(b, j, m, c0, b_h, b_n, H, HP, D, DB, DT)
+            s = tl.dot(x, tl.permute(t, (0, 2, 1)), s, input_precision=PREC, out_dtype=ACC)
     return s
 
 
-# Tensor cores contract over 16 at least. With fewer heads a tile [HP, A, B] is read as [16, HP A B / 16], its rows (head,
-# part) where `part` is one of S = 16 / HP parts of the keys, and the matrix as its Kronecker product with I_S. The
-# parts are of the keys, not the queries: what a NaN reaches by 0 * NaN is its own row of the maps, lost anyway.
+# Tensor cores contract over 16 at least. With fewer heads a tile [HP, A, B] is read as [16, HP A B / 16], its
+# rows (head, part) where `part` is one of S = 16 / HP parts of the keys, and the matrix as its Kronecker
+# product with I_S. The parts are of the keys, not the queries: what a NaN reaches by 0 * NaN is its own row
+# of the maps, lost anyway.
 @triton.jit
 def fold(x, HP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr):
     """[HP, A, B] as [16 or HP, ...]; KEYS is the axis of the keys, 1 or 2."""
@@ -134,8 +140,8 @@ def kronecker(matrix, H: tl.constexpr, HP: tl.constexpr, TRANSPOSE: tl.constexpr
 
 @triton.jit
 def magnitude(matrix, DT: tl.constexpr, ACC: tl.constexpr):
-    """What a matrix is divided by before float16 holds it: its entries have any scale, and float16 little range."""
-    if DT == tl.float16:
+    """What a matrix is divided by before float16 holds it: float16 has little range."""
+    if DT == tl.float16:  # noqa: SIM300
         largest = tl.max(tl.abs(matrix))
         # not of an infinity: Inf / Inf were NaN where the matrix has none
         return tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0).to(ACC)
@@ -213,7 +219,8 @@ def split(number):
 
 
 def aligned(x):
-    """x [B, H, N, d], or a copy, whose rows start at multiples of 16 elements and are that many elements long.
+    """x [B, H, N, d], or a copy, whose rows start at multiples of 16 elements and are that many elements
+    long.
 
     Otherwise every load is of one element, which takes twice the instructions and spills registers.
     """
@@ -246,7 +253,7 @@ def deliver(result, written):
 
 
 def uncouple(partial, heads):
-    """Sum over the programs' partial sums [B, programs, K, K] of `store_coupled`: [B, heads, heads] in float64."""
+    """Sum over the programs' partial sums [B, programs, K, K] of `store_coupled`: [B, heads, heads], float64."""
     b, _, k, _ = partial.shape
     padded = padded_heads(heads)
     total = partial.sum(1, dtype=torch.float64).view(b, padded, k // padded, padded, k // padded)

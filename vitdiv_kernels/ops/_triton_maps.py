@@ -1,4 +1,4 @@
-"""Triton kernels that attention_gram and re-attention share: the softmax sweep and the gradients of q and k."""
+"""Triton kernels that attention_gram and re-attention share: softmax and the gradients of q and k."""
 
 import triton
 import triton.language as tl
@@ -51,7 +51,7 @@ def mix_constant(
     BIAS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What stands beside the mix of centred maps, [HP, 1, 1]: mix A + bias = mix (A - 1/M) + bias + sum_h mix / M."""
+    """What stands beside the mix of centred maps, [HP, 1, 1]: bias + sum_h mix[g, h] / M, unless CENTRED."""
     constant = tl.zeros((HP, 1, 1), ACC)
     if not CENTRED:
         g = tl.arange(0, HP)
@@ -91,14 +91,16 @@ def softmax_sweep(
     DELTA: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr,
     PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the keys: of each row its largest logit `shift` and `rate` = 1 / sum, A = 2^(logit - shift) rate;
-    and the centred Gram matrix, summed over the rows of a tile (GRAM) or, row by row, against the coupling (DELTA):
+    """One pass over the keys: of each row its largest logit `shift` and `rate` = 1 / sum, A = 2^(logit -
+    shift) rate; and the centred Gram matrix, summed over the rows of a tile (GRAM) or, row by row, against
+    the coupling (DELTA):
 
         delta_h[i] = sum_j A_h dA_h = sum_k C[h,k] sum_j (A_h - 1/M) (A_k - 1/M)
 
-    The Gram matrix is kept per row, [BR, HP, HP], so that it can follow the row's maximum. It is of e - pivot, e the
-    exponentials and the pivot their mean over the first keys: what nearly uniform maps have in common is gone before
-    anything is rounded, and sum (e - mean)^2 = sum (e - pivot)^2 - (sum (e - pivot))^2 / M loses no digits there.
+    The Gram matrix is kept per row, [BR, HP, HP], so that it can follow the row's maximum. It is of e -
+    pivot, e the exponentials and the pivot their mean over the first keys: what nearly uniform maps have in
+    common is gone before anything is rounded, and sum (e - mean)^2 = sum (e - pivot)^2 - (sum (e - pivot))^2
+    / M loses no digits there.
     """
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
@@ -174,14 +176,14 @@ def softmax_sweep(
 
 @triton.jit
 def maps_gradient(
-    dy, centred, valid, mix, mix_t, size, constant, norm_weight, eps, c, c_size,
-    H: tl.constexpr, HP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, DOUT: tl.constexpr,
+    dy, centred, valid, mix, mix_t, size, constant, norm_weight, eps, c, c_size, H: tl.constexpr,
+    HP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, DOUT: tl.constexpr,
     LAYER: tl.constexpr, COUPLING: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of maps from that of the normed mix (DOUT) and of the Gram matrix (COUPLING); without DOUT it
-    is to be multiplied by c_size. The centred maps serve the latter too: a constant along a row of the maps' gradient
-    has no effect on that of the logits."""
+    """Gradient of a tile of maps from that of the normed mix (DOUT) and of the Gram matrix (COUPLING);
+    without DOUT it is to be multiplied by c_size. The centred maps serve the latter too: a constant along a
+    row of the maps' gradient has no effect on that of the logits."""
     if DOUT:
         if LAYER:
             m = mixed_maps(mix, size * (1.0 / PS), constant, centred, HP, A, B, KEYS, PREC, ACC)
@@ -197,16 +199,16 @@ def maps_gradient(
 
 @triton.jit
 def query_gradient(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dq, dq_b, dq_h, dq_n,
-    pre_mix, mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, dpre_mix,
-    tiles, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low,
-    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
-    DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr,
-    BIAS: tl.constexpr, DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_DQ: tl.constexpr,
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dq, dq_b, dq_h, dq_n, pre_mix,
+    mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, dpre_mix, tiles, N, M, NS, factor_high,
+    factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
+    HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
+    DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_DQ: tl.constexpr,
     NEED_DPRE: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr,
     ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries and a piece of DB columns, and the tile's part of dpre_mix, less a factor of ln 2."""
+    """dq of a tile of queries and a piece of DB columns, and the tile's part of dpre_mix, less a factor ln 2."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     i = (pid % tiles) * BR + tl.arange(0, BR)
@@ -272,8 +274,8 @@ def query_gradient(
             )
         valid = (i < N)[:, None] & (j < M)[None, :]
         d = maps_gradient(
-            dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 2, DOUT, LAYER, COUPLING,
-            PS, DT, PREC, ACC,
+            dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 2, DOUT, LAYER,
+            COUPLING, PS, DT, PREC, ACC,
         )  # fmt: skip
         d = p * (d - deltas)
         if not DOUT:
@@ -374,8 +376,8 @@ def key_gradient(
             )
         valid = (j < M)[:, None] & (i < N)[None, :]
         d = maps_gradient(
-            dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 1, DOUT, LAYER, COUPLING,
-            PS, DT, PREC, ACC,
+            dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 1, DOUT, LAYER,
+            COUPLING, PS, DT, PREC, ACC,
         )  # fmt: skip
         d = p * (d - deltas)
         if not DOUT:

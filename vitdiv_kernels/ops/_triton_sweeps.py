@@ -12,7 +12,7 @@ from ._triton_tiles import tile
 
 
 class Maps:
-    """The softmax maps of scale q k^T, perhaps mixed before, of which heads past `first_heads` have a scale2."""
+    """The softmax maps of scale q k^T, perhaps pre-mixed; heads past `first_heads` have a scale2."""
 
     def __init__(self, q, k, scale, pre_mix=None, pre_bias=None, first_heads=None, scale2=None):
         self.q_given, self.k_given = q, k
@@ -55,7 +55,7 @@ class Maps:
         )
 
     def softmax(self, coupling=None, gram=False, statistics=True):
-        """(shift, rate, delta, gram) as softmax_sweep says; None for what is not asked for. gram is [B, H, H]."""
+        """(shift, rate, delta, gram) as softmax_sweep says; None for what is not asked for."""
         delta = coupling is not None
         t = self.tile("softmax_gram" if gram or delta else "softmax")
         tiles = triton.cdiv(self.queries, t.rows)
@@ -63,14 +63,13 @@ class Maps:
         partial = self.empty(self.images, tiles, self.padded, self.padded) if gram else self.q
         coupling, coupling_b = with_image_stride(coupling, self.q)
         launch(
-            softmax_sweep, (tiles * self.images,),
-            *located(self.q), *located(self.k), or_else(self.pre_mix, self.q), or_else(self.pre_bias, self.q),
-            coupling, coupling_b, shift, rate, deltas, partial,
-            tiles, self.queries, self.keys, self.row_stride, *self.factors,
-            num_warps=t.warps, num_stages=t.stages,
-            H=self.heads, H1=self.first_heads, HP=self.padded, D=self.width, DB=t.width, BR=t.rows, BC=t.columns,
-            PRE=self.pre_mix is not None, PRE_BIAS=self.pre_bias is not None, STATISTICS=statistics, GRAM=gram,
-            DELTA=delta, HOLD=t.hold, **self.numbers(),
+            softmax_sweep, (tiles * self.images,), *located(self.q), *located(self.k),
+            or_else(self.pre_mix, self.q), or_else(self.pre_bias, self.q), coupling, coupling_b, shift, rate,
+            deltas, partial, tiles, self.queries, self.keys, self.row_stride, *self.factors,
+            num_warps=t.warps, num_stages=t.stages, H=self.heads, H1=self.first_heads, HP=self.padded,
+            D=self.width, DB=t.width, BR=t.rows, BC=t.columns, PRE=self.pre_mix is not None,
+            PRE_BIAS=self.pre_bias is not None, STATISTICS=statistics, GRAM=gram, DELTA=delta, HOLD=t.hold,
+            **self.numbers(),
         )  # fmt: skip
         if gram:
             total = partial.sum(1, dtype=torch.float64)[:, : self.heads, : self.heads]
@@ -78,8 +77,8 @@ class Maps:
         return shift, rate, deltas if delta else None, partial if gram else None
 
     def gradients(self, statistics, delta, coupling, mixed, needs_dq, needs_dk, needs_dpre_mix):
-        """(dq, dk, dpre_mix), None for what is not needed. `mixed` is a Mixed, or None when only the Gram matrix has
-        a gradient."""
+        """(dq, dk, dpre_mix), None for what is not needed. `mixed` is a Mixed, or None when only the Gram
+        matrix has a gradient."""
         dq = self._query_gradient(statistics, delta, coupling, mixed, needs_dq, needs_dpre_mix)
         dk = self._key_gradient(statistics, delta, coupling, mixed) if needs_dk else None
         return dq[0], dk, dq[1]
@@ -92,14 +91,15 @@ class Maps:
         kron = max(16, self.padded)
         dq, written = aligned_empty(self.q_given) if needs_dq else (None, self.q)
         partial = self.empty(self.images, tiles, kron, kron) if needs_dpre_mix else self.q
-        launch(
-            query_gradient, (tiles * self.images, triton.cdiv(self.width, t.width) if needs_dq else 1),
-            *self._gradient_arguments(written, mixed, coupling, statistics, delta), partial,
-            tiles, *self._sizes(mixed),
-            num_warps=t.warps, num_stages=t.stages,
-            NEED_DQ=needs_dq, NEED_DPRE=needs_dpre_mix, W=warp_split(self.padded, t),
-            **self._gradient_constants(t, mixed, coupling),
-        )  # fmt: skip
+        for does_dq, does_dpre_mix in parts(t, needs_dq, needs_dpre_mix):
+            launch(
+                query_gradient, (tiles * self.images, triton.cdiv(self.width, t.width) if does_dq else 1),
+                *self._gradient_arguments(written, mixed, coupling, statistics, delta), partial,
+                tiles, *self._sizes(mixed),
+                num_warps=t.warps, num_stages=t.stages,
+                NEED_DQ=does_dq, NEED_DPRE=does_dpre_mix, W=warp_split(self.padded, t),
+                **self._gradient_constants(t, mixed, coupling),
+            )  # fmt: skip
         # the kernel takes logits to the base of 2
         dpre_mix = uncouple(partial, self.heads).sum(0) / LOG2_E if needs_dpre_mix else None
         return deliver(dq, written) if needs_dq else None, dpre_mix
@@ -110,8 +110,9 @@ class Maps:
         dk, written = aligned_empty(self.k_given)
         launch(
             key_gradient, (tiles * self.images, triton.cdiv(self.width, t.width)),
-            *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles, *self._sizes(mixed),
-            num_warps=t.warps, num_stages=t.stages, **self._gradient_constants(t, mixed, coupling),
+            *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles,
+            *self._sizes(mixed), num_warps=t.warps, num_stages=t.stages,
+            **self._gradient_constants(t, mixed, coupling),
         )  # fmt: skip
         return deliver(dk, written)
 
@@ -135,11 +136,11 @@ class Maps:
     def _gradient_constants(self, t, mixed, coupling):
         width = self.width if mixed is None else mixed.width
         return dict(
-            H=self.heads, H1=self.first_heads, HP=self.padded, D=self.width, DB=t.width, DV=width, DVB=t.width,
-            BR=t.rows, BC=t.columns, PRE=self.pre_mix is not None, CENTRED=mixed is None or mixed.centred,
-            BIAS=mixed is not None and mixed.bias is not None, DOUT=mixed is not None,
-            LAYER=mixed is not None and mixed.norm_weight is not None, COUPLING=coupling is not None, HOLD=t.hold,
-            **self.numbers(),
+            H=self.heads, H1=self.first_heads, HP=self.padded, D=self.width, DB=t.width, DV=width,
+            DVB=t.width, BR=t.rows, BC=t.columns, PRE=self.pre_mix is not None,
+            CENTRED=mixed is None or mixed.centred, BIAS=mixed is not None and mixed.bias is not None,
+            DOUT=mixed is not None, LAYER=mixed is not None and mixed.norm_weight is not None,
+            COUPLING=coupling is not None, HOLD=t.hold, **self.numbers(),
         )  # fmt: skip
 
 
@@ -158,6 +159,13 @@ def with_image_stride(coupling, other):
         return other, 0
     coupling = coupling.contiguous()
     return coupling, coupling.stride(0) if coupling.shape[0] > 1 else 0
+
+
+def parts(t, *needs):
+    """`needs`, or where the tile has its results made apart, one of them at a time."""
+    if not t.apart:
+        return [needs]
+    return [tuple(i == j for j in range(len(needs))) for i, need in enumerate(needs) if need]
 
 
 def warp_split(heads, t):

@@ -1,11 +1,11 @@
-"""The operators attention_gram_{fwd,bwd} in Triton; README.md has the maths, ../_triton_maps.py the kernels."""
+"""The operators attention_gram_{fwd,bwd} in Triton; the kernels are in ../_triton_maps.py."""
 
 from .._layout import heads_like, nothing
 from .._triton_sweeps import Maps
 
 
 def attention_gram_fwd(q, k, scale, q2, k2, scale2):
-    """As `vitdiv::attention_gram_fwd`: the centred Gram matrix of both layers' heads, [B, H (+ H2), H (+ H2)]."""
+    """As `vitdiv::attention_gram_fwd`: the centred Gram matrix of all heads, [B, H (+ H2), H (+ H2)]."""
     return _maps(q, k, scale, q2, k2, scale2).softmax(gram=True, statistics=False)[3]
 
 

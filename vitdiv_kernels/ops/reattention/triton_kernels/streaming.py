@@ -1,6 +1,8 @@
-"""Re-attention by streaming: a program holds a tile of queries (or keys) of all heads and walks the keys (queries).
+"""Re-attention by streaming: a program holds a tile of queries (or keys) of all heads and walks the keys
+(queries).
 
-No workspace: maps are made again in every sweep. ../../_triton_maps.py has the sweeps that attention_gram needs too.
+No workspace: maps are made again in every sweep. ../../_triton_maps.py has the sweeps that attention_gram
+needs too.
 """
 
 import torch
@@ -30,7 +32,7 @@ from ..._triton_heads import (
     uncouple,
 )
 from ..._triton_maps import layer_norm, layer_norm_gradient, logits, mix_constant, mixed_maps
-from ..._triton_sweeps import Maps, located, or_else, warp_split, with_image_stride
+from ..._triton_sweeps import Maps, located, or_else, parts, warp_split, with_image_stride
 
 
 @triton.jit
@@ -98,7 +100,7 @@ def parameter_sweep(
     NEED_DMIX: tl.constexpr, NEED_DNORM: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr,
     DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """delta_h[i] = sum_j A_h dA_h, and a tile of queries' part of dmix and of dbias, dnorm_weight, dnorm_bias."""
+    """delta_h[i] = sum_j A_h dA_h, and a tile of queries' part of dmix and of the gradients of vectors."""
     K: tl.constexpr = 16 if HP < 16 else HP
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
@@ -279,9 +281,9 @@ def backward(
 
 def _constants(maps, mixed, t):
     return dict(
-        H=maps.heads, H1=maps.first_heads, HP=maps.padded, D=maps.width, DB=t.width, DV=mixed.width, DVB=t.width,
-        BR=t.rows, BC=t.columns, PRE=maps.pre_mix is not None, CENTRED=mixed.centred, BIAS=mixed.bias is not None,
-        LAYER=mixed.norm_weight is not None, HOLD=t.hold, **maps.numbers(),
+        H=maps.heads, H1=maps.first_heads, HP=maps.padded, D=maps.width, DB=t.width, DV=mixed.width,
+        DVB=t.width, BR=t.rows, BC=t.columns, PRE=maps.pre_mix is not None, CENTRED=mixed.centred,
+        BIAS=mixed.bias is not None, LAYER=mixed.norm_weight is not None, HOLD=t.hold, **maps.numbers(),
     )  # fmt: skip
 
 
@@ -308,21 +310,21 @@ def _output(maps, mixed, statistics):
 
 
 def _parameters(maps, mixed, coupling, statistics, needs_delta, needs_dmix, needs_dnorm):
-    """(delta, dmix, dbias, dnorm_weight, dnorm_bias); parameters' gradients in float64, None for what is not needed."""
+    """(delta, dmix, dbias, dnorm_weight, dnorm_bias); None for what is not needed."""
     t = maps.tile("parameter_sweep", mixed.norm_weight is not None)
     tiles = triton.cdiv(maps.queries, t.rows)
     kron, heads = max(16, maps.padded), maps.heads
     delta = maps.rows() if needs_delta else maps.q
     matrices = maps.empty(maps.images, tiles, kron, kron) if needs_dmix else maps.q
     vectors = maps.empty(maps.images, tiles, 3, maps.padded) if needs_dmix or needs_dnorm else maps.q
-    launch(
-        parameter_sweep, (tiles * maps.images,),
-        *located(maps.q), *located(maps.k), *located(mixed.v), *located(mixed.dout), *_matrices(maps, mixed),
-        *with_image_stride(coupling, maps.q), *statistics, delta, matrices, vectors, tiles, *_sizes(maps, mixed),
-        num_warps=t.warps, num_stages=t.stages,
-        COUPLING=coupling is not None, NEED_DELTA=needs_delta, NEED_DMIX=needs_dmix, NEED_DNORM=needs_dnorm,
-        W=warp_split(maps.padded, t), **_constants(maps, mixed, t),
-    )  # fmt: skip
+    for does_delta, does_dmix, does_dnorm in parts(t, needs_delta, needs_dmix, needs_dnorm):
+        launch(
+            parameter_sweep, (tiles * maps.images,), *located(maps.q), *located(maps.k), *located(mixed.v),
+            *located(mixed.dout), *_matrices(maps, mixed), *with_image_stride(coupling, maps.q), *statistics,
+            delta, matrices, vectors, tiles, *_sizes(maps, mixed), num_warps=t.warps, num_stages=t.stages,
+            COUPLING=coupling is not None and does_delta, NEED_DELTA=does_delta, NEED_DMIX=does_dmix,
+            NEED_DNORM=does_dnorm, W=warp_split(maps.padded, t), **_constants(maps, mixed, t),
+        )  # fmt: skip
     dmix = dbias = dnorm_weight = dnorm_bias = None
     if needs_dmix:
         dmix = uncouple(matrices, heads).sum(0)
