@@ -73,7 +73,7 @@ class RowsRow(NamedTuple):
 
 
 # 8 to 32 elements a thread; the backward holds about five such tiles at a time, eight with extras. Without
-# maxnreg ptxas sometimes spills a little to fit one block more on a multiprocessor; with it, it stops at 197.
+# maxnreg ptxas sometimes spills a little at 128 or 168 registers; rows that have it do not spill with it.
 ROWS = (
     RowsRow("forward", 16, False, 16, 64, 64, 8, 2, 1, None, "aot"),
     RowsRow("forward", 16, False, 16, 256, 256, 8, 4, 1, None, "aot"),
