@@ -253,7 +253,7 @@ def deliver(result, written):
 
 
 def uncouple(partial, heads):
-    """Sum over the programs' partial sums [B, programs, K, K] of `store_coupled`: [B, heads, heads], float64."""
+    """Sum over the programs' partial sums [B, programs, K, K] of `store_coupled`: [B, heads, heads]."""
     b, _, k, _ = partial.shape
     padded = padded_heads(heads)
     total = partial.sum(1, dtype=torch.float64).view(b, padded, k // padded, padded, k // padded)
