@@ -1,6 +1,6 @@
 """Triton kernels, in the configurations of their tables, compile for three generations of GPUs within their
-registers and shared memory: a sample, with --every-case all. No GPU is needed; tests/aot.py does it, and prints
-the table on its own."""
+registers and shared memory: a sample, with --every-case all. No GPU is needed; tests/aot.py does it, and
+prints the table on its own."""
 
 import json
 import os
