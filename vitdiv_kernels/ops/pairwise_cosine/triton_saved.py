@@ -9,7 +9,7 @@ import torch
 
 from .._layout import accumulation_dtype
 
-_ALIGN = 16  # elements, so that every section starts where the kernels may load 16 bytes at once
+_ALIGN = 16  # words of 4 bytes, so that every section starts where the kernels may load 16 bytes at once
 
 
 def is_closed(x, y, penalty):
@@ -49,27 +49,22 @@ def _shapes(x, y, penalty):
 def _places(x, y, penalty):
     """Sections by name: start and length in the flat tensor, shape, element type; and the tensor's length."""
     places, end = {}, 0
-    words = 2 if accumulation_dtype(x) == torch.float64 else 1  # of int32 in an element
     for name, shape, dtype in _shapes(x, y, penalty):
-        length = math.prod(shape)
-        if dtype == torch.int32:
-            length = (length + words - 1) // words
+        dtype = dtype or accumulation_dtype(x)
+        length = math.prod(shape) * (dtype.itemsize // 4)
         places[name] = end, length, shape, dtype
         end = end + (length + _ALIGN - 1) // _ALIGN * _ALIGN
     return places, end
 
 
 def new_saved(x, y, penalty):
-    """The flat tensor, uninitialised."""
-    return x.new_empty(_places(x, y, penalty)[1], dtype=accumulation_dtype(x))
+    """The flat tensor, of int32: zeros, for the signs below the diagonal and the gaps are not written."""
+    return x.new_zeros(_places(x, y, penalty)[1], dtype=torch.int32)
 
 
 def sections(saved, x, y, penalty):
     """Views of the flat tensor by name."""
-    views = {}
-    for name, (start, length, shape, dtype) in _places(x, y, penalty)[0].items():
-        part = saved[start : start + length]
-        if dtype is not None:
-            part = part.view(dtype)[: math.prod(shape)]
-        views[name] = part.view(shape)
-    return views
+    return {
+        name: saved[start : start + length].view(dtype).view(shape)
+        for name, (start, length, shape, dtype) in _places(x, y, penalty)[0].items()
+    }

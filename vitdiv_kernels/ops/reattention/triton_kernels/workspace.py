@@ -316,7 +316,7 @@ def backward(
         if needs_dk:
             dk_of.add(chunk, dz, queries_of.load(chunk), scale)
 
-    dpre_mix = dmix = dbias = dnorm_weight = dnorm_bias = nothing(q)
+    dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias = (nothing(q) for _ in range(5))
     if needs_dpre_mix or needs_dmix:
         from_centred, from_logits = rows.matrix(matrices.sum((0, 1), dtype=torch.float64))
     if needs_dmix or needs_dnorm:
