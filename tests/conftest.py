@@ -65,7 +65,7 @@ def backend(request, monkeypatch):
         yield name
 
 
-# Cases of a test: of pairwise_cosine each takes a third of a second, of the other two several. Other files ask
+# Cases of a test: of pairwise_cosine each takes a third of a second, of the others several. Other files ask
 # what an operation's callers see, minutes in the interpreter, and run there with --every-case.
 MOST_INTERPRETED = {"test_pairwise_cosine.py": 40, "test_attn_diversity.py": 6, "test_reattention.py": 6}
 
