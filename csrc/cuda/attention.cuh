@@ -30,8 +30,8 @@ DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t he
     for (int x = half * piece; x < padded; x += 2 * piece)
       copy16_async(tile, r * stride + x, from.data, row + x, inside && x < width);
   } else {
-    ROLLED for (int x = half; x < padded; x += 2)
-        tile.st(r * stride + x, inside && x < width ? from.data.ld(row + x) : T{});
+    ROLLED_FOR (int x = half; x < padded; x += 2)
+      tile.st(r * stride + x, inside && x < width ? from.data.ld(row + x) : T{});
   }
 }
 
@@ -51,8 +51,8 @@ struct Scores {
   // Begins to load the query rows; they travel with the first keys.
   DEVICE void fetch_queries(const Heads<T>& q, int64_t head, int first, int end) const {
     sync_warp();  // the rows of another head may still be in use
-    UNROLL for (int r = 0; r < ROW_TILES; ++r) fetch16(memory.part(16 * r * stride, 16 * stride), stride, q,
-                                                       head, first + 16 * r, end, width, padded);
+    UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
+      fetch16(memory.part(16 * r * stride, 16 * stride), stride, q, head, first + 16 * r, end, width, padded);
   }
 
   // use(t, acc) for tiles t of 16 keys: acc[r][j][e] = q . k at row 16 r + tile_row(e), key 16 t + 8 j + tile_col(e).
@@ -74,7 +74,7 @@ struct Scores {
       for (int x = 0; x < padded; x += kDepth<T>) {
         FragmentB<T> b[2];
         load_b(b, memory, [&](int key, int i) { return keys + key * stride + x + i; });
-        UNROLL for (int r = 0; r < ROW_TILES; ++r) {
+        UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r) {
           FragmentA<T> a;
           load_a(a, memory, [&](int row, int i) { return (16 * r + row) * stride + x + i; });
           multiply_add<T>(acc[r], a, b);
@@ -93,28 +93,30 @@ struct RowStatistics {
   Acc<T> top[ROW_TILES][2], sum[ROW_TILES][2];
 
   DEVICE RowStatistics() {
-    UNROLL for (int r = 0; r < ROW_TILES; ++r) UNROLL for (int i = 0; i < 2; ++i)
-        top[r][i] = Acc<T>(-1e38),
-        sum[r][i] = 0;  // finite: no inf - inf
+    UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
+      UNROLLED_FOR (int i = 0; i < 2; ++i) top[r][i] = Acc<T>(-1e38),
+                                           sum[r][i] = 0;  // finite: no inf - inf
   }
   // logits in units of ln 2; -inf for keys that are not there
   DEVICE void add(const Acc<T> (&logits)[ROW_TILES][2][4]) {
-    UNROLL for (int r = 0; r < ROW_TILES; ++r) UNROLL for (int i = 0; i < 2; ++i) {
-      const auto& x = logits[r];
-      const Acc<T> before = top[r][i];
-      top[r][i] =
-          larger(larger(before, larger(x[0][2 * i], x[0][2 * i + 1])), larger(x[1][2 * i], x[1][2 * i + 1]));
-      sum[r][i] *= fast_exp2(before - top[r][i]);
-      UNROLL for (int j = 0; j < 2; ++j) UNROLL for (int e = 0; e < 2; ++e) sum[r][i] +=
-          fast_exp2(x[j][2 * i + e] - top[r][i]);
-    }
+    UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
+      UNROLLED_FOR (int i = 0; i < 2; ++i) {
+        const auto& x = logits[r];
+        const Acc<T> before = top[r][i];
+        top[r][i] = larger(larger(before, larger(x[0][2 * i], x[0][2 * i + 1])),
+                           larger(x[1][2 * i], x[1][2 * i + 1]));
+        sum[r][i] *= fast_exp2(before - top[r][i]);
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int e = 0; e < 2; ++e) sum[r][i] += fast_exp2(x[j][2 * i + e] - top[r][i]);
+      }
   }
   DEVICE void finish() {
-    UNROLL for (int r = 0; r < ROW_TILES; ++r) UNROLL for (int i = 0; i < 2; ++i) {
-      const Acc<T> own = top[r][i];
-      top[r][i] = quad_max(own);
-      sum[r][i] = quad_sum(sum[r][i] * fast_exp2(own - top[r][i]));
-    }
+    UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
+      UNROLLED_FOR (int i = 0; i < 2; ++i) {
+        const Acc<T> own = top[r][i];
+        top[r][i] = quad_max(own);
+        sum[r][i] = quad_sum(sum[r][i] * fast_exp2(own - top[r][i]));
+      }
   }
 };
 

@@ -16,10 +16,13 @@ namespace {
 
 template <class T>
 inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
-// A warp for each pair of groups of 16 heads. Threads of 12 warps may have 168 registers, of 16 warps 128, too few for double.
+
+// A warp for each pair of groups of 16 heads. Threads of 12 warps may have 168 registers, of 16 warps 128, too few for
+// double.
 template <class T>
-inline constexpr int kMaxWarps = sizeof(T) == 8 ? 12 : 16,
-                     kMaxHeads = sizeof(T) == 8 ? 48 : 64;
+inline constexpr int kMaxWarps = sizeof(T) == 8 ? 12 : 16;
+template <class T>
+inline constexpr int kMaxHeads = sizeof(T) == 8 ? 48 : 64;
 
 // 16-bit maps are float16 times 2^14: A - 1/M of a collapsed model may be as small as 1e-9.
 template <class T>
@@ -91,9 +94,10 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
       if (!fetched) scores.fetch_queries(q, image * q.image + g * q.head, row0, a.n);
       begin(h);
       scores.for_each_tile(k, image * k.image + g * k.head, first, end, a.m, [&](int t, auto& s) {
-        UNROLL for (int r = 0; r < row_tiles; ++r) UNROLL for (int j = 0; j < 2; ++j)
-            UNROLL for (int e = 0; e < 4; ++e) s[r][j][e] =
-                16 * t + 8 * j + tile_col(e) < a.m ? s[r][j][e] * scale : -INFINITY;
+        UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            UNROLLED_FOR (int e = 0; e < 4; ++e)
+              s[r][j][e] = 16 * t + 8 * j + tile_col(e) < a.m ? s[r][j][e] * scale : -INFINITY;
         use(h, t, s);
       });
       done(h);
@@ -106,12 +110,13 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
       [&](int, int, const auto& logits) { statistics.add(logits); },
       [&](int h) {
         statistics.finish();
-        UNROLL for (int r = 0; r < row_tiles; ++r) UNROLL for (int i = 0; i < 2; ++i) {
-          if ((lane & 3) != 0) continue;
-          const int row = h * rows + 16 * r + tile_row(2 * i);
-          tops.st(row, statistics.top[r][i]);
-          inverses.st(row, MapNumbers<T>::kScale / statistics.sum[r][i]);
-        }
+        UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+          UNROLLED_FOR (int i = 0; i < 2; ++i) {
+            if ((lane & 3) != 0) continue;
+            const int row = h * rows + 16 * r + tile_row(2 * i);
+            tops.st(row, statistics.top[r][i]);
+            inverses.st(row, MapNumbers<T>::kScale / statistics.sum[r][i]);
+          }
       });
 
   const int pairs = groups * groups, pair = warp % pairs, slice = warp / pairs;
@@ -126,23 +131,26 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
         key0 / 16, (key0 + columns) / 16, a.workers == heads,
         [&](int h) {
           sync_warp();
-          UNROLL for (int r = 0; r < row_tiles; ++r) UNROLL for (int i = 0; i < 2; ++i) {
-            const int row = h * rows + 16 * r + tile_row(2 * i);
-            top[r][i] = tops.ld(row), inverse[r][i] = inverses.ld(row);
-          }
+          UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+            UNROLLED_FOR (int i = 0; i < 2; ++i) {
+              const int row = h * rows + 16 * r + tile_row(2 * i);
+              top[r][i] = tops.ld(row), inverse[r][i] = inverses.ld(row);
+            }
         },
         [&](int h, int t, const auto& logits) {
-          UNROLL for (int r = 0; r < row_tiles; ++r) UNROLL for (int j = 0; j < 2; ++j)
-              UNROLL for (int i = 0; i < 2; ++i) {
-            Acc<T> x[2];
-            UNROLL for (int e = 0; e < 2; ++e) x[e] =
-                16 * t + 8 * j + tile_col(e) < a.m
-                    ? fast_exp2(logits[r][j][2 * i + e] - top[r][i]) * inverse[r][i] - mean
-                    : Acc<T>(0);
-            store2(maps,
-                   h * at.head + (16 * r + tile_row(2 * i)) * at.row + 16 * t - key0 + 8 * j + tile_col(0),
-                   x[0], x[1]);
-          }
+          UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+            UNROLLED_FOR (int j = 0; j < 2; ++j)
+              UNROLLED_FOR (int i = 0; i < 2; ++i) {
+                Acc<T> x[2];
+                UNROLLED_FOR (int e = 0; e < 2; ++e)
+                  x[e] = 16 * t + 8 * j + tile_col(e) < a.m
+                             ? fast_exp2(logits[r][j][2 * i + e] - top[r][i]) * inverse[r][i] - mean
+                             : Acc<T>(0);
+                store2(
+                    maps,
+                    h * at.head + (16 * r + tile_row(2 * i)) * at.row + 16 * t - key0 + 8 * j + tile_col(0),
+                    x[0], x[1]);
+              }
         },
         [](int) {});
     sync_block();
@@ -166,7 +174,8 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   }
 
   const Shared<Acc<T>> sums = maps.template as<Acc<T>>();
-  UNROLL for (int j = 0; j < 2; ++j) UNROLL for (int e = 0; e < 4; ++e)
+  UNROLLED_FOR (int j = 0; j < 2; ++j)
+    UNROLLED_FOR (int e = 0; e < 4; ++e)
       sums.st(warp * 256 + tile_row(e) * 16 + 8 * j + tile_col(e), gram[j][e]);
   sync_block();
   constexpr Acc<T> unit = 1 / (Acc<T>(MapNumbers<T>::kScale) * MapNumbers<T>::kScale);

@@ -96,10 +96,10 @@ DEVICE void load_a(FragmentA<T>& a, Shared<T> s, At at) {
     else
       ldmatrix<false>(a.r, s, at(l & 15, 8 * (l >> 4)));
   } else if constexpr (sizeof(T) == 4) {
-    UNROLL for (int i = 0; i < 4; ++i)
-        split_tf32(s.ld(at((l >> 2) + 8 * (i & 1), (l & 3) + 4 * (i >> 1))), a.hi[i], a.lo[i]);
+    UNROLLED_FOR (int i = 0; i < 4; ++i)
+      split_tf32(s.ld(at((l >> 2) + 8 * (i & 1), (l & 3) + 4 * (i >> 1))), a.hi[i], a.lo[i]);
   } else {
-    UNROLL for (int i = 0; i < 2; ++i) a.r[i] = s.ld(at((l >> 2) + 8 * i, l & 3));
+    UNROLLED_FOR (int i = 0; i < 2; ++i) a.r[i] = s.ld(at((l >> 2) + 8 * i, l & 3));
   }
 }
 
@@ -113,23 +113,25 @@ DEVICE void load_b(FragmentB<T> (&b)[2], Shared<T> s, At at) {
       ldmatrix<true>(r, s, at(8 * (l >> 4), l & 15));
     else
       ldmatrix<false>(r, s, at((l & 7) + 8 * (l >> 4), l & 8));
-    UNROLL for (int j = 0; j < 2; ++j) UNROLL for (int i = 0; i < 2; ++i) b[j].r[i] = r[2 * j + i];
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int i = 0; i < 2; ++i) b[j].r[i] = r[2 * j + i];
   } else if constexpr (sizeof(T) == 4) {
-    UNROLL for (int j = 0; j < 2; ++j) UNROLL for (int i = 0; i < 2; ++i)
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int i = 0; i < 2; ++i)
         split_tf32(s.ld(at((l >> 2) + 8 * j, (l & 3) + 4 * i)), b[j].hi[i], b[j].lo[i]);
   } else {
-    UNROLL for (int j = 0; j < 2; ++j) b[j].r[0] = s.ld(at((l >> 2) + 8 * j, l & 3));
+    UNROLLED_FOR (int j = 0; j < 2; ++j) b[j].r[0] = s.ld(at((l >> 2) + 8 * j, l & 3));
   }
 }
 
 // The fragment of B whose columns are the rows of A: A Aᵀ needs no second load.
 template <class T>
 DEVICE void transpose(FragmentB<T> (&b)[2], const FragmentA<T>& a) {
-  UNROLL for (int j = 0; j < 2; ++j) {
+  UNROLLED_FOR (int j = 0; j < 2; ++j) {
     if constexpr (sizeof(T) == 2) {
-      UNROLL for (int i = 0; i < 2; ++i) b[j].r[i] = a.r[j + 2 * i];
+      UNROLLED_FOR (int i = 0; i < 2; ++i) b[j].r[i] = a.r[j + 2 * i];
     } else if constexpr (sizeof(T) == 4) {
-      UNROLL for (int i = 0; i < 2; ++i) b[j].hi[i] = a.hi[j + 2 * i], b[j].lo[i] = a.lo[j + 2 * i];
+      UNROLLED_FOR (int i = 0; i < 2; ++i) b[j].hi[i] = a.hi[j + 2 * i], b[j].lo[i] = a.lo[j + 2 * i];
     } else {
       b[j].r[0] = a.r[j];
     }
@@ -138,7 +140,7 @@ DEVICE void transpose(FragmentB<T> (&b)[2], const FragmentA<T>& a) {
 
 template <class T>
 DEVICE void multiply_add(Acc<T> (&acc)[2][4], const FragmentA<T>& a, const FragmentB<T> (&b)[2]) {
-  UNROLL for (int j = 0; j < 2; ++j) {
+  UNROLLED_FOR (int j = 0; j < 2; ++j) {
     if constexpr (sizeof(T) == 2) {
       mma_16816<T>(acc[j], a.r, b[j].r);
     } else if constexpr (sizeof(T) == 4) {
@@ -148,7 +150,7 @@ DEVICE void multiply_add(Acc<T> (&acc)[2][4], const FragmentA<T>& a, const Fragm
       mma_1688_tf32(step, a.lo, b[j].hi);
       mma_1688_tf32(step, a.hi, b[j].lo);
       mma_1688_tf32(step, a.hi, b[j].hi);
-      UNROLL for (int e = 0; e < 4; ++e) acc[j][e] += step[e];
+      UNROLLED_FOR (int e = 0; e < 4; ++e) acc[j][e] += step[e];
     } else {
       mma_884_f64(acc[j][0], acc[j][1], a.r[0], b[j].r[0]);
       mma_884_f64(acc[j][2], acc[j][3], a.r[1], b[j].r[0]);

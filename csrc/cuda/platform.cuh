@@ -15,7 +15,8 @@
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
-#define ROLLED _Pragma("unroll 1")
+#define UNROLLED_FOR(...) _Pragma("unroll") for (__VA_ARGS__)
+#define ROLLED_FOR(...) _Pragma("unroll 1") for (__VA_ARGS__)
 #define LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 
 namespace vitdiv::cuda {
@@ -238,9 +239,12 @@ void launch(const char* operation, void (*kernel)(P...), int64_t blocks, int thr
   if (shared_bytes > 48 << 10)  // what a kernel may use without asking
     check(operation, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(
-      args...);
-  check(operation, cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(operation, cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 }  // namespace vitdiv::cuda

@@ -15,7 +15,8 @@
 #define DEVICE inline
 #define HOST_DEVICE inline
 #define UNROLL
-#define ROLLED
+#define UNROLLED_FOR(...) for (__VA_ARGS__)
+#define ROLLED_FOR(...) for (__VA_ARGS__)
 #define LAUNCH_BOUNDS(threads, blocks)
 
 struct alignas(8) uint2 {
