@@ -13,7 +13,12 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests/cuda_emulation"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a block may have, by architecture
+SHARED_BYTES = {
+    80: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+}  # that a block may have, by architecture
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 COUNTS = [
     "mma",
@@ -36,7 +41,15 @@ def compiler():
 def build(*sources, defines=(), shared=True):
     """Compile sources with the emulation to a library or a program, once for each state of the sources."""
     # Plain -O2: g++ 12 at -O3 stores vectors to stack arrays that it has not aligned.
-    options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-clobbered", f"-I{EMULATION}", f"-I{ROOT / 'csrc/cuda'}"]
+    options = [
+        "-std=c++20",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Wno-clobbered",
+        f"-I{EMULATION}",
+        f"-I{ROOT / 'csrc/cuda'}",
+    ]
     options += [f"-D{define}" for define in defines] + (["-shared", "-fPIC"] if shared else [])
     command = [compiler(), *options, str(EMULATION / "emulation.cpp"), "-x", "c++", *map(str, sources)]
     state = hashlib.sha256(" ".join(command).encode())
@@ -88,7 +101,7 @@ class GramForward(GramArgs):
 
 
 class Emulator:
-    """Calls the kernels with tensors in the memory of the CPU, of which they may touch only what they are given."""
+    """Calls the kernels with CPU tensors; they may touch only what they are given."""
 
     def __init__(self):
         self.library = ctypes.CDLL(str(build(EMULATION / "library.cpp", *KERNELS)))
