@@ -18,9 +18,6 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 
-set(CMAKE_CUDA_STANDARD 20)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80) # for the check of the compiler
 endif()
@@ -54,7 +51,10 @@ if(NOT cuda_architectures)
 endif()
 message(STATUS "CUDA kernels for ${cuda_architectures}")
 
-add_library(cuda_kernels OBJECT csrc/cuda/attn_diversity.cu)
-set_target_properties(cuda_kernels PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}")
+add_library(cuda_kernels OBJECT csrc/cuda/attn_diversity.cu csrc/cuda/attn_diversity_bwd.cu)
+set_target_properties(cuda_kernels PROPERTIES
+  CUDA_ARCHITECTURES "${cuda_architectures}"
+  CUDA_VISIBILITY_PRESET hidden)
+target_compile_options(cuda_kernels PRIVATE -std=c++20) # CMake 3.25 does not know that nvcc 13 takes it
 set(cuda_objects $<TARGET_OBJECTS:cuda_kernels>)
 set(cuda_libraries CUDA::cudart_static)

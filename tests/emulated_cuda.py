@@ -100,14 +100,19 @@ class GramForward(GramArgs):
     _fields_ = [("gram", ctypes.c_void_p)]
 
 
+class GramBackward(GramArgs):
+    _fields_ = [("coupling", ctypes.c_void_p), ("dq", HeadsView * 2), ("dk", HeadsView * 2)]
+
+
 class Emulator:
     """Calls the kernels with CPU tensors; they may touch only what they are given."""
 
     def __init__(self):
         self.library = ctypes.CDLL(str(build(EMULATION / "library.cpp", *KERNELS)))
-        self.library.attention_gram_fwd.restype = ctypes.c_char_p
-        self.library.attention_gram_fwd_scratch.restype = ctypes.c_int64
-        assert self.library.attention_gram_fwd_size() == ctypes.sizeof(GramForward)
+        for name, args in {"attention_gram_fwd": GramForward, "attention_gram_bwd": GramBackward}.items():
+            getattr(self.library, name).restype = ctypes.c_char_p
+            getattr(self.library, f"{name}_scratch").restype = ctypes.c_int64
+            assert getattr(self.library, f"{name}_size")() == ctypes.sizeof(args)
         self.configure()
 
     def configure(self, order="forward", seed=0, architecture=90):
@@ -145,12 +150,15 @@ class Emulator:
         if error is not None:
             raise RuntimeError(error.decode())
 
-    def attention_gram_fwd(self, q, k, scale, q2=None, k2=None, scale2=0.0):
-        args = GramForward(B=q.shape[0], N=q.shape[2], M=k.shape[2])
-        for layer, pair in enumerate([(q, k, scale), (q2, k2, scale2)]):
-            if pair[0] is not None:
-                _, H, _, d = pair[0].shape
-                args.layers[layer] = Layer(self.heads(pair[0]), self.heads(pair[1]), H, d, pair[2])
+    def gram_args(self, kind, q, k, scale, q2=None, k2=None, scale2=0.0):
+        args = kind(B=q.shape[0], N=q.shape[2], M=k.shape[2])
+        for layer, (q_, k_, scale_) in enumerate([(q, k, scale), (q2, k2, scale2)]):
+            if q_ is not None:
+                args.layers[layer] = Layer(self.heads(q_), self.heads(k_), q_.shape[1], q_.shape[3], scale_)
+        return args
+
+    def attention_gram_fwd(self, q, *others):
+        args = self.gram_args(GramForward, q, *others)
         H = args.layers[0].H + args.layers[1].H
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         gram = torch.full((q.shape[0], H, H), float("nan"), dtype=acc)
@@ -158,3 +166,19 @@ class Emulator:
         args.gram = gram.data_ptr()
         self.call("attention_gram_fwd", args)
         return gram
+
+    def attention_gram_bwd(self, coupling, q, k, scale, q2=None, k2=None, scale2=0.0, needs=(True,) * 4):
+        """dq, dk, dq2, dk2 in the layout of what they are gradients of; None for what is not needed."""
+        args = self.gram_args(GramBackward, q, k, scale, q2, k2, scale2)
+        self.allow(coupling)
+        args.coupling = coupling.data_ptr()
+        gradients = [
+            torch.full_like(x, float("nan")) if need and x is not None else None
+            for x, need in zip((q, k, q2, k2), needs, strict=True)
+        ]
+        for views, pair in (args.dq, gradients[::2]), (args.dk, gradients[1::2]):
+            for layer, gradient in enumerate(pair):
+                if gradient is not None:
+                    views[layer] = self.heads(gradient, output=True)
+        self.call("attention_gram_bwd", args)
+        return gradients

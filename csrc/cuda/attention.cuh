@@ -4,10 +4,29 @@
 
 #include <cmath>
 
+#include "../arguments.h"
 #include "mma.cuh"
 #include "reduce.cuh"
 
 namespace vitdiv::cuda {
+
+inline constexpr double kLog2e = 1.4426950408889634;
+
+// 16-bit maps are float16 times 2^14: A - 1/M of a collapsed model may be as small as 1e-9.
+template <class T>
+struct MapNumbers {
+  using Type = T;
+  static constexpr float kScale = 1;
+};
+template <>
+struct MapNumbers<half_t> {
+  using Type = half_t;
+  static constexpr float kScale = 16384;
+};
+template <>
+struct MapNumbers<bf16_t> : MapNumbers<half_t> {};
+template <class T>
+using Map = typename MapNumbers<T>::Type;
 
 // [B, H, rows, width] in device memory, in elements; the last stride is 1.
 template <class T>
@@ -16,6 +35,14 @@ struct Heads {
   int64_t image, head, row;
   int pieces;  // each row is whole and aligned pieces of 16 bytes
 };
+
+template <class T>
+Heads<T> heads_view(const HeadsView& view, int64_t width) {
+  constexpr int64_t piece = 16 / sizeof(T);
+  const bool pieces = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && width % piece == 0 &&
+                      view.stride_b % piece == 0 && view.stride_h % piece == 0 && view.stride_n % piece == 0;
+  return {{static_cast<const T*>(view.data)}, view.stride_b, view.stride_h, view.stride_n, pieces};
+}
 
 // Rows first .. first + 15 of one head into a tile of `padded` columns, zeros outside of [0, end) x [0, width). Two lanes
 // share a row, so that eight lanes in turn meet eight different groups of banks.

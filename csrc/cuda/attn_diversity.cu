@@ -1,4 +1,4 @@
-// The centred Gram matrix of attention maps between all heads of one or two layers; the maths is in
+// Forward: the centred Gram matrix of attention maps between all heads of one or two layers; the maths is in
 // vitdiv_kernels/ops/attn_diversity/README.md.
 //
 // A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row statistics, once, in
@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention.cuh"
+#include "attn_diversity.cuh"
 #include "kernels.h"
 
 namespace vitdiv::cuda {
@@ -24,22 +24,6 @@ inline constexpr int kMaxWarps = sizeof(T) == 8 ? 12 : 16;
 template <class T>
 inline constexpr int kMaxHeads = sizeof(T) == 8 ? 48 : 64;
 
-// 16-bit maps are float16 times 2^14: A - 1/M of a collapsed model may be as small as 1e-9.
-template <class T>
-struct MapNumbers {
-  using Type = T;
-  static constexpr float kScale = 1;
-};
-template <>
-struct MapNumbers<half_t> {
-  using Type = half_t;
-  static constexpr float kScale = 16384;
-};
-template <>
-struct MapNumbers<bf16_t> : MapNumbers<half_t> {};
-template <class T>
-using Map = typename MapNumbers<T>::Type;
-
 template <class T>
 struct GramKernel {
   Heads<T> q[2], k[2];
@@ -47,7 +31,10 @@ struct GramKernel {
   Acc<T> scale[2];  // times log2(e)
   int n, m, tiles;  // queries, keys, row tiles of an image
   int chunk, workers, stride;
-  Global<Acc<T>> partial;  // [images, tiles, H, H]
+  Global<Acc<T>> partial;         // [images, tiles, H, H]
+  Global<const Acc<T>> coupling;  // [images, H, H]; this and rows for gram_rows
+  Global<Acc<T>> rows;            // [3, images, H, n]
+  int images;
 };
 
 // Places in shared memory, in elements.
@@ -64,7 +51,9 @@ struct MapLayout {
   }
 };
 
-template <class T>
+// The Gram matrix of the tile, or with ROWS what gram_rows gives: the sum over keys of A_g dA_g is the sum over h of
+// coupling[g, h] times the row's own Gram matrix.
+template <class T, bool ROWS>
 KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   constexpr int row_tiles = kRowTiles<T>, rows = 16 * row_tiles;
   using M = Map<T>;
@@ -75,6 +64,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   Carver carve;
   const Shared<M> maps = carve.take<M>(at.size);
   const Shared<Acc<T>> tops = carve.take<Acc<T>>(heads * rows), inverses = carve.take<Acc<T>>(heads * rows);
+  const Shared<Acc<T>> deltas = carve.take<Acc<T>>(ROWS ? groups * heads * rows : 0);
   const int slot = Scores<T, row_tiles>::size(a.stride);
   const Shared<T> slots = carve.take<T>(a.workers * slot);
   if (thread_x() < Numbers<M>::kPad) maps.st(at.zeros + thread_x(), M{});
@@ -90,7 +80,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
       const Heads<T> q = a.q[layer], k = a.k[layer];
       const Acc<T> scale = a.scale[layer];
       scores.width = a.width[layer];
-      scores.padded = padded_width<T>(scores.width);
+      scores.padded = padded_width(scores.width);
       if (!fetched) scores.fetch_queries(q, image * q.image + g * q.head, row0, a.n);
       begin(h);
       scores.for_each_tile(k, image * k.image + g * k.head, first, end, a.m, [&](int t, auto& s) {
@@ -124,7 +114,13 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   const int first = pair / groups * 16, second = pair % groups * 16;
   const int present = a.n - row0 < rows ? a.n - row0 : rows;
   const Acc<T> mean = Acc<T>(MapNumbers<T>::kScale) / a.m;
-  Acc<T> gram[2][4] = {}, top[row_tiles][2], inverse[row_tiles][2];
+  Acc<T> gram[2][4] = {}, coupling[2][4] = {}, top[row_tiles][2], inverse[row_tiles][2];
+  if constexpr (ROWS)
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int e = 0; e < 4; ++e) {
+        const int g = first + tile_row(e), h = second + 8 * j + tile_col(e);
+        if (g < heads && h < heads) coupling[j][e] = a.coupling.ld((int64_t(image) * heads + g) * heads + h);
+      }
   for (int key0 = 0; key0 < a.m; key0 += a.chunk) {
     const int keys = a.m - key0 < a.chunk ? a.m - key0 : a.chunk, columns = (keys + 15) / 16 * 16;
     for_each_head(
@@ -154,7 +150,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
         },
         [](int) {});
     sync_block();
-    for (int i = slice; i < present; i += slices)
+    for (int i = slice; i < present; i += slices) {
       for (int x = 0; x < columns; x += kDepth<M>) {
         const auto place = [&](int group) {
           return [&, group](int h, int k) {
@@ -170,15 +166,41 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
           load_b(b, maps, place(second));
         multiply_add<M>(gram, p, b);
       }
+      if constexpr (ROWS)
+        UNROLLED_FOR (int half = 0; half < 2; ++half) {
+          Acc<T> delta = 0;
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) {
+              delta += coupling[j][e] * gram[j][e];
+              gram[j][e] = 0;
+            }
+          delta = quad_sum(delta);
+          const int g = first + tile_row(2 * half), to = (second / 16 * heads + g) * rows + i;
+          if ((lane & 3) == 0 && g < heads) deltas.st(to, key0 ? deltas.ld(to) + delta : delta);
+        }
+    }
     sync_block();
   }
 
+  constexpr Acc<T> unit = 1 / (Acc<T>(MapNumbers<T>::kScale) * MapNumbers<T>::kScale);
+  if constexpr (ROWS) {
+    for (int c = thread_x(); c < heads * present; c += threads()) {
+      const int h = c / present, i = c % present;
+      Acc<T> delta = 0;
+      for (int group = 0; group < groups; ++group) delta += deltas.ld((group * heads + h) * rows + i);
+      const int64_t to = (int64_t(image) * heads + h) * a.n + row0 + i,
+                    field = int64_t(a.images) * heads * a.n;
+      a.rows.st(to, tops.ld(h * rows + i));
+      a.rows.st(to + field, inverses.ld(h * rows + i));
+      a.rows.st(to + 2 * field, delta * unit);
+    }
+    return;
+  }
   const Shared<Acc<T>> sums = maps.template as<Acc<T>>();
   UNROLLED_FOR (int j = 0; j < 2; ++j)
     UNROLLED_FOR (int e = 0; e < 4; ++e)
       sums.st(warp * 256 + tile_row(e) * 16 + 8 * j + tile_col(e), gram[j][e]);
   sync_block();
-  constexpr Acc<T> unit = 1 / (Acc<T>(MapNumbers<T>::kScale) * MapNumbers<T>::kScale);
   for (int c = thread_x(); c < heads * heads; c += threads()) {
     const int g = c / heads, h = c % heads;
     Acc<T> sum = 0;
@@ -188,33 +210,24 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   }
 }
 
-int heads_of(const GramArgs& args) { return static_cast<int>(args.layers[0].H + args.layers[1].H); }
-
 template <class T>
 int tiles_of(const GramArgs& args) {
   return static_cast<int>((args.N + 16 * kRowTiles<T> - 1) / (16 * kRowTiles<T>));
 }
 
 template <class T>
-Heads<T> heads_of_view(const HeadsView& view, int64_t width) {
-  constexpr int64_t piece = 16 / sizeof(T);
-  const bool pieces = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && width % piece == 0 &&
-                      view.stride_b % piece == 0 && view.stride_h % piece == 0 && view.stride_n % piece == 0;
-  return {{static_cast<const T*>(view.data)}, view.stride_b, view.stride_h, view.stride_n, pieces};
-}
-
-template <class T>
-int64_t shared_bytes(int heads, int chunk, int warps, int workers, int stride) {
+int64_t shared_bytes(int heads, int chunk, int warps, int workers, int stride, bool rows) {
   const auto piece = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  const int64_t row_numbers = int64_t(heads) * 16 * kRowTiles<T> * sizeof(Acc<T>);
   return piece(int64_t(MapLayout<T>(heads, chunk, warps).size) * sizeof(Map<T>)) +
-         2 * piece(int64_t(heads) * 16 * kRowTiles<T> * sizeof(Acc<T>)) +
+         (rows ? 2 + (heads + 15) / 16 : 2) * piece(row_numbers) +
          piece(int64_t(workers) * Scores<T, kRowTiles<T>>::size(stride) * sizeof(T));
 }
 
 // How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a processor, or else
 // as fits.
 template <class T>
-int64_t fit(GramKernel<T>& a, int& warps, int64_t limit) {
+int64_t fit(GramKernel<T>& a, int& warps, int64_t limit, bool rows) {
   const int heads = a.heads[0] + a.heads[1], groups = (heads + 15) / 16, keys = (a.m + 15) / 16 * 16;
   const int least = (heads + kMaxWarps<T> - 1) / kMaxWarps<T>;
   for (int64_t share : {limit / 2 - 1024, limit})
@@ -224,7 +237,7 @@ int64_t fit(GramKernel<T>& a, int& warps, int64_t limit) {
         a.workers = (heads + rounds - 1) / rounds;
         a.chunk = chunk;
         warps = std::max(a.workers, groups * groups);
-        const int64_t bytes = shared_bytes<T>(heads, chunk, warps, a.workers, a.stride);
+        const int64_t bytes = shared_bytes<T>(heads, chunk, warps, a.workers, a.stride, rows);
         if (bytes <= share) return bytes;
       }
   throw std::invalid_argument("attention_gram: " + std::to_string(heads) + " heads of width " +
@@ -233,48 +246,43 @@ int64_t fit(GramKernel<T>& a, int& warps, int64_t limit) {
                               " bytes");
 }
 
-template <class T>
-void forward(const GramForward& args, void* scratch, void* stream) {
-  const char* operation = "attention_gram_fwd";
-  const int heads = heads_of(args);
-  if (heads > kMaxHeads<T>)
+template <class T, bool ROWS>
+void launch_tiles(const char* operation, GramKernel<T> a, const GramArgs& args, void* stream) {
+  if (heads_of(args) > kMaxHeads<T>)
     throw std::invalid_argument("attention_gram: the CUDA kernels take at most " +
                                 std::to_string(kMaxHeads<T>) + " heads, of both layers together, got " +
-                                std::to_string(heads));
-  GramKernel<T> a{};
+                                std::to_string(heads_of(args)));
   int width = 0;
   for (int l = 0; l < 2; ++l) {
     const Layer& layer = args.layers[l];
-    a.q[l] = heads_of_view<T>(layer.q, layer.d);
-    a.k[l] = heads_of_view<T>(layer.k, layer.d);
+    a.q[l] = heads_view<T>(layer.q, layer.d);
+    a.k[l] = heads_view<T>(layer.k, layer.d);
     a.heads[l] = static_cast<int>(layer.H);
     a.width[l] = static_cast<int>(layer.d);
-    a.scale[l] = static_cast<Acc<T>>(layer.scale * 1.4426950408889634);
+    a.scale[l] = static_cast<Acc<T>>(layer.scale * kLog2e);
     width = std::max(width, a.width[l]);
   }
   a.n = static_cast<int>(args.N);
   a.m = static_cast<int>(args.M);
+  a.images = static_cast<int>(args.B);
   a.tiles = tiles_of<T>(args);
   a.stride = row_stride<T>(width);
-  auto* partial = static_cast<Acc<T>*>(a.tiles > 1 ? scratch : args.gram);
-  a.partial = {partial};
   int warps = 0;
-  const int64_t bytes = fit(a, warps, shared_memory_limit(operation));
-  launch(operation, gram_tile<T>, args.B * a.tiles, 32 * warps, bytes, stream, a);
-  if (a.tiles > 1)
-    launch_sum_parts(operation, partial, static_cast<Acc<T>*>(args.gram), args.B, a.tiles, heads * heads,
-                     stream);
+  const int64_t bytes = fit(a, warps, shared_memory_limit(operation), ROWS);
+  launch(operation, gram_tile<T, ROWS>, args.B * a.tiles, 32 * warps, bytes, stream, a);
 }
 
-// call(T()) with the type of the queries
-template <class Call>
-auto with_type(const GramArgs& args, Call call) {
-  switch (args.layers[0].q.dtype) {
-    case ScalarType::kHalf: return call(half_t());
-    case ScalarType::kBFloat16: return call(bf16_t());
-    case ScalarType::kFloat: return call(float());
-    default: return call(double());
-  }
+template <class T>
+void forward(const GramForward& args, void* scratch, void* stream) {
+  const char* operation = "attention_gram_fwd";
+  const int heads = heads_of(args), tiles = tiles_of<T>(args);
+  auto* partial = static_cast<Acc<T>*>(tiles > 1 ? scratch : args.gram);
+  GramKernel<T> a{};
+  a.partial = {partial};
+  launch_tiles<T, false>(operation, a, args, stream);
+  if (tiles > 1)
+    launch_sum_parts(operation, partial, static_cast<Acc<T>*>(args.gram), args.B, tiles, heads * heads,
+                     stream);
 }
 
 }  // namespace
@@ -290,6 +298,16 @@ int64_t attention_gram_fwd_scratch(const GramForward& args) {
 void attention_gram_fwd(const GramForward& args, void* scratch, void* stream) {
   if (args.B > 0 && heads_of(args) > 0)
     with_type(args, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+}
+
+void gram_rows(const GramBackward& args, void* rows, void* stream) {
+  with_type(args, [&](auto number) {
+    using T = decltype(number);
+    GramKernel<T> a{};
+    a.coupling = {static_cast<const Acc<T>*>(args.coupling)};
+    a.rows = {static_cast<Acc<T>*>(rows)};
+    launch_tiles<T, true>("attention_gram_bwd", a, args, stream);
+  });
 }
 
 }  // namespace vitdiv::cuda

@@ -54,21 +54,25 @@ using FragmentB = typename Numbers<T>::B;
 template <class T>
 inline constexpr int kDepth = Numbers<T>::kDepth;
 
-// A row of a tile in shared memory is whole 16 byte pieces for pairs of lanes, and an odd multiple of 16 bytes long (of 32
-// for double): the rows of a fragment then lie in different banks.
-template <class T>
-HOST_DEVICE constexpr int padded_width(int width) {
-  constexpr int step = sizeof(T) == 2 ? 16 : 8;
-  return (width + step - 1) / step * step;
-}
+// A row of a tile in shared memory is a whole number of 16 columns, and an odd multiple of 16 bytes long (of 32 for
+// double): the rows of a fragment then lie in different banks.
+HOST_DEVICE constexpr int padded_width(int width) { return (width + 15) / 16 * 16; }
 template <class T>
 HOST_DEVICE constexpr int row_stride(int width) {
-  return padded_width<T>(width) + Numbers<T>::kPad;
+  return padded_width(width) + Numbers<T>::kPad;
 }
 
 DEVICE int lane_id() { return thread_x() & 31; }
 DEVICE int tile_row(int e) { return (lane_id() >> 2) + 8 * (e >> 1); }
 DEVICE int tile_col(int e) { return 2 * (lane_id() & 3) + (e & 1); }
+
+template <class T>
+DEVICE T from_acc(Acc<T> x) {
+  if constexpr (sizeof(T) == 2)
+    return from_float<T>(x);
+  else
+    return x;
+}
 
 // Two neighbours of a row of a tile.
 DEVICE void store2(Shared<half_t> s, int i, float x, float y) {

@@ -15,6 +15,13 @@ const char* guarded(Call call) {
     return message.c_str();
   }
 }
+
+template <class Call>
+int64_t guarded_bytes(Call call) {  // 0: the call that follows says what is wrong
+  int64_t bytes = 0;
+  guarded([&] { bytes = call(); });
+  return bytes;
+}
 }  // namespace
 
 extern "C" {
@@ -34,9 +41,17 @@ void emulation_take_counts(uint64_t* counts) {
 
 int64_t attention_gram_fwd_size() { return sizeof(vitdiv::GramForward); }
 int64_t attention_gram_fwd_scratch(const vitdiv::GramForward* args) {
-  return vitdiv::cuda::attention_gram_fwd_scratch(*args);
+  return guarded_bytes([&] { return vitdiv::cuda::attention_gram_fwd_scratch(*args); });
 }
 const char* attention_gram_fwd(const vitdiv::GramForward* args, void* scratch) {
   return guarded([&] { vitdiv::cuda::attention_gram_fwd(*args, scratch, nullptr); });
+}
+
+int64_t attention_gram_bwd_size() { return sizeof(vitdiv::GramBackward); }
+int64_t attention_gram_bwd_scratch(const vitdiv::GramBackward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::attention_gram_bwd_scratch(*args); });
+}
+const char* attention_gram_bwd(const vitdiv::GramBackward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::attention_gram_bwd(*args, scratch, nullptr); });
 }
 }
