@@ -55,6 +55,8 @@ add_library(cuda_kernels OBJECT csrc/cuda/attn_diversity.cu csrc/cuda/attn_diver
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_ARCHITECTURES "${cuda_architectures}"
   CUDA_VISIBILITY_PRESET hidden)
-target_compile_options(cuda_kernels PRIVATE -std=c++20) # CMake 3.25 does not know that nvcc 13 takes it
+# Not by CUDA_STANDARD, nor CXX_STANDARD which stands in for it: CMake 3.25 does not know that nvcc takes C++20.
+set_property(TARGET cuda_kernels PROPERTY CXX_STANDARD)
+target_compile_options(cuda_kernels PRIVATE -std=c++20)
 set(cuda_objects $<TARGET_OBJECTS:cuda_kernels>)
 set(cuda_libraries CUDA::cudart_static)

@@ -15,6 +15,8 @@ namespace {
 constexpr int kRows = 16;
 template <class T>
 inline constexpr int kMaxWarps = sizeof(T) == 8 ? 8 : 12;  // registers
+template <class T>
+inline constexpr int kGroups = sizeof(T) == 8 ? 3 : 4;  // of 16 heads, at most; gram_rows takes no more heads
 
 template <class T>
 struct GradientKernel {
@@ -33,7 +35,7 @@ struct GradientKernel {
   Global<Acc<T>> sums;  // otherwise: a block's own [H, 16, sum_stride]
 };
 
-// Places in shared memory, in elements. dZ has the places of the maps.
+// Places in shared memory, in elements.
 template <class T>
 struct ChunkLayout {
   int row, head, zeros, size, coupling_row, coupling_size, sum_row;
@@ -59,7 +61,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
   const ChunkLayout<T> at(heads, a.chunk, a.stride);
   Carver carve;
   const Shared<M> maps = carve.take<M>(at.size);
-  const Shared<T> dz = carve.take<T>(at.size);
+  const Shared<T> dz = maps.template as<T>();                                     // takes the maps' place
   const Shared<M> coupling = carve.take<M>((narrow ? 2 : 1) * at.coupling_size);  // high, then low part
   const int slot = (kRows + a.chunk) * a.stride;
   const Shared<T> slots = carve.take<T>(a.workers * slot);
@@ -143,36 +145,39 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
     sync_block();
 
     for (int i = warp; i < kRows; i += warps)
-      for (int x = 0; x < columns; x += 16)
-        for (int g0 = 0; g0 < heads; g0 += 16) {
-          Acc<T> da[2][4] = {};
-          for (int h = 0; h < padded_heads; h += kDepth<M>) {
-            FragmentA<M> c;
-            FragmentB<M> b[2];
-            load_b<true>(b, maps, [&](int col, int k) {
-              return h + k < heads ? (h + k) * at.head + i * at.row + x + col : at.zeros;
-            });
+      for (int x = 0; x < columns; x += 16) {
+        Acc<T> da[kGroups<T>][2][4] = {};
+        for (int h = 0; h < padded_heads; h += kDepth<M>) {
+          FragmentB<M> b[2];
+          load_b<true>(b, maps, [&](int col, int k) {
+            return h + k < heads ? (h + k) * at.head + i * at.row + x + col : at.zeros;
+          });
+          UNROLLED_FOR (int group = 0; group < kGroups<T>; ++group)
             UNROLLED_FOR (int part = 0; part < (narrow ? 2 : 1); ++part) {
+              if (16 * group >= heads) continue;
+              FragmentA<M> c;
               load_a(c, coupling, [&](int g, int k) {
-                return part * at.coupling_size + (g0 + g) * at.coupling_row + h + k;
+                return part * at.coupling_size + (16 * group + g) * at.coupling_row + h + k;
               });
-              multiply_add<M>(da, c, b);
+              multiply_add<M>(da[group], c, b);
             }
-          }
+        }
+        sync_warp();  // all heads of these places are read
+        UNROLLED_FOR (int group = 0; group < kGroups<T>; ++group)
           UNROLLED_FOR (int j = 0; j < 2; ++j)
             UNROLLED_FOR (int half = 0; half < 2; ++half) {
-              const int g = g0 + tile_row(2 * half), col = x + 8 * j + tile_col(0);
+              const int g = 16 * group + tile_row(2 * half), col = x + 8 * j + tile_col(0);
               if (g >= heads) continue;
               const int place = g * at.head + i * at.row + col;
               Acc<T> z[2];
               UNROLLED_FOR (int e = 0; e < 2; ++e) {
                 const Acc<T> delta = row_number(2, g, BY_KEY ? first + col + e : row0 + i) / unit;
                 const Acc<T> map = to_float(maps.ld(place + e)) / map_scale + a.mean;
-                z[e] = map * (da[j][2 * half + e] / map_scale - delta) * a.dz_scale;
+                z[e] = map * (da[group][j][2 * half + e] / map_scale - delta) * a.dz_scale;
               }
               store2(dz, place, z[0], z[1]);
             }
-        }
+      }
     sync_block();
 
     const bool last = first + a.chunk >= a.m;
@@ -240,7 +245,7 @@ Plan plan(const GramArgs& args, int64_t own, int64_t other) {
         const ChunkLayout<T> at(heads, chunk, stride);
         const int workers = (heads + rounds - 1) / rounds;
         const int64_t sums = int64_t(heads) * kRows * at.sum_row * sizeof(Acc<T>);
-        const int64_t bytes = 2 * piece(int64_t(at.size) * sizeof(T)) +
+        const int64_t bytes = piece(int64_t(at.size) * sizeof(T)) +
                               piece(int64_t(sizeof(T) == 2 ? 2 : 1) * at.coupling_size * sizeof(T)) +
                               piece(int64_t(workers) * (kRows + chunk) * stride * sizeof(T)) +
                               (shared ? sums : 0);
@@ -311,9 +316,10 @@ int64_t attention_gram_bwd_scratch(const GramBackward& args) {
 
 void attention_gram_bwd(const GramBackward& args, void* scratch, void* stream) {
   if (args.B == 0 || heads_of(args) == 0) return;
-  gram_rows(args, scratch, stream);
   with_type(args, [&](auto number) {
     using T = decltype(number);
+    plan<T>(args, args.N, args.M);  // throws before anything is launched
+    gram_rows(args, scratch, stream);
     if (args.dq[0].data || args.dq[1].data) gradient<T, false>(args, args.dq, scratch, stream);
     if (args.dk[0].data || args.dk[1].data) gradient<T, true>(args, args.dk, scratch, stream);
   });
