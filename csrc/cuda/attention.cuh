@@ -90,7 +90,7 @@ struct Scores {
       if (t < end_tile) fetch16(ring_tile(t), stride, k, head, 16 * t, end_key, width, padded);
       copy_commit();
     };
-    sync_warp();
+    sync_warp();  // the ring may still be in use
     for (int t = first_tile; t < first_tile + kStages - 1; ++t) fetch(t);
     for (int t = first_tile; t < end_tile; ++t) {
       copy_wait<kStages - 2>();
@@ -108,8 +108,7 @@ struct Scores {
         }
       }
       use(t, acc);
-    }
-    copy_wait<0>();
+    }  // only empty groups are left to wait for
   }
 };
 
@@ -121,8 +120,10 @@ struct RowStatistics {
 
   DEVICE RowStatistics() {
     UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
-      UNROLLED_FOR (int i = 0; i < 2; ++i) top[r][i] = Acc<T>(-1e38),
-                                           sum[r][i] = 0;  // finite: no inf - inf
+      UNROLLED_FOR (int i = 0; i < 2; ++i) {
+        top[r][i] = Acc<T>(-1e38);  // finite: no inf - inf
+        sum[r][i] = 0;
+      }
   }
   // logits in units of ln 2; -inf for keys that are not there
   DEVICE void add(const Acc<T> (&logits)[ROW_TILES][2][4]) {
