@@ -22,7 +22,7 @@ endif
 
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
-CPP := $(filter %.cpp %.h,$(BUILD_INPUTS))
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(BUILD_INPUTS)) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
 
 .PHONY: help demo test pytest lint format bench gpu-check build clean

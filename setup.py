@@ -1,9 +1,10 @@
 """Builds the extension vitdiv_kernels._C by CMake. Everything else is in pyproject.toml and CMakeLists.txt.
 
-Environment: VITDIV_SKIP_BUILD=1 installs without the extension; VITDIV_CUDA, CXX, DEBUG, MAX_JOBS and
-CMAKE_ARGS mean what they usually do. torch is located, never imported. Without any C++ compiler the package
-is installed without the extension and runs on its reference backend; where there is a compiler, the kernels
-must compile or the installation fails.
+Environment: VITDIV_SKIP_BUILD=1 installs without the extension; VITDIV_CUDA (0: no CUDA kernels, 1: not
+without them, auto: if there is an nvcc), TORCH_CUDA_ARCH_LIST, CXX, DEBUG, MAX_JOBS and CMAKE_ARGS mean what
+they usually do. torch is located, never imported. Without any C++ compiler the package is installed without
+the extension and runs on its reference backend; where there is a compiler, the kernels must compile or the
+installation fails.
 """
 
 import importlib.util
@@ -95,6 +96,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "TORCH_ROOT": torch.as_posix(),
             "VITDIV_CUDA": os.environ.get("VITDIV_CUDA", "auto"),
+            "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
         }
         configure = [
             cmake,

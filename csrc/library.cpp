@@ -333,5 +333,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", [] { return std::string(vitdiv::cpu().capability); });
   m.def("num_threads", [] { return vitdiv::cpu().count_threads(at::get_num_threads()); });
   m.attr("built_for_torch") = VITDIV_TORCH_VERSION;
-  m.attr("with_cuda") = false;
+  m.attr("with_cuda") = false;  // no operator is registered for CUDA tensors
+  m.attr("cuda_architectures") = VITDIV_CUDA_ARCHITECTURES;
 }

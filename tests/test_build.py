@@ -150,7 +150,10 @@ def test_without_a_compiler_the_package_installs_and_runs_on_reference(source_tr
 
 @pytest.mark.parametrize(
     ("environment", "words"),
-    [({"CXX": "false"}, ["VITDIV_SKIP_BUILD=1"]), ({"VITDIV_CUDA": "1"}, ["VITDIV_CUDA=1", "has none"])],
+    [
+        ({"CXX": "false"}, ["VITDIV_SKIP_BUILD=1"]),
+        ({"VITDIV_CUDA": "1", "CUDACXX": "no-nvcc"}, ["VITDIV_CUDA=1", "no nvcc that works was found"]),
+    ],
 )
 def test_a_build_that_fails_is_not_swallowed(source_tree, environment, words):
     built = build_wheel(source_tree, **environment)

@@ -1,0 +1,62 @@
+# The CUDA kernels, where there is a toolkit. They include no torch header and link the CUDA runtime statically, so the module
+# compiles and loads beside any torch, also one for CPUs only, and without a driver.
+set(cuda_objects)
+set(cuda_libraries)
+set(cuda_architectures)
+if(VITDIV_CUDA STREQUAL "0")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(VITDIV_CUDA STREQUAL "1")
+    message(FATAL_ERROR "VITDIV_CUDA=1 asks for CUDA kernels, but no nvcc that works was found: install the CUDA toolkit "
+                        "and put nvcc on PATH or name it in CUDACXX, or leave VITDIV_CUDA unset for a CPU build.")
+  endif()
+  message(STATUS "No nvcc: the kernels are built for CPUs only.")
+  return()
+endif()
+
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80) # for the check of the compiler
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+
+# As in torch: numbers such as 8.0 or 9.0a, separated by spaces or semicolons, +PTX for those that later GPUs can run.
+set(TORCH_CUDA_ARCH_LIST "" CACHE STRING "GPUs to compile for, for instance '8.0 9.0+PTX'")
+string(REGEX MATCHALL "[^ ;,]+" listed "${TORCH_CUDA_ARCH_LIST}")
+foreach(item IN LISTS listed)
+  if(NOT item MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must hold numbers such as 8.0, 9.0a or 9.0+PTX, got '${item}'.")
+  endif()
+  set(number ${CMAKE_MATCH_1}${CMAKE_MATCH_2})
+  if(number LESS 80)
+    message(FATAL_ERROR "The CUDA kernels need compute capability 8.0 or later (cp.async, mma of bfloat16), got "
+                        "'${item}' in TORCH_CUDA_ARCH_LIST.")
+  endif()
+  if(CMAKE_MATCH_4)
+    list(APPEND cuda_architectures ${number}${CMAKE_MATCH_3})
+  else()
+    list(APPEND cuda_architectures ${number}${CMAKE_MATCH_3}-real)
+  endif()
+endforeach()
+if(NOT cuda_architectures)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+    set(cuda_architectures 80-real 90) # 90: also PTX
+  else()
+    set(cuda_architectures 80-real 90-real 100)
+  endif()
+endif()
+message(STATUS "CUDA kernels for ${cuda_architectures}")
+
+add_library(cuda_kernels OBJECT csrc/cuda/attn_diversity.cu csrc/cuda/attn_diversity_bwd.cu)
+set_target_properties(cuda_kernels PROPERTIES
+  CUDA_ARCHITECTURES "${cuda_architectures}"
+  CUDA_VISIBILITY_PRESET hidden)
+# Not by CUDA_STANDARD, nor CXX_STANDARD which stands in for it: CMake 3.25 does not know that nvcc takes C++20.
+set_property(TARGET cuda_kernels PROPERTY CXX_STANDARD)
+target_compile_options(cuda_kernels PRIVATE -std=c++20)
+set(cuda_objects $<TARGET_OBJECTS:cuda_kernels>)
+set(cuda_libraries CUDA::cudart_static)

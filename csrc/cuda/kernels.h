@@ -1,0 +1,16 @@
+// The CUDA kernels' entry points. All pointers are to memory of the current device, except those of the arguments
+// themselves. `stream` is a cudaStream_t. `scratch` is device memory of the size that the function of that name gives; it
+// is free again when the stream has come so far. Launches return at once; what the driver refuses is thrown as
+// std::runtime_error, what the kernels cannot do as std::invalid_argument.
+#pragma once
+
+#include "../arguments.h"
+
+namespace vitdiv::cuda {
+
+int64_t attention_gram_fwd_scratch(const GramForward& args);  // bytes
+void attention_gram_fwd(const GramForward& args, void* scratch, void* stream);
+int64_t attention_gram_bwd_scratch(const GramBackward& args);
+void attention_gram_bwd(const GramBackward& args, void* scratch, void* stream);
+
+}  // namespace vitdiv::cuda

@@ -1,0 +1,57 @@
+// The kernels, emulated, behind a C interface for tests/emulated_cuda.py. A function returns null or what went wrong.
+#include "../../csrc/cuda/kernels.h"
+#include "emulation.h"
+
+namespace {
+thread_local std::string message;
+
+template <class Call>
+const char* guarded(Call call) {
+  try {
+    call();
+    return nullptr;
+  } catch (const std::exception& e) {
+    message = e.what();
+    return message.c_str();
+  }
+}
+
+template <class Call>
+int64_t guarded_bytes(Call call) {  // 0: the call that follows says what is wrong
+  int64_t bytes = 0;
+  guarded([&] { bytes = call(); });
+  return bytes;
+}
+}  // namespace
+
+extern "C" {
+
+void emulation_configure(int order, unsigned seed, int64_t shared_limit) {
+  emulation::config = {static_cast<emulation::Order>(order), seed, shared_limit};
+}
+void emulation_allow(const void* memory, int64_t bytes, int writable, int initialised) {
+  emulation::allow(memory, bytes, writable, initialised);
+}
+void emulation_forbid_all() { emulation::forbid_all(); }
+void emulation_take_counts(uint64_t* counts) {
+  static_assert(sizeof(emulation::Counts) == 10 * sizeof(uint64_t));
+  std::memcpy(counts, &emulation::counts, sizeof(emulation::Counts));
+  emulation::counts = {};
+}
+
+int64_t attention_gram_fwd_size() { return sizeof(vitdiv::GramForward); }
+int64_t attention_gram_fwd_scratch(const vitdiv::GramForward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::attention_gram_fwd_scratch(*args); });
+}
+const char* attention_gram_fwd(const vitdiv::GramForward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::attention_gram_fwd(*args, scratch, nullptr); });
+}
+
+int64_t attention_gram_bwd_size() { return sizeof(vitdiv::GramBackward); }
+int64_t attention_gram_bwd_scratch(const vitdiv::GramBackward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::attention_gram_bwd_scratch(*args); });
+}
+const char* attention_gram_bwd(const vitdiv::GramBackward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::attention_gram_bwd(*args, scratch, nullptr); });
+}
+}

@@ -1,0 +1,105 @@
+"""The CUDA kernels as nvcc compiles them, and the build with and without nvcc. No GPU is needed."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import cubin
+import pytest
+import torch
+from emulated_cuda import KERNELS, ROOT
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+# The instructions that kernels whose mangled names match must have.
+TENSOR_CORES = {
+    "(gram|gradient)_tileI.*(half_t|bf16_t)": {"HMMA", "LDSM", "LDGSTS"},
+    "(gram|gradient)_tileIf": {"HMMA", "LDGSTS"},
+    "(gram|gradient)_tileId": {"DMMA", "LDGSTS"},
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.stem)
+def test_kernels_neither_spill_nor_miss_tensor_cores(tmp_path, source, architecture):
+    kernels = cubin.compile_for(architecture, source, tmp_path)
+    assert kernels
+    for name, found in kernels.items():
+        assert found["stack"] == found["spilled"] == 0, (name, found)
+        assert found["static shared"] <= 48 << 10, (name, found)
+        assert 0 < found["registers"] <= 255, (name, found)
+        needed = [instructions for pattern, instructions in TENSOR_CORES.items() if re.search(pattern, name)]
+        assert needed or "sum_parts" in name, name
+        assert all(instructions <= set(found["instructions"]) for instructions in needed), (name, found)
+
+
+def configure(folder, **options):
+    """Run CMake without building; its log, and what it would compile."""
+    cmake = shutil.which("cmake", path=sysconfig.get_path("scripts")) or shutil.which("cmake")
+    ninja = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
+    if cmake is None or ninja is None:
+        pytest.skip("cmake and ninja are not installed")
+    options |= {
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "Python_EXECUTABLE": sys.executable,
+        "TORCH_ROOT": Path(torch.__file__).parent,
+    }
+    command = [cmake, "-S", ROOT, "-B", folder, "-GNinja", *(f"-D{k}={v}" for k, v in options.items())]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    rules = folder / "build.ninja"
+    return (
+        run.returncode,
+        " ".join((run.stdout + run.stderr).split()),
+        rules.read_text() if rules.exists() else "",
+    )
+
+
+@pytest.mark.parametrize(
+    "without", [{"VITDIV_CUDA": "0"}, {"CMAKE_CUDA_COMPILER": ""}], ids=["not asked for", "no nvcc"]
+)
+def test_the_cpu_build_needs_no_nvcc(tmp_path, without, monkeypatch):
+    if "VITDIV_CUDA" not in without:
+        monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))  # is not there
+    code, log, rules = configure(
+        tmp_path / "build", **{k: v for k, v in without.items() if k == "VITDIV_CUDA"}
+    )
+    assert code == 0, log
+    assert "attn_diversity.cpp.o" in rules
+    assert "attn_diversity.cu.o" not in rules
+    assert "cudart" not in rules
+
+
+def test_cuda_kernels_that_are_asked_for_are_not_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))  # is not there
+    code, log, _ = configure(tmp_path / "build", VITDIV_CUDA="1")
+    assert code != 0
+    assert "VITDIV_CUDA=1 asks for CUDA kernels, but no nvcc that works was found" in log
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("listed", "flags"),
+    [
+        ("", ["compute_80,code=[sm_80]", "compute_90,code=[sm_90]", "code=[compute_100,sm_100]"]),
+        ("8.0 9.0a+PTX", ["compute_80,code=[sm_80]", "code=[compute_90a,sm_90a]"]),
+    ],
+)
+def test_architectures_are_those_that_are_listed(tmp_path, listed, flags):
+    code, log, rules = configure(tmp_path / "build", VITDIV_CUDA="1", TORCH_CUDA_ARCH_LIST=listed)
+    assert code == 0, log
+    assert all(flag in rules for flag in flags), rules
+    assert rules.count("arch=compute_") == len(flags) * len(KERNELS)
+    assert "cudart_static" in rules
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("listed", "words"), [("Ampere", "such as 8.0"), ("7.5", "8.0 or later")])
+def test_architectures_that_cannot_be_built_are_named(tmp_path, listed, words):
+    code, log, _ = configure(tmp_path / "build", VITDIV_CUDA="1", TORCH_CUDA_ARCH_LIST=listed)
+    assert code != 0
+    assert words in log
+    assert f"'{listed}'" in log
