@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import os
-import zlib
 from pathlib import Path
 
 import pytest
@@ -65,34 +64,23 @@ def backend(request, monkeypatch):
         yield name
 
 
-# Cases of a test: of pairwise_cosine each takes a third of a second, of the others several. Other files ask
-# what an operation's callers see, minutes in the interpreter, and run there with --every-case.
-MOST_INTERPRETED = {"test_pairwise_cosine.py": 40, "test_attn_diversity.py": 6, "test_reattention.py": 6}
-
-
 def pytest_addoption(parser):
     parser.addoption(
-        "--every-case",
+        "--interpret",
         action="store_true",
-        help="run all cases of each test in Triton's interpreter, not a sample",
+        help="also run the Triton kernels, in its interpreter: half an hour",
+    )
+    parser.addoption(
+        "--every-case", action="store_true", help="compile all Triton kernels ahead of time, not a sample"
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Triton's interpreter is slow: of a test with many cases a sample, always the same one."""
-    if config.getoption("--every-case"):
+    if config.getoption("--interpret"):
         return
-    cases = {}
-    for item in items:
-        if "triton-interpreter" in item.name and "opcheck" not in item.name:
-            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
-    dropped = set()
-    for group in cases.values():
-        shuffled = sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))
-        most = MOST_INTERPRETED.get(group[0].path.name, 0)
-        dropped.update(shuffled[most:])
-    config.hook.pytest_deselected(items=sorted(dropped, key=lambda item: item.nodeid))
-    items[:] = [item for item in items if item not in dropped]
+    dropped = [item for item in items if "triton-interpreter" in item.name or "test_triton" in item.path.name]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
 
 
 @pytest.fixture
