@@ -68,7 +68,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--interpret",
         action="store_true",
-        help="also run the Triton kernels, in its interpreter: half an hour",
+        help="also interpret the Triton kernels: half an hour",
     )
     parser.addoption(
         "--every-case", action="store_true", help="compile all Triton kernels ahead of time, not a sample"
