@@ -421,9 +421,7 @@ def test_dropout():
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_shape_layout_and_options(backend, interpreted, data):
-    if interpreted and data.draw(st.integers(0, 7)):
-        return  # slow: an eighth of the examples
+def test_any_shape_layout_and_options(backend, data):
     draw = data.draw
     names = ("B", "H", "N", "M", "d")
     most = (3, 7, 40, 40, 70)
