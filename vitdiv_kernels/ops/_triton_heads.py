@@ -150,6 +150,13 @@ def magnitude(matrix, DT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def scaled_kronecker(
+    matrix, size, H: tl.constexpr, HP: tl.constexpr, TRANSPOSE: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    return (kronecker(matrix, H, HP, TRANSPOSE, ACC) / size).to(DT)
+
+
+@triton.jit
 def mix_heads(
     matrix, x, HP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
     ACC: tl.constexpr,
