@@ -193,7 +193,7 @@ def test_views_are_read_in_place():
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU the table has tiles that fit it")
 @pytest.mark.parametrize("tile", [(16, 16, 16, False, True, True), (16, 32, 32, True, False, True)], ids=str)
 def test_tiles_of_other_kinds(tile, monkeypatch):
-    """Rows in pieces that are read again at each step, matrices too, results apart, tiles that are not square."""
+    """Rows in pieces that are read at each step, matrices too, results apart, tiles that are not square."""
     row = _triton_tiles.Tile(*tile, 4, 1, "test")
     monkeypatch.setattr(_triton_tiles, "INTERPRETED", row)
     check(*inputs_of((1, 6, 17, 19, 40), pre=True, layer=True))

@@ -213,7 +213,7 @@ def query_gradient(
     NEED_DPRE: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
     DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries and a piece of DB columns, and the tile's part of dpre_mix, both less ln 2."""
+    """DB columns of dq of a tile of queries, and the tile's part of dpre_mix less a factor ln 2."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     i = (pid % tiles) * BR + tl.arange(0, BR)

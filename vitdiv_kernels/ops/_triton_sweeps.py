@@ -36,7 +36,7 @@ class Maps:
     def tile(self, kernel, layer_norm=False):
         """v and its gradient are as wide as q; layer norm and pre-mix hold more at a time."""
         extras = layer_norm or self.pre_mix is not None
-        return tile(kernel, self.padded, self.width, self.dtype, extras)
+        return tile(kernel, self.padded, self.width, self.dtype, extras, INTERPRETED)
 
     def numbers(self):
         """Constants of the arithmetic. The interpreter computes wrongly in bfloat16."""
@@ -110,7 +110,8 @@ class Maps:
         dk, written = aligned_empty(self.k_given)
         launch(
             key_gradient, (tiles * self.images, triton.cdiv(self.width, t.width)),
-            *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles, 0, *self._sizes(mixed), num_warps=t.warps, num_stages=t.stages,
+            *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles, 0,
+            *self._sizes(mixed), num_warps=t.warps, num_stages=t.stages,
             **self._gradient_constants(t, mixed, coupling),
         )  # fmt: skip
         return deliver(dk, written)

@@ -117,8 +117,14 @@ TILES = {
 }
 
 
-def tile(kernel, heads, width, dtype, extras):
+# The interpreter's time goes with the number of steps, hardly with their size.
+INTERPRETED = Tile(32, 32, 64, True, False, False, 8, 1, "interpreter")
+
+
+def tile(kernel, heads, width, dtype, extras, interpreted):
     """The Tile of a kernel for padded `heads` and rows of `width` numbers."""
+    if interpreted:
+        return fitted(INTERPRETED, heads, width)
     for (name, most_bytes, most_heads, most_width, with_extras), row in TILES.items():
         if (
             name == kernel
@@ -127,6 +133,10 @@ def tile(kernel, heads, width, dtype, extras):
             and width <= most_width
             and extras <= with_extras
         ):
-            piece = min(row.width, max(16, 1 << (width - 1).bit_length()))
-            return row._replace(width=piece, warps=min(row.warps, heads))
+            return fitted(row, heads, width)
     raise AssertionError("the last rows of the table match every call")
+
+
+def fitted(row, heads, width):
+    piece = min(row.width, max(16, 1 << (width - 1).bit_length()))
+    return row._replace(width=piece, warps=min(row.warps, heads))
