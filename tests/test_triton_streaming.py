@@ -10,7 +10,7 @@ from comparing import assert_within_budget
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from vitdiv_kernels.ops import _triton, _triton_heads
+from vitdiv_kernels.ops import _triton, _triton_heads, _triton_tiles
 from vitdiv_kernels.ops.reattention.triton_kernels import streaming
 
 ON_GPU = torch.cuda.is_available()
@@ -188,3 +188,24 @@ def test_views_are_read_in_place():
     assert padded.shape == (2, 4, 5, 48)
     assert torch.equal(padded[..., :33], odd)
     assert padded[..., 33:].eq(0).all()
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU the table has tiles that fit it")
+@pytest.mark.parametrize("tile", [(16, 16, 16, False, True, True), (16, 32, 32, True, False, True)], ids=str)
+def test_tiles_of_other_kinds(tile, monkeypatch):
+    """Rows in pieces that are read at each step, matrices too, results apart, tiles that are not square."""
+    row = _triton_tiles.Tile(*tile, 4, 1, "test")
+    monkeypatch.setattr(_triton_tiles, "INTERPRETED", row)
+    check(*inputs_of((1, 6, 17, 19, 40), pre=True, layer=True))
+    check(*inputs_of((1, 17, 17, 19, 16)))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6, 12, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_table_has_a_tile_for_every_call(heads, dtype):
+    for kernel in {key[0] for key in _triton_tiles.TILES}:
+        for width in (16, 80, 256):
+            padded = _triton_heads.padded_heads(heads)
+            tile = _triton_tiles.tile(kernel, padded, width, dtype, extras=True, interpreted=False)
+            assert tile.warps <= padded
+            assert tile.width <= max(16, width)

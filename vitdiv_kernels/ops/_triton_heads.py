@@ -150,6 +150,14 @@ def magnitude(matrix, DT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def scaled_kronecker(
+    matrix, size, H: tl.constexpr, HP: tl.constexpr, TRANSPOSE: tl.constexpr, DT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    return (kronecker(matrix, H, HP, TRANSPOSE, ACC) / size).to(DT)
+
+
+@triton.jit
 def mix_heads(
     matrix, x, HP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, PREC: tl.constexpr,
     ACC: tl.constexpr,
@@ -253,7 +261,7 @@ def deliver(result, written):
 
 
 def uncouple(partial, heads):
-    """Sum over the programs' partial sums [B, programs, K, K] of `store_coupled`: [B, heads, heads]."""
+    """Sum over partial sums [B, programs, K, K] of `store_coupled`: [B, heads, heads], float64."""
     b, _, k, _ = partial.shape
     padded = padded_heads(heads)
     total = partial.sum(1, dtype=torch.float64).view(b, padded, k // padded, padded, k // padded)

@@ -16,6 +16,7 @@ from ._triton_heads import (
     natural,
     products,
     row_values,
+    scaled_kronecker,
     store_coupled,
     store_heads,
 )
@@ -85,11 +86,11 @@ def layer_norm_gradient(dy, normal, rate, weight, H: tl.constexpr):
 @triton.jit
 def softmax_sweep(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, pre_mix, pre_bias, coupling, coupling_b, shift, rate, delta, gram,
-    tiles, N, M, NS, factor_high, factor_low, factor2_high, factor2_low,
-    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, PRE: tl.constexpr, PRE_BIAS: tl.constexpr, STATISTICS: tl.constexpr, GRAM: tl.constexpr,
-    DELTA: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr,
-    PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
+    tiles, zero, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, H: tl.constexpr,
+    H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, PRE: tl.constexpr, PRE_BIAS: tl.constexpr, STATISTICS: tl.constexpr,
+    GRAM: tl.constexpr, DELTA: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
+    DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One pass over the keys: of each row its largest logit `shift` and `rate` = 1 / sum, A = 2^(logit -
     shift) rate; and the centred Gram matrix, summed over the rows of a tile (GRAM) or, row by row, against
@@ -122,9 +123,13 @@ def softmax_sweep(
         first_keys = tl.full((), tl.minimum(M, BC), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
+        pre_now = pre
+        if RELOAD:
+            if PRE:
+                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
         inside = (j < M)[None, None, :]
         s = products(held, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
-        z = logits(s, pre, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
+        z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
         z = tl.where(inside, z, float("-inf"))
         next_top = tl.maximum(top, tl.max(z, 2))
         # a row of -Inf alone is NaN by 0 * 1/0, but -Inf so far and finite later is not
@@ -200,15 +205,15 @@ def maps_gradient(
 @triton.jit
 def query_gradient(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dq, dq_b, dq_h, dq_n, pre_mix,
-    mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, dpre_mix, tiles, N, M, NS, factor_high,
-    factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
+    mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, dpre_mix, tiles, zero, N, M, NS,
+    factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
     HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
     DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_DQ: tl.constexpr,
-    NEED_DPRE: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr,
-    ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
+    NEED_DPRE: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
+    DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries and a piece of DB columns, and the tile's part of dpre_mix, both less ln 2."""
+    """DB columns of dq of a tile of queries, and the tile's part of dpre_mix less a factor ln 2."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     i = (pid % tiles) * BR + tl.arange(0, BR)
@@ -233,14 +238,14 @@ def query_gradient(
         pre_acc = kronecker(pre_mix, H, HP, False, ACC)
         pre = pre_acc.to(ZT)
         pre_size = magnitude(pre_acc, DT, ACC)
-        pre_t = (kronecker(pre_mix, H, HP, True, ACC) / pre_size).to(DT)
+        pre_t = scaled_kronecker(pre_mix, pre_size, H, HP, True, DT, ACC)
     if DOUT:
         v += image * v_b
         dout += image * o_b
         held_o = hold_heads(dout, i, N, o_h, o_n, H, HP, DV, DVB, DT, HOLD)
         w_acc = kronecker(mix, H, HP, False, ACC)
         size = magnitude(w_acc, DT, ACC)
-        wt = (kronecker(mix, H, HP, True, ACC) / size).to(DT)
+        wt = scaled_kronecker(mix, size, H, HP, True, DT, ACC)
         if LAYER:
             w = (w_acc / size).to(DT)
             constant = mix_constant(mix, bias, mean, H, HP, CENTRED, BIAS, ACC)
@@ -262,9 +267,28 @@ def query_gradient(
         pre_sums = tl.zeros((W, 16 if HP < 16 else HP, 16 if HP < 16 else HP), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
+        pre_now = pre
+        w_now = w
+        wt_now = wt
+        c_now = c
+        if PRE:
+            pre_t_now = pre_t
+        if RELOAD:
+            if PRE:
+                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
+            if DOUT and LAYER:
+                w_now = scaled_kronecker(mix + j0 * zero, size, H, HP, False, DT, ACC)
+            if DOUT:
+                wt_now = scaled_kronecker(mix + j0 * zero, size, H, HP, True, DT, ACC)
+            if COUPLING:
+                c_now = scaled_kronecker(
+                    coupling + image * coupling_b + j0 * zero, c_size, H, HP, False, DT, ACC
+                )
+            if PRE:
+                pre_t_now = scaled_kronecker(pre_mix + j0 * zero, pre_size, H, HP, True, DT, ACC)
         inside = (j < M)[None, None, :]
         s = products(held_q, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
-        z = logits(s, pre, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
+        z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
         p = tl.where(inside, tl.exp2(z - shifts) * rates, 0.0)
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = p
@@ -274,8 +298,8 @@ def query_gradient(
             )
         valid = (i < N)[:, None] & (j < M)[None, :]
         d = maps_gradient(
-            dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 2, DOUT, LAYER,
-            COUPLING, PS, DT, PREC, ACC,
+            dy, centred, valid, w_now, wt_now, size, constant, gain, eps, c_now, c_size, H, HP, BR, BC, 2,
+            DOUT, LAYER, COUPLING, PS, DT, PREC, ACC,
         )  # fmt: skip
         d = p * (d - deltas)
         if not DOUT:
@@ -285,7 +309,7 @@ def query_gradient(
             pre_sums = couple(pre_sums, dz, (s * factor).to(DT), HP, BR, BC, W, PREC, ACC)
         if NEED_DQ:
             if PRE:
-                dz = (mix_heads(pre_t, dz, HP, BR, BC, 2, PREC, ACC) * pre_size).to(DT)
+                dz = (mix_heads(pre_t_now, dz, HP, BR, BC, 2, PREC, ACC) * pre_size).to(DT)
             y = load_heads(k, j, M, c0, k_h, k_n, H, HP, D, DB, DT)
             acc = tl.dot(dz, y, acc, input_precision=PREC, out_dtype=ACC)
     if NEED_DQ:
@@ -303,14 +327,14 @@ def query_gradient(
 
 @triton.jit
 def key_gradient(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dk, dk_b, dk_h, dk_n,
-    pre_mix, mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta,
-    tiles, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low,
-    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
-    DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr,
-    BIAS: tl.constexpr, DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, HOLD: tl.constexpr,
-    PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr,
-    ACC: tl.constexpr,
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dk, dk_b, dk_h, dk_n, pre_mix,
+    mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, tiles, zero, N, M, NS, factor_high,
+    factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
+    HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
+    DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, HOLD: tl.constexpr,
+    RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
+    ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk of a tile of BR keys and a piece of DB columns: transposed tiles [HP, keys, queries]."""
     pid = tl.program_id(0)
@@ -337,14 +361,14 @@ def key_gradient(
         pre_acc = kronecker(pre_mix, H, HP, False, ACC)
         pre = pre_acc.to(ZT)
         pre_size = magnitude(pre_acc, DT, ACC)
-        pre_t = (kronecker(pre_mix, H, HP, True, ACC) / pre_size).to(DT)
+        pre_t = scaled_kronecker(pre_mix, pre_size, H, HP, True, DT, ACC)
     if DOUT:
         v += image * v_b
         dout += image * o_b
         held_v = hold_heads(v, j, M, v_h, v_n, H, HP, DV, DVB, DT, HOLD)
         w_acc = kronecker(mix, H, HP, False, ACC)
         size = magnitude(w_acc, DT, ACC)
-        wt = (kronecker(mix, H, HP, True, ACC) / size).to(DT)
+        wt = scaled_kronecker(mix, size, H, HP, True, DT, ACC)
         if LAYER:
             w = (w_acc / size).to(DT)
             constant = mix_constant(mix, bias, mean, H, HP, CENTRED, BIAS, ACC)
@@ -360,13 +384,32 @@ def key_gradient(
     acc = tl.zeros((HP, BR, DB), ACC)
     for i0 in tl.range(0, N, BC):
         i = i0 + tl.arange(0, BC)
+        pre_now = pre
+        w_now = w
+        wt_now = wt
+        c_now = c
+        if PRE:
+            pre_t_now = pre_t
+        if RELOAD:
+            if PRE:
+                pre_now = kronecker(pre_mix + i0 * zero, H, HP, False, ACC).to(ZT)
+            if DOUT and LAYER:
+                w_now = scaled_kronecker(mix + i0 * zero, size, H, HP, False, DT, ACC)
+            if DOUT:
+                wt_now = scaled_kronecker(mix + i0 * zero, size, H, HP, True, DT, ACC)
+            if COUPLING:
+                c_now = scaled_kronecker(
+                    coupling + image * coupling_b + i0 * zero, c_size, H, HP, False, DT, ACC
+                )
+            if PRE:
+                pre_t_now = scaled_kronecker(pre_mix + i0 * zero, pre_size, H, HP, True, DT, ACC)
         shifts = row_values(shift + statistics, i, N, NS, 0.0, HP)[:, None, :]
         rates = row_values(rate + statistics, i, N, NS, mean, HP)[:, None, :]
         deltas = row_values(delta + statistics, i, N, NS, 0.0, HP)[:, None, :]
         if not DOUT:
             deltas = deltas / c_size
         s = products(held_k, k, j, M, k_h, k_n, q, i, N, q_h, q_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
-        z = logits(s, pre, factor, HP, BR, BC, 1, PRE, ZT, ZPREC, ACC)
+        z = logits(s, pre_now, factor, HP, BR, BC, 1, PRE, ZT, ZPREC, ACC)
         p = tl.where(inside, tl.exp2(z - shifts) * rates, 0.0)
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = p
@@ -376,15 +419,15 @@ def key_gradient(
             )
         valid = (j < M)[:, None] & (i < N)[None, :]
         d = maps_gradient(
-            dy, centred, valid, w, wt, size, constant, gain, eps, c, c_size, H, HP, BR, BC, 1, DOUT, LAYER,
-            COUPLING, PS, DT, PREC, ACC,
+            dy, centred, valid, w_now, wt_now, size, constant, gain, eps, c_now, c_size, H, HP, BR, BC, 1,
+            DOUT, LAYER, COUPLING, PS, DT, PREC, ACC,
         )  # fmt: skip
         d = p * (d - deltas)
         if not DOUT:
             d = d * PS
         dz = d.to(DT)
         if PRE:
-            dz = (mix_heads(pre_t, dz, HP, BR, BC, 1, PREC, ACC) * pre_size).to(DT)
+            dz = (mix_heads(pre_t_now, dz, HP, BR, BC, 1, PREC, ACC) * pre_size).to(DT)
         y = load_heads(q, i, N, c0, q_h, q_n, H, HP, D, DB, DT)
         acc = tl.dot(dz, y, acc, input_precision=PREC, out_dtype=ACC)
     acc = acc * natural(factor)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ._layout import accumulation_dtype
-from ._triton import DTYPES, INTERPRETED, accumulator, capability, input_precision, launch
+from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch
 from ._triton_heads import LOG2_E, aligned, aligned_empty, deliver, padded_heads, split, uncouple
 from ._triton_maps import key_gradient, query_gradient, softmax_sweep
 from ._triton_tiles import tile
@@ -36,7 +36,7 @@ class Maps:
     def tile(self, kernel, layer_norm=False):
         """v and its gradient are as wide as q; layer norm and pre-mix hold more at a time."""
         extras = layer_norm or self.pre_mix is not None
-        return tile(kernel, self.padded, self.width, self.dtype, extras, capability(self.q))
+        return tile(kernel, self.padded, self.width, self.dtype, extras, INTERPRETED)
 
     def numbers(self):
         """Constants of the arithmetic. The interpreter computes wrongly in bfloat16."""
@@ -65,11 +65,11 @@ class Maps:
         launch(
             softmax_sweep, (tiles * self.images,), *located(self.q), *located(self.k),
             or_else(self.pre_mix, self.q), or_else(self.pre_bias, self.q), coupling, coupling_b, shift, rate,
-            deltas, partial, tiles, self.queries, self.keys, self.row_stride, *self.factors,
+            deltas, partial, tiles, 0, self.queries, self.keys, self.row_stride, *self.factors,
             num_warps=t.warps, num_stages=t.stages, H=self.heads, H1=self.first_heads, HP=self.padded,
             D=self.width, DB=t.width, BR=t.rows, BC=t.columns, PRE=self.pre_mix is not None,
             PRE_BIAS=self.pre_bias is not None, STATISTICS=statistics, GRAM=gram, DELTA=delta, HOLD=t.hold,
-            **self.numbers(),
+            RELOAD=t.reload, **self.numbers(),
         )  # fmt: skip
         if gram:
             total = partial.sum(1, dtype=torch.float64)[:, : self.heads, : self.heads]
@@ -95,7 +95,7 @@ class Maps:
             launch(
                 query_gradient, (tiles * self.images, triton.cdiv(self.width, t.width) if does_dq else 1),
                 *self._gradient_arguments(written, mixed, coupling, statistics, delta), partial,
-                tiles, *self._sizes(mixed),
+                tiles, 0, *self._sizes(mixed),
                 num_warps=t.warps, num_stages=t.stages,
                 NEED_DQ=does_dq, NEED_DPRE=does_dpre_mix, W=warp_split(self.padded, t),
                 **self._gradient_constants(t, mixed, coupling),
@@ -110,7 +110,7 @@ class Maps:
         dk, written = aligned_empty(self.k_given)
         launch(
             key_gradient, (tiles * self.images, triton.cdiv(self.width, t.width)),
-            *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles,
+            *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles, 0,
             *self._sizes(mixed), num_warps=t.warps, num_stages=t.stages,
             **self._gradient_constants(t, mixed, coupling),
         )  # fmt: skip
@@ -140,7 +140,7 @@ class Maps:
             DVB=t.width, BR=t.rows, BC=t.columns, PRE=self.pre_mix is not None,
             CENTRED=mixed is None or mixed.centred, BIAS=mixed is not None and mixed.bias is not None,
             DOUT=mixed is not None, LAYER=mixed is not None and mixed.norm_weight is not None,
-            COUPLING=coupling is not None, HOLD=t.hold, **self.numbers(),
+            COUPLING=coupling is not None, HOLD=t.hold, RELOAD=t.reload, **self.numbers(),
         )  # fmt: skip
 
 

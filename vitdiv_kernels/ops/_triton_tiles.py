@@ -1,6 +1,6 @@
-"""Tiles of the kernels that hold all heads, by kernel, padded heads, bytes of an element and width.
+"""Tiles of the kernels that hold all heads. Nothing is tuned at run time.
 
-`source` says where a row comes from: "aot" rows compile without spills on sm_80, sm_90 and sm_100 and were
+`source` says where a row comes from: "aot" rows compile without spills for sm_80, sm_90 and sm_100 and were
 chosen by instruction counts and shared memory; no GPU has measured them yet.
 """
 
@@ -10,23 +10,133 @@ from typing import NamedTuple
 class Tile(NamedTuple):
     rows: int  # queries, or keys where a program owns keys
     columns: int  # of a step of its loop
-    width: int  # columns of q, k, v or their gradients that are held or written at a time
+    width: int  # columns of q, k, v or their gradients that are held or written at a time, at most
     hold: bool  # a program's own rows stay on the chip for the whole loop
+    reload: bool  # matrices of the mixes are loaded at each step, to save registers
     apart: bool  # a kernel of several results makes one at a time
-    warps: int
+    warps: int  # at most: a product over heads gives a warp whole heads
     stages: int
     source: str
 
 
-def tile(kernel, heads, width, dtype, extras, capability):
-    """The Tile of a kernel; `width` is the widest row that it multiplies."""
-    return Tile(
-        16,
-        16,
-        16 if width <= 16 else 32 if width <= 32 else 64,
-        True,
-        False,
-        max(1, min(8, heads)),
-        1,
-        "draft",
-    )
+_ANY = 1 << 30
+# kernel, bytes of an element, most heads, most width, with layer norm or pre-mix: the first row that covers a
+# call. Kernels differ in how much they hold; a step that loads the next one's operands early has 2 stages.
+TILES = {
+    ("softmax", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 8, 2, "aot"),
+    ("softmax", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("softmax", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
+    ("softmax", 4, 16, _ANY, False): Tile(16, 16, 32, False, False, False, 16, 1, "aot"),
+    ("softmax", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 16, 1, "aot"),
+    ("softmax", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("softmax", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("softmax", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("softmax_gram", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax_gram", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax_gram", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 16, 2, "aot"),
+    ("softmax_gram", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax_gram", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax_gram", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("softmax_gram", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("softmax_gram", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
+    ("softmax_gram", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("softmax_gram", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("softmax_gram", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("softmax_gram", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("softmax_gram", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("output_sweep", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("output_sweep", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("output_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
+    ("output_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("output_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("output_sweep", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("output_sweep", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("output_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
+    ("output_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("output_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("output_sweep", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("output_sweep", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("output_sweep", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("parameter_sweep", 2, 8, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("parameter_sweep", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("parameter_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
+    ("parameter_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
+    ("parameter_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("parameter_sweep", 2, 16, _ANY, True): Tile(16, 16, 32, True, True, True, 8, 1, "aot"),
+    ("parameter_sweep", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("parameter_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, "aot"),
+    ("parameter_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("parameter_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, True, 8, 1, "aot"),
+    ("parameter_sweep", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("parameter_sweep", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("parameter_sweep", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("query_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("query_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("query_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
+    ("query_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, True, True, 8, 1, "aot"),
+    ("query_gradient", 2, 16, _ANY, False): Tile(16, 16, 32, True, False, False, 8, 1, "aot"),
+    ("query_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("query_gradient", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("query_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, "aot"),
+    ("query_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("query_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("query_gradient", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("query_gradient", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("query_gradient", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("key_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("key_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("key_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("key_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("key_gradient", 2, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("key_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, False, 8, 1, "aot"),
+    ("key_gradient", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("key_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
+    ("key_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("key_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("key_gradient", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("key_gradient", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("key_gradient", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("value_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("value_gradient", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
+    ("value_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
+    ("value_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
+    ("value_gradient", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("value_gradient", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
+    ("value_gradient", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("value_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
+    ("value_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("value_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
+    ("value_gradient", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("value_gradient", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
+    ("value_gradient", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+}
+
+
+# The interpreter's time goes with the number of steps, hardly with their size.
+INTERPRETED = Tile(32, 32, 64, True, False, False, 8, 1, "interpreter")
+
+
+def tile(kernel, heads, width, dtype, extras, interpreted):
+    """The Tile of a kernel for padded `heads` and rows of `width` numbers."""
+    if interpreted:
+        return fitted(INTERPRETED, heads, width)
+    for (name, most_bytes, most_heads, most_width, with_extras), row in TILES.items():
+        if (
+            name == kernel
+            and dtype.itemsize <= most_bytes
+            and heads <= most_heads
+            and width <= most_width
+            and extras <= with_extras
+        ):
+            return fitted(row, heads, width)
+    raise AssertionError("the last rows of the table match every call")
+
+
+def fitted(row, heads, width):
+    piece = min(row.width, max(16, 1 << (width - 1).bit_length()))
+    return row._replace(width=piece, warps=min(row.warps, heads))

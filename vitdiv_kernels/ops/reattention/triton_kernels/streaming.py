@@ -26,6 +26,7 @@ from ..._triton_heads import (
     mix_heads,
     products,
     row_values,
+    scaled_kronecker,
     split,
     store_coupled,
     store_heads,
@@ -37,13 +38,13 @@ from ..._triton_sweeps import Maps, located, or_else, parts, warp_split, with_im
 
 @triton.jit
 def output_sweep(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, out, o_b, o_h, o_n,
-    pre_mix, mix, bias, norm_weight, norm_bias, shift, rate,
-    tiles, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low,
-    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
-    DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr,
-    BIAS: tl.constexpr, LAYER: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr,
-    ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, out, o_b, o_h, o_n, pre_mix, mix, bias,
+    norm_weight, norm_bias, shift, rate, tiles, zero, N, M, NS, factor_high, factor_low, factor2_high,
+    factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, HOLD: tl.constexpr,
+    RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
+    ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The output of a tile of queries, DVB columns of it."""
     pid = tl.program_id(0)
@@ -76,11 +77,17 @@ def output_sweep(
     acc = tl.zeros((HP, BR, DVB), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
+        pre_now = pre
+        w_now = w
+        if RELOAD:
+            if PRE:
+                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
+            w_now = scaled_kronecker(mix + j0 * zero, size, H, HP, False, DT, ACC)
         s = products(held, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
-        z = logits(s, pre, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
+        z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
         # the exponential of the padding can be Inf, and times the zeros of v NaN
         p = tl.where((j < M)[None, None, :], tl.exp2(z - shifts) * rates - mean, 0.0)
-        m = mixed_maps(w, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 2, PREC, ACC)
+        m = mixed_maps(w_now, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 2, PREC, ACC)
         if LAYER:
             normal, _ = layer_norm(m, (i < N)[:, None] & (j < M)[None, :], eps, H, HP)
             m = normal * gain + added
@@ -91,13 +98,13 @@ def output_sweep(
 
 @triton.jit
 def parameter_sweep(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n,
-    pre_mix, mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, dmix, dvectors,
-    tiles, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low,
-    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
-    DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr,
-    BIAS: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_DELTA: tl.constexpr,
-    NEED_DMIX: tl.constexpr, NEED_DNORM: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr,
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, pre_mix, mix, bias,
+    norm_weight, coupling, coupling_b, shift, rate, delta, dmix, dvectors, tiles, zero, N, M, NS,
+    factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
+    HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
+    LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_DELTA: tl.constexpr, NEED_DMIX: tl.constexpr,
+    NEED_DNORM: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
     DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """delta_h[i] = sum_j A_h dA_h, and a tile of queries' part of dmix and of the gradients of vectors."""
@@ -126,7 +133,7 @@ def parameter_sweep(
         eps = double(eps_high, eps_low, ACC)
         gain = head_values(norm_weight, H, HP, ACC)
     if NEED_DELTA:
-        wt = (kronecker(mix, H, HP, True, ACC) / size).to(DT)
+        wt = scaled_kronecker(mix, size, H, HP, True, DT, ACC)
         sums = tl.zeros((HP, BR), ACC)
         if COUPLING:
             c_acc = kronecker(coupling + image * coupling_b, H, HP, False, ACC)
@@ -142,14 +149,32 @@ def parameter_sweep(
         shift_sums = tl.zeros((HP, BR), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
+        pre_now = pre
+        if LAYER:
+            w_now = w
+        if NEED_DELTA:
+            wt_now = wt
+            if COUPLING:
+                c_now = c
+        if RELOAD:
+            if PRE:
+                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
+            if LAYER:
+                w_now = scaled_kronecker(mix + j0 * zero, size, H, HP, False, DT, ACC)
+            if NEED_DELTA:
+                wt_now = scaled_kronecker(mix + j0 * zero, size, H, HP, True, DT, ACC)
+            if NEED_DELTA and COUPLING:
+                c_now = scaled_kronecker(
+                    coupling + image * coupling_b + j0 * zero, c_size, H, HP, False, DT, ACC
+                )
         inside = (j < M)[None, None, :]
         s = products(held_q, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
-        z = logits(s, pre, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
+        z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
         p = tl.where(inside, tl.exp2(z - shifts) * rates, 0.0)
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = products(held_o, dout, i, N, o_h, o_n, v, j, M, v_h, v_n, H, HP, DV, DVB, DT, HOLD, PREC, ACC)
         if LAYER:
-            m = mixed_maps(w, size * (1.0 / PS), constant, centred, HP, BR, BC, 2, PREC, ACC)
+            m = mixed_maps(w_now, size * (1.0 / PS), constant, centred, HP, BR, BC, 2, PREC, ACC)
             normal, norm_rate = layer_norm(m, (i < N)[:, None] & (j < M)[None, :], eps, H, HP)
             if NEED_DNORM:
                 weight_sums += tl.sum(dy * normal, 2)
@@ -161,9 +186,9 @@ def parameter_sweep(
         if NEED_DMIX:
             mix_sums = couple(mix_sums, dm, centred, HP, BR, BC, W, PREC, ACC)
         if NEED_DELTA:
-            d = mix_heads(wt, dm, HP, BR, BC, 2, PREC, ACC) * size
+            d = mix_heads(wt_now, dm, HP, BR, BC, 2, PREC, ACC) * size
             if COUPLING:
-                d += mix_heads(c, centred, HP, BR, BC, 2, PREC, ACC) * (c_size * (1.0 / PS))
+                d += mix_heads(c_now, centred, HP, BR, BC, 2, PREC, ACC) * (c_size * (1.0 / PS))
             sums += tl.sum(p * d, 2)
     if NEED_DELTA:
         mask = (i < N)[None, :] & (h < HP)[:, None]
@@ -179,13 +204,13 @@ def parameter_sweep(
 
 @triton.jit
 def value_gradient(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, dout, o_b, o_h, o_n, dv, dv_b, dv_h, dv_n,
-    pre_mix, mix, bias, norm_weight, norm_bias, shift, rate,
-    tiles, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low,
-    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
-    DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr,
-    BIAS: tl.constexpr, LAYER: tl.constexpr, HOLD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr,
-    ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
+    q, q_b, q_h, q_n, k, k_b, k_h, k_n, dout, o_b, o_h, o_n, dv, dv_b, dv_h, dv_n, pre_mix, mix, bias,
+    norm_weight, norm_bias, shift, rate, tiles, zero, N, M, NS, factor_high, factor_low, factor2_high,
+    factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, HOLD: tl.constexpr,
+    RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
+    ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dv of a tile of BR keys, DVB columns of it: transposed tiles [HP, keys, queries]."""
     pid = tl.program_id(0)
@@ -216,12 +241,18 @@ def value_gradient(
     acc = tl.zeros((HP, BR, DVB), ACC)
     for i0 in tl.range(0, N, BC):
         i = i0 + tl.arange(0, BC)
+        pre_now = pre
+        w_now = w
+        if RELOAD:
+            if PRE:
+                pre_now = kronecker(pre_mix + i0 * zero, H, HP, False, ACC).to(ZT)
+            w_now = scaled_kronecker(mix + i0 * zero, size, H, HP, False, DT, ACC)
         shifts = row_values(shift + statistics, i, N, NS, 0.0, HP)[:, None, :]
         rates = row_values(rate + statistics, i, N, NS, mean, HP)[:, None, :]
         s = products(held, k, j, M, k_h, k_n, q, i, N, q_h, q_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
-        z = logits(s, pre, factor, HP, BR, BC, 1, PRE, ZT, ZPREC, ACC)
+        z = logits(s, pre_now, factor, HP, BR, BC, 1, PRE, ZT, ZPREC, ACC)
         p = tl.where((j < M)[None, :, None], tl.exp2(z - shifts) * rates - mean, 0.0)
-        m = mixed_maps(w, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 1, PREC, ACC)
+        m = mixed_maps(w_now, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 1, PREC, ACC)
         if LAYER:
             normal, _ = layer_norm(m, (j < M)[:, None] & (i < N)[None, :], eps, H, HP)
             m = normal * gain + added
@@ -283,7 +314,8 @@ def _constants(maps, mixed, t):
     return dict(
         H=maps.heads, H1=maps.first_heads, HP=maps.padded, D=maps.width, DB=t.width, DV=mixed.width,
         DVB=t.width, BR=t.rows, BC=t.columns, PRE=maps.pre_mix is not None, CENTRED=mixed.centred,
-        BIAS=mixed.bias is not None, LAYER=mixed.norm_weight is not None, HOLD=t.hold, **maps.numbers(),
+        BIAS=mixed.bias is not None, LAYER=mixed.norm_weight is not None, HOLD=t.hold, RELOAD=t.reload,
+        **maps.numbers(),
     )  # fmt: skip
 
 
@@ -303,7 +335,7 @@ def _output(maps, mixed, statistics):
     launch(
         output_sweep, (tiles * maps.images, triton.cdiv(mixed.width, t.width)),
         *located(maps.q), *located(maps.k), *located(mixed.v), *located(written), *_matrices(maps, mixed),
-        or_else(mixed.norm_bias, maps.q), *statistics, tiles, *_sizes(maps, mixed),
+        or_else(mixed.norm_bias, maps.q), *statistics, tiles, 0, *_sizes(maps, mixed),
         num_warps=t.warps, num_stages=t.stages, **_constants(maps, mixed, t),
     )  # fmt: skip
     return deliver(out, written)
@@ -321,7 +353,7 @@ def _parameters(maps, mixed, coupling, statistics, needs_delta, needs_dmix, need
         launch(
             parameter_sweep, (tiles * maps.images,), *located(maps.q), *located(maps.k), *located(mixed.v),
             *located(mixed.dout), *_matrices(maps, mixed), *with_image_stride(coupling, maps.q), *statistics,
-            delta, matrices, vectors, tiles, *_sizes(maps, mixed), num_warps=t.warps, num_stages=t.stages,
+            delta, matrices, vectors, tiles, 0, *_sizes(maps, mixed), num_warps=t.warps, num_stages=t.stages,
             COUPLING=coupling is not None and does_delta, NEED_DELTA=does_delta, NEED_DMIX=does_dmix,
             NEED_DNORM=does_dnorm, W=warp_split(maps.padded, t), **_constants(maps, mixed, t),
         )  # fmt: skip
@@ -343,7 +375,7 @@ def _value_gradient(maps, mixed, statistics):
     launch(
         value_gradient, (tiles * maps.images, triton.cdiv(mixed.width, t.width)),
         *located(maps.q), *located(maps.k), *located(mixed.dout), *located(written), *_matrices(maps, mixed),
-        or_else(mixed.norm_bias, maps.q), *statistics, tiles, *_sizes(maps, mixed),
+        or_else(mixed.norm_bias, maps.q), *statistics, tiles, 0, *_sizes(maps, mixed),
         num_warps=t.warps, num_stages=t.stages, **_constants(maps, mixed, t),
     )  # fmt: skip
     return deliver(dv, written)
