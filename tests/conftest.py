@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -66,21 +67,35 @@ def backend(request, monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--interpret",
+        "--every-case",
         action="store_true",
-        help="also interpret the Triton kernels: half an hour",
-    )
-    parser.addoption(
-        "--every-case", action="store_true", help="compile all Triton kernels ahead of time, not a sample"
+        help="interpret and compile all cases of the Triton kernels, not a sample: half an hour",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--interpret"):
+    """Of the cases that are interpreted, slowly, keep such that each value of each parameter is in one."""
+    if config.getoption("--every-case"):
         return
-    dropped = [item for item in items if "triton-interpreter" in item.name or "test_triton" in item.path.name]
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item in items if item not in set(dropped)]
+    tests = defaultdict(list)
+    for item in items:
+        if "triton-interpreter" in item.name:
+            tests[item.path, item.originalname].append(item)
+    dropped = {item for cases in tests.values() for item in set(cases) - set(covering(cases))}
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    items[:] = [item for item in items if item not in dropped]
+
+
+def covering(cases):
+    """Few of a test's cases, in their order, that have each value of each parameter among them."""
+    values = {case: {(name, str(value)) for name, value in case.callspec.params.items()} for case in cases}
+    missing = set().union(*values.values())
+    chosen = set()
+    while missing:
+        case = max(cases, key=lambda case: len(values[case] & missing))
+        missing -= values[case]
+        chosen.add(case)
+    return [case for case in cases if case in chosen]
 
 
 @pytest.fixture

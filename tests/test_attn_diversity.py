@@ -206,6 +206,17 @@ def test_layouts(backend, layout):
     check(backend, attention_gram, formulas.attention_gram, (q, k))
 
 
+def test_items_more_than_2_to_31_elements_apart(backend, far_apart):
+    near = [t.requires_grad_() for t in draw((2, 3, 5, 7, 16), torch.float16)]
+    far = [far_apart(t.detach()).requires_grad_() for t in near]
+    grams = [attention_gram(*pair, backend=backend) for pair in (near, far)]
+    assert torch.equal(*grams)
+    for gram in grams:
+        gram.square().sum().backward()
+    for a, b in zip(near, far, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 @pytest.mark.parametrize("wanted", ["q", "k", "q2", "k2"])
 def test_only_the_gradients_asked_for(backend, wanted):
     tensors = dict(zip(("q", "k", "q2", "k2"), draw((2, 3, 9, 11, 16), layers=2), strict=True))

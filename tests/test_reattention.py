@@ -331,6 +331,21 @@ def test_layouts(backend, layout, norm, training):
     check(backend, Case((3, 4, 9, 9, 12), norm, training), change=change)
 
 
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_items_more_than_2_to_31_elements_apart(backend, far_apart, norm, training):
+    near, options = inputs_of(Case((2, 3, 5, 7, 16), norm, training, running=not training), torch.float16)
+    far = {
+        name: (far_apart(t.detach()) if name in "qkv" else t.detach().clone()).requires_grad_()
+        for name, t in near.items()
+    }
+    outs = [reattention(**inputs, **options, backend=backend) for inputs in (near, far)]
+    assert torch.equal(*outs)
+    for out in outs:
+        out.float().square().sum().backward()
+    for name, t in near.items():
+        assert torch.equal(t.grad, far[name].grad), name
+
+
 def test_incoming_gradients_of_any_layout(backend):
     inputs, _ = inputs_of(Case((2, 3, 9, 9, 16)))
     out = reattention(**inputs, backend=backend)
