@@ -25,6 +25,12 @@ BACKENDS = {
     "triton-interpreter": ("triton", "cpu"),
     "triton-gpu": ("triton", "cuda"),
 }
+# A GPU is either there for all tests of its backends or for none.
+HERE = [
+    name
+    for name, (_, device) in BACKENDS.items()
+    if (HAS_GPU or device != "cuda") and not (HAS_GPU and name == "triton-interpreter")
+]
 INTERPRETED = _dispatch._INTERPRETED
 # Only the tests of the backend "triton-interpreter" see it, all others what a user sees.
 _dispatch._INTERPRETED = False
@@ -52,13 +58,17 @@ def need(backend, device="cpu"):
         (pytest.fail if in_ci else pytest.skip)(f"{backend} on {device}: {why_not}")
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_report_header(config):
+    why_not = "Triton compiles for the GPU" if HAS_GPU else "torch sees no CUDA device here"
+    absent = [name for name in BACKENDS if name not in HERE]
+    return f"backends: {', '.join(HERE)}; without {' and '.join(absent)}: {why_not}"
+
+
+@pytest.fixture(params=HERE)
 def backend(request, monkeypatch):
     """The `backend` argument of one test body that runs on every backend, on tensors of its device."""
     name, device = BACKENDS[request.param]
     if request.param == "triton-interpreter":
-        if HAS_GPU:
-            pytest.skip("Triton compiles for the GPU that is here: run with TRITON_INTERPRET=1 to interpret")
         monkeypatch.setattr(_dispatch, "_INTERPRETED", INTERPRETED)
     need(name, device)
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
