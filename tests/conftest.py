@@ -57,10 +57,16 @@ def backend(request, monkeypatch):
     """The `backend` argument of one test body that runs on every backend, on tensors of its device."""
     name, device = BACKENDS[request.param]
     if request.param == "triton-interpreter":
-        if HAS_GPU:
+        if HAS_GPU and not INTERPRETED:
             pytest.skip("Triton compiles for the GPU that is here: run with TRITON_INTERPRET=1 to interpret")
         monkeypatch.setattr(_dispatch, "_INTERPRETED", INTERPRETED)
     need(name, device)
+    if request.param == "triton-gpu" and INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 is set: nothing is compiled for the GPU that is here")
+    if request.param == "triton-interpreter":
+        import interpreter_bounds  # imports Triton
+
+        interpreter_bounds.install()
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
 
