@@ -64,9 +64,9 @@ def backend(request, monkeypatch):
     if request.param == "triton-gpu" and INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 is set: nothing is compiled for the GPU that is here")
     if request.param == "triton-interpreter":
-        import interpreter_bounds  # imports Triton
+        import interpreter_checks  # imports Triton
 
-        interpreter_bounds.install()
+        interpreter_checks.install()
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
 

@@ -9,7 +9,7 @@ from comparing import assert_within_budget
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-import interpreter_bounds
+import interpreter_checks
 from conftest import need
 
 from vitdiv_kernels.ops import _triton
@@ -18,7 +18,7 @@ from vitdiv_kernels.ops.reattention.triton_kernels import workspace
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreter_bounds.install()
+interpreter_checks.install()
 runs = pytest.mark.skipif(
     not (ON_GPU or _triton.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported"
 )

@@ -1,8 +1,10 @@
-"""Every element that a kernel reads or writes in Triton's interpreter lies in the tensor its pointer is from.
+"""Checks in Triton's interpreter of what else shows on a GPU only, if at all: bounds and races.
 
-The interpreter copies bytes from and to whatever address it is given: what is out of bounds shows as a crash
-later, or not at all. After `install` a pointer carries the extent of its tensor through all that is done to
-it; one that lost it is refused, too.
+Every element that a kernel reads or writes lies in the tensor its pointer is from. The interpreter copies
+bytes from and to whatever address it is given: what is out of bounds shows as a crash later, or never. Here a
+pointer carries the extent of its tensor through all that is done to it; one that lost it is refused.
+
+And what one program of a launch writes, no other one writes or reads: the interpreter runs them in order.
 """
 
 import functools
@@ -14,6 +16,7 @@ from triton.runtime import interpreter
 _FROM_A_POINTER = [
     f"create_{name}" for name in ("addptr", "broadcast", "expand_dims", "reshape", "splat", "trans")
 ]
+_loads, _stores = [], []  # of one launch: (extent, program, addresses)
 
 
 def _extent(tensor):
@@ -23,18 +26,43 @@ def _extent(tensor):
     return tensor.data_ptr(), tensor.data_ptr() + length
 
 
-def _check(pointers, mask, what):
+def _access(pointers, mask, what, accesses):
     first, end = pointers.attr["extent"]
     addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+    if not addresses.size:
+        return
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    if addresses.size and not first <= addresses.min() <= addresses.max() <= end - size:
+    if not first <= addresses.min() <= addresses.max() <= end - size:
         here = f"{int(addresses.min()) - first} to {int(addresses.max()) + size - first}"
         raise IndexError(f"{what} of bytes {here} of a tensor of {end - first}")
+    accesses.append(((first, end), interpreter.interpreter_builder.grid_idx[0], addresses))
+
+
+def _check_races():
+    written = {extent for extent, _, _ in _stores}
+    loads = [
+        load for load in _loads if any(load[0][0] < end and first < load[0][1] for first, end in written)
+    ]
+    if not written:
+        return
+    accesses = _stores + loads
+    addresses = np.concatenate([access[2] for access in accesses])
+    programs = np.repeat([access[1] for access in accesses], [access[2].size for access in accesses])
+    order = np.lexsort((programs, addresses))
+    addresses, programs = addresses[order], programs[order]
+    shared = addresses[1:][(addresses[1:] == addresses[:-1]) & (programs[1:] != programs[:-1])]
+    if np.isin(shared, np.concatenate([store[2] for store in _stores])).any():
+        raise RuntimeError("a race: what one program writes, another one writes or reads")
 
 
 def _wrap(owner, name, wrapper):
     original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+    @functools.wraps(original)
+    def wrapped(*arguments, **named):
+        return wrapper(original, *arguments, **named)
+
+    setattr(owner, name, wrapped)
 
 
 def install():
@@ -57,15 +85,21 @@ def install():
         return made
 
     def load(original, pointers, mask, *others):
-        _check(pointers, mask, "a load")
+        _access(pointers, mask, "a load", _loads)
         return original(pointers, mask, *others)
 
     def store(original, pointers, value, mask, *others):
-        _check(pointers, mask, "a store")
+        _access(pointers, mask, "a store", _stores)
         return original(pointers, value, mask, *others)
+
+    def launch(original, *arguments, **named):
+        _loads.clear(), _stores.clear()
+        original(*arguments, **named)
+        _check_races()
 
     _wrap(interpreter, "_implicit_cvt", convert)
     for name in _FROM_A_POINTER:
         _wrap(builder, name, carry)
     _wrap(builder, "create_masked_load", load)
     _wrap(builder, "create_masked_store", store)
+    _wrap(interpreter.GridExecutor, "__call__", launch)

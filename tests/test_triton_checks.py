@@ -1,4 +1,4 @@
-"""The interpreter refuses loads and stores outside the tensor that a pointer came from."""
+"""The interpreter refuses accesses outside the tensor that a pointer came from, and races of programs."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-import interpreter_bounds
+import interpreter_checks
 import triton
 import triton.language as tl
 
@@ -17,20 +17,21 @@ from vitdiv_kernels.ops import _triton
 pytestmark = pytest.mark.skipif(
     not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1 before Triton is imported"
 )
+interpreter_checks.install()
 
 
 @triton.jit
-def _copy(X, Y, x_row, first, end, BN: tl.constexpr):
-    n = first + tl.arange(0, BN)
-    x = tl.load(
-        X + n.to(tl.int64)[:, None] * x_row + tl.arange(0, 1)[None, :], mask=(n < end)[:, None], other=0.0
-    )
+def _copy(X, Y, x_row, first, end, step, BN: tl.constexpr):
+    """Y[n] = X[n, 0] from `first` to `end`, BN of them by each program, programs `step` apart."""
+    n = first + tl.program_id(0) * step + tl.arange(0, BN)
+    places = X + n.to(tl.int64)[:, None] * x_row + tl.arange(0, 1)[None, :]
+    x = tl.load(places, mask=(n < end)[:, None], other=0.0)
     tl.store(Y + n, tl.reshape(x, (BN,)), mask=n < end)
 
 
-def copy(x, y, first, end):
-    interpreter_bounds.install()
-    _triton.launch(_copy, (1,), x, y, x.stride(0), first, end, BN=16, num_warps=1, num_stages=1)
+def copy(x, y, first, end, programs=1, step=16):
+    arguments = x, y, x.stride(0), first, end, step
+    _triton.launch(_copy, (programs,), *arguments, BN=16, num_warps=1, num_stages=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -55,3 +56,15 @@ def test_each_access_is_checked(rows, places, first, end, words, dtype):
     else:
         with pytest.raises(triton.runtime.errors.InterpreterError, match=words):
             copy(x, y, first, end)
+
+
+def test_races():
+    x, y = torch.randn(64, 1), torch.zeros(64)
+    copy(x, y, 0, 40, programs=3)
+    copy(x, x, 0, 40, programs=3)  # in place, each program its own rows
+    with pytest.raises(RuntimeError, match="a race"):
+        copy(x, y, 0, 40, programs=2, step=15)
+    with pytest.raises(RuntimeError, match="a race"):
+        copy(x[1:], x[:-1, 0], 0, 40, programs=2)  # reads what the next program writes
+    copy(x, y, 0, 40, programs=1)
+    copy(x[1:], x[:-1, 0], 0, 16, programs=1)
