@@ -35,7 +35,8 @@ def _access(pointers, mask, what, accesses):
     if not first <= addresses.min() <= addresses.max() <= end - size:
         here = f"{int(addresses.min()) - first} to {int(addresses.max()) + size - first}"
         raise IndexError(f"{what} of bytes {here} of a tensor of {end - first}")
-    accesses.append(((first, end), interpreter.interpreter_builder.grid_idx[0], addresses))
+    builder = interpreter.interpreter_builder
+    accesses.append(((first, end), np.ravel_multi_index(builder.grid_idx, builder.grid_dim), addresses))
 
 
 def _check_races():
