@@ -25,15 +25,17 @@ BACKENDS = {
     "triton-interpreter": ("triton", "cpu"),
     "triton-gpu": ("triton", "cuda"),
 }
-# A GPU is either there for all tests of its backends or for none.
-HERE = [
-    name
-    for name, (_, device) in BACKENDS.items()
-    if (HAS_GPU or device != "cuda") and not (HAS_GPU and name == "triton-interpreter")
-]
 INTERPRETED = _dispatch._INTERPRETED
 # Only the tests of the backend "triton-interpreter" see it, all others what a user sees.
 _dispatch._INTERPRETED = False
+# Backends that all their tests would skip, with the reason.
+ABSENT = {}
+if INTERPRETED:
+    ABSENT["triton-gpu"] = "TRITON_INTERPRET=1 is set"
+else:
+    ABSENT["triton-interpreter"] = "TRITON_INTERPRET=1 is not set"
+if not HAS_GPU:
+    ABSENT["triton-gpu"] = "torch sees no CUDA device here"
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +61,20 @@ def need(backend, device="cpu"):
 
 
 def pytest_report_header(config):
-    why_not = "Triton compiles for the GPU" if HAS_GPU else "torch sees no CUDA device here"
-    absent = [name for name in BACKENDS if name not in HERE]
-    return f"backends: {', '.join(HERE)}; without {' and '.join(absent)}: {why_not}"
+    return [f"without backend {name}: {why_not}" for name, why_not in ABSENT.items()]
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture(params=[name for name in BACKENDS if name not in ABSENT])
 def backend(request, monkeypatch):
     """The `backend` argument of one test body that runs on every backend, on tensors of its device."""
     name, device = BACKENDS[request.param]
     if request.param == "triton-interpreter":
         monkeypatch.setattr(_dispatch, "_INTERPRETED", INTERPRETED)
     need(name, device)
+    if request.param == "triton-interpreter":
+        import interpreter_checks  # imports Triton
+
+        interpreter_checks.install()
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
 

@@ -46,7 +46,8 @@ def check(backend, operation, formula, tensors, dtype=torch.float64, formula_opt
     def value_and_gradients(compute, kind):
         cast = {name: t.detach().to(kind).requires_grad_() if kind else t for name, t in inputs.items()}
         value = compute(*cast.values())
-        cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        generator = torch.Generator(value.device).manual_seed(1)
+        cotangent = torch.randn(value.shape, generator=generator, device=value.device, dtype=torch.float64)
         return {"value": value.detach(), **gradients(value, cotangent.to(value.dtype), cast)}
 
     truth = value_and_gradients(lambda *t: formula(*t, **formula_options), torch.float64)
@@ -244,7 +245,7 @@ def test_autocast_casts_like_scaled_dot_product_attention(backend):
     q, k = draw((2, 3, 17, 17, 16), torch.float32)
     expected = attention_gram(q.bfloat16(), k.bfloat16(), backend=backend)
     exact = attention_gram(q.double(), k.double(), backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(q.device.type, dtype=torch.bfloat16):
         assert torch.equal(attention_gram(q, k, backend=backend), expected)
         assert torch.equal(attention_gram(q.bfloat16(), k, backend=backend), expected)
         assert torch.equal(attention_gram(q.double(), k.double(), backend=backend), exact)

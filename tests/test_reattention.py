@@ -76,10 +76,10 @@ def results(operation, inputs, options, gram, kind=None, running_kind=None):
         if name in options:
             options[name] = options[name].to(running_kind or kind or options[name].dtype, copy=True)
     out, gram_matrix = operation(**cast, **options)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(out.device).manual_seed(1)
     outputs = [out] + ([gram_matrix] if gram else [])
     cotangents = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) * weight
+        torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float64).to(t.dtype) * weight
         for t, weight in zip(outputs, (1.0, 0.1), strict=False)
     ]
     found = {"out": out.detach(), **gradients(outputs, cotangents, cast)}
@@ -416,7 +416,7 @@ def test_autocast_casts_like_scaled_dot_product_attention(backend):
     inputs, options = inputs_of(Case((2, 3, 17, 17, 16), "batch", running=False), torch.float32)
     low = inputs | {name: inputs[name].bfloat16() for name in "qkv"}
     expected = reattention(**low, **options, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(expected.device.type, dtype=torch.bfloat16):
         assert torch.equal(reattention(**inputs, **options, backend=backend), expected)
         assert torch.equal(reattention(**inputs | {"v": low["v"]}, **options, backend=backend), expected)
     assert expected.dtype == torch.bfloat16
