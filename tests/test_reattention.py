@@ -435,7 +435,7 @@ def test_dropout():
 
 
 def test_any_shape_layout_and_options(backend, interpreted):
-    @settings(max_examples=8 if interpreted else 40, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=5 if interpreted else 40, deadline=None, derandomize=True, database=None)
     @given(data=st.data())
     def holds(data):
         draw = data.draw
