@@ -263,6 +263,8 @@ def test_nan_and_inf_propagate(backend, norm, training, where, poison):
     got = results(fused(backend, gram=False), inputs, options, gram=False)
     # The kernels add some terms of these apart from the products, so that what is Inf may be Inf - Inf.
     may_cancel = {"v": {"mix", "out"} if batch else {"mix"}, "mix": {"v", "norm_weight"}}.get(where, set())
+    if backend == "triton" and where == "v":
+        may_cancel = may_cancel | {"k"}  # few heads are mixed by a matrix with zeros, which makes a row's Inf NaN
     for name, truth in expected.items():
         assert torch.equal(got[name].isfinite(), truth.isfinite()), name
         if name not in may_cancel or backend == "reference" or poison != poison:
