@@ -264,7 +264,8 @@ def test_nan_and_inf_propagate(backend, norm, training, where, poison):
     # The kernels add some terms of these apart from the products, so that what is Inf may be Inf - Inf.
     may_cancel = {"v": {"mix", "out"} if batch else {"mix"}, "mix": {"v", "norm_weight"}}.get(where, set())
     if backend == "triton" and where == "v":
-        may_cancel = may_cancel | {"k"}  # few heads are mixed by a matrix with zeros, which makes a row's Inf NaN
+        # few heads are mixed by a matrix with zeros, which makes NaN of a row's Inf
+        may_cancel = may_cancel | {"k"}
     for name, truth in expected.items():
         assert torch.equal(got[name].isfinite(), truth.isfinite()), name
         if name not in may_cancel or backend == "reference" or poison != poison:
