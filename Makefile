@@ -20,6 +20,8 @@ else
   ADD_TRITON := $(PY) -c 'import triton' 2>/dev/null || extras="$$extras,triton"
 endif
 
+# most tests have one thread; those of threads take two, as these processes together
+WORKERS ?= --numprocesses=2 --dist=worksteal
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(BUILD_INPUTS)) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
@@ -50,7 +52,7 @@ demo: build
 test: lint pytest
 
 pytest: build
-	$(PY) -m pytest
+	$(PY) -m pytest $(WORKERS)
 
 lint: build
 	$(PY) -m ruff check .
