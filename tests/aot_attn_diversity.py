@@ -1,33 +1,24 @@
-"""What the Triton kernels of attention_gram are compiled for: a call for every row of their tables."""
+"""What the Triton kernels of attention_gram are compiled for: every row of their tables, and each number of
+padded heads that has few tiles. An odd width is copied to one that 16 divides."""
 
 import torch
 
 from vitdiv_kernels.ops.attn_diversity import triton_kernels
 
-# Heads and width: a power of two and less, every number of padded heads, widths of one and more pieces,
-# unaligned.
-SHAPES = (
-    (1, 64),
-    (2, 32),
-    (3, 64),
-    (6, 64),
-    (12, 64),
-    (12, 32),
-    (16, 35),
-    (8, 128),
-    (12, 16),
-    (24, 64),
-    (32, 80),
-)
+# Heads, width. float16 is compiled as bfloat16 is, but for its scaling.
+SHAPES = {
+    torch.bfloat16: ((1, 64), (3, 64), (6, 64), (12, 64), (16, 35), (8, 128), (24, 80)),
+    torch.float16: ((12, 64), (24, 64)),
+    torch.float32: ((3, 64), (6, 64), (12, 64), (24, 64)),
+    torch.float64: ((3, 64), (12, 64), (24, 64)),
+}
 
 
 def calls():
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for heads, width in SHAPES:
-            if dtype in (torch.float16, torch.float64) and heads not in (3, 12, 24):
-                continue  # float16 is compiled as bfloat16 is, but for its scaling
+    for dtype, shapes in SHAPES.items():
+        accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+        for heads, width in shapes:
             q, k, _ = torch.empty(2, 197, 3, heads, width, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
-            accumulation = torch.float64 if dtype == torch.float64 else torch.float32
             coupling = torch.empty(2, heads, heads, dtype=accumulation, device="meta")
             triton_kernels.attention_gram_fwd(q, k, 0.125, None, None, 0.125)
             triton_kernels.attention_gram_bwd(

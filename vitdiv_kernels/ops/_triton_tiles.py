@@ -18,6 +18,12 @@ class Tile(NamedTuple):
     stages: int
     source: str
 
+    @property
+    def options(self):
+        """Of a launch. A thread may have all registers there are: left alone, ptxas spills to have fewer."""
+        most = min(255, 65536 // (32 * self.warps))
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": most}
+
 
 _ANY = 1 << 30
 # kernel, bytes of an element, most heads, most width, with layer norm or pre-mix: the first row that covers a

@@ -67,10 +67,30 @@ def add_products(
     sums, x, y, SPLIT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sums [SPLIT, T, T] + x y^T, keys shared out: else every warp makes the whole of so small a product."""
-    x_parts = tl.permute(tl.reshape(x.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 0, 2))
-    y_parts = tl.permute(tl.reshape(y.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 2, 0))
+    """sums + x y^T. [SPLIT, T, T]: keys are shared out, for [T, T] is too little for all warps. Or [T, T]:
+    of a three-dimensional product every warp would make the whole."""
+    if SPLIT == 1:
+        x_parts, y_parts = x.to(DOT), tl.trans(y.to(DOT))
+    else:
+        x_parts = tl.permute(tl.reshape(x.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 0, 2))
+        y_parts = tl.permute(tl.reshape(y.to(DOT), (T, SPLIT, BLOCK // SPLIT)), (1, 2, 0))
     return tl.dot(x_parts, y_parts, sums, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def no_products(SPLIT: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr):
+    if SPLIT == 1:
+        return tl.zeros((T, T), ACC)
+    else:
+        return tl.zeros((SPLIT, T, T), ACC)
+
+
+@triton.jit
+def all_products(sums, SPLIT: tl.constexpr):
+    if SPLIT == 1:
+        return sums
+    else:
+        return tl.sum(sums, 0)
 
 
 @triton.jit
@@ -152,7 +172,7 @@ def forward_rows(
         if LAYER:
             gain = tl.load(norm_weight + head, mask=used, other=0.0)
             offset = tl.load(norm_bias + head, mask=used, other=0.0)
-    gram = tl.zeros((SPLIT, T, T), ACC)
+    gram = no_products(SPLIT, T, ACC)
 
     # a constant number of tiles would be unrolled, and spill
     for tile in range(tiles):
@@ -195,7 +215,7 @@ def forward_rows(
     if NEEDS_GRAM:
         r = tl.arange(0, T)
         grams += image.to(tl.int64) * gram_stride + program * (T * T)
-        tl.store(grams + r[:, None] * T + r[None, :], tl.sum(gram, 0) * (1.0 / (BOOST * BOOST)))
+        tl.store(grams + r[:, None] * T + r[None, :], all_products(gram, SPLIT) * (1.0 / (BOOST * BOOST)))
 
 
 @triton.jit
@@ -297,8 +317,8 @@ def backward_rows(
         coupling += image.to(tl.int64) * coupling_stride
         couple = matrix_of(coupling, head, together, False, RELOAD, H)
 
-    dmix = tl.zeros((SPLIT, T, T), ACC)
-    dpre = tl.zeros((SPLIT, T, T), ACC)
+    dmix = no_products(SPLIT, T, ACC)
+    dpre = no_products(SPLIT, T, ACC)
     dbias = tl.zeros((T,), ACC)
     dnorm_weight = tl.zeros((T,), ACC)
     dnorm_bias = tl.zeros((T,), ACC)
@@ -386,10 +406,10 @@ def backward_rows(
     matrix_sums += image.to(tl.int64) * matrix_stride + program * (2 * T * T)
     vector_sums += image.to(tl.int64) * vector_stride + program * (3 * T)
     if NEEDS_DMIX:
-        tl.store(matrix_sums + square, tl.sum(dmix, 0) * (1.0 / BOOST))
+        tl.store(matrix_sums + square, all_products(dmix, SPLIT) * (1.0 / BOOST))
         tl.store(vector_sums + r, dbias)
     if NEEDS_DPRE:
-        tl.store(matrix_sums + T * T + square, tl.sum(dpre, 0))
+        tl.store(matrix_sums + T * T + square, all_products(dpre, SPLIT))
     if NEEDS_DNORM:
         tl.store(vector_sums + T + r, dnorm_weight)
         tl.store(vector_sums + 2 * T + r, dnorm_bias)
