@@ -1,5 +1,6 @@
-"""What the Triton kernels of attention_gram are compiled for: every row of their tables, and each number of
-padded heads that has few tiles. An odd width is copied to one that 16 divides."""
+"""What the Triton kernels of attention_gram are compiled for: every row of their tables, each number of
+padded heads that has few tiles, and more heads than a tile holds. An odd width is copied to one that 16
+divides."""
 
 import torch
 

@@ -13,6 +13,7 @@ if importlib.util.find_spec("triton") is None:
 import interpreter_checks
 
 from vitdiv_kernels.ops import _triton, _triton_heads, _triton_tiles
+from vitdiv_kernels.ops.reattention import triton_kernels
 from vitdiv_kernels.ops.reattention.triton_kernels import streaming
 
 ON_GPU = torch.cuda.is_available()
@@ -197,14 +198,14 @@ def test_views_are_read_in_place():
 @pytest.mark.parametrize("tile", [(16, 16, 16, False, True, True), (16, 32, 32, True, False, True)], ids=str)
 def test_tiles_of_other_kinds(tile, monkeypatch):
     """Rows in pieces that are read at each step, matrices too, results apart, tiles that are not square."""
-    row = _triton_tiles.Tile(*tile, 4, 1, "test")
+    row = _triton_tiles.Tile(*tile, 4, 1, None, "test")
     monkeypatch.setattr(_triton_tiles, "INTERPRETED", row)
     check(*inputs_of((1, 6, 17, 19, 40), pre=True, layer=True))
     check(*inputs_of((1, 17, 17, 19, 16)))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 6, 12, 32])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 6, 12, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_table_has_a_tile_for_every_call(heads, dtype):
     for kernel in {key[0] for key in _triton_tiles.TILES}:
         for width in (16, 80, 256):
@@ -212,3 +213,18 @@ def test_the_table_has_a_tile_for_every_call(heads, dtype):
             tile = _triton_tiles.tile(kernel, padded, width, dtype, extras=True, interpreted=False)
             assert tile.warps <= padded
             assert tile.width <= max(16, width)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "takes"),
+    [(17, torch.bfloat16, "at most 16 heads of torch.bfloat16"), (3, torch.float64, "no torch.float64")],
+)
+def test_more_than_a_tile_holds_is_for_the_workspace(heads, dtype, takes):
+    dout, coupling, arguments = inputs_of((1, heads, 3, 3, 16), dtype)
+    message = f'the schedule "streaming" takes {takes}, got {heads} heads; take "workspace"'
+    with triton_kernels.schedule("streaming"):
+        with pytest.raises(ValueError, match=message):
+            triton_kernels.reattention_fwd(*arguments, True, False)
+        with pytest.raises(ValueError, match=message):
+            triton_kernels.reattention_bwd(dout, coupling, *arguments, [True] * 3 + [False] * 3)
+    assert triton_kernels.chosen("forward", arguments[0], arguments[1]) == "workspace"

@@ -16,115 +16,94 @@ class Tile(NamedTuple):
     apart: bool  # a kernel of several results makes one at a time
     warps: int  # at most: a product over heads gives a warp whole heads
     stages: int
+    maxnreg: int | None  # None: ptxas aims at 128 or 168, and may spill a little to get there
     source: str
 
     @property
     def options(self):
-        """Of a launch. A thread may have all registers there are: left alone, ptxas spills to have fewer."""
-        most = min(255, 65536 // (32 * self.warps))
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": most}
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.maxnreg}
 
 
 _ANY = 1 << 30
 # kernel, bytes of an element, most heads, most width, with layer norm or pre-mix: the first row that covers a
 # call. Kernels differ in how much they hold; a step that loads the next one's operands early has 2 stages.
+# The smallest tile, 16 x 16 of 32 heads, is an eighth of an SM's registers, and kernels hold five and more:
+# they spill there, and in float64 nearly everywhere.
 TILES = {
-    ("softmax", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 8, 2, "aot"),
-    ("softmax", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("softmax", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
-    ("softmax", 4, 16, _ANY, False): Tile(16, 16, 32, False, False, False, 16, 1, "aot"),
-    ("softmax", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 16, 1, "aot"),
-    ("softmax", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("softmax", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("softmax", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("softmax_gram", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax_gram", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax_gram", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 16, 2, "aot"),
-    ("softmax_gram", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax_gram", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax_gram", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("softmax_gram", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("softmax_gram", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
-    ("softmax_gram", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("softmax_gram", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("softmax_gram", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("softmax_gram", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("softmax_gram", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("output_sweep", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("output_sweep", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("output_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
-    ("output_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("output_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("output_sweep", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("output_sweep", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("output_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
-    ("output_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("output_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("output_sweep", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("output_sweep", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("output_sweep", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("parameter_sweep", 2, 8, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("parameter_sweep", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("parameter_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
-    ("parameter_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
-    ("parameter_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("parameter_sweep", 2, 16, _ANY, True): Tile(16, 16, 32, True, True, True, 8, 1, "aot"),
-    ("parameter_sweep", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("parameter_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, "aot"),
-    ("parameter_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("parameter_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, True, 8, 1, "aot"),
-    ("parameter_sweep", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("parameter_sweep", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("parameter_sweep", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("query_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("query_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("query_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
-    ("query_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, True, True, 8, 1, "aot"),
-    ("query_gradient", 2, 16, _ANY, False): Tile(16, 16, 32, True, False, False, 8, 1, "aot"),
-    ("query_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("query_gradient", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("query_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, "aot"),
-    ("query_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("query_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("query_gradient", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("query_gradient", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("query_gradient", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("key_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("key_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("key_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("key_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("key_gradient", 2, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("key_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, False, 8, 1, "aot"),
-    ("key_gradient", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("key_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
-    ("key_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("key_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("key_gradient", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("key_gradient", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("key_gradient", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("value_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("value_gradient", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, "aot"),
-    ("value_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
-    ("value_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, "aot"),
-    ("value_gradient", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("value_gradient", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, "aot"),
-    ("value_gradient", 2, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("value_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, "aot"),
-    ("value_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("value_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, "aot"),
-    ("value_gradient", 4, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
-    ("value_gradient", 8, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, "aot"),
-    ("value_gradient", 8, 32, _ANY, True): Tile(16, 16, 16, False, True, True, 16, 1, "aot"),
+    ("softmax", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 8, 2, None, "aot"),
+    ("softmax", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("softmax", 4, 16, _ANY, False): Tile(16, 16, 32, False, False, False, 16, 1, None, "aot"),
+    ("softmax", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 16, 1, None, "aot"),
+    ("softmax_gram", 2, 2, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 16, 2, None, "aot"),
+    ("softmax_gram", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
+    ("output_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, 255, "aot"),
+    ("output_sweep", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("parameter_sweep", 2, 8, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("parameter_sweep", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("parameter_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
+    ("parameter_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
+    ("parameter_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("parameter_sweep", 2, 16, _ANY, True): Tile(16, 16, 32, True, True, True, 8, 1, None, "aot"),
+    ("parameter_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
+    ("parameter_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("parameter_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, True, 8, 1, None, "aot"),
+    ("query_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("query_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("query_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
+    ("query_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, True, True, 8, 1, None, "aot"),
+    ("query_gradient", 2, 16, _ANY, False): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
+    ("query_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, None, "aot"),
+    ("query_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
+    ("query_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("query_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, None, "aot"),
+    ("key_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 2, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, False, 8, 1, None, "aot"),
+    ("key_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
+    ("value_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
+    ("value_gradient", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
 }
 
 
+def most_heads(dtype):
+    """How many heads a tile holds without spilling registers; none of float64."""
+    return max((heads for _, most_bytes, heads, _, _ in TILES if dtype.itemsize <= most_bytes), default=0)
+
+
 # The interpreter's time goes with the number of steps, hardly with their size.
-INTERPRETED = Tile(32, 32, 64, True, False, False, 8, 1, "interpreter")
+INTERPRETED = Tile(32, 32, 64, True, False, False, 8, 1, None, "interpreter")
 
 
 def tile(kernel, heads, width, dtype, extras, interpreted):
@@ -140,7 +119,7 @@ def tile(kernel, heads, width, dtype, extras, interpreted):
             and extras <= with_extras
         ):
             return fitted(row, heads, width)
-    raise AssertionError("the last rows of the table match every call")
+    raise AssertionError("the table matches every call of at most `most_heads`")
 
 
 def fitted(row, heads, width):

@@ -84,7 +84,7 @@ ROWS = (
     RowsRow("forward", 16, False, 32, 256, 256, 8, 8, 1, None, "aot"),
     RowsRow("forward", 32, True, 64, _ANY, 128, 4, 8, 1, None, "aot"),
     RowsRow("forward", 64, True, 16, _ANY, 32, 4, 8, 1, 240, "aot"),
-    RowsRow("forward", 64, True, 64, _ANY, 32, 4, 4, 1, None, "aot"),
+    RowsRow("forward", 64, True, 64, _ANY, 16, 4, 8, 1, 255, "aot"),
     RowsRow("backward", 16, False, 16, 64, 64, 8, 4, 1, None, "aot"),
     RowsRow("backward", 16, False, 16, 256, 256, 8, 8, 1, None, "aot"),
     RowsRow("backward", 16, False, 16, _ANY, 128, 4, 8, 1, 240, "aot"),
@@ -94,9 +94,8 @@ ROWS = (
     RowsRow("backward", 16, False, 64, _ANY, 64, 4, 8, 1, 240, "aot"),
     RowsRow("backward", 16, True, 64, _ANY, 64, 4, 8, 1, None, "aot"),
     RowsRow("backward", 64, False, 16, _ANY, 32, 4, 8, 1, 240, "aot"),
-    # with extras these spill 32 to 900 bytes a thread, as does float64 forward, and on sm_100 without them
-    RowsRow("backward", 32, True, 64, _ANY, 32, 4, 8, 1, None, "aot, spills"),
-    RowsRow("backward", 64, True, 64, _ANY, 32, 4, 8, 1, None, "aot, spills"),
+    RowsRow("backward", 32, False, 64, _ANY, 32, 4, 8, 1, 255, "aot"),
+    RowsRow("backward", 64, True, 64, _ANY, 16, 4, 8, 1, 255, "aot"),
 )
 
 
@@ -107,7 +106,7 @@ class RowConfig(NamedTuple):
     one_block: bool
     tiles: int
     split: int  # of the keys of a block, for products over them: where [T, T] is less than one product a warp
-    three_steps: bool  # the backward's results are made one after the other, to save registers
+    apart: bool  # results are made one after the other, to save registers
     reload: bool  # matrices of the mixes are loaded for each use, to save registers
     num_warps: int
     num_stages: int
@@ -135,8 +134,9 @@ def row_config(direction, heads, keys, dtype, extras):
                 one_block=keys <= block,
                 tiles=row.tiles,
                 split=1 if large and direction == "backward" else min(row.num_warps, block // 16),
-                three_steps=(large and (extras or dtype != torch.bfloat16))
-                or (extras and dtype.itemsize > 4),
+                apart=large and dtype.itemsize > 4
+                if direction == "forward"
+                else (large and (extras or dtype != torch.bfloat16)) or (extras and dtype.itemsize > 4),
                 reload=extras or large,
                 num_warps=row.num_warps,
                 num_stages=row.num_stages,

@@ -272,13 +272,15 @@ def backward_rows(
     z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows,
     keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
-    NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr,
+    NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr, STORES_DM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BOOST: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Logits z and dy [images, H, rows, padded_keys] -> Y in z, the logits' gradient in dy (in z without dy).
+
+    STORES_DM leaves the gradient of what is normed in dy, for launches that then need not know of the norm.
 
     matrix_sums [images, programs, 2, T, T]: dmix from centred maps, dpre_mix.
     vector_sums [images, programs, 3, T]: dbias, dnorm_weight, dnorm_bias.
@@ -376,8 +378,11 @@ def backward_rows(
                 dnorm_bias += tl.sum(dy_block, 1)
             inside = live[:, None] & (j < keys)[None, :]
             stored = live[:, None] & (j < padded_keys)[None, :]
+            # barriers: others of this program may still be reading what is overwritten
+            if STORES_DM:
+                tl.debug_barrier()
+                tl.store(dy_rows[:, None] + j[None, :], dmixed.to(z.dtype.element_ty), mask=stored)
             if NEEDS_DV:
-                # others of this program may still be reading what is overwritten here and below
                 tl.debug_barrier()
                 tl.store(
                     z_rows[:, None] + j[None, :], tl.where(inside, y, 0.0).to(z.dtype.element_ty), mask=stored

@@ -3,6 +3,7 @@
 import contextlib
 
 from ..._triton import capability
+from ..._triton_tiles import most_heads
 from ..triton_configs import schedule_for
 
 SCHEDULES = ("streaming", "workspace")
@@ -14,7 +15,7 @@ def schedule(name):
     """Within the block every call, forward and backward, takes the schedule "streaming" or "workspace".
 
     For tests and benchmarks. It holds for all threads, so for autograd's too; blocks nest. Raises ValueError
-    for an unknown name.
+    for an unknown name; a call raises it where it has more heads than a tile of "streaming" holds.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {name!r}")
@@ -28,6 +29,10 @@ def schedule(name):
 
 def chosen(direction, q, k):
     """The schedule of this call; `direction` is "forward" or "backward"."""
+    heads, most = q.shape[1], most_heads(q.dtype)
+    if _chosen == "streaming" and heads > most:
+        takes = f"at most {most} heads of {q.dtype}" if most else f"no {q.dtype}"
+        raise ValueError(f'the schedule "streaming" takes {takes}, got {heads} heads; take "workspace"')
     if _chosen is not None:
         return _chosen
     return schedule_for(direction, q.shape[1], q.shape[3], k.shape[2], q.dtype, capability(q))

@@ -161,10 +161,12 @@ class _Rows:
         self.share, self.tile = config.share, config.tile_rows
         self.tiles = config.tiles
         self.program_rows = config.share * config.tiles
-        # of the backward: which launch makes the parameters' sums, the gradient of the logits, the mixed maps
-        self.steps = [(True, True, True)]
-        if config.three_steps:
-            self.steps = [(True, False, False), (False, True, False), (False, False, True)]
+        # Which launch makes what. Forward the Gram matrix, the mixed maps; backward the parameters' sums, the
+        # gradient of the pre-mix, that of the products, the mixed maps. These take the logits' place: last.
+        results = 2 if direction == "forward" else 4
+        self.steps = [(True,) * results]
+        if config.apart:
+            self.steps = [tuple(i == j for j in range(results)) for i in range(results)]
         dot = DTYPES[q.dtype]
         if q.dtype == torch.bfloat16 and INTERPRETED:  # which gets bfloat16 products wrong
             dot = tl.float32
@@ -226,11 +228,15 @@ def forward(
         z = workspace.maps(chunk)
         _product(z, queries_of.load(chunk), keys_of.load(chunk).mT, scale)
         gram_part = rows.part(grams, chunk)
-        launch(
-            forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias,
-            gram_part, z.shape[1], keys, z.shape[2], rows.tiles, gram_part.stride(0), NEEDS_OUT=needs_out,
-            NEEDS_GRAM=needs_gram, **rows.options,
-        )  # fmt: skip
+        for of_maps, mixed_maps in rows.steps:
+            does = dict(NEEDS_GRAM=needs_gram and of_maps, NEEDS_OUT=needs_out and mixed_maps)
+            if not any(does.values()):
+                continue
+            launch(
+                forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias,
+                gram_part, z.shape[1], keys, z.shape[2], rows.tiles, gram_part.stride(0), **does,
+                **rows.options,
+            )  # fmt: skip
         if needs_out:
             _product(out_of.view(chunk), z, values_of.load(chunk))
             out_of.store(chunk)
@@ -290,6 +296,9 @@ def backward(
     if needs_dv:
         dv_of = _Gradient(dv, size, queries)
 
+    # results apart: the layer norm's gradient is stored by the first launch, not made again in the next two
+    norm_first = len(rows.steps) > 1 and norm_weight is not None and has_dy and (needs_dz or needs_dpre_mix)
+
     for chunk in chunks(size, images, queries):
         z, dy = z_space.maps(chunk), None
         _product(z, queries_of.load(chunk), keys_of.load(chunk).mT, scale)
@@ -297,15 +306,23 @@ def backward(
             dy = dy_space.maps(chunk)
             _product(dy, douts_of.load(chunk), values_of.load(chunk).mT)
         matrix_part, vector_part = rows.part(matrices, chunk), rows.part(vectors, chunk)
-        for sums, gradient, values in rows.steps:
+        for sums, of_pre_mix, of_products, values in rows.steps:
+            does = dict(
+                NEEDS_DMIX=needs_dmix and sums, NEEDS_DNORM=needs_dnorm and sums,
+                NEEDS_DPRE=needs_dpre_mix and of_pre_mix, NEEDS_DZ=needs_dz and of_products,
+                NEEDS_DV=needs_dv and values, STORES_DM=norm_first and sums,
+            )  # fmt: skip
+            if not any(does.values()):
+                continue
+            norm = norm_weight, norm_bias
+            if norm_first and (of_pre_mix or of_products):
+                norm = None, None
             launch(
-                backward_rows, rows.grid(chunk), z, dy if sums or gradient else None,
+                backward_rows, rows.grid(chunk), z, dy if sums or of_pre_mix or of_products else None,
                 coupling if shared_coupling else coupling[chunk.first : chunk.last],
-                pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_part, vector_part, z.shape[1],
+                pre_mix, pre_bias, mix, bias, *norm, matrix_part, vector_part, z.shape[1],
                 keys, z.shape[2], rows.tiles, 0 if shared_coupling else heads * heads, matrix_part.stride(0),
-                vector_part.stride(0), NEEDS_DV=needs_dv and values, NEEDS_DZ=needs_dz and gradient,
-                NEEDS_DPRE=needs_dpre_mix and gradient, NEEDS_DMIX=needs_dmix and sums,
-                NEEDS_DNORM=needs_dnorm and sums, **rows.options,
+                vector_part.stride(0), **does, **rows.options,
             )  # fmt: skip
         if needs_dv:
             dv_of.add(chunk, z, douts_of.load(chunk))
