@@ -7,14 +7,14 @@ from vitdiv_kernels.ops.reattention.triton_kernels import streaming
 
 # Heads, width. float16 is compiled as bfloat16 is, but for its scaling.
 PLAIN = {
-    torch.bfloat16: ((1, 64), (3, 64), (6, 64), (16, 35), (8, 128)),
+    torch.bfloat16: ((1, 64), (3, 64), (6, 64), (16, 35), (8, 128), (12, 80)),
     torch.float16: ((12, 64),),
     torch.float32: ((3, 64), (6, 64), (12, 64)),
 }
 WITH_EVERYTHING = {
-    torch.bfloat16: ((3, 64), (6, 64), (12, 64), (8, 128)),
-    torch.float16: ((12, 64),),
-    torch.float32: ((3, 64), (6, 64), (12, 64)),
+    torch.bfloat16: ((3, 64), (6, 64), (8, 128)),
+    torch.float16: ((6, 64),),
+    torch.float32: ((3, 64), (6, 64)),
 }
 
 

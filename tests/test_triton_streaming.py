@@ -204,27 +204,32 @@ def test_tiles_of_other_kinds(tile, monkeypatch):
     check(*inputs_of((1, 17, 17, 19, 16)))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 6, 12, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_table_has_a_tile_for_every_call(heads, dtype):
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_table_has_a_tile_for_every_call(extras, dtype):
     for kernel in {key[0] for key in _triton_tiles.TILES}:
-        for width in (16, 80, 256):
-            padded = _triton_heads.padded_heads(heads)
-            tile = _triton_tiles.tile(kernel, padded, width, dtype, extras=True, interpreted=False)
-            assert tile.warps <= padded
-            assert tile.width <= max(16, width)
+        for heads in (1, 2, 6, _triton_tiles.most_heads(dtype, extras)):
+            for width in (16, 80, 256):
+                padded = _triton_heads.padded_heads(heads)
+                tile = _triton_tiles.tile(kernel, padded, width, dtype, extras, interpreted=False)
+                assert tile.warps <= padded
+                assert tile.width <= max(16, width)
 
 
 @pytest.mark.parametrize(
-    ("heads", "dtype", "takes"),
-    [(17, torch.bfloat16, "at most 16 heads of torch.bfloat16"), (3, torch.float64, "no torch.float64")],
+    ("heads", "dtype", "options", "takes"),
+    [
+        (17, torch.bfloat16, {}, "at most 16 heads of torch.bfloat16"),
+        (9, torch.float32, {"layer": True}, "at most 8 heads of torch.float32 with layer norm or pre-mix"),
+        (3, torch.float64, {}, "no torch.float64"),
+    ],
 )
-def test_more_than_a_tile_holds_is_for_the_workspace(heads, dtype, takes):
-    dout, coupling, arguments = inputs_of((1, heads, 3, 3, 16), dtype)
-    message = f'the schedule "streaming" takes {takes}, got {heads} heads; take "workspace"'
+def test_more_than_a_tile_holds_is_for_the_workspace(heads, dtype, options, takes):
+    dout, coupling, arguments = inputs_of((1, heads, 3, 3, 16), dtype, **options)
+    message = f'the schedule "streaming" takes {takes}, got {heads}; take "workspace"'
     with triton_kernels.schedule("streaming"):
         with pytest.raises(ValueError, match=message):
             triton_kernels.reattention_fwd(*arguments, True, False)
         with pytest.raises(ValueError, match=message):
             triton_kernels.reattention_bwd(dout, coupling, *arguments, [True] * 3 + [False] * 3)
-    assert triton_kernels.chosen("forward", arguments[0], arguments[1]) == "workspace"
+    assert triton_kernels.chosen("forward", *arguments[:2], bool(options)) == "workspace"

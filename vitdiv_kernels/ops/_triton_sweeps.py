@@ -33,9 +33,9 @@ class Maps:
         """A number for each head and query row."""
         return self.empty(self.images, self.padded, self.row_stride)
 
-    def tile(self, kernel, layer_norm=False):
+    def tile(self, kernel, more=False):
         """v and its gradient are as wide as q; layer norm and pre-mix hold more at a time."""
-        extras = layer_norm or self.pre_mix is not None
+        extras = more or self.pre_mix is not None
         return tile(kernel, self.padded, self.width, self.dtype, extras, INTERPRETED)
 
     def numbers(self):
@@ -86,7 +86,7 @@ class Maps:
     def _query_gradient(self, statistics, delta, coupling, mixed, needs_dq, needs_dpre_mix):
         if not (needs_dq or needs_dpre_mix):
             return None, None
-        t = self.tile("query_gradient", mixed is not None and mixed.norm_weight is not None)
+        t = self.tile("query_gradient", mixed is not None)
         tiles = triton.cdiv(self.queries, t.rows)
         kron = max(16, self.padded)
         dq, written = aligned_empty(self.q_given) if needs_dq else (None, self.q)
@@ -105,7 +105,7 @@ class Maps:
         return deliver(dq, written) if needs_dq else None, dpre_mix
 
     def _key_gradient(self, statistics, delta, coupling, mixed):
-        t = self.tile("key_gradient", mixed is not None and mixed.norm_weight is not None)
+        t = self.tile("key_gradient", mixed is not None)
         tiles = triton.cdiv(self.keys, t.rows)
         dk, written = aligned_empty(self.k_given)
         launch(

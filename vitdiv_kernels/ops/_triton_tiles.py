@@ -25,81 +25,77 @@ class Tile(NamedTuple):
 
 
 _ANY = 1 << 30
-# kernel, bytes of an element, most heads, most width, with layer norm or pre-mix: the first row that covers a
-# call. Kernels differ in how much they hold; a step that loads the next one's operands early has 2 stages.
-# The smallest tile, 16 x 16 of 32 heads, is an eighth of an SM's registers, and kernels hold five and more:
-# they spill there, and in float64 nearly everywhere.
+# kernel, bytes of an element, most heads, most width, with layer norm or pre-mix (or, for the gradients of q
+# and k, with one of the output): the first row that covers a call. Kernels differ in how much they hold; a step
+# that loads the next one's operands early has 2 stages.
+# The smallest tile, 16 x 16 of 32 heads, is an eighth of an SM's registers, and kernels hold five and more.
+# They spill there, with layer norm or pre-mix at 16 heads already, and in float64 nearly everywhere.
 TILES = {
     ("softmax", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("softmax", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("softmax", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
     ("softmax", 4, 16, _ANY, False): Tile(16, 16, 32, False, False, False, 16, 1, None, "aot"),
-    ("softmax", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 16, 1, None, "aot"),
     ("softmax_gram", 2, 2, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 16, 2, None, "aot"),
-    ("softmax_gram", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("softmax_gram", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
     ("softmax_gram", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
-    ("softmax_gram", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("output_sweep", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("output_sweep", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("output_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("output_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("output_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, 255, "aot"),
-    ("output_sweep", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("output_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
     ("output_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
-    ("output_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("parameter_sweep", 2, 8, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("parameter_sweep", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("parameter_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("parameter_sweep", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
     ("parameter_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("parameter_sweep", 2, 16, _ANY, True): Tile(16, 16, 32, True, True, True, 8, 1, None, "aot"),
+    ("parameter_sweep", 2, 8, _ANY, True): Tile(16, 16, 32, True, True, True, 8, 1, 255, "aot"),
     ("parameter_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
     ("parameter_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
-    ("parameter_sweep", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, True, 8, 1, None, "aot"),
     ("query_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("query_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("query_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("query_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, True, True, 8, 1, None, "aot"),
+    ("query_gradient", 2, 16, 64, True): Tile(16, 16, 32, True, True, True, 8, 1, None, "aot"),
     ("query_gradient", 2, 16, _ANY, False): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
     ("query_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, None, "aot"),
     ("query_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
-    ("query_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
-    ("query_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, None, "aot"),
+    ("query_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("key_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 2, 16, 64, True): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, False, 8, 1, None, "aot"),
     ("key_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
-    ("key_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("key_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("value_gradient", 2, 16, 64, True): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
     ("value_gradient", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("value_gradient", 2, 16, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("value_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
     ("value_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
-    ("value_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
 }
 
 
-def most_heads(dtype):
-    """How many heads a tile holds without spilling registers; none of float64."""
-    return max((heads for _, most_bytes, heads, _, _ in TILES if dtype.itemsize <= most_bytes), default=0)
+def most_heads(dtype, extras):
+    """How many heads tiles hold without spills, with or without layer norm or pre-mix; 0 in float64."""
+    return max(
+        (
+            heads
+            for name, most_bytes, heads, _, with_extras in TILES
+            if name == "softmax" and dtype.itemsize <= most_bytes and extras <= with_extras
+        ),
+        default=0,
+    )
 
 
 # The interpreter's time goes with the number of steps, hardly with their size.

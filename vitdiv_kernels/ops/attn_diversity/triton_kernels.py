@@ -49,7 +49,7 @@ def _without_mix(q, k, scale, matrix):
 
 
 def _too_many(q, q2):
-    return q.shape[1] + (0 if q2 is None else q2.shape[1]) > most_heads(q.dtype)
+    return q.shape[1] + (0 if q2 is None else q2.shape[1]) > most_heads(q.dtype, extras=False)
 
 
 def _one_layer(q, k, scale, q2, k2, scale2):

@@ -12,15 +12,22 @@ from .schedule import chosen, schedule
 __all__ = ["chosen", "head_dots", "reattention_bwd", "reattention_fwd", "schedule"]
 
 
-def _module(direction, q, k):
-    return importlib.import_module(f".{chosen(direction, q, k)}", __name__)
+def _module(direction, q, k, pre_mix, norm_weight):
+    extras = pre_mix is not None or norm_weight is not None
+    return importlib.import_module(f".{chosen(direction, q, k, extras)}", __name__)
 
 
-def reattention_fwd(q, k, v, *arguments):
+def reattention_fwd(q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, *arguments):
     """As `vitdiv::reattention_fwd`: (out, centred Gram), an empty tensor for what is not needed."""
-    return _module("forward", q, k).forward(q, k, v, *arguments)
+    return _module("forward", q, k, pre_mix, norm_weight).forward(
+        q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, *arguments
+    )
 
 
-def reattention_bwd(dout, coupling, q, k, v, *arguments):
+def reattention_bwd(
+    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, *arguments
+):
     """As `vitdiv::reattention_bwd`: dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias."""
-    return _module("backward", q, k).backward(dout, coupling, q, k, v, *arguments)
+    return _module("backward", q, k, pre_mix, norm_weight).backward(
+        dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, *arguments
+    )

@@ -27,12 +27,15 @@ def schedule(name):
         _chosen = outer
 
 
-def chosen(direction, q, k):
-    """The schedule of this call; `direction` is "forward" or "backward"."""
-    heads, most = q.shape[1], most_heads(q.dtype)
+def chosen(direction, q, k, extras=False):
+    """The schedule of a call: "forward" or "backward", with or without layer norm or pre-mix (`extras`)."""
+    heads, most = q.shape[1], most_heads(q.dtype, extras)
     if _chosen == "streaming" and heads > most:
         takes = f"at most {most} heads of {q.dtype}" if most else f"no {q.dtype}"
-        raise ValueError(f'the schedule "streaming" takes {takes}, got {heads} heads; take "workspace"')
+        given = " with layer norm or pre-mix" if extras else ""
+        raise ValueError(f'the schedule "streaming" takes {takes}{given}, got {heads}; take "workspace"')
     if _chosen is not None:
         return _chosen
-    return schedule_for(direction, q.shape[1], q.shape[3], k.shape[2], q.dtype, capability(q))
+    if heads > most:
+        return "workspace"
+    return schedule_for(direction, heads, q.shape[3], k.shape[2], q.dtype, capability(q))
