@@ -26,8 +26,8 @@ class Tile(NamedTuple):
 
 _ANY = 1 << 30
 # kernel, bytes of an element, most heads, most width, with layer norm or pre-mix (or, for the gradients of q
-# and k, with one of the output): the first row that covers a call. Kernels differ in how much they hold; a step
-# that loads the next one's operands early has 2 stages.
+# and k, with one of the output): the first row that covers a call. Kernels differ in how much they hold; a
+# step that loads the next one's operands early has 2 stages.
 # The smallest tile, 16 x 16 of 32 heads, is an eighth of an SM's registers, and kernels hold five and more.
 # They spill there, with layer norm or pre-mix at 16 heads already, and in float64 nearly everywhere.
 TILES = {
