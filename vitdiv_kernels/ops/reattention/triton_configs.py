@@ -82,7 +82,7 @@ ROWS = (
     RowsRow("forward", 16, False, 16, 512, 512, 8, 8, 1, None, "aot"),
     RowsRow("forward", 32, True, 16, _ANY, 128, 4, 4, 1, 240, "aot"),
     RowsRow("forward", 16, False, 32, 256, 256, 8, 8, 1, None, "aot"),
-    RowsRow("forward", 32, True, 64, _ANY, 128, 4, 8, 1, None, "aot"),
+    RowsRow("forward", 32, True, 64, _ANY, 128, 4, 8, 1, 255, "aot"),
     RowsRow("forward", 64, True, 16, _ANY, 32, 4, 8, 1, 240, "aot"),
     RowsRow("forward", 64, True, 64, _ANY, 16, 4, 8, 1, 255, "aot"),
     RowsRow("backward", 16, False, 16, 64, 64, 8, 4, 1, None, "aot"),
