@@ -1,8 +1,7 @@
 """Which schedule and which tiles the Triton kernels of re-attention run with. Nothing is tuned at run time.
 
 source: "cost model" for a choice by counting (README.md), "aot" for one that ahead-of-time compilation showed
-to be free of spills, "aot, spills" for the one with the fewest, "measured on <device>" once a benchmark made
-it. Rows are searched in order.
+to be free of spills, "measured on <device>" once a benchmark made it. Rows are searched in order.
 """
 
 from typing import NamedTuple
