@@ -90,7 +90,7 @@ ROWS = (
     RowsRow("backward", 16, True, 16, _ANY, 64, 4, 8, 1, None, "aot"),
     RowsRow("backward", 32, False, 16, _ANY, 128, 4, 8, 1, None, "aot"),
     RowsRow("backward", 32, True, 16, _ANY, 64, 4, 8, 1, None, "aot"),
-    RowsRow("backward", 16, False, 64, _ANY, 64, 4, 8, 1, 240, "aot"),
+    RowsRow("backward", 16, False, 64, _ANY, 64, 4, 8, 1, 255, "aot"),
     RowsRow("backward", 16, True, 64, _ANY, 32, 4, 8, 1, 255, "aot"),
     RowsRow("backward", 64, False, 16, _ANY, 32, 4, 8, 1, 240, "aot"),
     RowsRow("backward", 32, False, 64, _ANY, 32, 4, 8, 1, 255, "aot"),
