@@ -33,7 +33,8 @@ def two_gram(
 
     Raises:
         TypeError: x or y is not a floating tensor, or their dtypes differ.
-        ValueError: shapes or devices do not match, an unknown penalty, reduction or backend, a margin below 0.
+        ValueError: shapes or devices do not match, a margin below 0, an unknown penalty, reduction or
+            backend.
 
     Example:
         >>> student, teacher = torch.randn(2, 8, 196, 384)
