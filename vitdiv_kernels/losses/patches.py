@@ -73,13 +73,14 @@ class _OwnAndOthers(torch.autograd.Function):
         down = down.unsqueeze(-1) - drows
         both = down * scale_x * scale_y
         dx = dy = None
-        if ctx.needs_input_grad[0]:
-            along = (down * own + drows * rows) * scale_x * _projected(scale_x, ctx.eps)
-            dx = (x * -along).addcmul_(y, both).addcmul_(total, drows * scale_x)
-        if ctx.needs_input_grad[1]:
-            dtotal = (drows * scale_x).mT @ x
-            along = (down * own + (y @ dtotal.mT) * scale_y) * scale_y * _projected(scale_y, ctx.eps)
-            dy = (y * -along).addcmul_(x, both).addcmul_(dtotal, scale_y)
+        with _checks.autocast_off(x):
+            if ctx.needs_input_grad[0]:
+                along = (down * own + drows * rows) * scale_x * _projected(scale_x, ctx.eps)
+                dx = (x * -along).addcmul_(y, both).addcmul_(total, drows * scale_x)
+            if ctx.needs_input_grad[1]:
+                dtotal = (drows * scale_x).mT @ x
+                along = (down * own + (y @ dtotal.mT) * scale_y) * scale_y * _projected(scale_y, ctx.eps)
+                dy = (y * -along).addcmul_(x, both).addcmul_(dtotal, scale_y)
         return dx, dy, None
 
 

@@ -99,7 +99,8 @@ class _SoftOrthogonality(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         w, gram = ctx.saved_tensors
-        return (gram @ w).mul_(4 * dloss.view(-1, 1, 1))
+        with _checks.autocast_off(w):
+            return (gram @ w).mul_(4 * dloss.view(-1, 1, 1))
 
 
 def weight_condition_orthogonality(weights, *, start=None, generator=None, of="rows", reduction="sum"):
