@@ -13,6 +13,7 @@ from ..ops import _checks
 from . import _common
 
 ALONG = ("columns", "rows", "maps", "heads")
+EPS = 1e-8  # stands for smaller norms, as in torch.nn.CosineSimilarity
 
 
 def layer_similarity(layers, *, along="columns", reduction="none", scale=None, rows=64):
@@ -72,7 +73,7 @@ def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
     _checks.number("threshold", threshold)
     _checks.number("token_ratio", token_ratio)
     before = similarity.detach().diagonal(1).movedim(-1, 0)  # block p + 1 with block p
-    shares = (before > threshold).flatten(1).double().mean(-1)
+    shares = (before > threshold).reshape(len(before), -1).double().mean(-1)
     return (shares > token_ratio).sum() / len(similarity), shares
 
 
@@ -165,7 +166,7 @@ def _similarities(layers, pairs, along, scale, rows):
             return sum(parts) / (n * m)
         totals = torch.cat(parts, -1) if along == "rows" else sum(parts)
         squares, products = totals[: len(layers)], totals[len(layers) :]
-        inverse = squares.clamp_min(torch.finfo(totals.dtype).tiny).rsqrt()
+        inverse = squares.clamp_min(EPS**2).rsqrt()
         p, q = zip(*pairs, strict=True)
         return products * inverse[list(p)] * inverse[list(q)]
 
@@ -186,7 +187,7 @@ def _maps(layer, start, stop, scale):
 def _sums(maps, pairs, along):
     """What these rows add: for "heads" cosines [pairs, B], else squares of layers, then products of pairs."""
     if along == "heads":
-        units = [_common.unit(layer.movedim(1, -1), torch.finfo(layer.dtype).tiny) for layer in maps]
+        units = [_common.unit(layer.movedim(1, -1), EPS) for layer in maps]
         return torch.stack([torch.einsum("bijh,bijh->b", units[p], units[q]) for p, q in pairs])
     axes = {"columns": -2, "rows": -1, "maps": (-2, -1)}[along]
     both = [(p, p) for p in range(len(maps))] + list(pairs)

@@ -100,7 +100,7 @@ class _SoftOrthogonality(torch.autograd.Function):
     def backward(ctx, dloss):
         w, gram = ctx.saved_tensors
         with _checks.autocast_off(w):
-            return (gram @ w).mul_(4 * dloss.view(-1, 1, 1))
+            return ((gram @ w).mul_(4 * dloss.view(-1, 1, 1)),)
 
 
 def weight_condition_orthogonality(weights, *, start=None, generator=None, of="rows", reduction="sum"):
