@@ -130,6 +130,32 @@ def test_the_mode_sees_all_pairs_where_they_are(loss, inputs):
     assert largest(loss, inputs).elements >= B * N * N
 
 
+COMPILED = [
+    "patch_contrast",
+    "neighbourhood_contrast",
+    "patch_condition_orthogonality",
+    "patch_mixing",
+    "weight_soft_orthogonality",
+    "gram_anchoring",
+    "head_condition_orthogonality",
+    "cos_reg",
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_losses_compile_whole(name):
+    loss, inputs, _ = (CLOSED | TILES | ROWS)[name]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    x = [make() for make in inputs]
+    results = []
+    for function in (compiled, loss):
+        torch.manual_seed(1)  # of start vectors
+        value = function(*x)
+        results.append((value, *torch.autograd.grad(value, x, allow_unused=True)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_the_table_has_every_loss():
     rows = re.findall(r"^\| `(\w+)", README.read_text(), re.MULTILINE)
     functions = [name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))]

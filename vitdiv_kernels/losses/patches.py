@@ -92,7 +92,9 @@ def _inverse_norm(x, eps):
 
 def _projected(scale, eps):
     """The scale of the part along x that the normalisation takes out: none where eps stands for the norm."""
-    return torch.zeros_like(scale) if eps is None else scale.masked_fill(scale * eps >= 1, 0)
+    if eps is None:
+        return torch.zeros_like(scale)
+    return scale.masked_fill(scale == torch.full_like(scale, eps).reciprocal(), 0)
 
 
 def neighbourhood_contrast(
