@@ -163,14 +163,14 @@ START = torch.rand(2, 9, generator=torch.Generator().manual_seed(3))
 LOSSES = [
     ("PatchContrastLoss", "patch_contrast", [TOKENS, OTHERS], dict(normalise=False)),
     ("NeighbourhoodContrastLoss", "neighbourhood_contrast", [TOKENS, OTHERS], dict(window=3)),
-    ("PatchMHSLoss", "patch_mhs", [TOKENS], dict(variant="released")),
+    ("PatchMHSLoss", "patch_mhs", [TOKENS], dict(reduction="sum")),
     ("PatchMGDLoss", "patch_mgd", [TOKENS], dict(ridge=1e-3)),
     ("PatchSoftOrthogonalityLoss", "patch_soft_orthogonality", [TOKENS], dict(reduction="sum")),
     ("PatchConditionOrthogonalityLoss", "patch_condition_orthogonality", [TOKENS], dict(start=START)),
     ("PatchMixingLoss", "patch_mixing", [TOKENS, *LABELS], dict(smoothing=0.1)),
     ("HeadCrossCosineLoss", "head_cross_cosine", [*HEADS], dict(penalty="square")),
     ("HeadContrastLoss", "head_contrast", [*HEADS], dict(scale=1.0)),
-    ("HeadMHSLoss", "head_mhs", [*HEADS[:2]], dict(variant="released")),
+    ("HeadMHSLoss", "head_mhs", [*HEADS[:2]], dict(reduction="sum")),
     ("HeadMGDLoss", "head_mgd", [*HEADS[:2]], dict(ridge=1e-3)),
     ("HeadSoftOrthogonalityLoss", "head_soft_orthogonality", [*HEADS[:2]], dict(reduction="sum")),
     (
@@ -204,10 +204,11 @@ def test_loss_modules_are_their_functions_without_prefix_tokens(module, function
     module, function = getattr(vd.nn, module), getattr(vd.losses, function)
     on_patches = [x[:, 2:] if x is TOKENS or x is OTHERS else x for x in inputs]
     on_tokens = "num_prefix_tokens" in repr(module(**options))
-    got = module(**options, num_prefix_tokens=2)(*inputs) if on_tokens else module(**options)(*inputs)
+    tokens = dict(num_prefix_tokens=2) if on_tokens else {}
+    got = module(**options, **tokens)(*inputs)
     expected = function(*(on_patches if on_tokens else inputs), **options)
     torch.testing.assert_close(got, 1 - expected if module is vd.nn.LinearCKALoss else expected)
-    assert not torch.equal(got, module()(*inputs)) or not options  # the option has an effect
+    assert not torch.equal(got, module(**tokens)(*inputs))  # the option has an effect
     name = next(iter(options))
     assert f"{name}=" in repr(module(**options))
     with pytest.raises(
