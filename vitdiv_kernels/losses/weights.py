@@ -93,7 +93,7 @@ class _SoftOrthogonality(torch.autograd.Function):
         gram = w @ w.mT
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
         ctx.save_for_backward(w, gram)
-        return gram.square().sum((-2, -1))
+        return torch.linalg.vector_norm(gram, dim=(-2, -1)).square()
 
     @staticmethod
     @once_differentiable
