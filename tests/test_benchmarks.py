@@ -21,6 +21,7 @@ TINY = {
     "bench_pairwise_cosine.py": ["--shapes", "2x6x4", "--penalty", "signed"],
     "bench_attn_diversity.py": ["--shapes", "1x2x5x8"],
     "bench_reattention.py": ["--shapes", "1x2x5x8", "--norm", "batch"],
+    "bench_losses.py": ["--suite", "tiny"],
     "bench_scaling.py": ["--tokens", "8"],
 }
 

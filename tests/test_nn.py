@@ -155,6 +155,73 @@ def test_losses(backend):
     torch.testing.assert_close(loss(q, k), expected)
 
 
+TOKENS, OTHERS = torch.randn(2, 2, 11, 6, generator=torch.Generator().manual_seed(1))
+HEADS = torch.randn(4, 2, 3, 5, 4, generator=torch.Generator().manual_seed(2))
+LABELS = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.rand(9)
+START = torch.rand(2, 9, generator=torch.Generator().manual_seed(3))
+# module, function, inputs, options
+LOSSES = [
+    ("PatchContrastLoss", "patch_contrast", [TOKENS, OTHERS], dict(normalise=False)),
+    ("NeighbourhoodContrastLoss", "neighbourhood_contrast", [TOKENS, OTHERS], dict(window=3)),
+    ("PatchMHSLoss", "patch_mhs", [TOKENS], dict(reduction="sum")),
+    ("PatchMGDLoss", "patch_mgd", [TOKENS], dict(ridge=1e-3)),
+    ("PatchSoftOrthogonalityLoss", "patch_soft_orthogonality", [TOKENS], dict(reduction="sum")),
+    ("PatchConditionOrthogonalityLoss", "patch_condition_orthogonality", [TOKENS], dict(start=START)),
+    ("PatchMixingLoss", "patch_mixing", [TOKENS, *LABELS], dict(smoothing=0.1)),
+    ("HeadCrossCosineLoss", "head_cross_cosine", [*HEADS], dict(penalty="square")),
+    ("HeadContrastLoss", "head_contrast", [*HEADS], dict(scale=1.0)),
+    ("HeadMHSLoss", "head_mhs", [*HEADS[:2]], dict(reduction="sum")),
+    ("HeadMGDLoss", "head_mgd", [*HEADS[:2]], dict(ridge=1e-3)),
+    ("HeadSoftOrthogonalityLoss", "head_soft_orthogonality", [*HEADS[:2]], dict(reduction="sum")),
+    (
+        "HeadConditionOrthogonalityLoss",
+        "head_condition_orthogonality",
+        [*HEADS[:2]],
+        dict(start=START[:, :3]),
+    ),
+    ("WeightMHSLoss", "weight_mhs", [TOKENS], dict(reduction="mean")),
+    ("WeightMGDLoss", "weight_mgd", [TOKENS], dict(ridge=1e-3)),
+    ("WeightSoftOrthogonalityLoss", "weight_soft_orthogonality", [TOKENS], dict(reduction="mean")),
+    (
+        "WeightConditionOrthogonalityLoss",
+        "weight_condition_orthogonality",
+        [TOKENS],
+        dict(of="columns", start=START[:, :6]),
+    ),
+    ("CosRegLoss", "cos_reg", [[tuple(HEADS[:2]), tuple(HEADS[2:])]], dict(along="rows")),
+    ("GramAnchoringLoss", "gram_anchoring", [TOKENS, OTHERS], dict(negatives="remove")),
+    ("KoLeoLoss", "koleo", [TOKENS], dict(eps=1e-4)),
+    ("UniformityLoss", "uniformity", [TOKENS], dict(t=1.0)),
+    ("LinearCKALoss", "linear_cka", [TOKENS, OTHERS], dict(reduction="none")),
+    ("VFLoss", "vf_loss", [TOKENS, OTHERS], dict(distance_margin=0.0)),
+    ("InfoNCELoss", "info_nce", [TOKENS, OTHERS], dict(temperature=0.5)),
+    ("GradientDiversityLoss", "gradient_diversity", [TOKENS], dict(reduction="sum")),
+]
+
+
+@pytest.mark.parametrize(("module", "function", "inputs", "options"), LOSSES)
+def test_loss_modules_are_their_functions_without_prefix_tokens(module, function, inputs, options):
+    module, function = getattr(vd.nn, module), getattr(vd.losses, function)
+    on_patches = [x[:, 2:] if x is TOKENS or x is OTHERS else x for x in inputs]
+    on_tokens = "num_prefix_tokens" in repr(module(**options))
+    tokens = dict(num_prefix_tokens=2) if on_tokens else {}
+    got = module(**options, **tokens)(*inputs)
+    expected = function(*(on_patches if on_tokens else inputs), **options)
+    torch.testing.assert_close(got, 1 - expected if module is vd.nn.LinearCKALoss else expected)
+    assert not torch.equal(got, module(**tokens)(*inputs))  # the option has an effect
+    name = next(iter(options))
+    assert f"{name}=" in repr(module(**options))
+    with pytest.raises(
+        TypeError, match=f"{module.__name__} has no option 'mergin'; its options are .*{name}"
+    ):
+        module(mergin=1)
+
+
+def test_every_loss_module_is_tested():
+    modules = {name for name in vd.nn.__all__ if name.endswith("Loss")}
+    assert modules == {row[0] for row in LOSSES} | {"PatchCosineLoss", "AttentionDiversityLoss"}
+
+
 def test_repr_tells_the_options():
     assert "penalty='abs'" in repr(vd.nn.PatchCosineLoss())
     assert "include_self=True" in repr(vd.nn.AttentionDiversityLoss())

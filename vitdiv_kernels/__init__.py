@@ -1,12 +1,13 @@
 """Diversity losses and head-mixing attention for vision transformers, without N x N maps in main memory.
 
 Three operations (`pairwise_cosine`; `attention_gram`, `attention_cosine`, `attention_diversity`;
-`reattention`), each with a pure PyTorch reference and fused kernels, forward and backward; modules over them
-in `vitdiv_kernels.nn`; a reference vision transformer and its trainer in `vitdiv_kernels.vit`. `python -m
-vitdiv_kernels.info` tells which backends are here.
+`reattention`), each with a pure PyTorch reference and fused kernels, forward and backward; the losses of the
+field as functions over them in `vitdiv_kernels.losses`, and as modules in `vitdiv_kernels.nn`; a reference
+vision transformer and its trainer in `vitdiv_kernels.vit`. `python -m vitdiv_kernels.info` tells which
+backends are here.
 """
 
-from . import nn
+from . import losses, nn
 from ._dispatch import use_backend
 from .ops.attn_diversity import attention_cosine, attention_diversity, attention_gram
 from .ops.pairwise_cosine import pairwise_cosine
@@ -18,6 +19,7 @@ __all__ = [
     "attention_cosine",
     "attention_diversity",
     "attention_gram",
+    "losses",
     "nn",
     "pairwise_cosine",
     "reattention",

@@ -1,7 +1,14 @@
-"""The diversity losses as modules."""
+"""The diversity losses as modules.
+
+A module has the options of its function, given once; what the function does, its formula and its source are
+told there. Modules on tokens drop the class and register tokens from the front, num_prefix_tokens of them.
+"""
+
+import inspect
 
 from torch import nn
 
+from .. import losses
 from ..ops.attn_diversity import attention_diversity
 from ..ops.pairwise_cosine import pairwise_cosine
 
@@ -57,6 +64,200 @@ class AttentionDiversityLoss(nn.Module):
 
     def extra_repr(self):
         return _repr_of(self.options)
+
+
+class _Loss(nn.Module):
+    """A function with its options bound. Options that the function does not have raise TypeError."""
+
+    function = None
+
+    def __init__(self, **options):
+        super().__init__()
+        known = inspect.signature(self.function).parameters.values()
+        known = [option.name for option in known if option.kind is option.KEYWORD_ONLY]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no option {unknown[0]!r}; its options are {', '.join(known)}"
+            )
+        self.options = options
+
+    def forward(self, *inputs):
+        return self.function(*inputs, **self.options)
+
+    def extra_repr(self):
+        return _repr_of(self.options)
+
+
+class _TokenLoss(_Loss):
+    """Drops the prefix tokens of every input."""
+
+    def __init__(self, *, num_prefix_tokens=1, **options):
+        super().__init__(**options)
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, *tokens):
+        return super().forward(*(x[..., self.num_prefix_tokens :, :] for x in tokens))
+
+    def extra_repr(self):
+        return ", ".join(filter(None, (f"num_prefix_tokens={self.num_prefix_tokens}", super().extra_repr())))
+
+
+class PatchContrastLoss(_TokenLoss):
+    """`losses.patch_contrast`: forward(first, last), tokens of two layers."""
+
+    function = staticmethod(losses.patch_contrast)
+
+
+class NeighbourhoodContrastLoss(_TokenLoss):
+    """`losses.neighbourhood_contrast`: forward(tokens, context). Both with their prefix tokens, or
+    num_prefix_tokens=0 and both without."""
+
+    function = staticmethod(losses.neighbourhood_contrast)
+
+
+class PatchMHSLoss(_TokenLoss):
+    """`losses.patch_mhs`: forward(tokens)."""
+
+    function = staticmethod(losses.patch_mhs)
+
+
+class PatchMGDLoss(_TokenLoss):
+    """`losses.patch_mgd`: forward(tokens)."""
+
+    function = staticmethod(losses.patch_mgd)
+
+
+class PatchSoftOrthogonalityLoss(_TokenLoss):
+    """`losses.patch_soft_orthogonality`: forward(tokens)."""
+
+    function = staticmethod(losses.patch_soft_orthogonality)
+
+
+class PatchConditionOrthogonalityLoss(_TokenLoss):
+    """`losses.patch_condition_orthogonality`: forward(tokens)."""
+
+    function = staticmethod(losses.patch_condition_orthogonality)
+
+
+class PatchMixingLoss(_TokenLoss):
+    """`losses.patch_mixing`: forward(logits of all tokens, labels, others, shares of the patches)."""
+
+    function = staticmethod(losses.patch_mixing)
+
+    def forward(self, logits, labels, others, shares):
+        return self.function(logits[..., self.num_prefix_tokens :, :], labels, others, shares, **self.options)
+
+
+class HeadCrossCosineLoss(_Loss):
+    """`losses.head_cross_cosine`: forward(q, k, q2, k2)."""
+
+    function = staticmethod(losses.head_cross_cosine)
+
+
+class HeadContrastLoss(_Loss):
+    """`losses.head_contrast`: forward(q, k, q2, k2)."""
+
+    function = staticmethod(losses.head_contrast)
+
+
+class HeadMHSLoss(_Loss):
+    """`losses.head_mhs`: forward(q, k)."""
+
+    function = staticmethod(losses.head_mhs)
+
+
+class HeadMGDLoss(_Loss):
+    """`losses.head_mgd`: forward(q, k)."""
+
+    function = staticmethod(losses.head_mgd)
+
+
+class HeadSoftOrthogonalityLoss(_Loss):
+    """`losses.head_soft_orthogonality`: forward(q, k)."""
+
+    function = staticmethod(losses.head_soft_orthogonality)
+
+
+class HeadConditionOrthogonalityLoss(_Loss):
+    """`losses.head_condition_orthogonality`: forward(q, k)."""
+
+    function = staticmethod(losses.head_condition_orthogonality)
+
+
+class WeightMHSLoss(_Loss):
+    """`losses.weight_mhs`: forward(weights)."""
+
+    function = staticmethod(losses.weight_mhs)
+
+
+class WeightMGDLoss(_Loss):
+    """`losses.weight_mgd`: forward(weights)."""
+
+    function = staticmethod(losses.weight_mgd)
+
+
+class WeightSoftOrthogonalityLoss(_Loss):
+    """`losses.weight_soft_orthogonality`: forward(weights)."""
+
+    function = staticmethod(losses.weight_soft_orthogonality)
+
+
+class WeightConditionOrthogonalityLoss(_Loss):
+    """`losses.weight_condition_orthogonality`: forward(weights)."""
+
+    function = staticmethod(losses.weight_condition_orthogonality)
+
+
+class CosRegLoss(_Loss):
+    """`losses.cos_reg`: forward(layers)."""
+
+    function = staticmethod(losses.cos_reg)
+
+
+class GramAnchoringLoss(_TokenLoss):
+    """`losses.gram_anchoring`: forward(student tokens, teacher tokens)."""
+
+    function = staticmethod(losses.gram_anchoring)
+
+
+class KoLeoLoss(_TokenLoss):
+    """`losses.koleo`: forward(tokens). For one vector an image, [B, D], give num_prefix_tokens=0."""
+
+    function = staticmethod(losses.koleo)
+
+
+class UniformityLoss(_TokenLoss):
+    """`losses.uniformity`: forward(tokens). For one vector an image, [B, D], give num_prefix_tokens=0."""
+
+    function = staticmethod(losses.uniformity)
+
+
+class LinearCKALoss(_TokenLoss):
+    """One minus `losses.linear_cka`: forward(tokens, teacher tokens)."""
+
+    function = staticmethod(losses.linear_cka)
+
+    def forward(self, x, y):
+        return 1 - super().forward(x, y)
+
+
+class VFLoss(_TokenLoss):
+    """`losses.vf_loss`: forward(latents, features)."""
+
+    function = staticmethod(losses.vf_loss)
+
+
+class InfoNCELoss(_TokenLoss):
+    """`losses.info_nce`: forward(x, y), tokens."""
+
+    function = staticmethod(losses.info_nce)
+
+
+class GradientDiversityLoss(_TokenLoss):
+    """`losses.gradient_diversity`: forward(gradients of the tokens)."""
+
+    function = staticmethod(losses.gradient_diversity)
 
 
 def _repr_of(options):

@@ -51,6 +51,42 @@ def number(name, value, *, at_least=None):
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
+def positive(name, value):
+    number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def vectors(name, x, at_least=1):
+    """`x [..., N, D]` with N >= at_least vectors of at least one feature."""
+    floating_tensor(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape [..., N, D], got {shape_of(x)}")
+    if x.shape[-2] < at_least or x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must hold N >= {at_least} vectors of at least one feature, got shape {shape_of(x)}"
+        )
+
+
+def second_vectors(name, y, like_name, x, *, same_number=False, any_width=False):
+    """`y [..., M, D]` belongs to `x [..., N, D]`: with M = N, or with a width of its own, if so asked."""
+    same_kind(name, y, like_name, x)
+    leading, (n, width) = x.shape[:-2], x.shape[-2:]
+    if (
+        y.dim() != x.dim()
+        or y.shape[:-2] != leading
+        or (same_number and y.shape[-2] != n)
+        or (not any_width and y.shape[-1] != width)
+    ):
+        sizes = [*leading, n if same_number else "M", "D2" if any_width else width]
+        expected = f"[{', '.join(map(str, sizes))}]"
+        raise ValueError(f"{name} must have shape {expected} to match {like_name}, got {shape_of(y)}")
+    if y.shape[-2] == 0 or y.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must hold at least one vector of at least one feature, got shape {shape_of(y)}"
+        )
+
+
 def queries_and_keys(q, k, q_name="q", k_name="k"):
     """`q [B, H, N, d]` and `k [B, H, M, d]` belong together."""
     floating_tensor(q_name, q)

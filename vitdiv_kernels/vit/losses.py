@@ -1,29 +1,13 @@
 """Diversity losses on the tokens of a ViT: Gong et al. (arXiv 2104.12753), Chen et al. (arXiv 2203.06345)."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import attention_diversity, pairwise_cosine
+from ..losses import attention_diversity, pairwise_cosine, patch_contrast
 from .model import ViT
 
 # Chen et al. weigh heads with 1e-4, beside the cross-entropy of 1,000 classes; the first two weights are
 # theirs.
 DIVERSITY = {"cosine": 0.5, "contrast": 0.5, "heads": 0.01}
-
-
-def patch_contrast(first: Tensor, last: Tensor, eps: float = 1e-8) -> Tensor:
-    """A patch of the last layer must resemble itself in the first layer more than the others of its image.
-
-    first, last: [B, N, D], N > 1. With S the cosines between them, the mean over patches of
-    -log(exp(S_ii) / (exp(S_ii) + exp(mean of S_ij over j != i))) = softplus(mean_j S_ij - S_ii). Only row
-    sums of S are needed, and the sum over j of S_ij is a product with one summed vector: O(N D). Source:
-    `Loss_contrastive` of arXiv 2203.06345's code.
-    """
-    first, last = (F.normalize(t.float(), dim=-1, eps=eps) for t in (first, last))
-    own = (first * last).sum(-1)  # [B, N]
-    rows = (first @ last.sum(-2).unsqueeze(-1)).squeeze(-1)  # [B, N]
-    others = (rows - own) / (first.shape[-2] - 1)
-    return F.softplus(others - own).mean()
 
 
 def parse_losses(text: str) -> dict[str, float]:

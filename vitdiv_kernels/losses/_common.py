@@ -1,0 +1,97 @@
+"""What the losses share: arithmetic, reductions, the spectral and hyperspherical measures of all levels."""
+
+import torch
+
+from ..ops import _checks
+from ..ops._layout import accumulation_dtype
+from ..ops.pairwise_cosine.reference import normalise
+
+MHS_VARIANTS = ("paper", "released")
+
+
+def full_precision(*tensors):
+    """The tensors in float32, or in float64 where they are."""
+    return [tensor.to(accumulation_dtype(tensor)) for tensor in tensors]
+
+
+def unit(x, eps):
+    """`x / max(|x|, eps)` in float32 or float64."""
+    return normalise(full_precision(x)[0], eps)
+
+
+def reduced(values, reduction):
+    """Values, one per leading index, as the public `reduction` says."""
+    return {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}[reduction](values)
+
+
+def without_diagonal(matrices, value):
+    diagonal = torch.eye(matrices.shape[-1], dtype=torch.bool, device=matrices.device)
+    return matrices.masked_fill(diagonal, value)
+
+
+def contrast(own, others):
+    """-log(exp(own) / (exp(own) + exp(others))), without overflow."""
+    return torch.nn.functional.softplus(others - own)
+
+
+def minimum_separation(cosine, variant):
+    """MHS of the cosines [..., n, n], n > 1, of one set: [...]."""
+    if variant == "paper":
+        return 2 * without_diagonal(cosine, -torch.inf).amax((-2, -1)) - 2
+    distance = (2 - 2 * cosine).tril(-1)
+    chosen = distance.detach()
+    smallest = chosen.masked_fill(chosen == 0, torch.inf).amin((-2, -1), keepdim=True)
+    return -(distance * (chosen == smallest)).sum((-2, -1))
+
+
+def gram_determinant(cosine, ridge):
+    """MGD of the cosines [..., n, n]: [...]. In float64: with equal vectors only the ridge keeps the matrix
+    regular."""
+    kernel = torch.exp(2 * cosine.double() - 2)
+    kernel = kernel + ridge * torch.eye(cosine.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    factor, _ = torch.linalg.cholesky_ex(kernel)
+    return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(cosine.dtype)
+
+
+def starts(x, start, generator, draw):
+    """Start vectors [..., 2, n] of the two power iterations on the n x n Gram matrices of x [..., n, D]."""
+    shape = (*x.shape[:-2], 2, x.shape[-2])
+    if start is None:
+        return draw(shape, generator=generator, device=x.device, dtype=accumulation_dtype(x))
+    if generator is not None:
+        raise ValueError(
+            "start and generator must not be given together: start vectors leave nothing to draw"
+        )
+    _checks.floating_tensor("start", start)
+    _checks.same_device("start", start, "the input", x)
+    if start.shape not in (shape, shape[-2:]):
+        expected = f"[{', '.join(map(str, shape))}] or [2, {shape[-1]}]"
+        raise ValueError(f"start must have shape {expected}, got {_checks.shape_of(start)}")
+    return start.to(accumulation_dtype(x)).expand(shape)
+
+
+def spectral_gap(product, start, eps):
+    """(largest - smallest)^2 of the eigenvalues of a symmetric matrix, each by one step of power iteration
+    and a Rayleigh quotient; the smallest from the matrix minus `largest` times the identity.
+
+    product: takes [..., n] to the matrix times it; start: [..., 2, n]; eps is added to the quotients'
+    denominators. Returns [...].
+    """
+
+    def rayleigh(apply, v):
+        v = apply(v)
+        return (v * apply(v)).sum(-1) / (v.square().sum(-1) + eps)
+
+    largest = rayleigh(product, start[..., 0, :])
+    shift = largest.unsqueeze(-1)
+    smallest = largest + rayleigh(lambda v: product(v) - shift * v, start[..., 1, :])
+    return (largest - smallest).square()
+
+
+def gram_product(x):
+    """v -> x x^T v for x [..., n, D], without the Gram matrix: two products of O(n D)."""
+
+    def product(v):
+        return (x @ (x.mT @ v.unsqueeze(-1))).squeeze(-1)
+
+    return product

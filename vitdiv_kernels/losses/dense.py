@@ -1,0 +1,246 @@
+"""Losses on dense features: of a student and a teacher, or of vectors that should spread.
+
+Each takes sets of N vectors, [..., N, D], and one set for each leading index.
+"""
+
+import math
+
+import torch
+
+from ..ops import _checks
+from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
+from ..ops.two_gram import two_gram
+from . import _common
+
+NEGATIVES = {
+    "keep": "square",
+    "remove": "relu_square",
+    "remove_teacher": "relu_teacher_square",
+    "remove_teacher_released": "clamped_teacher_square",
+}
+
+
+def gram_anchoring(
+    student, teacher, *, level="image", negatives="keep", normalise=True, reduction="mean", eps=1e-12,
+    backend="auto",
+):  # fmt: skip
+    """Gram anchoring: the mean squared difference of the student's and the teacher's patch similarities.
+
+    `mean_ij (S_ij - T_ij)^2` with `S = x_hat x_hat^T` of the student, T of the teacher.
+
+    Args:
+        student, teacher: patches, [..., N, D] and [..., N, D2].
+        level: "image" compares the patches of one image (each leading index), "batch" all of the batch.
+        negatives: "keep"; "remove" takes max(S, 0) and max(T, 0); "remove_teacher" takes max(T, 0), and 0 for
+            S where both are negative; "remove_teacher_released" is the same in the code as first released,
+            which clamps T before it looks for its sign, so that S keeps all its negatives.
+        normalise: False takes inner products instead of cosines.
+        reduction: "mean" or "sum" over leading axes, or "none", of the mean over pairs.
+        eps: patches shorter than this are divided by eps instead of by their norm.
+        backend: of `two_gram`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none" and level "image".
+        Detach the teacher yourself.
+
+    Cost: "keep" with D = D2 < N is a closed form of D x D matrices, O(N D^2), without cancellation where
+    student and teacher are close; else tiles, N^2 (D + D2) / 2 multiply-adds.
+
+    Source: Siméoni et al. 2025 (DINOv3, arXiv 2508.10104), `GramLoss`: "remove" and "remove_teacher" are its
+    remove_neg and remove_only_teacher_neg.
+    """
+    _checks.vectors("student", student)
+    _checks.second_vectors("teacher", teacher, "student", student, same_number=True, any_width=True)
+    _checks.one_of("level", level, ("image", "batch"))
+    _checks.one_of("negatives", negatives, tuple(NEGATIVES))
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    _checks.number("eps", eps, at_least=0)
+    if level == "batch":
+        student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+    n, width = student.shape[-2:]
+    if negatives == "keep" and width == teacher.shape[-1] and width < n:
+        with _checks.autocast_off(student):
+            x, y = (
+                _common.unit(t, eps) if normalise else _common.full_precision(t)[0]
+                for t in (student, teacher)
+            )
+            values = _square_of_gram_difference(x, y) / n**2
+    else:
+        values = two_gram(
+            student, teacher, penalty=NEGATIVES[negatives], normalise=normalise, reduction="none", eps=eps,
+            backend=backend,
+        )  # fmt: skip
+    return _common.reduced(values, reduction)
+
+
+def _square_of_gram_difference(x, y):
+    """|X X^T - Y Y^T|_F^2, [...].
+
+    With P = X - Y and Q = X + Y the difference is (P Q^T + Q P^T) / 2. The square of that has terms of the
+    size of the result; |X^T X|^2 - 2 |X^T Y|^2 + |Y^T Y|^2 has not.
+    """
+    p, q = x - y, x + y
+    mixed = q.mT @ p
+    return ((p.mT @ p) * (q.mT @ q) + mixed * mixed.mT).sum((-2, -1)) / 2
+
+
+def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
+    """Kozachenko-Leonenko loss: `-mean_i log(|x_hat_i - x_hat_nearest(i)| + eps)`.
+
+    Args:
+        x: vectors, [..., N, D], N > 1.
+        reduction: "mean" or "sum" over leading axes, or "none", of the mean over vectors.
+        eps: keeps the logarithm finite, and stands for the norm of shorter vectors.
+        backend: of `pairwise_nearest`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none". A duplicate adds
+        -log(eps) and has no gradient.
+
+    Cost: tiles, N^2 D / 2 multiply-adds for the index of each nearest vector, then O(N D).
+
+    Source: Sablayrolles et al. 2019 (arXiv 1806.03198), as in DINOv2 (arXiv 2304.07193), `KoLeoLoss`.
+    """
+    _checks.vectors("x", x, at_least=2)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    _checks.positive("eps", eps)
+    nearest = pairwise_nearest(x, eps=eps, backend=backend)
+    with _checks.autocast_off(x):
+        x_hat = _common.unit(x, eps)
+        distance = torch.linalg.vector_norm(x_hat - x_hat.take_along_dim(nearest.unsqueeze(-1), -2), dim=-1)
+        return _common.reduced(-(distance + eps).log().mean(-1), reduction)
+
+
+def uniformity(x, *, t=2.0, reduction="mean", eps=1e-8, backend="auto"):
+    """Uniformity on the hypersphere: `log mean_{i < j} exp(-t |x_hat_i - x_hat_j|^2)`.
+
+    It is taken from the cosines, exp(2 t (cos_ij - 1)): a vector of zeros counts as orthogonal to all.
+
+    Args:
+        x: vectors, [..., N, D], N > 1.
+        t: sharpness, positive.
+        reduction: "mean" or "sum" over leading axes, or "none".
+        eps: vectors shorter than this are divided by eps instead of by their norm.
+        backend: of `pairwise_logsumexp`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none".
+
+    Cost: tiles, N^2 D / 2 multiply-adds.
+
+    Source: Wang and Isola 2020 (arXiv 2005.10242), `lunif`.
+    """
+    _checks.vectors("x", x, at_least=2)
+    _checks.positive("t", t)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    n = x.shape[-2]
+    rows = pairwise_logsumexp(x, scale=2 * t, eps=eps, backend=backend)
+    return _common.reduced(rows.logsumexp(-1) - 2 * t - math.log(n * (n - 1)), reduction)
+
+
+def linear_cka(x, y, *, reduction="mean", backend="auto"):
+    """Linear centred kernel alignment of two feature maps, in [0, 1]; one minus it is a loss.
+
+    `<K, L> / (|K|_F |L|_F)` with `K = X X^T` and `L = Y Y^T` of the centred features.
+
+    Args:
+        x, y: features of the same N patches, [..., N, D] and [..., N, D2].
+        reduction: "mean" or "sum" over leading axes, or "none".
+        backend: of `two_gram`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none". 0 where all patches of
+        x or y are zero, or there is one.
+
+    Cost: a closed form of D x D matrices, O(N D^2), where D and D2 are smaller than N; else tiles, 3/2 N^2
+    (D + D2) multiply-adds.
+
+    Source: Kornblith et al. 2019 (arXiv 1905.00414).
+    """
+    _checks.vectors("x", x)
+    _checks.second_vectors("y", y, "x", x, same_number=True, any_width=True)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    with _checks.autocast_off(x):
+        x, y = (t - t.mean(-2, keepdim=True) for t in _common.full_precision(x, y))
+        if max(x.shape[-1], y.shape[-1]) < x.shape[-2]:
+            inner = [(a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y))]
+        else:
+            options = dict(penalty="product", normalise=False, reduction="none", backend=backend)
+            inner = [two_gram(a, b, **options) for a, b in ((x, y), (x, x), (y, y))]
+        xy, xx, yy = inner
+        tiny = torch.finfo(xy.dtype).tiny
+        return _common.reduced(xy * xx.clamp_min(tiny).rsqrt() * yy.clamp_min(tiny).rsqrt(), reduction)
+
+
+def vf_loss(
+    z, f, *, distance_margin=0.25, cosine_margin=0.5, distance_weight=1.0, cosine_weight=1.0,
+    reduction="mean", eps=1e-8, backend="auto",
+):  # fmt: skip
+    """Alignment of latents with the features of a vision foundation model: two hinges.
+
+    `distance_weight mean_ij relu(|S_ij - T_ij| - distance_margin) + cosine_weight mean_i relu(1 -
+    cosine_margin - cos(z_i, f_i))`, with S and T the cosines within z and within f.
+
+    Args:
+        z, f: latents, projected to the width of the features, and features, [..., N, D].
+        distance_margin, cosine_margin, distance_weight, cosine_weight: see above. The code has margins 0 by
+            default; these are those of the published models.
+        reduction: "mean" or "sum" over leading axes, or "none".
+        eps: vectors shorter than this are divided by eps instead of by their norm.
+        backend: of `two_gram`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none".
+
+    Cost: tiles, N^2 D multiply-adds, for the first term; O(N D) for the second.
+
+    Source: Yao et al. 2025 (VA-VAE, arXiv 2501.01423), `vf_loss`.
+    """
+    _checks.vectors("z", z)
+    _checks.second_vectors("f", f, "z", z, same_number=True)
+    for name, value in (("cosine_margin", cosine_margin), ("distance_margin", distance_margin)):
+        _checks.number(name, value, at_least=0)
+    for name, value in (("distance_weight", distance_weight), ("cosine_weight", cosine_weight)):
+        _checks.number(name, value)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    _checks.number("eps", eps, at_least=0)
+    distances = two_gram(
+        z, f, penalty="hinge", margin=distance_margin, reduction="none", eps=eps, backend=backend
+    )
+    with _checks.autocast_off(z):
+        cosines = torch.linalg.vecdot(_common.unit(z, eps), _common.unit(f, eps))
+        hinges = (1 - cosine_margin - cosines).relu().mean(-1)
+        return _common.reduced(distance_weight * distances + cosine_weight * hinges, reduction)
+
+
+def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e-8, backend="auto"):
+    """InfoNCE between two sets of patches: patch i of x must find patch i of y among all of y.
+
+    `mean_i (log sum_j exp(S_ij / temperature) - S_ii / temperature)`, S the cosines.
+
+    Args:
+        x, y: vectors, [..., N, D].
+        temperature: positive.
+        symmetric: the mean of this and of the loss with x and y exchanged.
+        reduction: "mean" or "sum" over leading axes, or "none".
+        eps: vectors shorter than this are divided by eps instead of by their norm.
+        backend: of `pairwise_logsumexp`.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none".
+
+    Cost: tiles, N^2 D multiply-adds, twice that when symmetric.
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748); symmetric: Radford et al. 2021 (arXiv 2103.00020).
+    """
+    _checks.vectors("x", x)
+    _checks.second_vectors("y", y, "x", x, same_number=True)
+    _checks.positive("temperature", temperature)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    options = dict(scale=1 / temperature, eps=eps, backend=backend)
+    rows = pairwise_logsumexp(x, y, **options)
+    if symmetric:
+        rows = (rows + pairwise_logsumexp(y, x, **options)) / 2
+    with _checks.autocast_off(x):
+        own = torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps)) / temperature
+        return _common.reduced((rows - own).mean(-1), reduction)

@@ -1,0 +1,33 @@
+"""A loss on gradients."""
+
+import torch
+
+from ..ops import _checks
+from . import _common
+
+
+def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e-12):
+    """Gradient diversity, to be made large: `-sum_i |g_i|^2 / |sum_i g_i|^2` over the patches of each image.
+
+    Args:
+        gradients: of the task's loss with respect to the patches, [..., N, D]; to train on it, from
+            `torch.autograd.grad(loss, patches, create_graph=True)`.
+        replace_nan: entries that are nan become 1e-8, as in the released code, which nothing hides otherwise.
+        reduction: "mean" or "sum" over leading axes, or "none".
+        eps: least value of the denominator; gradients that cancel give a large finite value.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none". 0 where all are zero.
+
+    Cost: a closed form, O(N D).
+
+    Source: Chen et al. 2022 (arXiv 2203.06345), `loss_grad_diversity_reg`.
+    """
+    _checks.vectors("gradients", gradients)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    _checks.positive("eps", eps)
+    (g,) = _common.full_precision(gradients)
+    if replace_nan:
+        g = torch.where(g.isnan(), 1e-8, g)
+    together = g.sum(-2).square().sum(-1)
+    return _common.reduced(-g.square().sum((-2, -1)) / together.clamp_min(eps), reduction)

@@ -1,0 +1,143 @@
+"""Patch-wise mixing: images of a batch mixed by CutMix or mixup, and a class label for every patch."""
+
+import torch
+
+from ..ops import _checks
+
+
+def cutmix_shares(box, *, image_size, grid):
+    """The share of each patch that a CutMix box leaves to the first image.
+
+    Args:
+        box: top, bottom, left and right edge in pixels, bottom and right exclusive: four numbers, or a tensor
+            [..., 4] of boxes.
+        image_size: height and width in pixels, or one number for a square; grid: rows and columns of patches,
+            or one number.
+
+    Returns:
+        float32 [..., N], N patches row by row: 1 outside the box, 0 within it, the share of the area on its
+        edge.
+
+    Cost: a closed form, O(N): the covered area of a patch is a product of two lengths.
+
+    Source: Chen et al. 2022 (arXiv 2203.06345), `patch_wise_lam`.
+    """
+    box = torch.as_tensor(box, dtype=torch.float32)
+    if box.shape[-1:] != (4,):
+        raise ValueError(
+            f"box must be top, bottom, left and right, four numbers or [..., 4], got {_checks.shape_of(box)}"
+        )
+    sizes = _pair("image_size", image_size), _pair("grid", grid)
+    rows, columns = (
+        _covered(box[..., 2 * axis : 2 * axis + 2], pixels, patches)
+        for axis, (pixels, patches) in enumerate(zip(*sizes, strict=True))
+    )
+    return 1 - (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2)
+
+
+def patch_targets(labels, others, shares, *, num_classes, smoothing=0.0):
+    """Soft labels of patches: the shares of two images' labels, smoothed.
+
+    Args:
+        labels, others: classes of the first and the second image, int64 [B]. (timm mixes a batch with itself
+            in reverse order: others = labels.flip(0).)
+        shares: of the first image in each patch, [N] or [B, N], as `cutmix_shares` gives; for mixup its
+            lambda, N times.
+        num_classes: C.
+        smoothing: this much of the weight goes to all classes evenly.
+
+    Returns:
+        [B, N, C], the dtype of shares; rows sum to 1.
+
+    Source: Chen et al. 2022 (arXiv 2203.06345), `mixup_target`.
+    """
+    _labels(labels, others, shares, smoothing)
+    shares = shares.expand(len(labels), -1).unsqueeze(-1)
+    first, second = (
+        torch.nn.functional.one_hot(y, num_classes).to(shares.dtype).unsqueeze(1) for y in (labels, others)
+    )
+    return (1 - smoothing) * (shares * first + (1 - shares) * second) + smoothing / num_classes
+
+
+def patch_mixing(logits, labels, others, shares, *, smoothing=0.0, reduction="mean"):
+    """Cross-entropy of every patch with the soft label that CutMix or mixup gives it.
+
+    With t the soft labels of `patch_targets`, `-sum_c t_c log softmax(logits)_c`, in one call for all
+    patches, and without the [B, N, C] labels.
+
+    Args:
+        logits: of the patches, without the class token, [B, N, C].
+        labels, others, shares, smoothing: as for `patch_targets`.
+        reduction: "mean" over images and patches, "sum" over patches of the mean over images, as the released
+            code has it, or "none" for [B, N].
+
+    Returns:
+        float32 (float64 for float64 input).
+
+    Cost: a closed form, O(N C).
+
+    Sources: Gong et al. 2021 (arXiv 2104.12753), patch-wise mixing loss: "mean". Chen et al. 2022 (arXiv
+    2203.06345), `Loss_mixing`: "sum"; their trainer adds the class token's cross-entropy and divides by
+    N + 1.
+    """
+    _checks.floating_tensor("logits", logits)
+    if logits.dim() != 3:
+        raise ValueError(f"logits must have shape [B, N, C], got {_checks.shape_of(logits)}")
+    _labels(labels, others, shares, smoothing, logits)
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    with _checks.autocast_off(logits):
+        return _patch_mixing(logits, labels, others, shares, smoothing, reduction)
+
+
+def _patch_mixing(logits, labels, others, shares, smoothing, reduction):
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shares = shares.to(z.dtype)
+    first, second = (z.take_along_dim(y.view(-1, 1, 1), -1).squeeze(-1) for y in (labels, others))
+    labelled = (1 - smoothing) * (shares * first + (1 - shares) * second)
+    losses = z.logsumexp(-1) - labelled
+    if smoothing:
+        losses = losses - smoothing * z.mean(-1)
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.mean(0).sum()
+
+
+def _covered(interval, pixels, patches):
+    """The share of each of `patches` equal parts of `pixels` that lies in the interval [..., 2]."""
+    edges = torch.linspace(0, pixels, patches + 1, device=interval.device)
+    low, high = interval.unsqueeze(-2).unbind(-1)
+    overlap = torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])
+    return overlap.clamp_min(0) * (patches / pixels)
+
+
+def _pair(name, value):
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+        raise ValueError(f"{name} must be one or two positive integers, got {value!r}")
+    return pair
+
+
+def _labels(labels, others, shares, smoothing, logits=None):
+    for name, value in (("labels", labels), ("others", others)):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+            given = _checks.name_of(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a torch.Tensor of dtype int64, got {given}")
+        if value.dim() != 1 or (logits is not None and len(value) != logits.shape[0]):
+            expected = "[B]" if logits is None else f"[{logits.shape[0]}]"
+            raise ValueError(f"{name} must have shape {expected}, got {_checks.shape_of(value)}")
+    if others.shape != labels.shape:
+        raise ValueError(
+            f"others must have the shape of labels, {_checks.shape_of(labels)}, got "
+            f"{_checks.shape_of(others)}"
+        )
+    _checks.floating_tensor("shares", shares)
+    n = shares.shape[-1:] if logits is None else logits.shape[1:2]
+    if shares.dim() == 0 or shares.shape not in (n, (*labels.shape, *n)):
+        patches = "N" if logits is None else n[0]
+        raise ValueError(
+            f"shares must have shape [{patches}] or [{len(labels)}, {patches}], "
+            f"got {_checks.shape_of(shares)}"
+        )
+    _checks.number("smoothing", smoothing, at_least=0)
+    if smoothing > 1:
+        raise ValueError(f"smoothing must be at most 1, got {smoothing}")

@@ -1,0 +1,161 @@
+"""Losses on weight matrices: their rows, one for each output, pushed apart.
+
+Every function takes one tensor [..., N, D] or a list of them, of any shapes: matrices of one shape are taken
+together in one call. The q, k and v of a packed projection are `block.attn.qkv.weight.unflatten(0, (3, -1))`,
+[3, N, D]. reduction: "sum" over all matrices, as published, "mean", or "none" for one value per matrix, in
+the order given.
+"""
+
+import torch
+
+from ..ops import _checks
+from ..ops._autograd import once_differentiable
+from . import _common
+
+
+def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
+    """Maximum hyperspherical separation: `-min_{i != j} (2 - 2 cos_ij)` of the rows of each matrix.
+
+    Args:
+        weights: a tensor [..., N, D], N > 1, or a list of such tensors; variant, eps: as for `patch_mhs`.
+        reduction: "sum" or "mean" over matrices, or "none".
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none".
+
+    Cost: O(N^2 D); it holds one N x N matrix per weight.
+
+    Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mhs_weight_reg`.
+    """
+    _checks.one_of("variant", variant, _common.MHS_VARIANTS)
+    _checks.number("eps", eps, at_least=0)
+
+    def loss(w):
+        w_hat = _common.unit(w, eps)
+        return _common.minimum_separation(w_hat @ w_hat.mT, variant)
+
+    return _over_shapes(loss, weights, reduction, at_least=2)
+
+
+def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
+    """Maximum Gram determinant: `-log det(exp(2 cos - 2) + ridge I)` of the rows of each matrix.
+
+    Args:
+        weights: a tensor [..., N, D] or a list of such tensors; ridge, eps: as for `patch_mgd`.
+        reduction: "sum" or "mean" over matrices, or "none".
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none".
+
+    Cost: O(N^2 D + N^3); it holds N x N matrices in float64.
+
+    Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_weight_reg`.
+    """
+    _checks.positive("ridge", ridge)
+    _checks.number("eps", eps, at_least=0)
+
+    def loss(w):
+        w_hat = _common.unit(w, eps)
+        return _common.gram_determinant(w_hat @ w_hat.mT, ridge)
+
+    return _over_shapes(loss, weights, reduction)
+
+
+def weight_soft_orthogonality(weights, *, reduction="sum"):
+    """Soft orthogonality: `|W W^T - I|_F^2` of each matrix.
+
+    Args:
+        weights: a tensor [..., N, D] or a list of such tensors.
+        reduction: "sum" or "mean" over matrices, or "none".
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none". Differentiable
+        once.
+
+    Cost: a closed form of the smaller side, O(N D min(N, D)), since |W W^T - I|^2 = |W^T W - I|^2 + N - D.
+
+    Source: Chen et al. 2022 (arXiv 2203.06345), `loss_s_orth_weight_reg`.
+    """
+
+    def loss(w):
+        n, width = w.shape[-2:]
+        return _SoftOrthogonality.apply(w if n <= width else w.mT) + max(0, n - width)
+
+    return _over_shapes(loss, weights, reduction)
+
+
+class _SoftOrthogonality(torch.autograd.Function):
+    """|W W^T - I|_F^2 of each W [L, N, D]: [L]. The gradient 4 (W W^T - I) W is one product; autograd, which
+    does not know that the matrix is symmetric, would make two."""
+
+    @staticmethod
+    def forward(ctx, w):
+        gram = w @ w.mT
+        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        ctx.save_for_backward(w, gram)
+        return torch.linalg.vector_norm(gram, dim=(-2, -1)).square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        w, gram = ctx.saved_tensors
+        with _checks.autocast_off(w):
+            return ((gram @ w).mul_(4 * dloss.view(-1, 1, 1)),)
+
+
+def weight_condition_orthogonality(weights, *, start=None, generator=None, of="rows", reduction="sum"):
+    """Condition orthogonality: the squared gap between the largest and the smallest eigenvalue of W W^T, each
+    estimated by one step of power iteration.
+
+    With G = W W^T and r(G, v) = v^T G v / |v|^2: largest = r(G, G v_0), smallest = largest + r(G', G' v_1)
+    with G' = G - largest I, both differentiated.
+
+    Args:
+        weights: a tensor [..., N, D] or a list of such tensors.
+        start: the vectors v_0 and v_1, [2, N], the same for all matrices; None draws them for each, uniform
+            in [0, 1), matrix by matrix within a shape.
+        generator: torch.Generator on the device of the weights, for the draw; not with start.
+        of: "rows", or "columns" for W^T W, the published `_inverse` form; start is then [2, D].
+        reduction: "sum" or "mean" over matrices, or "none".
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none". A matrix of zeros
+        has the value 0.
+
+    Cost: a closed form, O(N D): the Gram matrix is only multiplied with vectors.
+
+    Source: Chen et al. 2022 (arXiv 2203.06345), `Loss_condition_orth_weight`.
+    """
+    _checks.one_of("of", of, ("rows", "columns"))
+
+    def loss(w):
+        w = w if of == "rows" else w.mT
+        return _common.spectral_gap(
+            _common.gram_product(w), _common.starts(w, start, generator, torch.rand), 1e-12
+        )
+
+    return _over_shapes(loss, weights, reduction)
+
+
+def _over_shapes(loss, weights, reduction, at_least=1):
+    """`loss` takes [L, N, D] to [L]; it is called once for each shape, and the values put in order again."""
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    given = [weights] if isinstance(weights, torch.Tensor) else list(weights)
+    if not given:
+        raise ValueError("weights must hold at least one matrix, got an empty list")
+    for i, w in enumerate(given):
+        name = "weights" if isinstance(weights, torch.Tensor) else f"weights[{i}]"
+        _checks.vectors(name, w, at_least)
+    groups = {}
+    for i, w in enumerate(given):
+        groups.setdefault((w.shape[-2:], w.dtype, w.device), []).append(i)
+    parts = [None] * len(given)
+    for members in groups.values():
+        stacks = [given[i].flatten(0, -3) if given[i].dim() > 2 else given[i].unsqueeze(0) for i in members]
+        (stack,) = _common.full_precision(stacks[0] if len(stacks) == 1 else torch.cat(stacks))
+        with _checks.autocast_off(stack):
+            values = loss(stack).split([len(part) for part in stacks])
+        for i, value in zip(members, values, strict=True):
+            parts[i] = value
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _common.reduced(values, reduction)
