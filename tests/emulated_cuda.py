@@ -1,6 +1,7 @@
 """The CUDA kernels of csrc/cuda, run on the CPU by the emulation in tests/cuda_emulation."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
@@ -38,8 +39,11 @@ def compiler():
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(*sources, defines=(), shared=True):
-    """Compile sources with the emulation to a library or a program, once for each state of the sources."""
+def build(*sources, defines=(), shared=True, libraries=(), includes=()):
+    """Compile sources with the emulation to a library or a program, once for each state of the sources.
+
+    With `libraries` the emulation is in one of them.
+    """
     # Plain -O2: g++ 12 at -O3 stores vectors to stack arrays that it has not aligned.
     options = [
         "-std=c++20",
@@ -50,10 +54,14 @@ def build(*sources, defines=(), shared=True):
         f"-I{EMULATION}",
         f"-I{ROOT / 'csrc/cuda'}",
     ]
+    options += os.environ.get("VITDIV_EMULATION_FLAGS", "").split()
+    options += [f"-isystem{include}" for include in includes]
     options += [f"-D{define}" for define in defines] + (["-shared", "-fPIC"] if shared else [])
-    command = [compiler(), *options, str(EMULATION / "emulation.cpp"), "-x", "c++", *map(str, sources)]
+    emulation = [] if libraries else [str(EMULATION / "emulation.cpp")]
+    command = [compiler(), *options, *emulation, "-x", "c++", *map(str, sources)]
+    command += ["-x", "none", *map(str, libraries)]
     state = hashlib.sha256(" ".join(command).encode())
-    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*"), *EMULATION.glob("*")]):
+    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*"), *EMULATION.glob("*")]):
         state.update(path.read_bytes())
     target = ROOT / "build/emulation" / f"{Path(sources[0]).stem}-{state.hexdigest()[:16]}"
     if not target.exists():
@@ -66,6 +74,12 @@ def build(*sources, defines=(), shared=True):
             raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
         unfinished.rename(target)
     return target
+
+
+@functools.cache
+def kernels():
+    """The library of all kernels."""
+    return build(EMULATION / "library.cpp", *KERNELS)
 
 
 class HeadsView(ctypes.Structure):
@@ -108,7 +122,7 @@ class Emulator:
     """Calls the kernels with CPU tensors; they may touch only what they are given."""
 
     def __init__(self):
-        self.library = ctypes.CDLL(str(build(EMULATION / "library.cpp", *KERNELS)))
+        self.library = ctypes.CDLL(str(kernels()))
         for name, args in {"attention_gram_fwd": GramForward, "attention_gram_bwd": GramBackward}.items():
             getattr(self.library, name).restype = ctypes.c_char_p
             getattr(self.library, f"{name}_scratch").restype = ctypes.c_int64

@@ -92,7 +92,11 @@ def test_loops_run_on_torchs_threads(library, threads):
 
 def test_the_library_names_the_torch_it_was_built_for(library):
     assert library.built_for_torch.split(".")[:2] == torch.__version__.split(".")[:2]
-    assert library.with_cuda is False
+
+
+def test_the_library_names_its_cuda_architectures(library):
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key("vitdiv::attention_gram_fwd", "CUDA")
+    assert library.with_cuda == registered == bool(library.cuda_architectures)
 
 
 @pytest.fixture

@@ -27,6 +27,12 @@ DEVICE T warp_max(T x) {
   return x;
 }
 
+template <class T>
+DEVICE T warp_sum(T x) {
+  UNROLLED_FOR (int mask = 16; mask > 0; mask /= 2) x += warp_shuffle_xor(x, mask);
+  return x;
+}
+
 // sums[i, x] = sum over parts p of partial[i, p, x], each i with `parts` parts of `size` numbers; in float64 and always in
 // the same order.
 template <class T>
