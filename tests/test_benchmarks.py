@@ -300,7 +300,7 @@ def test_gpu_check_under_sanitizers(gpu_check, monkeypatch, tmp_path, capsys):
     assert gpu_check.sanitized(3) == {"memcheck": True, "racecheck": False}
     said = capsys.readouterr().out
     assert "memcheck: ERROR SUMMARY of memcheck 1 benchmarks/sanitize.py" in said
-    assert "initcheck: not finished after 3 s" in said
+    assert "not finished after" in said
 
 
 def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, capsys):
