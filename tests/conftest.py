@@ -17,6 +17,7 @@ else:
     # Triton reads it when it is imported and when a kernel is defined; torch alone does not import Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_cuda  # noqa: E402
 import emulated_operators  # noqa: E402
 
 from vitdiv_kernels import _dispatch, _native  # noqa: E402
@@ -40,7 +41,7 @@ else:
     ABSENT["triton-interpreter"] = "TRITON_INTERPRET=1 is not set"
 if not HAS_GPU:
     ABSENT["triton-gpu"] = ABSENT["native-cuda"] = "torch sees no CUDA device here"
-if emulated_operators.compiler() is None:
+if emulated_cuda.compiler() is None:
     ABSENT["emulated-cuda"] = "there is no C++ compiler"
 
 
