@@ -1,11 +1,14 @@
 """The CUDA kernels of csrc/cuda, run on the CPU by the emulation in tests/cuda_emulation."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -57,23 +60,35 @@ def build(*sources, defines=(), shared=True, libraries=(), includes=()):
     options += os.environ.get("VITDIV_EMULATION_FLAGS", "").split()
     options += [f"-isystem{include}" for include in includes]
     options += [f"-D{define}" for define in defines] + (["-shared", "-fPIC"] if shared else [])
-    emulation = [] if libraries else [str(EMULATION / "emulation.cpp")]
-    command = [compiler(), *options, *emulation, "-x", "c++", *map(str, sources)]
-    command += ["-x", "none", *map(str, libraries)]
-    state = hashlib.sha256(" ".join(command).encode())
+    if not libraries:
+        sources += (EMULATION / "emulation.cpp",)
+    state = hashlib.sha256(" ".join(map(str, [compiler(), *options, *sources, *libraries])).encode())
     for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*"), *EMULATION.glob("*")]):
         state.update(path.read_bytes())
-    target = ROOT / "build/emulation" / f"{Path(sources[0]).stem}-{state.hexdigest()[:16]}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for earlier in target.parent.glob(f"{Path(sources[0]).stem}-*"):
-            earlier.unlink()
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        run = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-        if run.returncode != 0 or "warning" in run.stderr:
-            raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
-        unfinished.rename(target)
+    folder, name = ROOT / "build/emulation", sources[0].stem
+    target = folder / f"{name}-{state.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as objects:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        if not target.exists():
+            for earlier in folder.glob(f"{name}-*"):
+                earlier.unlink()
+            places = [f"{objects}/{source.stem}.o" for source in sources]
+            commands = [
+                [*options, "-c", "-x", "c++", source, "-o", place]
+                for source, place in zip(sources, places, strict=True)
+            ]
+            with ThreadPool(os.cpu_count()) as pool:
+                pool.map(compile_cleanly, commands)
+            compile_cleanly([*options, *places, *libraries, "-o", f"{objects}/{name}"])
+            os.replace(f"{objects}/{name}", target)
     return target
+
+
+def compile_cleanly(arguments):
+    run = subprocess.run([compiler(), *map(str, arguments)], capture_output=True, text=True)
+    if run.returncode != 0 or "warning" in run.stderr:
+        raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
 
 
 @functools.cache
