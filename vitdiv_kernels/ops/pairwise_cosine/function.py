@@ -16,7 +16,7 @@ def _items(x):
 
 
 def _saved(x, y, penalty, for_backward):
-    """What the compiled backward needs beside x and y; on CPUs sums of unit rows, two bits a pair or nothing."""
+    """What the compiled backward needs beside x and y; on CPUs sums of unit rows, or signs, or nothing."""
     if x.device.type == "cuda":
         return new_saved(x, y, penalty) if for_backward else nothing(x)
     items, rows, columns = _items(x), x.shape[-2], (x if y is None else y).shape[-2]
