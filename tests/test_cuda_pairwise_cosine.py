@@ -67,7 +67,7 @@ def check(emulator, x, y, penalty, include_self=False, eps=1e-8, needs=(True, Tr
 @pytest.mark.parametrize(
     ("L", "N", "M", "D", "penalties"),
     [
-        (2, 2, None, 1, ["signed"]),
+        (2, 2, None, 3, PENALTIES),
         (2, 3, None, 16, PENALTIES),
         (1, 33, None, 35, PENALTIES),
         (2, 130, None, 24, ["abs", "square"]),

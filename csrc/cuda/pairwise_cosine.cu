@@ -265,7 +265,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
            RatesKernel<T>{v[s],
                           blocks,
                           static_cast<A>(args.eps),
-                          static_cast<A>(inverse(args.eps)),
+                          static_cast<A>(inverse_of(args.eps)),
                           {rates[s]},
                           is_signed,
                           {parts},

@@ -221,13 +221,7 @@ int cosine_stages(int64_t limit, int64_t others) {
   return 2 * (int64_t(3 * CosineTile<T>::kStage * sizeof(T)) + others + 1024) <= limit + 1024 ? 3 : 2;
 }
 
-// `along` times its unit vector is what the normalisation takes out of a gradient; a vector that was divided by eps keeps
-// it.
-template <class A>
-DEVICE A taken_out(A along, A rate, A inverse_eps) {
-  return rate < inverse_eps ? along : A(0);
-}
-
-inline double inverse(double eps) { return eps > 0 ? 1 / eps : HUGE_VAL; }
+// Which is what vectors that are divided by eps have as their inverse norm.
+inline double inverse_of(double eps) { return eps > 0 ? 1 / eps : HUGE_VAL; }
 
 }  // namespace vitdiv::cuda

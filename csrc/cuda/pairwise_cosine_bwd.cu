@@ -20,6 +20,7 @@ struct GradientKernel {
   Global<const Acc<T>> x_rates, y_rates, x_sums, dsums;
   Global<const uint32_t> signs;
   bool within, turned, include_self;  // turned: signs stand in rows of y
+  bool pieces;                        // x and dx are in pieces of 16 bytes
   int planes, row_tiles, width_tiles;
   Acc<T> factor, inverse_eps;
   Global<T> dx;
@@ -34,6 +35,10 @@ struct GradientLayout {
       Tile::kSize + (sizeof(T) == 8 ? 4 : 8);  // columns of a fragment: no two in one bank
   static constexpr int kUnit = 32 * kUnitStride;
   static constexpr int kSlopeStride = row_stride<T>(Tile::kSize), kSlopes = Tile::kSize * kSlopeStride;
+  // 32 x 16 of the gradient of unit vectors, on their way out
+  static constexpr int kTurnedStride = 16 + Numbers<Acc<T>>::kPad, kTurned = 32 * kTurnedStride;
+  static constexpr int kAllTurned = Tile::kThreads / 32 * kTurned * int(sizeof(Acc<T>) / sizeof(T));
+  static constexpr int kSigns = std::max(2 * kUnit, kAllTurned);
   // of square: the products' ring, later in the same place the slopes and unit vectors
   static constexpr int kSquare = std::max(2 * Tile::kStage, kSlopes + kUnit);
   static constexpr int kPieces = 32 * Tile::kSize / kPiece<T> / Tile::kThreads;  // of a thread
@@ -137,8 +142,55 @@ DEVICE SignWords sign_words(const GradientKernel<T>& a, int64_t item, int row, i
   return w;
 }
 
+// From the gradient of unit vectors to that of x. A warp turns 32 x 16 of it at a time in shared memory, so that each lane
+// has a piece of a row.
+template <class T>
+DEVICE void write_gradient(const GradientKernel<T>& a, typename CosineTile<T>::Sums& acc,
+                           const CosinePart<T>& part, Shared<T> memory, int64_t item, int row0, int k0) {
+  using Layout = GradientLayout<T>;
+  using A = Acc<T>;
+  constexpr int piece = kPiece<T>, pieces = 16 / piece;
+  const A factor = a.factor * a.dsums.ld(item);
+  const int place = thread_x() / 32 * Layout::kTurned;
+  const Shared<A> turned = memory.template as<A>().part(place, Layout::kTurned);
+  UNROLLED_FOR (int g = 0; g < CosineTile<T>::kGroups; ++g) {
+    if (g >= part.end) continue;
+    UNROLLED_FOR (int h = 0; h < 2; ++h) {
+      sync_warp();
+      UNROLLED_FOR (int r = 0; r < 2; ++r)
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int i = 0; i < 2; ++i)
+            store2(turned, (16 * r + tile_row(2 * i)) * Layout::kTurnedStride + 8 * j + tile_col(0),
+                   acc[g][h][r][j][2 * i], acc[g][h][r][j][2 * i + 1]);
+      sync_warp();
+      ROLLED_FOR (int p = lane_id(); p < 32 * pieces; p += 32) {
+        const int from = p / pieces, at = row0 + part.row + from, column = p % pieces * piece;
+        const int k = k0 + part.column + 32 * g + 16 * h + column;
+        if (at >= a.x.count || k >= a.x.width) continue;
+        const A rate = a.x_rates.ld(item * a.x.count + at);
+        const A along = rate * (rate < a.inverse_eps ? a.x_sums.ld(item * a.x.count + at) : A(0));
+        const int64_t x = item * a.x.item + at * a.x.row + k, dx = item * a.dx_item + at * a.dx_row + k;
+        A v[piece], out[piece];
+        if (a.pieces)
+          unpack<T>(a.x.data.template ld<uint4>(x), v);
+        else
+          UNROLLED_FOR (int i = 0; i < piece; ++i)
+            v[i] = k + i < a.x.width ? A(to_float(a.x.data.ld(x + i))) : A(0);
+        UNROLLED_FOR (int i = 0; i < piece; ++i)
+          out[i] = factor * rate * (turned.ld(from * Layout::kTurnedStride + column + i) - v[i] * along);
+        if (a.pieces)
+          a.dx.template st<uint4>(dx, pack<T>(out));
+        else
+          UNROLLED_FOR (int i = 0; i < piece; ++i)
+            if (k + i < a.x.width) a.dx.st(dx + i, from_acc<T>(out[i]));
+      }
+    }
+  }
+}
+
 template <class T, bool SIGNS>
-KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) gradient_tile(GradientKernel<T> a) {
+KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, SIGNS && sizeof(T) == 2 ? 2 : 1)
+    gradient_tile(GradientKernel<T> a) {
   using Tile = CosineTile<T>;
   using Layout = GradientLayout<T>;
   using A = Acc<T>;
@@ -149,7 +201,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) gradient_tile(GradientKernel<T>
   const int row = row0 + part.row, lane = lane_id();
   const int64_t x_item = item * a.x.item, y_item = item * a.y.item;
   Carver carve;
-  const Shared<T> memory = carve.take<T>(SIGNS ? 2 * Layout::kUnit : Layout::kSquare);
+  const Shared<T> memory = carve.take<T>(SIGNS ? Layout::kSigns : Layout::kSquare);
   UnitVectors<T> unit{a.y, a.y_rates, y_item, item * m, k0, {}, {}};
   typename Tile::Sums acc = {};
 
@@ -223,12 +275,11 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) gradient_tile(GradientKernel<T>
               }
         }
       const int end = m - column0 < Tile::kSize ? m - column0 : Tile::kSize;
-      unit.load(column0);
       for (int first = 0; first < end; first += 32) {
+        unit.load(column0 + first);
         sync_block();
         unit.store(memory.part(Layout::kSlopes, Layout::kUnit), column0 + first);
         sync_block();
-        if (first + 32 < end) unit.load(column0 + first + 32);
         add(Layout::kSlopes, [&](FragmentA<T>& w, int r, int j) {
           load_a(w, memory, [&](int at, int k) {
             return (part.row + 16 * r + at) * Layout::kSlopeStride + first + j + k;
@@ -238,24 +289,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) gradient_tile(GradientKernel<T>
     }
   }
 
-  const A factor = a.factor * a.dsums.ld(item);
-  UNROLLED_FOR (int r = 0; r < 2; ++r)
-    UNROLLED_FOR (int i = 0; i < 2; ++i) {
-      const int at = row + 16 * r + tile_row(2 * i);
-      if (at >= n) continue;
-      const A rate = a.x_rates.ld(item * n + at);
-      const A along = rate * taken_out(a.x_sums.ld(item * n + at), rate, a.inverse_eps);
-      UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g)
-        UNROLLED_FOR (int h = 0; h < 2; ++h)
-          UNROLLED_FOR (int j = 0; j < 2; ++j)
-            UNROLLED_FOR (int e = 0; e < 2; ++e) {
-              const int k = k0 + part.column + 32 * g + 16 * h + 8 * j + tile_col(e);
-              if (k >= a.x.width) continue;
-              const A x = to_float(a.x.data.ld(x_item + at * a.x.row + k));
-              const A dx = factor * rate * (acc[g][h][r][j][2 * i + e] - x * along);
-              a.dx.st(item * a.dx_item + at * a.dx_row + k, from_acc<T>(dx));
-            }
-    }
+  sync_block();  // the memory may still be in use
+  if (part.first < part.end) write_gradient<T>(a, acc, part, memory, item, row0, k0);
 }
 
 template <class T>
@@ -306,7 +341,7 @@ void gradient(const CosineBackward& args, int s, const BatchView& dx, void* stre
   const Vectors<T> out = vectors<T>(s ? "dy" : "dx", dx, args.L, v[s].count, args.D);
   const Global<T> to{const_cast<T*>(out.data.p)};
   const Global<const A> dsums{static_cast<const A*>(args.dsums)};
-  const A inverse_eps = static_cast<A>(inverse(args.eps));
+  const A inverse_eps = static_cast<A>(inverse_of(args.eps));
   if (args.penalty == Penalty::kSigned) {
     const int blocks = (v[s].count + kBlockRows - 1) / kBlockRows;
     launch(kName, signed_gradient<T>, args.L * blocks, kThreads, 0, stream,
@@ -326,6 +361,7 @@ void gradient(const CosineBackward& args, int s, const BatchView& dx, void* stre
   a.within = within;
   a.turned = s == 1;
   a.include_self = args.include_self;
+  a.pieces = v[s].pieces && out.pieces;
   a.planes = args.penalty == Penalty::kAbs ? 2 : 1;
   a.row_tiles = (a.x.count + Tile::kSize - 1) / Tile::kSize;
   a.width_tiles = (a.x.width + Tile::kSize - 1) / Tile::kSize;
@@ -335,12 +371,9 @@ void gradient(const CosineBackward& args, int s, const BatchView& dx, void* stre
   a.dx_item = out.item;
   a.dx_row = out.row;
   const int64_t blocks = args.L * a.row_tiles * a.width_tiles;
-  if (square)
-    launch(kName, gradient_tile<T, false>, blocks, Tile::kThreads, Layout::kSquare * int64_t(sizeof(T)),
-           stream, a);
-  else
-    launch(kName, gradient_tile<T, true>, blocks, Tile::kThreads, 2 * Layout::kUnit * int64_t(sizeof(T)),
-           stream, a);
+  const int64_t size = square ? Layout::kSquare : Layout::kSigns;
+  launch(kName, square ? gradient_tile<T, false> : gradient_tile<T, true>, blocks, Tile::kThreads,
+         size * int64_t(sizeof(T)), stream, a);
 }
 
 }  // namespace
