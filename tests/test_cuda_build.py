@@ -21,7 +21,7 @@ TENSOR_CORES = {
     "(gram|gradient|similarity)_tileId": {"DMMA"},
     "(gram|similarity)_tileI": {"LDGSTS"},
 }
-NO_PRODUCTS = "sum_parts|sum_tiles|vector_rates|signed_(totals|gradient)"
+NO_PRODUCTS = "sum_parts|sum_tiles|read_vectors|signed_(totals|gradient)"
 
 
 @needs_nvcc

@@ -87,6 +87,15 @@ def test_values_and_gradients(emulator, L, N, M, D, penalties, dtype):
         check(emulator, x, y, penalty)
 
 
+@pytest.mark.parametrize("N", [32, 64, 96, 161, 193, 224, 225])
+def test_short_sets_are_the_work_of_one_block(emulator, N):
+    x = draw(2, N, 40, dtype=torch.bfloat16)
+    emulator.counts()
+    emulator.pairwise_cosine_fwd(x, None, "abs")
+    assert (emulator.counts()["launches"] == 1) == (N <= 224)
+    check(emulator, x, None, "abs")
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_self_pairs(emulator, penalty):
     check(emulator, draw(2, 40, 24, dtype=torch.float64), None, penalty, include_self=True)

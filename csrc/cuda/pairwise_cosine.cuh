@@ -21,6 +21,9 @@ struct CosineTile {
   static constexpr int kChunk = 128 / sizeof(T);  // of the vectors' width at a time: a cache line
   static constexpr int kStride = row_stride<T>(kChunk);
   static constexpr int kStage = 2 * kSize * kStride;
+  // The largest set of vectors whose pairs one block makes, in squares of 32: a warp for each two squares of a row of the
+  // upper triangle, 16 in all. Only for 16 bits; sums of others need more registers than 512 threads may have.
+  static constexpr int kWhole = sizeof(T) == 2 ? 7 : 0;
   using Sums =
       Acc<T>[kGroups][2][2][2][4];  // [32 columns][16 columns][16 rows][8 columns][tile_row, tile_col]
 };
@@ -55,15 +58,6 @@ Vectors<T> vectors(const char* name, const BatchView& view, int64_t items, int64
   return {{data}, item, view.stride_n, static_cast<int>(count), static_cast<int>(width), pieces};
 }
 
-template <class T>
-Vectors<T> rows_of(const CosineArgs& args) {
-  return vectors<T>("x", args.x, args.L, args.N, args.D);
-}
-template <class T>
-Vectors<T> columns_of(const CosineArgs& args) {
-  return args.y.data ? vectors<T>("y", args.y, args.L, args.M, args.D) : rows_of<T>(args);
-}
-
 // What is saved, in words of 4 bytes; of two sets unless y is absent. triton_saved.py says the same in Python.
 //   rates  acc [L, N]             1 / max(|x|, eps)
 //   sums   acc [L, D] or [L, N]   signed: of unit vectors; else of the penalties of a vector with all others
@@ -87,6 +81,13 @@ struct CosineSaved {
     signs = take(args.L * args.N * planes * ((args.M + 31) / 32));
   }
 };
+
+// Of one set, 0: x, 1: y.
+template <class T>
+Vectors<T> set_of(const CosineArgs& args, int set) {
+  return set && args.y.data ? vectors<T>("y", args.y, args.L, args.M, args.D)
+                            : vectors<T>("x", args.x, args.L, args.N, args.D);
+}
 
 template <class T>
 T* in_words(const void* memory, int64_t word) {
@@ -127,32 +128,62 @@ DEVICE uint4 pack(const Acc<T> (&x)[kPiece<T>]) {
   return bits;
 }
 
-// The warp's part of a tile: where it begins within the tile, and which of its groups of 32 columns it computes. Within a
-// set of vectors these are the ones that reach the diagonal or lie above it.
+// The warp's part of a tile: where it begins within the tile, and which of its groups of 32 columns it computes.
 template <class T>
 struct CosinePart {
   int row, column, first, end;
-  DEVICE CosinePart(int row0, int column0, int rows, int columns, bool triangle) {
+
+  // Of a square tile. With `triangle` the groups that reach the diagonal or lie above it.
+  DEVICE static CosinePart of_square(int row0, int column0, int rows, int columns, bool triangle) {
     using Tile = CosineTile<T>;
     const int warp = thread_x() >> 5;
-    row = 32 * (warp % Tile::kDown);
-    column = 32 * Tile::kGroups * (warp / Tile::kDown);
+    const int row = 32 * (warp % Tile::kDown), column = 32 * Tile::kGroups * (warp / Tile::kDown);
     const int below = (row0 + row - column0 - column) / 32, present = (columns - column0 - column + 31) / 32;
-    first = triangle && below > 0 ? below : 0;
-    end = row0 + row >= rows ? 0 : present < Tile::kGroups ? present : Tile::kGroups;
+    const int end = present < Tile::kGroups ? present : Tile::kGroups;
+    return {row, column, triangle && below > 0 ? below : 0, row0 + row < rows ? end : 0};
   }
+  // Of a column of warps, one under another.
+  DEVICE static CosinePart of_column(int row0, int column0, int rows, int columns) {
+    const int row = thread_x() & ~31, present = (columns - column0 + 31) / 32;
+    const int end = present < CosineTile<T>::kGroups ? present : CosineTile<T>::kGroups;
+    return {row, 0, 0, row0 + row < rows ? end : 0};
+  }
+  // Of the upper triangle of `squares` x `squares`, row by row.
+  DEVICE static CosinePart of_triangle(int squares) {
+    int row = 0, strip = thread_x() >> 5;
+    for (; row < squares && strip >= strips(squares - row); ++row) strip -= strips(squares - row);
+    const int column = row + CosineTile<T>::kGroups * strip, left = squares - column;
+    return {32 * row, 32 * column, 0,
+            row == squares                  ? 0
+            : left < CosineTile<T>::kGroups ? left
+                                            : CosineTile<T>::kGroups};
+  }
+  HOST_DEVICE static constexpr int strips(int squares) {
+    return (squares + CosineTile<T>::kGroups - 1) / CosineTile<T>::kGroups;
+  }
+  DEVICE bool any() const { return first < end; }
 };
+
+// step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are registers for.
+template <class T, class Step>
+DEVICE void for_each_step(int depth, Step step) {
+  if constexpr (sizeof(T) == 2)
+    for (int k = 0; k < depth; k += kDepth<T>) step(k);
+  else
+    ROLLED_FOR (int k = 0; k < depth; k += kDepth<T>) step(k);
+}
 
 // Products of raw vectors. Chunks of their width stream through a ring in shared memory.
 template <class T>
 struct CosineProducts {
   using Tile = CosineTile<T>;
-  Shared<T> memory;  // stages * Tile::kStage
-  int stages;        // 2 or 3
+  Shared<T> memory;   // stages * stage
+  int stages, stage;  // 2 or 3; elements of one
+  int most;           // rows of a tile, a multiple of 32
 
   // Vectors first ... of one item, as far as there are any, with zeros up to a multiple of 32.
   DEVICE void fetch(int to, const Vectors<T>& x, int64_t item, int first, int k0) const {
-    const int left = (x.count - first + 31) / 32 * 32, rows = left < Tile::kSize ? left : Tile::kSize;
+    const int left = (x.count - first + 31) / 32 * 32, rows = left < most ? left : most;
     constexpr int pieces = Tile::kChunk / kPiece<T>;
     if (x.pieces) {
       for (int p = thread_x(); p < rows * pieces; p += threads()) {
@@ -169,13 +200,15 @@ struct CosineProducts {
     }
   }
 
-  // acc += x . y for the warp's part of the tile at (row0, column0)
+  // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are its rows. see(at): a chunk of
+  // the rows has come, at that place in the memory.
+  template <class See>
   DEVICE void add(typename Tile::Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item,
-                  int row0, const Vectors<T>& y, int64_t y_item, int column0, bool same) const {
+                  int row0, const Vectors<T>& y, int64_t y_item, int column0, bool same, See see) const {
     const int chunks = (x.width + Tile::kChunk - 1) / Tile::kChunk;
-    const int columns = same ? 0 : Tile::kSize * Tile::kStride;  // behind the rows
+    const int columns = same ? 0 : most * Tile::kStride;  // behind the rows
     const auto fetch_chunk = [&](int t) {
-      const int to = t % stages * Tile::kStage;
+      const int to = t % stages * stage;
       if (t < chunks) {
         fetch(to, x, item, row0, t * Tile::kChunk);
         if (!same) fetch(to + columns, y, y_item, column0, t * Tile::kChunk);
@@ -190,12 +223,13 @@ struct CosineProducts {
         copy_wait<0>();
       sync_block();  // also: the stage that is fetched next is no longer in use
       fetch_chunk(t + stages - 1);
-      if (part.first >= part.end) continue;
+      see(t % stages * stage);
+      if (!part.any()) continue;
       const int left = padded_width(x.width - t * Tile::kChunk),
                 depth = left < Tile::kChunk ? left : Tile::kChunk;
-      const int rows_at = t % stages * Tile::kStage + part.row * Tile::kStride;
-      const int columns_at = t % stages * Tile::kStage + columns + part.column * Tile::kStride;
-      for (int k = 0; k < depth; k += kDepth<T>) {
+      const int rows_at = t % stages * stage + part.row * Tile::kStride;
+      const int columns_at = t % stages * stage + columns + part.column * Tile::kStride;
+      for_each_step<T>(depth, [&](int k) {
         FragmentA<T> a[2];
         UNROLLED_FOR (int r = 0; r < 2; ++r)
           load_a(a[r], memory,
@@ -210,18 +244,26 @@ struct CosineProducts {
             UNROLLED_FOR (int r = 0; r < 2; ++r) multiply_add<T>(acc[g][h][r], a[r], b);
           }
         }
-      }
+      });
     }  // only empty groups are left to wait for
   }
 };
 
-// As many stages as let two blocks share a processor, of which a block takes 1 KiB for itself.
-template <class T>
-int cosine_stages(int64_t limit, int64_t others) {
-  return 2 * (int64_t(3 * CosineTile<T>::kStage * sizeof(T)) + others + 1024) <= limit + 1024 ? 3 : 2;
+// 1 / max(norm, eps); of a NaN a NaN. A vector that was divided by eps has exactly inverse_eps.
+template <class A>
+DEVICE A inverse_norm(A norm, A eps, A inverse_eps) {
+  return norm <= eps ? inverse_eps : 1 / norm;
 }
-
-// Which is what vectors that are divided by eps have as their inverse norm.
 inline double inverse_of(double eps) { return eps > 0 ? 1 / eps : HUGE_VAL; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t whole_pieces(int64_t bytes) { return ceil_div(bytes, 256) * 256; }  // of scratch
+
+// Inverse norms of the vectors of one set (0: x, 1: y), acc [L, count].
+void vector_rates(const CosineArgs& args, int set, void* rates, void* stream);
+
+int64_t signed_forward_scratch(const CosineForward& args);
+void signed_forward(const CosineForward& args, void* scratch, void* stream);
+void signed_backward(const CosineBackward& args, void* stream);
 
 }  // namespace vitdiv::cuda
