@@ -125,28 +125,35 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, SIGNS && sizeof(T) == 2 ? 2 : 1)
       sync_block();  // the memory may still be in use
       products.add(s, square, a.x, x_item, row0, a.y, y_item, column0, diagonal, [](int) {});
       sync_block();
+      A row_rate[2][2];
       UNROLLED_FOR (int r = 0; r < 2; ++r)
         UNROLLED_FOR (int i = 0; i < 2; ++i) {
-          const int from = 16 * r + tile_row(2 * i);
-          const A rate = row + from < n ? a.x_rates.ld(item * n + row + from) : A(0);
-          UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g)
-            UNROLLED_FOR (int h = 0; h < 2; ++h)
-              UNROLLED_FOR (int j = 0; j < 2; ++j) {
-                const int to = square.column + 32 * g + 16 * h + 8 * j + tile_col(0);
+          const int at = row + 16 * r + tile_row(2 * i);
+          row_rate[r][i] = at < n ? a.x_rates.ld(item * n + at) : A(0);
+        }
+      UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g)
+        UNROLLED_FOR (int h = 0; h < 2; ++h)
+          UNROLLED_FOR (int j = 0; j < 2; ++j) {
+            const int to = square.column + 32 * g + 16 * h + 8 * j + tile_col(0), column = column0 + to;
+            A rate[2];
+            UNROLLED_FOR (int e = 0; e < 2; ++e)
+              rate[e] = column + e < m ? a.y_rates.ld(item * m + column + e) : A(0);
+            UNROLLED_FOR (int r = 0; r < 2; ++r)
+              UNROLLED_FOR (int i = 0; i < 2; ++i) {
+                const int from = 16 * r + tile_row(2 * i);
                 A w[2];
                 UNROLLED_FOR (int e = 0; e < 2; ++e) {
-                  const int column = column0 + to + e;
-                  const bool counts =
-                      row + from < n && column < m && !(a.within && !a.include_self && row + from == column);
-                  w[e] = counts ? s[g][h][r][j][2 * i + e] * rate * a.y_rates.ld(item * m + column) : A(0);
+                  const bool counts = row + from < n && column + e < m &&
+                                      !(a.within && !a.include_self && row + from == column + e);
+                  w[e] = counts ? s[g][h][r][j][2 * i + e] * row_rate[r][i] * rate[e] : A(0);
                 }
                 store2(memory, (square.row + from) * Layout::kSlopeStride + to, w[0], w[1]);
               }
-        }
+          }
       const int end = m - column0 < Tile::kSize ? m - column0 : Tile::kSize;
       for (int first = 0; first < end; first += 32) {
+        sync_block();  // keeps the compiler from loading while the similarities take the registers
         unit.load(column0 + first);
-        sync_block();
         unit.store(memory.part(Layout::kSlopes, Layout::kUnit), column0 + first);
         sync_block();
         add(Layout::kSlopes, [&](FragmentA<T>& w, int r, int j) {
