@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "../operators/attn_diversity.h"
+#include "../operators/pairwise_cosine.h"
 #include "../operators/reattention.h"
 #include "kernels.h"
 
@@ -16,6 +17,26 @@ template <class Queue>
 struct Cuda {
   static constexpr c10::DeviceType kType = Queue::kType;
 
+  // [items, N, D], the items at equal distances: a view where the leading axes are one in memory.
+  static at::Tensor items(const at::Tensor& x) {
+    if (x.dim() < 2) return x;
+    const at::IntArrayRef leading = x.sizes().slice(0, x.dim() - 2);
+    return unit_stride(x.reshape({c10::multiply_integers(leading), x.size(-2), x.size(-1)}));
+  }
+  static OptionalTensor new_saved(const CosineArgs& args, const at::Tensor& x, bool for_backward) {
+    if (!for_backward) return std::nullopt;
+    return at::empty({cuda::pairwise_cosine_saved_words(args)}, x.options().dtype(at::kInt));
+  }
+  static const void* check_saved(const CosineArgs& args, const at::Tensor& x, const at::Tensor& saved) {
+    return array(saved, "saved", {cuda::pairwise_cosine_saved_words(args)}, {x.device(), at::kInt});
+  }
+
+  static void run(const CosineForward& args, const at::Tensor& on) {
+    launch(args, on, cuda::pairwise_cosine_fwd_scratch, cuda::pairwise_cosine_fwd);
+  }
+  static void run(const CosineBackward& args, const at::Tensor& on) {
+    launch(args, on, cuda::pairwise_cosine_bwd_scratch, cuda::pairwise_cosine_bwd);
+  }
   static void run(const GramForward& args, const at::Tensor& on) {
     launch(args, on, cuda::attention_gram_fwd_scratch, cuda::attention_gram_fwd);
   }
@@ -44,6 +65,8 @@ struct Cuda {
 template <class Queue>
 void register_cuda_operators(torch::Library& m) {
   using Device = Cuda<Queue>;
+  m.impl("pairwise_cosine_fwd", &pairwise_cosine_fwd<Device>);
+  m.impl("pairwise_cosine_bwd", &pairwise_cosine_bwd<Device>);
   m.impl("attention_gram_fwd", &attention_gram_fwd<Device>);
   m.impl("attention_gram_bwd", &attention_gram_bwd<Device>);
   m.impl("head_dots", &head_dots<Device>);

@@ -23,6 +23,29 @@ void allow(const HeadsView& x, int64_t B, int64_t H, int64_t rows, int64_t width
   allow(x.data, elements * bytes_of(x.dtype), output);
 }
 
+void allow(const BatchView& x, const CosineArgs& args, int64_t rows, bool output) {
+  if (x.data == nullptr || rows * args.D == 0) return;
+  for (int64_t l = 0; l < args.L; ++l)
+    allow(static_cast<const char*>(x.data) + x.offset[l] * bytes_of(x.dtype),
+          (1 + (rows - 1) * x.stride_n + args.D - 1) * bytes_of(x.dtype), output);
+}
+void allow_inputs(const CosineArgs& args) {
+  allow(args.x, args, args.N, false);
+  allow(args.y, args, args.M, false);
+}
+void allow_all(const CosineForward& args) {
+  allow_inputs(args);
+  allow(args.sums, args.L * accumulator_bytes(args.x.dtype), true);
+  allow(args.saved, 4 * cuda::pairwise_cosine_saved_words(args), true);
+}
+void allow_all(const CosineBackward& args) {
+  allow_inputs(args);
+  allow(args.dsums, args.L * accumulator_bytes(args.x.dtype), false);
+  allow(args.saved, 4 * cuda::pairwise_cosine_saved_words(args), false);
+  allow(args.dx, args, args.N, true);
+  allow(args.dy, args, args.M, true);
+}
+
 void allow_inputs(const GramArgs& args) {
   for (const Layer& layer : args.layers) {
     allow(layer.q, args.B, layer.H, args.N, layer.d, false);
