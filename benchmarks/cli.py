@@ -162,7 +162,9 @@ def _available(workload: Workload, names: Iterable[str], device: str) -> tuple[l
     here, reasons = [], {}
     for name in names:
         backend = name.partition("-")[0]
-        why_not = _dispatch.missing(backend, device) if backend in _dispatch.BACKENDS else None
+        why_not = None
+        if backend in _dispatch.BACKENDS:
+            why_not = _dispatch.missing(backend, device, operation=workload.op)
         if why_not is not None:
             reasons[name] = why_not
             continue

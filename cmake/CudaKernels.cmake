@@ -1,5 +1,6 @@
 # The CUDA kernels, where there is a toolkit. They include no torch header and link the CUDA runtime statically, so the module
 # compiles and loads beside any torch, also one for CPUs only, and without a driver.
+set(cuda_sources)
 set(cuda_objects)
 set(cuda_libraries)
 set(cuda_architectures)
@@ -51,12 +52,15 @@ if(NOT cuda_architectures)
 endif()
 message(STATUS "CUDA kernels for ${cuda_architectures}")
 
-add_library(cuda_kernels OBJECT csrc/cuda/attn_diversity.cu csrc/cuda/attn_diversity_bwd.cu)
+add_library(cuda_kernels OBJECT
+  csrc/cuda/attn_diversity.cu csrc/cuda/attn_diversity_bwd.cu csrc/cuda/head_dots.cu
+  csrc/cuda/pairwise_cosine.cu csrc/cuda/pairwise_cosine_bwd.cu csrc/cuda/pairwise_cosine_signed.cu)
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_ARCHITECTURES "${cuda_architectures}"
   CUDA_VISIBILITY_PRESET hidden)
 # Not by CUDA_STANDARD, nor CXX_STANDARD which stands in for it: CMake 3.25 does not know that nvcc takes C++20.
 set_property(TARGET cuda_kernels PROPERTY CXX_STANDARD)
 target_compile_options(cuda_kernels PRIVATE -std=c++20)
+set(cuda_sources csrc/cuda/library.cpp)
 set(cuda_objects $<TARGET_OBJECTS:cuda_kernels>)
 set(cuda_libraries CUDA::cudart_static)

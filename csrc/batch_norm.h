@@ -77,7 +77,7 @@ inline Tensors5 batch_norm_fwd(const at::Tensor& gram_given, const at::Tensor& m
                     shape_text(gram_given.sizes()));
   const at::Tensor gram = gram_given.contiguous();
   const int64_t B = gram.size(0), H = gram.size(1);
-  const at::ScalarType dtype = accumulation_type(gram);
+  const Kind kind{c10::kCPU, accumulation_type(gram)};
   const auto vector = [&] { return at::empty({H}, gram.options()); };
   const Tensors5 out{vector(), vector(), vector(), at::empty({H, H}, gram.options()), vector()};
   const auto& [mean, var, unbiased_var, mixed_covariance, gain] = out;
@@ -85,13 +85,13 @@ inline Tensors5 batch_norm_fwd(const at::Tensor& gram_given, const at::Tensor& m
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto in = [](void* p) { return static_cast<const T*>(p); };
-    statistics_of<T>(B, H, count, double(keys), in(array(gram, "gram", {B, H, H}, dtype)),
-                     in(array(mix, "mix", {H, H}, dtype)), in(array(mix_bias, "mix_bias", {H}, dtype)),
-                     in(array(norm_weight, "norm_weight", {H}, dtype)), eps, out_scale, mean.data_ptr<T>(),
+    statistics_of<T>(B, H, count, double(keys), in(array(gram, "gram", {B, H, H}, kind)),
+                     in(array(mix, "mix", {H, H}, kind)), in(array(mix_bias, "mix_bias", {H}, kind)),
+                     in(array(norm_weight, "norm_weight", {H}, kind)), eps, out_scale, mean.data_ptr<T>(),
                      var.data_ptr<T>(), unbiased_var.data_ptr<T>(), mixed_covariance.data_ptr<T>(),
                      gain.data_ptr<T>());
   };
-  dtype == at::kDouble ? run(double()) : run(float());
+  kind.dtype == at::kDouble ? run(double()) : run(float());
   return out;
 }
 
@@ -99,15 +99,15 @@ inline std::tuple<at::Tensor, at::Tensor> batch_norm_coupling(const at::Tensor& 
                                                               const at::Tensor& mix, int64_t count,
                                                               double eps) {
   const int64_t H = dots.numel();
-  const at::ScalarType dtype = accumulation_type(dots);
+  const Kind kind{c10::kCPU, accumulation_type(dots)};
   const at::Tensor dvar = at::empty({H}, dots.options()), coupling = at::empty({1, H, H}, dots.options());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto in = [](void* p) { return static_cast<const T*>(p); };
-    coupling_of<T>(H, double(count), in(array(dots, "dots", {H}, dtype)), in(array(var, "var", {H}, dtype)),
-                   in(array(mix, "mix", {H, H}, dtype)), eps, dvar.data_ptr<T>(), coupling.data_ptr<T>());
+    coupling_of<T>(H, double(count), in(array(dots, "dots", {H}, kind)), in(array(var, "var", {H}, kind)),
+                   in(array(mix, "mix", {H, H}, kind)), eps, dvar.data_ptr<T>(), coupling.data_ptr<T>());
   };
-  dtype == at::kDouble ? run(double()) : run(float());
+  kind.dtype == at::kDouble ? run(double()) : run(float());
   return {dvar, coupling};
 }
 
@@ -118,18 +118,18 @@ inline std::tuple<at::Tensor, at::Tensor> batch_norm_bwd(const at::Tensor& dweig
                                                          const OptionalTensor& dvar, double eps,
                                                          double out_scale) {
   const int64_t H = var.numel();
-  const at::ScalarType dtype = accumulation_type(dweight);
+  const Kind kind{c10::kCPU, accumulation_type(dweight)};
   const at::Tensor dmix = at::empty({H, H}, var.options()), dnorm_weight = at::empty({H}, var.options());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto in = [](void* p) { return static_cast<const T*>(p); };
-    gradients_of<T>(H, in(array(dweight, "dweight", {H, H}, dtype)), in(array(mix, "mix", {H, H}, dtype)),
-                    in(array(norm_weight, "norm_weight", {H}, dtype)), in(array(var, "var", {H}, dtype)),
-                    in(array(mixed_covariance, "mixed_covariance", {H, H}, dtype)),
-                    in(array(dvar, "dvar", {H}, dtype)), eps, out_scale, dmix.data_ptr<T>(),
+    gradients_of<T>(H, in(array(dweight, "dweight", {H, H}, kind)), in(array(mix, "mix", {H, H}, kind)),
+                    in(array(norm_weight, "norm_weight", {H}, kind)), in(array(var, "var", {H}, kind)),
+                    in(array(mixed_covariance, "mixed_covariance", {H, H}, kind)),
+                    in(array(dvar, "dvar", {H}, kind)), eps, out_scale, dmix.data_ptr<T>(),
                     dnorm_weight.data_ptr<T>());
   };
-  dtype == at::kDouble ? run(double()) : run(float());
+  kind.dtype == at::kDouble ? run(double()) : run(float());
   return {dmix, dnorm_weight};
 }
 

@@ -4,6 +4,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -11,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "arguments.h"
 
 namespace vitdiv {
 
@@ -39,12 +41,33 @@ inline at::ScalarType accumulation_type(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(t.is_cpu(), name, " must be a CPU tensor, got one on ", t.device().str());
+// What the tensors of a call must have in common.
+struct Kind {
+  c10::Device device;
+  at::ScalarType dtype;
+};
+
+// Of an operator's first tensor, which must be on the kind of device that the kernels are for.
+inline Kind kind_of(const at::Tensor& t, const char* name, c10::DeviceType type) {
+  TORCH_CHECK_VALUE(t.device().type() == type, name, " must be on ",
+                    c10::DeviceTypeName(type, /*lower_case=*/true), ", got one on ", t.device().str());
+  scalar_type(t, name);
+  return {t.device(), t.scalar_type()};
+}
+
+inline Kind accumulation_kind(const at::Tensor& t) { return {t.device(), accumulation_type(t)}; }
+
+inline void check_kind(const at::Tensor& t, const char* name, const Kind& kind) {
+  TORCH_CHECK_VALUE(t.device() == kind.device, name, " must be on ", kind.device.str(), ", got one on ",
+                    t.device().str());
+  TORCH_CHECK_TYPE(t.scalar_type() == kind.dtype, name, " must have dtype ", toString(kind.dtype), ", got ",
+                   toString(t.scalar_type()));
+}
+
+inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef sizes, const Kind& kind) {
   TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", shape_text(sizes), ", got ",
                     shape_text(t.sizes()));
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must have dtype ", toString(dtype), ", got ",
-                   toString(t.scalar_type()));
+  check_kind(t, name, kind);
 }
 
 // The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy. Done here and not in Python,
@@ -57,8 +80,8 @@ inline OptionalTensor unit_stride(const OptionalTensor& t) { return t ? Optional
 
 // [B, H, rows, width] with any strides but a last one of 1.
 inline HeadsView heads_view(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
-                            at::ScalarType dtype) {
-  check_tensor(t, name, at::IntArrayRef(sizes), dtype);
+                            const Kind& kind) {
+  check_tensor(t, name, at::IntArrayRef(sizes), kind);
   TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) == 1 || t.numel() == 0, name,
                     " must have a last stride of 1, got ", t.stride(3));
   return {t.data_ptr(), scalar_type(t, name), t.stride(0), t.stride(1), t.stride(2)};
@@ -70,20 +93,39 @@ inline HeadsView heads_view(const at::Tensor& t, const char* name) {
 }
 
 inline HeadsView heads_view(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes,
-                            at::ScalarType dtype) {
-  return t ? heads_view(*t, name, sizes, dtype) : HeadsView{nullptr, ScalarType::kFloat, 0, 0, 0};
+                            const Kind& kind) {
+  return t ? heads_view(*t, name, sizes, kind) : HeadsView{nullptr, ScalarType::kFloat, 0, 0, 0};
 }
 
 inline void* array(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
-                   at::ScalarType dtype) {
-  check_tensor(t, name, at::IntArrayRef(sizes), dtype);
+                   const Kind& kind) {
+  check_tensor(t, name, at::IntArrayRef(sizes), kind);
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
   return t.data_ptr();
 }
 
 inline void* array(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes,
-                   at::ScalarType dtype) {
-  return t ? array(*t, name, sizes, dtype) : nullptr;
+                   const Kind& kind) {
+  return t ? array(*t, name, sizes, kind) : nullptr;
+}
+
+inline at::Tensor empty(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype,
+                        bool needed = true) {
+  return at::empty(needed ? sizes : at::IntArrayRef({0}),
+                   like.options().dtype(needed ? dtype : like.scalar_type()));
+}
+
+// The layout that heads_like of ops/_layout.py gives: [B, N, H, d] where the model has its heads inside its tokens.
+inline at::Tensor empty_heads(const at::Tensor& like, bool needed = true) {
+  if (!needed) return empty(like, {0}, like.scalar_type());
+  const int64_t H = like.size(1), N = like.size(2), d = like.size(3);
+  const bool tokens_outside = like.stride(1) < like.stride(2);
+  const int64_t row = std::max<int64_t>(d, 1), rows = std::max<int64_t>(N, 1),
+                heads = std::max<int64_t>(H, 1);
+  return at::empty_strided(like.sizes(),
+                           tokens_outside ? at::IntArrayRef({rows * heads * row, row, heads * row, 1})
+                                          : at::IntArrayRef({heads * rows * row, rows * row, row, 1}),
+                           like.options());
 }
 
 // Where each item of a batch [..., N, D] begins, in elements.

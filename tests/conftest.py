@@ -17,11 +17,16 @@ else:
     # Triton reads it when it is imported and when a kernel is defined; torch alone does not import Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_cuda  # noqa: E402
+import emulated_operators  # noqa: E402
+
 from vitdiv_kernels import _dispatch, _native  # noqa: E402
 
 BACKENDS = {
     "reference": ("reference", "cpu"),
     "native-cpu": ("native", "cpu"),
+    "native-cuda": ("native", "cuda"),
+    "emulated-cuda": ("native", "cpu"),
     "triton-interpreter": ("triton", "cpu"),
     "triton-gpu": ("triton", "cuda"),
 }
@@ -35,7 +40,9 @@ if INTERPRETED:
 else:
     ABSENT["triton-interpreter"] = "TRITON_INTERPRET=1 is not set"
 if not HAS_GPU:
-    ABSENT["triton-gpu"] = "torch sees no CUDA device here"
+    ABSENT["triton-gpu"] = ABSENT["native-cuda"] = "torch sees no CUDA device here"
+if emulated_cuda.compiler() is None:
+    ABSENT["emulated-cuda"] = "there is no C++ compiler"
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +59,9 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def need(backend, device="cpu"):
+def need(backend, device="cpu", operation=None):
     """Skip, with the reason, what needs a backend that is not here; fail it in CI, which has to have it."""
-    why_not = _dispatch.missing(backend, device)
+    why_not = _dispatch.missing(backend, device, operation=operation)
     if why_not is not None:
         in_ci = os.environ.get("CI") and device != "cuda"
         (pytest.fail if in_ci else pytest.skip)(f"{backend} on {device}: {why_not}")
@@ -64,17 +71,26 @@ def pytest_report_header(config):
     return [f"without backend {name}: {why_not}" for name, why_not in ABSENT.items()]
 
 
+def operation_of(node):
+    """The operation that a file of tests is for, if it is for one."""
+    name = node.path.stem.removeprefix("test_")
+    return name if name in _dispatch.OPERATIONS else None
+
+
 @pytest.fixture(params=[name for name in BACKENDS if name not in ABSENT])
 def backend(request, monkeypatch):
     """The `backend` argument of one test body that runs on every backend, on tensors of its device."""
     name, device = BACKENDS[request.param]
     if request.param == "triton-interpreter":
         monkeypatch.setattr(_dispatch, "_INTERPRETED", INTERPRETED)
-    need(name, device)
+    need(name, device, operation_of(request.node))
     if request.param == "triton-interpreter":
         import interpreter_checks  # imports Triton
 
         interpreter_checks.install()
+    if request.param == "emulated-cuda":
+        emulated_operators.need(operation_of(request.node))
+        emulated_operators.take_the_place_of_native(monkeypatch)
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
 
@@ -83,19 +99,20 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="interpret and compile all cases of the Triton kernels, not a sample: half an hour",
+        help="interpret, emulate and compile all cases of the GPU kernels, not a sample: half an hour",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of the cases that are interpreted, slowly, keep such that each value of each parameter is in one."""
-    if config.getoption("--every-case"):
-        return
+    """Of the cases that are interpreted or emulated, slowly, keep such that each value of each parameter is
+    in one; emulated, only those of the files of tests that are for one operation."""
+    dropped = {item for item in items if "emulated-cuda" in item.name and operation_of(item) is None}
     tests = defaultdict(list)
     for item in items:
-        if "triton-interpreter" in item.name:
-            tests[item.path, item.originalname].append(item)
-    dropped = {item for cases in tests.values() for item in set(cases) - set(covering(cases))}
+        if item not in dropped and ("triton-interpreter" in item.name or "emulated-cuda" in item.name):
+            tests[item.path, item.originalname, "emulated-cuda" in item.name].append(item)
+    if not config.getoption("--every-case"):
+        dropped |= {item for cases in tests.values() for item in set(cases) - set(covering(cases))}
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     items[:] = [item for item in items if item not in dropped]
 
@@ -114,8 +131,14 @@ def covering(cases):
 
 @pytest.fixture
 def interpreted(request):
-    """Whether the kernels run in Triton's interpreter, where a test of many sizes takes fewer."""
-    return "triton-interpreter" in request.node.name
+    """Whether the kernels are interpreted or emulated, where a test of many sizes takes fewer."""
+    return "triton-interpreter" in request.node.name or "emulated-cuda" in request.node.name
+
+
+@pytest.fixture
+def emulated(request):
+    """Whether CUDA kernels are emulated; tests/test_cuda_<op>.py have the sizes that take seconds."""
+    return "emulated-cuda" in request.node.name
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
 """The CUDA kernels of csrc/cuda, run on the CPU by the emulation in tests/cuda_emulation."""
 
 import ctypes
+import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -38,8 +42,11 @@ def compiler():
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(*sources, defines=(), shared=True):
-    """Compile sources with the emulation to a library or a program, once for each state of the sources."""
+def build(*sources, defines=(), shared=True, libraries=(), includes=()):
+    """Compile sources with the emulation to a library or a program, once for each state of the sources.
+
+    With `libraries` the emulation is in one of them.
+    """
     # Plain -O2: g++ 12 at -O3 stores vectors to stack arrays that it has not aligned.
     options = [
         "-std=c++20",
@@ -50,22 +57,44 @@ def build(*sources, defines=(), shared=True):
         f"-I{EMULATION}",
         f"-I{ROOT / 'csrc/cuda'}",
     ]
+    options += os.environ.get("VITDIV_EMULATION_FLAGS", "").split()
+    options += [f"-isystem{include}" for include in includes]
     options += [f"-D{define}" for define in defines] + (["-shared", "-fPIC"] if shared else [])
-    command = [compiler(), *options, str(EMULATION / "emulation.cpp"), "-x", "c++", *map(str, sources)]
-    state = hashlib.sha256(" ".join(command).encode())
-    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*"), *EMULATION.glob("*")]):
+    if not libraries:
+        sources += (EMULATION / "emulation.cpp",)
+    state = hashlib.sha256(" ".join(map(str, [compiler(), *options, *sources, *libraries])).encode())
+    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*"), *EMULATION.glob("*")]):
         state.update(path.read_bytes())
-    target = ROOT / "build/emulation" / f"{Path(sources[0]).stem}-{state.hexdigest()[:16]}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for earlier in target.parent.glob(f"{Path(sources[0]).stem}-*"):
-            earlier.unlink()
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        run = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-        if run.returncode != 0 or "warning" in run.stderr:
-            raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
-        unfinished.rename(target)
+    folder, name = ROOT / "build/emulation", sources[0].stem
+    target = folder / f"{name}-{state.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as objects:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        if not target.exists():
+            for earlier in folder.glob(f"{name}-*"):
+                earlier.unlink()
+            places = [f"{objects}/{source.stem}.o" for source in sources]
+            commands = [
+                [*options, "-c", "-x", "c++", source, "-o", place]
+                for source, place in zip(sources, places, strict=True)
+            ]
+            with ThreadPool(os.cpu_count()) as pool:
+                pool.map(compile_cleanly, commands)
+            compile_cleanly([*options, *places, *libraries, "-o", f"{objects}/{name}"])
+            os.replace(f"{objects}/{name}", target)
     return target
+
+
+def compile_cleanly(arguments):
+    run = subprocess.run([compiler(), *map(str, arguments)], capture_output=True, text=True)
+    if run.returncode != 0 or "warning" in run.stderr:
+        raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
+
+
+@functools.cache
+def kernels():
+    """The library of all kernels."""
+    return build(EMULATION / "library.cpp", *KERNELS)
 
 
 class HeadsView(ctypes.Structure):
@@ -104,15 +133,58 @@ class GramBackward(GramArgs):
     _fields_ = [("coupling", ctypes.c_void_p), ("dq", HeadsView * 2), ("dk", HeadsView * 2)]
 
 
+class BatchView(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("offset", ctypes.POINTER(ctypes.c_int64)),
+        ("stride_n", ctypes.c_int64),
+    ]
+
+
+class CosineArgs(ctypes.Structure):
+    _fields_ = [
+        *[(size, ctypes.c_int64) for size in "LNMD"],
+        ("x", BatchView),
+        ("y", BatchView),
+        ("penalty", ctypes.c_int),
+        ("include_self", ctypes.c_bool),
+        ("eps", ctypes.c_double),
+        ("threads", ctypes.c_int),
+    ]
+
+
+class CosineForward(CosineArgs):
+    _fields_ = [("sums", ctypes.c_void_p), ("saved", ctypes.c_void_p)]
+
+
+class CosineBackward(CosineArgs):
+    _fields_ = [
+        ("dsums", ctypes.c_void_p),
+        ("saved", ctypes.c_void_p),
+        ("dx", BatchView),
+        ("dy", BatchView),
+    ]
+
+
+OPERATORS = {
+    "attention_gram_fwd": GramForward,
+    "attention_gram_bwd": GramBackward,
+    "pairwise_cosine_fwd": CosineForward,
+    "pairwise_cosine_bwd": CosineBackward,
+}
+
+
 class Emulator:
     """Calls the kernels with CPU tensors; they may touch only what they are given."""
 
     def __init__(self):
-        self.library = ctypes.CDLL(str(build(EMULATION / "library.cpp", *KERNELS)))
-        for name, args in {"attention_gram_fwd": GramForward, "attention_gram_bwd": GramBackward}.items():
+        self.library = ctypes.CDLL(str(kernels()))
+        for name, args in OPERATORS.items():
             getattr(self.library, name).restype = ctypes.c_char_p
             getattr(self.library, f"{name}_scratch").restype = ctypes.c_int64
             assert getattr(self.library, f"{name}_size")() == ctypes.sizeof(args)
+        self.library.pairwise_cosine_saved_words.restype = ctypes.c_int64
         self.configure()
 
     def configure(self, order="forward", seed=0, architecture=90):
@@ -181,4 +253,56 @@ class Emulator:
                 if gradient is not None:
                     views[layer] = self.heads(gradient, output=True)
         self.call("attention_gram_bwd", args)
+        return gradients
+
+    def batch(self, tensor, output=False):
+        """Of a tensor [items, N, D]."""
+        assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+        self.allow(tensor, output)
+        items = tensor.shape[0]
+        offsets = (ctypes.c_int64 * max(items, 1))(*(item * tensor.stride(0) for item in range(items)))
+        return BatchView(tensor.data_ptr(), DTYPES[tensor.dtype], offsets, tensor.stride(1))
+
+    def cosine_args(self, kind, x, y, penalty, include_self, eps):
+        args = kind(L=x.shape[0], N=x.shape[1], M=(x if y is None else y).shape[1], D=x.shape[2])
+        args.x = self.batch(x)
+        if y is not None:
+            args.y = self.batch(y)
+        args.penalty = ["signed", "abs", "square", "relu"].index(penalty)
+        args.include_self = include_self
+        args.eps = eps
+        return args
+
+    def pairwise_cosine_fwd(self, x, y, penalty, include_self=False, eps=1e-8, for_backward=True):
+        """The sums, and what the backward needs or None."""
+        args = self.cosine_args(CosineForward, x, y, penalty, include_self, eps)
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        sums = torch.full((x.shape[0],), float("nan"), dtype=acc)
+        self.allow(sums, output=True)
+        args.sums = sums.data_ptr()
+        saved = None
+        if for_backward:
+            words = self.library.pairwise_cosine_saved_words(ctypes.byref(args))
+            saved = torch.full((words,), -1, dtype=torch.int32)
+            self.allow(saved, output=True)
+            args.saved = saved.data_ptr()
+        self.call("pairwise_cosine_fwd", args)
+        return sums, saved
+
+    def pairwise_cosine_bwd(
+        self, dsums, x, y, saved, penalty, include_self=False, eps=1e-8, needs=(True, True)
+    ):
+        """dx and dy; None for what is not needed."""
+        args = self.cosine_args(CosineBackward, x, y, penalty, include_self, eps)
+        for name, tensor in ("dsums", dsums), ("saved", saved):
+            self.allow(tensor)
+            setattr(args, name, tensor.data_ptr())
+        gradients = [
+            None if t is None or not need else torch.full(t.shape, float("nan"), dtype=t.dtype)
+            for t, need in zip((x, y), needs, strict=True)
+        ]
+        for name, gradient in zip(("dx", "dy"), gradients, strict=True):
+            if gradient is not None:
+                setattr(args, name, self.batch(gradient, output=True))
+        self.call("pairwise_cosine_bwd", args)
         return gradients

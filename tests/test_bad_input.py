@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vitdiv_kernels as vd
-from vitdiv_kernels import _dispatch
+from vitdiv_kernels import _dispatch, _native
 
 X = torch.randn(2, 5, 8)
 Q = torch.randn(2, 3, 5, 8)
@@ -156,13 +156,65 @@ def test_an_absent_backend_says_how_to_get_it(monkeypatch):
     assert "not compiled" in reason
 
 
-def test_native_kernels_are_for_cpu_tensors():
-    with pytest.raises(RuntimeError, match="CPU"):
+def test_native_kernels_are_for_cpu_and_cuda_tensors():
+    with pytest.raises(RuntimeError, match="CPU and CUDA tensors, got meta"):
         pairwise(x=X.to("meta"), backend="native")
 
 
 class Gpu:
     name, major, minor = "Tesla T4", 7, 5
+
+
+class NewGpu:
+    name, major, minor = "RTX 5090", 12, 0
+
+
+class Library:
+    cuda_architectures = "80-real 90-real"
+
+
+def test_native_says_what_is_missing_on_a_gpu(monkeypatch):
+    def missing(operation="attn_diversity"):
+        return _dispatch.missing("native", "cuda", operation=operation)
+
+    monkeypatch.setattr(_native, "library", lambda: Library)
+    monkeypatch.setattr(_native, "CUDA_OPERATIONS", ("attn_diversity",))
+    monkeypatch.setattr(_dispatch, "_NATIVE_MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in missing()
+    assert "no CUDA kernel for reattention" in missing("reattention")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for gpu, words in [
+        (Gpu, "CUDA kernels need a GPU of compute capability 8.0 or newer (Ampere), and Tesla T4 has 7.5"),
+        (NewGpu, "compiled for 80-real 90-real, and RTX 5090 has compute capability 12.0: reinstall"),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        assert words in missing()
+    monkeypatch.setattr(Library, "cuda_architectures", "80-real 90")
+    assert missing() is None
+    assert missing(None) is None
+    assert _dispatch.resolve("attn_diversity", "cuda", "native") == "native"
+    monkeypatch.setattr(Library, "cuda_architectures", "")
+    assert "compiled for CPUs only" in missing()
+    assert "VITDIV_CUDA=1" in missing()
+    monkeypatch.setattr(_dispatch, "_NATIVE_MISSING", "the kernels are not compiled: run this")
+    assert missing() == "the kernels are not compiled: run this"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not_run"),
+    [
+        ("80-real 90-real 100", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
+        ("80-real", [(8, 0), (8, 6)], [(7, 5), (9, 0)]),
+        ("86-real 90", [(8, 6), (8, 9), (9, 0), (10, 3)], [(8, 0)]),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("100f-real", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+)
+def test_which_gpus_compiled_kernels_run_on(architectures, runs, does_not_run):
+    assert all(_native.runs_on(architectures, *gpu) for gpu in runs)
+    assert not any(_native.runs_on(architectures, *gpu) for gpu in does_not_run)
 
 
 def test_triton_says_what_is_missing(monkeypatch):

@@ -230,6 +230,90 @@ def test_gpu_check_without_a_gpu_is_one_sentence(module, monkeypatch):
         module("gpu_check").main()
 
 
+@pytest.fixture
+def gpu_check(module, monkeypatch, tmp_path):
+    check = module("gpu_check")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    for name in ("PYTHONPATH", "TRITON_INTERPRET", "TORCH_CUDA_ARCH_LIST"):  # are as before afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    return check
+
+
+@pytest.mark.parametrize("broken", [None, "build", "native-cuda", "triton-gpu", "racecheck"])
+def test_gpu_check_measures_what_passed(gpu_check, monkeypatch, tmp_path, capsys, broken):
+    ran = []
+
+    def run(*arguments, timeout=None, **environment):
+        ran.append((arguments, environment, os.environ["TORCH_CUDA_ARCH_LIST"]))
+        if arguments[0] == "setup.py":
+            return int(broken == "build" and not environment)
+        return int(broken in arguments)
+
+    operations = [] if broken == "build" else ["attn_diversity"]
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check, "native_operations", lambda: operations)
+    monkeypatch.setattr(gpu_check, "sanitized", lambda limit: {"racecheck": broken != "racecheck"})
+    assert gpu_check.main() == (broken is not None)
+    builds = [environment for arguments, environment, _ in ran if arguments[0] == "setup.py"]
+    assert builds == [{}] + [{"VITDIV_CUDA": "0"}] * (broken == "build")
+    assert {architecture for _, _, architecture in ran} == {"9.0"}
+    tested = [arguments[arguments.index("-k") + 1] for arguments, _, _ in ran if "-k" in arguments]
+    assert tested == ["triton-gpu"] + ["native-cuda"] * len(operations)
+    providers = {
+        arguments[0]: arguments[arguments.index("--providers") + 1].split(",")
+        for arguments, _, _ in ran
+        if "--providers" in arguments
+    }
+    assert len(providers) == 3
+    assert all("triton" in names for names in providers.values())
+    with_native = {Path(script).stem for script, names in providers.items() if "native" in names}
+    assert with_native == (set() if broken in ("build", "native-cuda") else {"bench_attn_diversity"})
+    rows = {arguments[arguments.index("--out") + 1] for arguments, _, _ in ran if "--out" in arguments}
+    folder = tmp_path / ("build" if broken else "benchmarks/results")
+    assert {Path(path).parent for path in rows} == {folder}
+    said = capsys.readouterr().out
+    assert said.count("FAILED") == (broken is not None)
+    assert ("CUDA tests: passed" in said) == (broken not in ("build", "native-cuda"))
+
+
+def test_gpu_check_under_sanitizers(gpu_check, monkeypatch, tmp_path, capsys):
+    """With a stand-in for compute-sanitizer: one check passes, one finds something, one does not end."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_check.sanitized(60) == {}
+    assert "compute-sanitizer is not on PATH" in capsys.readouterr().out
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys, time\n"
+        "check = sys.argv[sys.argv.index('--tool') + 1]\n"
+        "if check == 'initcheck': time.sleep(60)\n"
+        "print('ERROR SUMMARY of', check, os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], sys.argv[-1])\n"
+        "sys.exit(int(check == 'racecheck'))\n"
+    )
+    tool.chmod(0o755)
+    assert gpu_check.sanitized(3) == {"memcheck": True, "racecheck": False}
+    said = capsys.readouterr().out
+    assert "memcheck: ERROR SUMMARY of memcheck 1 benchmarks/sanitize.py" in said
+    assert "not finished after" in said
+
+
+def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, capsys):
+    """On the CPU, where the same operators take the same arguments."""
+    if _dispatch.missing("native", "cpu"):
+        pytest.skip("the compiled kernels are not here")
+    sanitize = module("sanitize")
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--device", "cpu"])
+    sanitize.main()
+    assert "36 cases ran on cpu" in capsys.readouterr().out
+
+
 def test_the_tuner_writes_a_row(module, monkeypatch, tmp_path, capsys):
     """In the interpreter, where the times mean nothing."""
     pytest.importorskip("triton")

@@ -6,14 +6,15 @@ import pytest
 import torch
 from test_compile import OPERATIONS, arguments
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled for a GPU"),
-]
+from vitdiv_kernels import _dispatch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+
+BACKENDS = {"triton-gpu": "triton", "native-cuda": "native"}
 
 
-def step(name, x, matrices):
-    loss = OPERATIONS[name](x, matrices, "triton")
+def step(name, backend, x, matrices):
+    loss = OPERATIONS[name](x, matrices, backend)
     return [loss, *torch.autograd.grad(loss, [x, matrices], allow_unused=True)]
 
 
@@ -22,34 +23,48 @@ def name(request):
     return request.param
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request, name):
+    if request.param == "triton-gpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled for a GPU")
+    if "cosine" in name:
+        operation = "pairwise_cosine"
+    else:
+        operation = "reattention" if "reattention" in name or "talking" in name else "attn_diversity"
+    why_not = _dispatch.missing(BACKENDS[request.param], "cuda", operation=operation)
+    if why_not is not None:
+        pytest.skip(why_not)
+    return BACKENDS[request.param]
+
+
 @pytest.fixture
 def inputs():
     with torch.device("cuda"):
         return arguments()
 
 
-def test_nothing_waits_for_the_device(name, inputs):
-    step(name, *inputs)  # compiles
+def test_nothing_waits_for_the_device(name, backend, inputs):
+    step(name, backend, *inputs)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(name, *inputs)
+        step(name, backend, *inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graph(name, inputs):
+def test_cuda_graph(name, backend, inputs):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(name, *inputs)
+            step(name, backend, *inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = step(name, *inputs)
+        results = step(name, backend, *inputs)
     with torch.no_grad():
         for x in inputs:
             x.copy_(torch.randn_like(x))
     graph.replay()
-    for got, expected in zip(results, step(name, *inputs), strict=True):
+    for got, expected in zip(results, step(name, backend, *inputs), strict=True):
         assert (got is None and expected is None) or torch.equal(got, expected)

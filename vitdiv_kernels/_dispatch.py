@@ -55,21 +55,44 @@ _TRITON_MISSING = (
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def missing(backend, device, condition=None):
-    """Why `backend` cannot run calls on this device type: a sentence, or None when it can."""
-    return _UNSUPPORTED.get((condition, backend)) or _absent(backend, device)
+def missing(backend, device, condition=None, operation=None):
+    """Why `backend` cannot run calls on this device type: a sentence, or None when it can.
+
+    Without an operation, None says that it can run some.
+    """
+    return _UNSUPPORTED.get((condition, backend)) or _absent(backend, device, operation)
 
 
-def _absent(backend, device):
+def _absent(backend, device, operation):
     if backend == "reference":
         return None
     if backend == "triton":
         return _TRITON_MISSING or _triton_absent_on(device)
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
+        return f'native kernels run on CPU and CUDA tensors, got {device}; use backend="auto" or "reference"'
+    return _NATIVE_MISSING or (_native_absent_on_gpu(operation) if device == "cuda" else None)
+
+
+def _native_absent_on_gpu(operation):
+    architectures = _native.library().cuda_architectures
+    if not architectures:
         return (
-            f'native kernels run on CPU tensors only so far, got {device}; use backend="auto" or "reference"'
+            "the kernels were compiled for CPUs only: install the CUDA toolkit, put nvcc on PATH and run "
+            "`VITDIV_CUDA=1 pip install .` in the source tree"
         )
-    return _NATIVE_MISSING
+    if operation is not None and operation not in _native.CUDA_OPERATIONS:
+        return f'there is no CUDA kernel for {operation}; use backend="auto" or "triton"'
+    why_not = _gpu_unfit("CUDA")
+    if why_not is not None:
+        return why_not
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if not _native.runs_on(architectures, gpu.major, gpu.minor):
+        return (
+            f"the CUDA kernels were compiled for {architectures}, and {gpu.name} has compute capability "
+            f"{gpu.major}.{gpu.minor}: reinstall from the source tree with TORCH_CUDA_ARCH_LIST="
+            f"{gpu.major}.{gpu.minor}"
+        )
+    return None
 
 
 def _triton_absent_on(device):
@@ -82,15 +105,19 @@ def _triton_absent_on(device):
         )
     if device != "cuda":
         return f"the Triton kernels run on CUDA tensors only, got {device}"
+    return _gpu_unfit("Triton")
+
+
+def _gpu_unfit(kernels):
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
     if torch.version.hip:
-        return "the Triton kernels are made for NVIDIA GPUs, and this is a ROCm build of torch"
+        return f"the {kernels} kernels are made for NVIDIA GPUs, and this is a ROCm build of torch"
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     if gpu.major < 8:
         return (
-            f"the Triton kernels need a GPU of compute capability 8.0 or newer (Ampere), and {gpu.name} has "
-            f"{gpu.major}.{gpu.minor}"
+            f"the {kernels} kernels need a GPU of compute capability 8.0 or newer (Ampere), and {gpu.name} "
+            f"has {gpu.major}.{gpu.minor}"
         )
     return None
 
@@ -104,7 +131,7 @@ def auto_choice(operation, device, condition=None):
             and row_operation in ("*", operation)
             and row_condition in (None, condition)
         ):
-            why_not = missing(backend, device, condition)
+            why_not = missing(backend, device, condition, operation)
             if why_not is None:
                 return backend, reason + passed_over
             passed_over += f" ({backend} is not here: {why_not})"
@@ -120,7 +147,7 @@ def resolve(operation, device, backend, condition=None):
         return auto_choice(operation, device, condition)[0]
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}{source}")
-    why_not = missing(backend, device, condition)
+    why_not = missing(backend, device, condition, operation)
     if why_not is not None:
         error = ValueError if (condition, backend) in _UNSUPPORTED else RuntimeError
         raise error(f'backend "{backend}"{source} cannot run {operation}: {why_not}')

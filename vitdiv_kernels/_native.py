@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -57,3 +58,36 @@ def library() -> ModuleType | None:
 def reason() -> str | None:
     """One sentence on why `library()` is None; None if the extension is here."""
     return _reason
+
+
+# What CUDA tensors need of an operation.
+_CUDA_OPERATORS = {
+    "pairwise_cosine": ("pairwise_cosine_fwd", "pairwise_cosine_bwd"),
+    "attn_diversity": ("attention_gram_fwd", "attention_gram_bwd"),
+    "reattention": ("reattention_fwd", "reattention_bwd", "head_dots"),
+}
+
+
+def has_kernels(operation: str, namespace: str = "vitdiv", key: str = "CUDA") -> bool:
+    """Whether all operators that an operation needs are implemented for a dispatch key."""
+    names = (f"{namespace}::{name}" for name in _CUDA_OPERATORS[operation])
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for name in names)
+
+
+# The operations that have CUDA kernels in this build.
+CUDA_OPERATIONS = tuple(filter(has_kernels, _CUDA_OPERATORS)) if _library and _library.with_cuda else ()
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """Whether kernels for these architectures, in CMake's words, run on a GPU of this compute capability."""
+    for number, suffix, real in re.findall(r"(\d+)([af]?)(-real)?", architectures):
+        compiled, present = divmod(int(number), 10), (major, minor)
+        if suffix == "a":
+            fits = compiled == present
+        elif suffix or real:  # machine code: a family's
+            fits = compiled[0] == major and compiled <= present
+        else:  # PTX beside it
+            fits = compiled <= present
+        if fits:
+            return True
+    return False

@@ -38,9 +38,9 @@ def _installed(package: str) -> str:
 def _backends() -> str:
     rows = [
         ("reference", "here: plain PyTorch, every device"),
-        ("native, CPU", _here_or_not("native", "cpu", _native_facts)),
-        ("native, CUDA", _here_or_not("native", "cuda", _native_facts)),
-        ("triton, CUDA", _here_or_not("triton", "cuda", _gpu_facts)),
+        ("native, CPU", _here_or_not("native", "cpu", _cpu_facts)),
+        ("native, CUDA", _here_or_not("native", "cuda", _cuda_facts)),
+        ("triton, CUDA", _here_or_not("triton", "cuda", _triton_facts)),
         ("triton, CPU", _here_or_not("triton", "cpu", lambda: "in Triton's interpreter, for tests")),
     ]
     return "Backends\n" + _table(rows)
@@ -51,7 +51,7 @@ def _here_or_not(backend: str, device: str, facts) -> str:
     return f"absent: {why_not}" if why_not else f"here: {facts()}"
 
 
-def _native_facts() -> str:
+def _cpu_facts() -> str:
     library = _native.library()
     limit = os.environ.get("VITDIV_CPU_CAPABILITY", "not set")
     return (
@@ -61,9 +61,18 @@ def _native_facts() -> str:
     )
 
 
-def _gpu_facts() -> str:
+def _cuda_facts() -> str:
+    operations = ", ".join(_native.CUDA_OPERATIONS)
+    return f"{operations}; compiled for {_native.library().cuda_architectures}, on {_gpu()}"
+
+
+def _triton_facts() -> str:
+    return f"triton {_installed('triton')} on {_gpu()}"
+
+
+def _gpu() -> str:
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return f"triton {_installed('triton')} on {gpu.name}, compute capability {gpu.major}.{gpu.minor}"
+    return f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}"
 
 
 def _auto() -> str:

@@ -12,5 +12,15 @@ int64_t attention_gram_fwd_scratch(const GramForward& args);  // bytes
 void attention_gram_fwd(const GramForward& args, void* scratch, void* stream);
 int64_t attention_gram_bwd_scratch(const GramBackward& args);
 void attention_gram_bwd(const GramBackward& args, void* scratch, void* stream);
+int64_t head_dots_scratch(const HeadDots& args);
+void head_dots(const HeadDots& args, void* scratch, void* stream);
+
+// The items of a set of vectors must be at equal distances in memory. `saved` has a layout of its own, the Triton kernels'
+// (triton_saved.py): a tensor of so many int32, or null when there will be no backward; it need not be initialised.
+int64_t pairwise_cosine_saved_words(const CosineArgs& args);
+int64_t pairwise_cosine_fwd_scratch(const CosineForward& args);
+void pairwise_cosine_fwd(const CosineForward& args, void* scratch, void* stream);
+int64_t pairwise_cosine_bwd_scratch(const CosineBackward& args);
+void pairwise_cosine_bwd(const CosineBackward& args, void* scratch, void* stream);
 
 }  // namespace vitdiv::cuda

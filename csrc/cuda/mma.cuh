@@ -142,7 +142,8 @@ DEVICE void transpose(FragmentB<T> (&b)[2], const FragmentA<T>& a) {
   }
 }
 
-template <class T>
+// EXACT: a is exact in its high part, so that float32 takes two products.
+template <class T, bool EXACT = false>
 DEVICE void multiply_add(Acc<T> (&acc)[2][4], const FragmentA<T>& a, const FragmentB<T> (&b)[2]) {
   UNROLLED_FOR (int j = 0; j < 2; ++j) {
     if constexpr (sizeof(T) == 2) {
@@ -151,7 +152,7 @@ DEVICE void multiply_add(Acc<T> (&acc)[2][4], const FragmentA<T>& a, const Fragm
       // Tensor cores cut sums off where float32 rounds them, so a long sum would drift: each step starts from zero, the
       // small parts first.
       float step[4] = {};
-      mma_1688_tf32(step, a.lo, b[j].hi);
+      if constexpr (!EXACT) mma_1688_tf32(step, a.lo, b[j].hi);
       mma_1688_tf32(step, a.hi, b[j].lo);
       mma_1688_tf32(step, a.hi, b[j].hi);
       UNROLLED_FOR (int e = 0; e < 4; ++e) acc[j][e] += step[e];

@@ -7,6 +7,8 @@ namespace vitdiv::cuda {
 
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE double larger(double a, double b) { return fmax(a, b); }
+DEVICE float square_root(float x) { return sqrtf(x); }
+DEVICE double square_root(double x) { return sqrt(x); }
 
 // Over the four lanes of a quad, which share a row of a tile: every lane gets the result.
 template <class T>
@@ -25,6 +27,25 @@ template <class T>
 DEVICE T warp_max(T x) {
   UNROLLED_FOR (int mask = 16; mask > 0; mask /= 2) x = larger(x, warp_shuffle_xor(x, mask));
   return x;
+}
+
+template <class T>
+DEVICE T warp_sum(T x) {
+  UNROLLED_FOR (int mask = 16; mask > 0; mask /= 2) x += warp_shuffle_xor(x, mask);
+  return x;
+}
+
+// Over all threads of the block, in float64; the result is thread 0's. `memory` holds a number for each warp.
+template <class T>
+DEVICE double block_sum(T x, Shared<double> memory) {
+  const double sum = warp_sum(static_cast<double>(x));
+  sync_block();  // the memory may still be in use
+  if ((thread_x() & 31) == 0) memory.st(thread_x() >> 5, sum);
+  sync_block();
+  double total = 0;
+  if (thread_x() == 0)
+    for (int w = 0; w < threads() >> 5; ++w) total += memory.ld(w);
+  return total;
 }
 
 // sums[i, x] = sum over parts p of partial[i, p, x], each i with `parts` parts of `size` numbers; in float64 and always in

@@ -54,4 +54,23 @@ int64_t attention_gram_bwd_scratch(const vitdiv::GramBackward* args) {
 const char* attention_gram_bwd(const vitdiv::GramBackward* args, void* scratch) {
   return guarded([&] { vitdiv::cuda::attention_gram_bwd(*args, scratch, nullptr); });
 }
+
+int64_t pairwise_cosine_saved_words(const vitdiv::CosineForward* args) {
+  return vitdiv::cuda::pairwise_cosine_saved_words(*args);
+}
+int64_t pairwise_cosine_fwd_size() { return sizeof(vitdiv::CosineForward); }
+int64_t pairwise_cosine_fwd_scratch(const vitdiv::CosineForward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::pairwise_cosine_fwd_scratch(*args); });
+}
+const char* pairwise_cosine_fwd(const vitdiv::CosineForward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::pairwise_cosine_fwd(*args, scratch, nullptr); });
+}
+
+int64_t pairwise_cosine_bwd_size() { return sizeof(vitdiv::CosineBackward); }
+int64_t pairwise_cosine_bwd_scratch(const vitdiv::CosineBackward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::pairwise_cosine_bwd_scratch(*args); });
+}
+const char* pairwise_cosine_bwd(const vitdiv::CosineBackward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::pairwise_cosine_bwd(*args, scratch, nullptr); });
+}
 }

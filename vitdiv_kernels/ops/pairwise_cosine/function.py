@@ -16,7 +16,9 @@ def _items(x):
 
 
 def _saved(x, y, penalty, for_backward):
-    """What the compiled backward needs beside x and y: sums of unit rows, or two bits a pair, or nothing."""
+    """What the compiled backward needs beside x and y; on CPUs sums of unit rows, or signs, or nothing."""
+    if x.device.type == "cuda":
+        return new_saved(x, y, penalty) if for_backward else nothing(x)
     items, rows, columns = _items(x), x.shape[-2], (x if y is None else y).shape[-2]
     if penalty == "signed":
         return x.new_empty((1 if y is None else 2, items, x.shape[-1]), dtype=accumulation_dtype(x))

@@ -1,6 +1,6 @@
-"""What the Triton forward of pairwise_cosine keeps for its backward: one flat tensor, cut into sections.
+"""What the forward of pairwise_cosine keeps for its backward on GPUs: one flat tensor, cut into sections.
 
-It is torch only, for the fake kernel has to know its size.
+The Triton and the CUDA kernels have the same. It is torch only, for the fake kernel has to know its size.
 """
 
 import math
@@ -38,7 +38,7 @@ def _shapes(x, y, penalty):
     shapes = [(f"r{name}", (items, n), None) for name, n in sets]
     if penalty == "signed":
         shapes += [(f"u{name}", (items, x.shape[-1]), None) for name, _ in sets]
-    elif not is_closed(x, y, penalty):
+    else:  # the closed form of square leaves them as they are
         shapes += [(f"p{name}", (items, n), None) for name, n in sets]
     if penalty in ("abs", "relu"):
         planes = 2 if penalty == "abs" else 1
