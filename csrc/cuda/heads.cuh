@@ -1,6 +1,6 @@
 // Where heads meet: mixes and sums of products over the heads of a chunk of maps in shared memory, and the layer norm over
 // heads. A warp takes 16 columns of one query row of all heads at a time; what it makes of them lies in its lanes as
-// HeadTile: head 16 group + tile_row(e), column 8 j + tile_col(e).
+// HeadTile: head 16 group + tile_row(e), column 8 j + tile_col(e). GROUPS: 1 for up to 16 heads, 2 for up to 32.
 #pragma once
 
 #include <cmath>
@@ -10,11 +10,10 @@
 
 namespace vitdiv::cuda {
 
-inline constexpr int kHeadGroups = 2;  // of 16 heads, at most
-inline constexpr int kMaxMixedHeads = 16 * kHeadGroups;
+inline constexpr int kMaxMixedHeads = 32;
 
-template <class A>
-using HeadTile = A[kHeadGroups][2][4];
+template <class A, int GROUPS>
+using HeadTile = A[GROUPS][2][4];
 
 // Places of a chunk [heads, rows, columns] in shared memory, in elements.
 template <class M>
@@ -39,7 +38,6 @@ struct Chunk {
 template <class M>
 struct HeadMatrix {
   static constexpr int kParts = sizeof(M) == 2 ? 2 : 1;
-  static constexpr int kSteps = kMaxMixedHeads / kDepth<M>;  // of a product over heads
   HOST_DEVICE static constexpr int part_size(int heads) { return padded_width(heads) * row_stride<M>(heads); }
   HOST_DEVICE static constexpr int size(int heads) { return kParts * part_size(heads); }
 
@@ -78,14 +76,15 @@ struct HeadMatrix {
   }
 };
 
-// The same in registers: in 16 bits 32, otherwise 64 of them.
-template <class M>
+// The same in registers: 8 (32 for two groups) in 16 bits, otherwise 16 (64).
+template <class M, int GROUPS>
 struct HeldMatrix {
-  FragmentA<M> a[kHeadGroups][HeadMatrix<M>::kSteps][HeadMatrix<M>::kParts];
+  static constexpr int kSteps = 16 * GROUPS / kDepth<M>, kParts = HeadMatrix<M>::kParts;
+  FragmentA<M> a[GROUPS][kSteps][kParts];
   DEVICE void load(const HeadMatrix<M>& from) {
-    UNROLLED_FOR (int group = 0; group < kHeadGroups; ++group)
-      UNROLLED_FOR (int step = 0; step < HeadMatrix<M>::kSteps; ++step)
-        UNROLLED_FOR (int part = 0; part < HeadMatrix<M>::kParts; ++part)
+    UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
+      UNROLLED_FOR (int step = 0; step < kSteps; ++step)
+        UNROLLED_FOR (int part = 0; part < kParts; ++part)
           if (16 * group < from.heads && step * kDepth<M> < from.heads)
             a[group][step][part] = from.fragment(group, step, part);
   }
@@ -94,16 +93,16 @@ struct HeldMatrix {
 
 // tile += sum over heads h of matrix[g, h] / unit(g) times x_h[i, x + column]. x is the sum of PARTS chunks of the same
 // places. matrix: HeadMatrix or HeldMatrix.
-template <class M, class Matrix, int PARTS>
-DEVICE void mix_heads(HeadTile<Acc<M>>& tile, const Matrix& matrix, const Shared<M> (&chunk)[PARTS],
+template <class M, int GROUPS, class Matrix, int PARTS>
+DEVICE void mix_heads(Acc<M> (&tile)[GROUPS][2][4], const Matrix& matrix, const Shared<M> (&chunk)[PARTS],
                       const Chunk<M>& at, int i, int x) {
-  UNROLLED_FOR (int step = 0; step < HeadMatrix<M>::kSteps; ++step) {
+  UNROLLED_FOR (int step = 0; step < 16 * GROUPS / kDepth<M>; ++step) {
     if (step * kDepth<M> >= at.heads) continue;
     UNROLLED_FOR (int part = PARTS - 1; part >= 0; --part) {
       FragmentB<M> b[2];
       load_b<true>(b, chunk[part],
                    [&](int column, int k) { return at.place(step * kDepth<M> + k, i, x + column); });
-      UNROLLED_FOR (int group = 0; group < kHeadGroups; ++group) {
+      UNROLLED_FOR (int group = 0; group < GROUPS; ++group) {
         if (16 * group >= at.heads) continue;
         // the product of two low parts is below what is rounded
         UNROLLED_FOR (int own = HeadMatrix<M>::kParts - 1; own >= 0; --own)
@@ -114,13 +113,13 @@ DEVICE void mix_heads(HeadTile<Acc<M>>& tile, const Matrix& matrix, const Shared
 }
 
 // sums[g, h] of x_g y_h over columns and rows, each warp its own, and at last those of the block.
-template <class M>
+template <class M, int GROUPS>
 struct HeadProducts {
-  Acc<M> sums[kHeadGroups][kHeadGroups][2][4];
+  Acc<M> sums[GROUPS][GROUPS][2][4];
 
   DEVICE void clear() {
-    UNROLLED_FOR (int first = 0; first < kHeadGroups; ++first)
-      UNROLLED_FOR (int second = 0; second < kHeadGroups; ++second)
+    UNROLLED_FOR (int first = 0; first < GROUPS; ++first)
+      UNROLLED_FOR (int second = 0; second < GROUPS; ++second)
         UNROLLED_FOR (int j = 0; j < 2; ++j)
           UNROLLED_FOR (int e = 0; e < 4; ++e) sums[first][second][j][e] = 0;
   }
@@ -128,15 +127,15 @@ struct HeadProducts {
   // The 16 columns from x on of row i.
   DEVICE void add(Shared<M> left, Shared<M> right, const Chunk<M>& at, int i, int x) {
     for (int k0 = x; k0 < x + 16; k0 += kDepth<M>) {
-      FragmentB<M> b[kHeadGroups][2];
-      UNROLLED_FOR (int group = 0; group < kHeadGroups; ++group)
+      FragmentB<M> b[GROUPS][2];
+      UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
         if (16 * group < at.heads)
           load_b(b[group], right, [&](int h, int k) { return at.place(16 * group + h, i, k0 + k); });
-      UNROLLED_FOR (int first = 0; first < kHeadGroups; ++first) {
+      UNROLLED_FOR (int first = 0; first < GROUPS; ++first) {
         if (16 * first >= at.heads) continue;
         FragmentA<M> a;
         load_a(a, left, [&](int h, int k) { return at.place(16 * first + h, i, k0 + k); });
-        UNROLLED_FOR (int second = 0; second < kHeadGroups; ++second)
+        UNROLLED_FOR (int second = 0; second < GROUPS; ++second)
           if (16 * second < at.heads) multiply_add<M>(sums[first][second], a, b[second]);
       }
     }
@@ -144,11 +143,11 @@ struct HeadProducts {
   // The same with itself: pairs of groups (first <= second) only, and no second load.
   DEVICE void add_square(Shared<M> chunk, const Chunk<M>& at, int i, int x) {
     for (int k0 = x; k0 < x + 16; k0 += kDepth<M>) {
-      FragmentA<M> a[kHeadGroups];
-      UNROLLED_FOR (int group = 0; group < kHeadGroups; ++group)
+      FragmentA<M> a[GROUPS];
+      UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
         if (16 * group < at.heads)
           load_a(a[group], chunk, [&](int h, int k) { return at.place(16 * group + h, i, k0 + k); });
-      UNROLLED_FOR (int second = 0; second < kHeadGroups; ++second) {
+      UNROLLED_FOR (int second = 0; second < GROUPS; ++second) {
         if (16 * second >= at.heads) continue;
         FragmentB<M> b[2];
         transpose<M>(b, a[second]);
@@ -164,8 +163,8 @@ struct HeadProducts {
   DEVICE void store(Shared<Acc<M>> space, Global<Acc<M>> out, int64_t at, int heads, Acc<M> unit,
                     bool square) const {
     const int warp = thread_x() >> 5, warps = threads() >> 5;
-    UNROLLED_FOR (int first = 0; first < kHeadGroups; ++first)
-      UNROLLED_FOR (int second = 0; second < kHeadGroups; ++second) {
+    UNROLLED_FOR (int first = 0; first < GROUPS; ++first)
+      UNROLLED_FOR (int second = 0; second < GROUPS; ++second) {
         if (16 * first >= heads || 16 * second >= heads || (square && first > second)) continue;
         sync_block();
         UNROLLED_FOR (int j = 0; j < 2; ++j)
@@ -186,13 +185,12 @@ struct HeadProducts {
 
 // x(g, c) summed over all heads g of a tile, for the columns of this lane: sum[j][e] of column 8 j + tile_col(e). Heads that
 // are not there must be 0.
-template <class A>
-DEVICE void sum_heads(A (&sum)[2][2], const HeadTile<A>& tile) {
+template <class A, int GROUPS>
+DEVICE void sum_heads(A (&sum)[2][2], const A (&tile)[GROUPS][2][4]) {
   UNROLLED_FOR (int j = 0; j < 2; ++j)
     UNROLLED_FOR (int e = 0; e < 2; ++e) {
       A s = 0;
-      UNROLLED_FOR (int group = 0; group < kHeadGroups; ++group)
-        s += tile[group][j][e] + tile[group][j][e + 2];
+      UNROLLED_FOR (int group = 0; group < GROUPS; ++group) s += tile[group][j][e] + tile[group][j][e + 2];
       UNROLLED_FOR (int mask = 4; mask < 32; mask *= 2) s += warp_shuffle_xor(s, mask);
       sum[j][e] = s;
     }
@@ -203,13 +201,13 @@ DEVICE double reciprocal_sqrt(double x) { return 1 / sqrt(x); }
 
 // The layer norm over heads without weight and bias, in place; 0 for heads that are not there. rate: 1 / deviation, by
 // columns as in sum_heads.
-template <class A>
-DEVICE void normalise_heads(HeadTile<A>& tile, A (&rate)[2][2], int heads, A eps) {
+template <class A, int GROUPS>
+DEVICE void normalise_heads(A (&tile)[GROUPS][2][4], A (&rate)[2][2], int heads, A eps) {
   A sum[2][2];
   const A part = A(1) / heads;
   sum_heads(sum, tile);
-  HeadTile<A> square;
-  UNROLLED_FOR (int group = 0; group < kHeadGroups; ++group)
+  HeadTile<A, GROUPS> square;
+  UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
     UNROLLED_FOR (int j = 0; j < 2; ++j)
       UNROLLED_FOR (int e = 0; e < 4; ++e) {
         const bool there = 16 * group + tile_row(e) < heads;
@@ -220,7 +218,7 @@ DEVICE void normalise_heads(HeadTile<A>& tile, A (&rate)[2][2], int heads, A eps
   sum_heads(sum, square);
   UNROLLED_FOR (int j = 0; j < 2; ++j)
     UNROLLED_FOR (int e = 0; e < 2; ++e) rate[j][e] = reciprocal_sqrt(sum[j][e] * part + eps);
-  UNROLLED_FOR (int group = 0; group < kHeadGroups; ++group)
+  UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
     UNROLLED_FOR (int j = 0; j < 2; ++j)
       UNROLLED_FOR (int e = 0; e < 4; ++e) tile[group][j][e] *= rate[j][e & 1];
 }
