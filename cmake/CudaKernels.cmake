@@ -51,7 +51,10 @@ if(NOT cuda_architectures)
 endif()
 message(STATUS "CUDA kernels for ${cuda_architectures}")
 
-add_library(cuda_kernels OBJECT csrc/cuda/attn_diversity.cu csrc/cuda/attn_diversity_bwd.cu)
+add_library(cuda_kernels OBJECT
+  csrc/cuda/attn_diversity.cu
+  csrc/cuda/attn_diversity_bwd.cu
+  csrc/cuda/reattention.cu)
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_ARCHITECTURES "${cuda_architectures}"
   CUDA_VISIBILITY_PRESET hidden)

@@ -16,9 +16,9 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 # The instructions that kernels whose mangled names match must have.
 TENSOR_CORES = {
-    "(gram|gradient)_tileI.*(half_t|bf16_t)": {"HMMA", "LDSM", "LDGSTS"},
-    "(gram|gradient)_tileIf": {"HMMA", "LDGSTS"},
-    "(gram|gradient)_tileId": {"DMMA", "LDGSTS"},
+    "(gram|gradient|reattention)_tileI.*(half_t|bf16_t)": {"HMMA", "LDSM", "LDGSTS"},
+    "(gram|gradient|reattention)_tileIf": {"HMMA", "LDGSTS"},
+    "(gram|gradient|reattention)_tileId": {"DMMA", "LDGSTS"},
 }
 
 

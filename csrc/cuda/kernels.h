@@ -12,5 +12,7 @@ int64_t attention_gram_fwd_scratch(const GramForward& args);  // bytes
 void attention_gram_fwd(const GramForward& args, void* scratch, void* stream);
 int64_t attention_gram_bwd_scratch(const GramBackward& args);
 void attention_gram_bwd(const GramBackward& args, void* scratch, void* stream);
+int64_t reattention_fwd_scratch(const ReattentionForward& args);
+void reattention_fwd(const ReattentionForward& args, void* scratch, void* stream);
 
 }  // namespace vitdiv::cuda

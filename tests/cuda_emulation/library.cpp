@@ -54,4 +54,12 @@ int64_t attention_gram_bwd_scratch(const vitdiv::GramBackward* args) {
 const char* attention_gram_bwd(const vitdiv::GramBackward* args, void* scratch) {
   return guarded([&] { vitdiv::cuda::attention_gram_bwd(*args, scratch, nullptr); });
 }
+
+int64_t reattention_fwd_size() { return sizeof(vitdiv::ReattentionForward); }
+int64_t reattention_fwd_scratch(const vitdiv::ReattentionForward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::reattention_fwd_scratch(*args); });
+}
+const char* reattention_fwd(const vitdiv::ReattentionForward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::reattention_fwd(*args, scratch, nullptr); });
+}
 }

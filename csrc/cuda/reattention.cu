@@ -1,0 +1,168 @@
+// Forward of re-attention; the maths is in vitdiv_kernels/ops/reattention/README.md.
+//
+// A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row statistics, once, in
+// chunks, to make the chunk of all heads' centred maps in shared memory; there it is multiplied with itself (Gram), mixed and
+// normalised in place, and multiplied with the values. So rows may be of any length. A warp makes the maps of its heads, couples
+// the heads of its places, and holds the output of one head. Where warps are fewer than heads, or a head is wider than a warp can
+// hold, a block makes a slice of the output.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "reattention_tile.cuh"
+
+namespace vitdiv::cuda {
+namespace {
+
+template <class T>
+inline constexpr int kMaxWarps = sizeof(T) == 8 ? 8 : 16;  // registers
+
+template <class T, int GROUPS>
+KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) reattention_tile(ForwardKernel<T> a) {
+  ForwardTile<T, GROUPS> tile(a);
+  const bool fetched = a.workers == a.heads, wants_gram = a.partial.p && block_x() % a.slices == 0;
+  const auto columns_from = [&](int key0) {
+    return padded_width(a.m - key0 < a.chunk ? a.m - key0 : a.chunk);
+  };
+  if (a.pre_mix.p) {
+    for (int key0 = 0; key0 < a.m; key0 += a.chunk) {
+      tile.make_logits(key0, columns_from(key0), fetched && key0 > 0);
+      sync_block();
+      tile.add_statistics(key0, columns_from(key0));
+      sync_block();
+    }
+  } else {
+    tile.find_statistics();
+  }
+  for (int key0 = 0; key0 < a.m; key0 += a.chunk) {
+    const int columns = columns_from(key0);
+    if (a.pre_mix.p)
+      tile.make_logits(key0, columns, fetched);
+    else
+      tile.make_maps(key0, columns, fetched);
+    sync_block();
+    tile.couple_heads(key0, columns, wants_gram);
+    if (a.out.p) {
+      sync_block();
+      // several rounds only where one chunk is all
+      for (int h = tile.first_head + tile.warp(); h < tile.end_head && tile.warp() < a.workers;
+           h += a.workers)
+        for (int first = tile.first_column; first < tile.end_column; first += 16 * kOutTiles) {
+          if (key0 == 0) tile.clear_out();
+          tile.add_values(h, first, key0, columns);
+          if (key0 + a.chunk >= a.m) tile.store_out(h, first);
+        }
+    }
+    if (key0 + a.chunk < a.m) sync_block();
+  }
+  if (wants_gram) {
+    constexpr Acc<T> scale = MapNumbers<T>::kScale;
+    const int64_t to = int64_t(block_x() / a.slices) * a.heads * a.heads;
+    tile.gram.store(tile.planes.template as<Acc<T>>(), a.partial, to, a.heads, 1 / (scale * scale), true);
+  }
+}
+
+template <class T>
+int tiles_of(const ReattentionForward& args) {
+  return static_cast<int>((args.N + 16 * kRowTiles<T> - 1) / (16 * kRowTiles<T>));
+}
+
+// How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a processor, or else
+// as fits.
+template <class T>
+int64_t fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
+  const int keys = padded_width(a.m), least = (a.heads + kMaxWarps<T> - 1) / kMaxWarps<T>;
+  for (int64_t share : {limit / 2 - 1024, limit})
+    for (int rounds = least; rounds <= (share == limit ? a.heads : least); ++rounds)
+      for (int chunk : {64, 32, 16}) {
+        if (chunk > 16 && chunk > keys) continue;
+        a.chunk = chunk;
+        a.workers = (a.heads + rounds - 1) / rounds;
+        warps = std::max(a.workers, 4);
+        const bool sliced = a.out.p && chunk < keys;
+        a.slice_heads = sliced ? a.workers : a.heads;
+        a.width_slices = sliced ? (a.out_width + 16 * kOutTiles - 1) / (16 * kOutTiles) : 1;
+        a.slices = (a.heads + a.slice_heads - 1) / a.slice_heads * a.width_slices;
+        const int64_t bytes = Layout<T>(a, warps).bytes(a.workers);
+        if (bytes <= share) return bytes;
+      }
+  throw std::invalid_argument("reattention: " + std::to_string(a.heads) + " heads of width " +
+                              std::to_string(std::max(a.width, a.out_width)) +
+                              " do not fit the shared memory of this GPU, " + std::to_string(limit) +
+                              " bytes");
+}
+
+template <class T>
+void forward(const ReattentionForward& args, void* scratch, void* stream) {
+  const char* operation = "reattention_fwd";
+  if (args.H > kMaxMixedHeads)
+    throw std::invalid_argument("reattention: the CUDA kernels take at most " +
+                                std::to_string(kMaxMixedHeads) + " heads, got " + std::to_string(args.H));
+  const auto acc = [](const void* p) { return Global<const Acc<T>>{static_cast<const Acc<T>*>(p)}; };
+  const int heads = static_cast<int>(args.H), tiles = tiles_of<T>(args);
+  auto* partial = static_cast<Acc<T>*>(args.gram && tiles > 1 ? scratch : args.gram);
+  ForwardKernel<T> a{};
+  a.q = heads_view<T>(args.q, args.d);
+  a.k = heads_view<T>(args.k, args.d);
+  a.v = heads_view<T>(args.v, args.dv);
+  a.heads = heads;
+  a.n = static_cast<int>(args.N);
+  a.m = static_cast<int>(args.M);
+  a.width = static_cast<int>(args.d);
+  a.out_width = static_cast<int>(args.dv);
+  a.tiles = tiles;
+  a.scale = static_cast<Acc<T>>(args.scale * kLog2e);
+  a.eps = static_cast<Acc<T>>(args.eps);
+  a.centred = args.centred;
+  a.pre_mix = acc(args.pre_mix);
+  a.pre_bias = acc(args.pre_bias);
+  a.mix = acc(args.mix);
+  a.bias = acc(args.bias);
+  a.norm_weight = acc(args.norm_weight);
+  a.norm_bias = acc(args.norm_bias);
+  a.stride = row_stride<T>(std::max(a.width, std::min(a.out_width, 16 * kOutTiles)));
+  a.out = {static_cast<T*>(args.out.data)};
+  a.out_image = args.out.stride_b;
+  a.out_head = args.out.stride_h;
+  a.out_row = args.out.stride_n;
+  a.partial = {partial};
+  int warps = 0;
+  const int64_t bytes = fit(a, warps, shared_memory_limit(operation));
+  const int64_t blocks = args.B * tiles * a.slices;
+  if (heads <= 16)
+    launch(operation, reattention_tile<T, 1>, blocks, 32 * warps, bytes, stream, a);
+  else
+    launch(operation, reattention_tile<T, 2>, blocks, 32 * warps, bytes, stream, a);
+  if (args.gram && tiles > 1)
+    launch_sum_parts(operation, partial, static_cast<Acc<T>*>(args.gram), args.B, tiles, heads * heads,
+                     stream);
+}
+
+// call(T()) with the type of the queries
+template <class Call>
+auto with_type(const ReattentionArgs& args, Call call) {
+  switch (args.q.dtype) {
+    case ScalarType::kHalf: return call(half_t());
+    case ScalarType::kBFloat16: return call(bf16_t());
+    case ScalarType::kFloat: return call(float());
+    default: return call(double());
+  }
+}
+
+}  // namespace
+
+int64_t reattention_fwd_scratch(const ReattentionForward& args) {
+  return with_type(args, [&](auto number) {
+    using T = decltype(number);
+    const int64_t tiles = tiles_of<T>(args);
+    return args.gram && tiles > 1 ? int64_t(args.B * tiles * args.H * args.H * sizeof(Acc<T>)) : int64_t(0);
+  });
+}
+
+void reattention_fwd(const ReattentionForward& args, void* scratch, void* stream) {
+  if (args.B > 0 && args.H > 0 && args.N > 0 && (args.out.data || args.gram))
+    with_type(args, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+}
+
+}  // namespace vitdiv::cuda

@@ -1,0 +1,427 @@
+// What the forward of re-attention does for one tile of query rows of all heads; reattention.cu tells how the parts go
+// together.
+#pragma once
+
+#include <type_traits>
+
+#include "attention.cuh"
+#include "heads.cuh"
+
+namespace vitdiv::cuda {
+
+// Logits that meet other heads' are held as the sum of two bfloat16, which has 16 bits and the range of float32.
+template <class T>
+using Logit = std::conditional_t<sizeof(T) == 2, bf16_t, T>;
+template <class T>
+inline constexpr int kLogitParts = HeadMatrix<Logit<T>>::kParts;
+
+template <class T>
+inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
+inline constexpr int kOutTiles = 4;  // of 16 columns, that a warp holds of the output
+
+template <class T>
+struct ForwardKernel {
+  Heads<T> q, k, v;
+  int heads, n, m, width, out_width, tiles;  // tiles: row tiles of an image
+  Acc<T> scale, eps;                         // scale: times log2(e)
+  bool centred;
+  Global<const Acc<T>> pre_mix, pre_bias, mix, bias, norm_weight, norm_bias;
+  int chunk, workers, stride;  // keys of a chunk; warps that make maps; of their rows in shared memory
+  int slice_heads, width_slices, slices;  // slices: of a tile's output, a block each
+  Global<T> out;
+  int64_t out_image, out_head, out_row;
+  Global<Acc<T>> partial;  // [images, tiles, H, H]
+};
+
+// Numbers for each head: what the mix of maps is multiplied by and what is added, then in the layer norm, then what the
+// output is multiplied by; the same of the mix of logits.
+enum Vector { kFactor, kConstant, kWeight, kAdded, kOutFactor, kPreFactor, kPreConstant, kVectors };
+
+// Sizes in shared memory, in elements.
+template <class T>
+struct Layout {
+  using M = Map<T>;
+  Chunk<M> chunk;
+  int planes, matrix, pre_matrix, vector, rows, slot;
+  HOST_DEVICE Layout(const ForwardKernel<T>& a, int warps)
+      : chunk(a.heads, 16 * kRowTiles<T>, a.chunk),
+        planes((a.pre_mix.p ? kLogitParts<T> : 1) * chunk.size),
+        matrix(HeadMatrix<M>::size(a.heads)),
+        pre_matrix(a.pre_mix.p ? HeadMatrix<Logit<T>>::size(a.heads) : 0),
+        vector(padded_width(a.heads)),
+        rows(a.heads * 16 * kRowTiles<T>),
+        slot(Scores<T, kRowTiles<T>>::size(a.stride)) {
+    const int sums =
+        HeadProducts<M, 1>::space(warps) * int(sizeof(Acc<T>) / sizeof(M));  // later in the same place
+    if (planes < sums) planes = sums;
+  }
+  int64_t bytes(int workers) const {
+    const auto piece = [](int64_t count, int size) { return (count * size + 15) / 16 * 16; };
+    constexpr int number = sizeof(T), acc = sizeof(Acc<T>);
+    return piece(planes, number) + piece(matrix, number) + piece(pre_matrix, number) +
+           piece((2 + kVectors) * vector, acc) + 2 * piece(rows, acc) + piece(workers * slot, number);
+  }
+};
+
+template <class T, int GROUPS>
+struct ForwardTile {
+  static constexpr int kRowTileCount = kRowTiles<T>, kRows = 16 * kRowTileCount, kParts = kLogitParts<T>;
+  using A = Acc<T>;
+  using M = Map<T>;
+  using L = Logit<T>;
+  using Columns = HeadTile<A, GROUPS>;
+  // in registers where they are few
+  using Mix = std::conditional_t<GROUPS == 1, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
+
+  const ForwardKernel<T>& a;
+  const Chunk<M> at;
+  const Chunk<L> logits_at;  // the same places
+  int image, row0, present, first_head, end_head, first_column, end_column;
+  Shared<M> planes, maps;
+  Shared<T> mixed;  // takes the maps' place
+  Shared<L> logits[kParts];
+  HeadMatrix<M> mix;
+  HeadMatrix<L> pre_mix;
+  Shared<A> vectors, tops, inverses;
+  int vector;
+  Scores<T, kRowTileCount> scores;
+  HeadProducts<M, GROUPS> gram;
+  A out[kRowTileCount][kOutTiles][2][4];
+
+  DEVICE static int warp() { return thread_x() >> 5; }
+  DEVICE static int warps() { return threads() >> 5; }
+
+  template <class Use>
+  DEVICE static void for_each_head_place(Use use) {
+    UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
+      UNROLLED_FOR (int half = 0; half < 2; ++half) use(group, half, 16 * group + tile_row(2 * half));
+  }
+  template <int COUNT>
+  DEVICE void hide_keys(A (&s)[COUNT][2][4], int first) const {
+    UNROLLED_FOR (int r = 0; r < COUNT; ++r)
+      UNROLLED_FOR (int j = 0; j < 2; ++j)
+        UNROLLED_FOR (int e = 0; e < 4; ++e)
+          if (first + 8 * j + tile_col(e) >= a.m) s[r][j][e] = -INFINITY;
+  }
+
+  DEVICE ForwardTile(const ForwardKernel<T>& a)
+      : a(a), at(a.heads, kRows, a.chunk), logits_at(a.heads, kRows, a.chunk) {
+    const int slice = block_x() % a.slices, tile = block_x() / a.slices;
+    image = tile / a.tiles;
+    row0 = tile % a.tiles * kRows;
+    present = a.n - row0 < kRows ? a.n - row0 : kRows;
+    first_head = slice / a.width_slices * a.slice_heads;
+    end_head = first_head + a.slice_heads < a.heads ? first_head + a.slice_heads : a.heads;
+    first_column = slice % a.width_slices * 16 * kOutTiles;
+    end_column = a.width_slices > 1 && first_column + 16 * kOutTiles < a.out_width
+                     ? first_column + 16 * kOutTiles
+                     : a.out_width;
+    const Layout<T> layout(a, warps());
+    vector = layout.vector;
+    Carver carve;
+    planes = carve.take<M>(layout.planes);
+    maps = planes.part(0, at.size);
+    mixed = maps.template as<T>();
+    mix = {carve.take<M>(layout.matrix), {}, a.heads};
+    pre_mix = {carve.take<L>(layout.pre_matrix), {}, a.heads};
+    const Shared<A> numbers = carve.take<A>((2 + kVectors) * vector);
+    mix.units = numbers.part(kVectors * vector, vector);
+    pre_mix.units = numbers.part((kVectors + 1) * vector, vector);
+    vectors = numbers.part(0, kVectors * vector);
+    tops = carve.take<A>(layout.rows);
+    inverses = carve.take<A>(layout.rows);
+    const Shared<T> slots = carve.take<T>(a.workers * layout.slot);
+    scores = {slots.part((warp() < a.workers ? warp() : 0) * layout.slot, layout.slot), a.stride, a.width,
+              padded_width(a.width)};
+
+    at.clear_zeros(maps);
+    if (a.out.p) mix.fill([&](int g, int h) { return a.mix.ld(g * a.heads + h); });
+    if (a.pre_mix.p) {
+      UNROLLED_FOR (int part = 0; part < kParts; ++part) {
+        logits[part] = planes.part(part * at.size, at.size).template as<L>();
+        logits_at.clear_zeros(logits[part]);
+      }
+      pre_mix.fill([&](int g, int h) { return a.pre_mix.ld(g * a.heads + h); });
+    }
+    sync_block();
+    if (thread_x() < vector) fill_vectors(thread_x());
+    gram.clear();
+  }
+
+  // Maps that are mixed in float16 are multiplied by a power of two that leaves them just within its range: those of a
+  // collapsed model may be very small.
+  DEVICE void fill_vectors(int g) const {
+    const bool there = g < a.heads, layer = a.norm_weight.p != nullptr;
+    const auto of = [&](Global<const A> x) { return there && x.p ? x.ld(g) : A(0); };
+    if (a.pre_mix.p) {
+      vectors.st(kPreFactor * vector + g, pre_mix.units.ld(g));
+      vectors.st(kPreConstant * vector + g, of(a.pre_bias) * A(kLog2e));
+    }
+    if (!a.out.p) return;
+    A total = 0, size = 0;
+    for (int h = 0; there && h < a.heads; ++h) {
+      const A w = a.mix.ld(g * a.heads + h);
+      total += w;
+      size += w < 0 ? -w : w;
+    }
+    const A constant = (a.centred ? A(0) : total / a.m) + of(a.bias);
+    const A weight = of(a.norm_weight), added = of(a.norm_bias);
+    A unit = 1;
+    if constexpr (sizeof(T) == 2) {
+      const float bound =
+          layer ? sqrtf(float(a.heads)) * fabsf(weight) + fabsf(added) : size + fabsf(constant);
+      if (bound > 1e-30f && bound < 1e30f) unit = ldexpf(1, 14 - ilogbf(bound));
+    }
+    const A mixed_unit = layer ? A(1) : unit;
+    vectors.st(kFactor * vector + g, mix.units.ld(g) / MapNumbers<T>::kScale * mixed_unit);
+    vectors.st(kConstant * vector + g, constant * mixed_unit);
+    vectors.st(kWeight * vector + g, weight * unit);
+    vectors.st(kAdded * vector + g, added * unit);
+    vectors.st(kOutFactor * vector + g, 1 / unit);
+  }
+
+  // use(h, t, logits) for tiles of keys from first to end of all heads of this warp, then done(h)
+  template <class Begin, class Use, class Done>
+  DEVICE void for_each_head(int first, int end, bool fetched, Begin begin, Use use, Done done) const {
+    if (warp() >= a.workers) return;
+    for (int h = warp(); h < a.heads; h += a.workers) {
+      if (!fetched) scores.fetch_queries(a.q, image * a.q.image + h * a.q.head, row0, a.n);
+      begin(h);
+      scores.for_each_tile(a.k, image * a.k.image + h * a.k.head, first, end, a.m, [&](int t, auto& s) {
+        UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            UNROLLED_FOR (int e = 0; e < 4; ++e) s[r][j][e] *= a.scale;
+        use(h, t, s);
+      });
+      done(h);
+    }
+  }
+
+  // All heads' logits of a chunk, for the mix before the softmax.
+  DEVICE void make_logits(int key0, int columns, bool fetched) const {
+    for_each_head(
+        key0 / 16, (key0 + columns) / 16, fetched, [](int) {},
+        [&](int h, int t, const auto& s) {
+          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+            UNROLLED_FOR (int j = 0; j < 2; ++j)
+              UNROLLED_FOR (int i = 0; i < 2; ++i) {
+                const int place = at.place(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0));
+                const A x = s[r][j][2 * i], y = s[r][j][2 * i + 1];
+                store2(logits[0], place, x, y);
+                if constexpr (kParts == 2)
+                  store2(logits[1], place, x - to_float(from_float<L>(x)), y - to_float(from_float<L>(y)));
+              }
+        },
+        [](int) {});
+  }
+  // The mixed logits of 16 keys of query row i.
+  DEVICE void mix_logits(Columns& z, int key0, int i, int x) const {
+    UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
+      UNROLLED_FOR (int j = 0; j < 2; ++j)
+        UNROLLED_FOR (int e = 0; e < 4; ++e) z[group][j][e] = 0;
+    mix_heads<L>(z, pre_mix, logits, logits_at, i, x);
+    for_each_head_place([&](int group, int half, int h) {
+      if (16 * group >= a.heads) return;
+      const A factor = vectors.ld(kPreFactor * vector + h), constant = vectors.ld(kPreConstant * vector + h);
+      UNROLLED_FOR (int j = 0; j < 2; ++j)
+        UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
+          z[group][j][e] = z[group][j][e] * factor + constant;
+    });
+    hide_keys(z, key0 + x);
+  }
+
+  // The largest logit of each row and the inverse of its sum of exponentials.
+  DEVICE void find_statistics() const {
+    RowStatistics<T, kRowTileCount> statistics;
+    for_each_head(
+        0, (a.m + 15) / 16, false, [&](int) { statistics = RowStatistics<T, kRowTileCount>(); },
+        [&](int, int t, auto& s) {
+          hide_keys(s, 16 * t);
+          statistics.add(s);
+        },
+        [&](int h) {
+          statistics.finish();
+          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+            UNROLLED_FOR (int i = 0; i < 2; ++i) {
+              if ((lane_id() & 3) != 0) continue;
+              const int row = h * kRows + 16 * r + tile_row(2 * i);
+              tops.st(row, statistics.top[r][i]);
+              inverses.st(row, MapNumbers<T>::kScale / statistics.sum[r][i]);
+            }
+        });
+  }
+  // The same of mixed logits, chunk by chunk; `inverses` holds the sum so far.
+  DEVICE void add_statistics(int key0, int columns) const {
+    const bool leader = (lane_id() & 3) == 0;
+    for (int i = warp(); i < present; i += warps()) {
+      RowStatistics<T, GROUPS> statistics;
+      if (key0 > 0)
+        for_each_head_place([&](int group, int half, int h) {
+          if (h >= a.heads) return;
+          statistics.top[group][half] = tops.ld(h * kRows + i);
+          if (leader) statistics.sum[group][half] = inverses.ld(h * kRows + i);
+        });
+      for (int x = 0; x < columns; x += 16) {
+        Columns z;
+        mix_logits(z, key0, i, x);
+        statistics.add(z);
+      }
+      statistics.finish();
+      sync_warp();  // the old numbers are read
+      for_each_head_place([&](int group, int half, int h) {
+        if (h >= a.heads || !leader) return;
+        const A sum = statistics.sum[group][half];
+        tops.st(h * kRows + i, statistics.top[group][half]);
+        inverses.st(h * kRows + i, key0 + columns < a.m ? sum : MapNumbers<T>::kScale / sum);
+      });
+    }
+  }
+
+  // The centred maps of a chunk.
+  DEVICE void make_maps(int key0, int columns, bool fetched) const {
+    A top[kRowTileCount][2], inverse[kRowTileCount][2];
+    for_each_head(
+        key0 / 16, (key0 + columns) / 16, fetched,
+        [&](int h) {
+          sync_warp();
+          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+            UNROLLED_FOR (int i = 0; i < 2; ++i) {
+              const int row = h * kRows + 16 * r + tile_row(2 * i);
+              top[r][i] = tops.ld(row), inverse[r][i] = inverses.ld(row);
+            }
+        },
+        [&](int h, int t, const auto& s) {
+          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+            UNROLLED_FOR (int j = 0; j < 2; ++j)
+              UNROLLED_FOR (int i = 0; i < 2; ++i) {
+                const int column = 16 * t + 8 * j + tile_col(0), row = 16 * r + tile_row(2 * i);
+                A x[2];
+                UNROLLED_FOR (int e = 0; e < 2; ++e)
+                  x[e] = centred_map(s[r][j][2 * i + e], top[r][i], inverse[r][i], column + e);
+                store2(maps, at.place(h, row, column - key0), x[0], x[1]);
+              }
+        },
+        [](int) {});
+  }
+  DEVICE A centred_map(A logit, A top, A inverse, int column) const {
+    return column < a.m ? fast_exp2(logit - top) * inverse - A(MapNumbers<T>::kScale) / a.m : A(0);
+  }
+  // The centred maps of 16 keys of query row i, from logits in the same place.
+  DEVICE void make_mixed_maps(int key0, int i, int x) const {
+    Columns z;
+    mix_logits(z, key0, i, x);
+    sync_warp();  // all heads of this place are read
+    for_each_head_place([&](int group, int half, int h) {
+      if (h >= a.heads) return;
+      const A top = tops.ld(h * kRows + i), inverse = inverses.ld(h * kRows + i);
+      UNROLLED_FOR (int j = 0; j < 2; ++j) {
+        const int column = x + 8 * j + tile_col(0);
+        A p[2];
+        UNROLLED_FOR (int e = 0; e < 2; ++e)
+          p[e] = centred_map(z[group][j][2 * half + e], top, inverse, key0 + column + e);
+        store2(maps, at.place(h, i, column), p[0], p[1]);
+      }
+    });
+    sync_warp();
+  }
+
+  // What couples the heads of a chunk: the Gram matrix, the mix and the layer norm.
+  DEVICE void couple_heads(int key0, int columns, bool wants_gram) {
+    Mix matrix;
+    if (a.out.p) {
+      if constexpr (GROUPS == 1)
+        matrix.load(mix);
+      else
+        matrix = mix;
+    }
+    const int column_tiles = columns / 16;
+    for (int u = warp(); u < present * column_tiles; u += warps()) {
+      const int i = u / column_tiles, x = 16 * (u % column_tiles);
+      if (a.pre_mix.p) make_mixed_maps(key0, i, x);
+      if (wants_gram) gram.add_square(maps, at, i, x);
+      if (!a.out.p) continue;
+      Columns y = {};
+      const Shared<M> chunk[1] = {maps};
+      mix_heads<M>(y, matrix, chunk, at, i, x);
+      sync_warp();  // all heads of this place are read
+      affine(y, kFactor, kConstant);
+      if (a.norm_weight.p) {
+        A rate[2][2];
+        normalise_heads(y, rate, a.heads, a.eps);
+        affine(y, kWeight, kAdded);
+      }
+      for_each_head_place([&](int group, int half, int h) {
+        if (h >= a.heads) return;
+        UNROLLED_FOR (int j = 0; j < 2; ++j) {
+          const int column = x + 8 * j + tile_col(0);
+          A p[2];  // of keys that are not there the layer norm may be Inf
+          UNROLLED_FOR (int e = 0; e < 2; ++e)
+            p[e] = key0 + column + e < a.m ? y[group][j][2 * half + e] : A(0);
+          store2(mixed, at.place(h, i, column), p[0], p[1]);
+        }
+      });
+    }
+  }
+  DEVICE void affine(Columns& y, Vector factors, Vector constants) const {
+    for_each_head_place([&](int group, int half, int h) {
+      if (16 * group >= a.heads) return;
+      const A factor = vectors.ld(factors * vector + h), constant = vectors.ld(constants * vector + h);
+      UNROLLED_FOR (int j = 0; j < 2; ++j)
+        UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
+          y[group][j][e] = y[group][j][e] * factor + constant;
+    });
+  }
+
+  // out += mixed maps of head h times the values of a chunk, columns first to first + 16 kOutTiles.
+  DEVICE void add_values(int h, int first, int key0, int columns) {
+    const int width = end_column - first < 16 * kOutTiles ? end_column - first : 16 * kOutTiles;
+    const int padded = padded_width(width), first_tile = key0 / 16, end_tile = (key0 + columns) / 16;
+    constexpr int stages = Scores<T, kRowTileCount>::kStages;
+    const int64_t from = image * a.v.image + h * a.v.head + first;
+    const auto fetch = [&](int t) {
+      if (t < end_tile) fetch16(scores.ring_tile(t), a.stride, a.v, from, 16 * t, a.m, width, padded);
+      copy_commit();
+    };
+    sync_warp();  // the ring may still be in use
+    for (int t = first_tile; t < first_tile + stages - 1; ++t) fetch(t);
+    for (int t = first_tile; t < end_tile; ++t) {
+      copy_wait<stages - 2>();
+      sync_warp();
+      fetch(t + stages - 1);
+      const int values = scores.ring(t);
+      for (int k0 = 0; k0 < 16; k0 += kDepth<T>) {
+        FragmentA<T> p[kRowTileCount];
+        UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+          load_a(p[r], mixed,
+                 [&](int row, int k) { return at.place(h, 16 * r + row, 16 * t - key0 + k0 + k); });
+        UNROLLED_FOR (int x = 0; x < kOutTiles; ++x) {
+          if (16 * x >= width) continue;
+          FragmentB<T> b[2];
+          load_b<true>(b, scores.memory,
+                       [&](int column, int k) { return values + (k0 + k) * a.stride + 16 * x + column; });
+          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r) multiply_add<T>(out[r][x], p[r], b);
+        }
+      }
+    }
+  }
+  DEVICE void clear_out() {
+    UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+      UNROLLED_FOR (int x = 0; x < kOutTiles; ++x)
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int e = 0; e < 4; ++e) out[r][x][j][e] = 0;
+  }
+  DEVICE void store_out(int h, int first) const {
+    const A factor = vectors.ld(kOutFactor * vector + h);
+    const int64_t to = image * a.out_image + h * a.out_head;
+    UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+      UNROLLED_FOR (int x = 0; x < kOutTiles; ++x)
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int e = 0; e < 4; ++e) {
+            const int row = 16 * r + tile_row(e), column = first + 16 * x + 8 * j + tile_col(e);
+            if (row < present && column < end_column)
+              a.out.st(to + (row0 + row) * a.out_row + column, from_acc<T>(out[r][x][j][e] * factor));
+          }
+  }
+};
+
+}  // namespace vitdiv::cuda
