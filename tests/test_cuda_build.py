@@ -16,9 +16,9 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 # The instructions that kernels whose mangled names match must have.
 TENSOR_CORES = {
-    "(gram|gradient|reattention)_tileI.*(half_t|bf16_t)": {"HMMA", "LDSM", "LDGSTS"},
-    "(gram|gradient|reattention)_tileIf": {"HMMA", "LDGSTS"},
-    "(gram|gradient|reattention)_tileId": {"DMMA", "LDGSTS"},
+    "(gram_tile|gradient_tile|reattention_tile|softmax_rows)I.*(half_t|bf16_t)": {"HMMA", "LDSM", "LDGSTS"},
+    "(gram_tile|gradient_tile|reattention_tile|softmax_rows)If": {"HMMA", "LDGSTS"},
+    "(gram_tile|gradient_tile|reattention_tile|softmax_rows)Id": {"DMMA", "LDGSTS"},
 }
 
 

@@ -1,6 +1,6 @@
 """The CUDA kernels of reattention, emulated, against the plain formula in float64."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import emulated_cuda
 import pytest
@@ -132,3 +132,99 @@ GRID = [
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_forward(emulator, case, dtype):
     check(emulator, case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "pre"),
+    [(12, torch.float16, ""), (6, torch.bfloat16, "mix"), (3, torch.float32, "mix"), (2, torch.float64, "")],
+)
+def test_forward_at_the_length_of_an_image_of_224_pixels(emulator, H, dtype, pre):
+    check(emulator, Case((1, H, 197, 197, 64), pre=pre, layer=pre == "mix", centred=pre == ""), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_more_keys_than_queries(emulator, dtype):
+    check(emulator, Case((1, 3, 1, 1025, 24), centred=True), dtype)
+
+
+@pytest.mark.parametrize("width", [40, 70, 128])
+def test_values_of_another_width(emulator, width):
+    check(emulator, Case((1, 3, 20, 70, 16), width=width), torch.bfloat16)
+    check(emulator, Case((1, 3, 20, 70, 48), width=width), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", [80, 89])
+def test_gpus_with_less_shared_memory(emulator, architecture, dtype):
+    emulator.configure(architecture=architecture)
+    H = {80: 32, 89: 16}[architecture] // (4 if dtype == torch.float64 else 1)
+    check(emulator, Case((1, H, 17, 40, 128), pre="mix", layer=True), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("pre", ["", "mix and bias"])
+def test_any_schedule_gives_the_same_bits(emulator, pre, dtype):
+    inputs = inputs_of(Case((2, 6, 40, 70, 33), pre=pre, layer=True), dtype)
+    expected = run(emulator, inputs)
+    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(3))]:
+        emulator.configure(order, seed)
+        assert all(torch.equal(got, x) for got, x in zip(run(emulator, inputs), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pre", ["", "mix and bias"])
+def test_extreme_logits(emulator, pre, dtype):
+    """Logits of 1e4: one-hot maps, no overflow."""
+    large = 1e3 if dtype == torch.float16 else 3e3  # those of the plain formula in float16 are below 65504
+    check(
+        emulator, Case((1, 3, 17, 33, 16), pre=pre), dtype, lambda x: x | {"q": large * x["q"], "scale": 1.0}
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nearly_uniform_maps(emulator, dtype):
+    """Batch norm multiplies what is left of centred maps."""
+    inputs = inputs_of(Case((1, 3, 33, 65, 16), centred=True, scale=1e-3, bias=False), dtype)
+    inputs["mix"] *= 4096
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-3}.get(dtype, 1e-2)
+    for got, truth in zip(run(emulator, inputs), plain(torch.float64, **inputs), strict=True):
+        assert (got.double() - truth).abs().max() < tolerance * truth.abs().max()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v", "mix", "bias"])
+def test_nan_and_inf_propagate(emulator, where, poison):
+    """What the plain formula spoils is spoilt, element by element."""
+    inputs = inputs_of(Case((3, 3, 9, 11, 16)), torch.float32)
+    inputs[where][{"mix": (1, 0), "bias": (1,)}.get(where, (1, 1, 3, 5))] = poison
+    got, gram = run(emulator, inputs)
+    truth, gram_truth = plain(torch.float32, **inputs)
+    assert torch.equal(got.isfinite(), truth.isfinite())
+    assert torch.equal(got.isnan(), truth.isnan())
+    assert torch.equal(gram.isfinite(), gram_truth.isfinite())
+
+
+def test_what_does_not_fit_is_refused(emulator):
+    emulator.configure(architecture=89)
+    message = "32 heads of width 128 do not fit the shared memory of this GPU, 101376"
+    with pytest.raises(RuntimeError, match=message):
+        run(emulator, inputs_of(Case((1, 32, 3, 3, 128)), torch.float64))
+    with pytest.raises(RuntimeError, match="at most 32 heads, got 33"):
+        run(emulator, inputs_of(Case((1, 33, 3, 3, 8)), torch.float16))
+
+
+def test_an_empty_batch_launches_nothing(emulator):
+    emulator.counts()
+    out, gram = run(emulator, inputs_of(Case((0, 3, 9, 11, 16)), torch.float32))
+    assert out.shape == (0, 3, 9, 16)
+    assert gram.shape == (0, 3, 3)
+    assert emulator.counts()["launches"] == 0
+
+
+def test_shared_memory_is_read_without_bank_conflicts(emulator):
+    inputs = inputs_of(Case((1, 12, 197, 197, 64)), torch.float16)
+    emulator.counts()
+    run(emulator, inputs)
+    counts = emulator.counts()
+    # four matrices each; the zeros that stand for absent heads meet the banks of one present head
+    assert counts["ldmatrix_rounds"] < 4.2 * counts["ldmatrix"]

@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "reattention_tile.cuh"
+#include "softmax_rows.cuh"
 
 namespace vitdiv::cuda {
 namespace {
@@ -33,22 +34,27 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) reattention_tile(ForwardKernel<T> a) 
       sync_block();
     }
   } else {
-    tile.find_statistics();
+    tile.load_statistics();
+    sync_block();
   }
+  const int first_head = tile.first_head + tile.warp(),
+            end_head = tile.warp() < a.workers ? tile.end_head : 0;
   for (int key0 = 0; key0 < a.m; key0 += a.chunk) {
     const int columns = columns_from(key0);
     if (a.pre_mix.p)
       tile.make_logits(key0, columns, fetched);
     else
-      tile.make_maps(key0, columns, fetched);
+      tile.make_maps(key0, columns, fetched && key0 > 0);
+    // they arrive while the heads are coupled
+    if (a.out.p && first_head < end_head) tile.begin_values(first_head, tile.first_column, key0, columns);
     sync_block();
     tile.couple_heads(key0, columns, wants_gram);
     if (a.out.p) {
       sync_block();
       // several rounds only where one chunk is all
-      for (int h = tile.first_head + tile.warp(); h < tile.end_head && tile.warp() < a.workers;
-           h += a.workers)
+      for (int h = first_head; h < end_head; h += a.workers)
         for (int first = tile.first_column; first < tile.end_column; first += 16 * kOutTiles) {
+          if (h > first_head || first > tile.first_column) tile.begin_values(h, first, key0, columns);
           if (key0 == 0) tile.clear_out();
           tile.add_values(h, first, key0, columns);
           if (key0 + a.chunk >= a.m) tile.store_out(h, first);
@@ -67,6 +73,9 @@ template <class T>
 int tiles_of(const ReattentionForward& args) {
   return static_cast<int>((args.N + 16 * kRowTiles<T> - 1) / (16 * kRowTiles<T>));
 }
+
+// Numbers of the softmax's rows, in front of the scratch.
+int64_t rows_size(const ReattentionForward& args) { return args.pre_mix ? 0 : 2 * args.B * args.H * args.N; }
 
 // How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a processor, or else
 // as fits.
@@ -101,7 +110,9 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
                                 std::to_string(kMaxMixedHeads) + " heads, got " + std::to_string(args.H));
   const auto acc = [](const void* p) { return Global<const Acc<T>>{static_cast<const Acc<T>*>(p)}; };
   const int heads = static_cast<int>(args.H), tiles = tiles_of<T>(args);
-  auto* partial = static_cast<Acc<T>*>(args.gram && tiles > 1 ? scratch : args.gram);
+  auto* rows = static_cast<Acc<T>*>(scratch);
+  auto* partial = static_cast<Acc<T>*>(args.gram);
+  if (args.gram && tiles > 1) partial = rows + rows_size(args);
   ForwardKernel<T> a{};
   a.q = heads_view<T>(args.q, args.d);
   a.k = heads_view<T>(args.k, args.d);
@@ -127,8 +138,11 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   a.out_head = args.out.stride_h;
   a.out_row = args.out.stride_n;
   a.partial = {partial};
+  if (!args.pre_mix) a.rows = {rows};
+  a.field = args.B * args.H * args.N;
   int warps = 0;
   const int64_t bytes = fit(a, warps, shared_memory_limit(operation));
+  if (!args.pre_mix) launch_softmax_rows<T>(operation, args, rows, stream);
   const int64_t blocks = args.B * tiles * a.slices;
   if (heads <= 16)
     launch(operation, reattention_tile<T, 1>, blocks, 32 * warps, bytes, stream, a);
@@ -155,8 +169,9 @@ auto with_type(const ReattentionArgs& args, Call call) {
 int64_t reattention_fwd_scratch(const ReattentionForward& args) {
   return with_type(args, [&](auto number) {
     using T = decltype(number);
-    const int64_t tiles = tiles_of<T>(args);
-    return args.gram && tiles > 1 ? int64_t(args.B * tiles * args.H * args.H * sizeof(Acc<T>)) : int64_t(0);
+    const int64_t tiles = tiles_of<T>(args),
+                  grams = args.gram && tiles > 1 ? args.B * tiles * args.H * args.H : 0;
+    return int64_t((rows_size(args) + grams) * sizeof(Acc<T>));
   });
 }
 

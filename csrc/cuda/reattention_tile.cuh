@@ -2,70 +2,14 @@
 // together.
 #pragma once
 
-#include <type_traits>
-
-#include "attention.cuh"
-#include "heads.cuh"
+#include "reattention.cuh"
 
 namespace vitdiv::cuda {
-
-// Logits that meet other heads' are held as the sum of two bfloat16, which has 16 bits and the range of float32.
-template <class T>
-using Logit = std::conditional_t<sizeof(T) == 2, bf16_t, T>;
-template <class T>
-inline constexpr int kLogitParts = HeadMatrix<Logit<T>>::kParts;
-
-template <class T>
-inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
-inline constexpr int kOutTiles = 4;  // of 16 columns, that a warp holds of the output
-
-template <class T>
-struct ForwardKernel {
-  Heads<T> q, k, v;
-  int heads, n, m, width, out_width, tiles;  // tiles: row tiles of an image
-  Acc<T> scale, eps;                         // scale: times log2(e)
-  bool centred;
-  Global<const Acc<T>> pre_mix, pre_bias, mix, bias, norm_weight, norm_bias;
-  int chunk, workers, stride;  // keys of a chunk; warps that make maps; of their rows in shared memory
-  int slice_heads, width_slices, slices;  // slices: of a tile's output, a block each
-  Global<T> out;
-  int64_t out_image, out_head, out_row;
-  Global<Acc<T>> partial;  // [images, tiles, H, H]
-};
-
-// Numbers for each head: what the mix of maps is multiplied by and what is added, then in the layer norm, then what the
-// output is multiplied by; the same of the mix of logits.
-enum Vector { kFactor, kConstant, kWeight, kAdded, kOutFactor, kPreFactor, kPreConstant, kVectors };
-
-// Sizes in shared memory, in elements.
-template <class T>
-struct Layout {
-  using M = Map<T>;
-  Chunk<M> chunk;
-  int planes, matrix, pre_matrix, vector, rows, slot;
-  HOST_DEVICE Layout(const ForwardKernel<T>& a, int warps)
-      : chunk(a.heads, 16 * kRowTiles<T>, a.chunk),
-        planes((a.pre_mix.p ? kLogitParts<T> : 1) * chunk.size),
-        matrix(HeadMatrix<M>::size(a.heads)),
-        pre_matrix(a.pre_mix.p ? HeadMatrix<Logit<T>>::size(a.heads) : 0),
-        vector(padded_width(a.heads)),
-        rows(a.heads * 16 * kRowTiles<T>),
-        slot(Scores<T, kRowTiles<T>>::size(a.stride)) {
-    const int sums =
-        HeadProducts<M, 1>::space(warps) * int(sizeof(Acc<T>) / sizeof(M));  // later in the same place
-    if (planes < sums) planes = sums;
-  }
-  int64_t bytes(int workers) const {
-    const auto piece = [](int64_t count, int size) { return (count * size + 15) / 16 * 16; };
-    constexpr int number = sizeof(T), acc = sizeof(Acc<T>);
-    return piece(planes, number) + piece(matrix, number) + piece(pre_matrix, number) +
-           piece((2 + kVectors) * vector, acc) + 2 * piece(rows, acc) + piece(workers * slot, number);
-  }
-};
 
 template <class T, int GROUPS>
 struct ForwardTile {
   static constexpr int kRowTileCount = kRowTiles<T>, kRows = 16 * kRowTileCount, kParts = kLogitParts<T>;
+  static constexpr int kStages = Scores<T, kRowTileCount>::kStages;
   using A = Acc<T>;
   using M = Map<T>;
   using L = Logit<T>;
@@ -230,25 +174,14 @@ struct ForwardTile {
     hide_keys(z, key0 + x);
   }
 
-  // The largest logit of each row and the inverse of its sum of exponentials.
-  DEVICE void find_statistics() const {
-    RowStatistics<T, kRowTileCount> statistics;
-    for_each_head(
-        0, (a.m + 15) / 16, false, [&](int) { statistics = RowStatistics<T, kRowTileCount>(); },
-        [&](int, int t, auto& s) {
-          hide_keys(s, 16 * t);
-          statistics.add(s);
-        },
-        [&](int h) {
-          statistics.finish();
-          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-            UNROLLED_FOR (int i = 0; i < 2; ++i) {
-              if ((lane_id() & 3) != 0) continue;
-              const int row = h * kRows + 16 * r + tile_row(2 * i);
-              tops.st(row, statistics.top[r][i]);
-              inverses.st(row, MapNumbers<T>::kScale / statistics.sum[r][i]);
-            }
-        });
+  // The largest logit of each row and the inverse of its sum of exponentials, as softmax_rows found them.
+  DEVICE void load_statistics() const {
+    for (int c = thread_x(); c < a.heads * kRows; c += threads()) {
+      const int h = c / kRows, i = c % kRows;
+      const int64_t from = (int64_t(image) * a.heads + h) * a.n + row0 + i;
+      tops.st(c, i < present ? a.rows.ld(from) : A(0));
+      inverses.st(c, i < present ? a.rows.ld(from + a.field) : A(0));
+    }
   }
   // The same of mixed logits, chunk by chunk; `inverses` holds the sum so far.
   DEVICE void add_statistics(int key0, int columns) const {
@@ -372,22 +305,28 @@ struct ForwardTile {
     });
   }
 
-  // out += mixed maps of head h times the values of a chunk, columns first to first + 16 kOutTiles.
-  DEVICE void add_values(int h, int first, int key0, int columns) {
-    const int width = end_column - first < 16 * kOutTiles ? end_column - first : 16 * kOutTiles;
-    const int padded = padded_width(width), first_tile = key0 / 16, end_tile = (key0 + columns) / 16;
-    constexpr int stages = Scores<T, kRowTileCount>::kStages;
-    const int64_t from = image * a.v.image + h * a.v.head + first;
-    const auto fetch = [&](int t) {
-      if (t < end_tile) fetch16(scores.ring_tile(t), a.stride, a.v, from, 16 * t, a.m, width, padded);
-      copy_commit();
-    };
+  // The values of a chunk, columns first to first + 16 kOutTiles of head h, begin to load.
+  DEVICE void begin_values(int h, int first, int key0, int columns) const {
     sync_warp();  // the ring may still be in use
-    for (int t = first_tile; t < first_tile + stages - 1; ++t) fetch(t);
+    for (int t = 0; t < kStages - 1; ++t) fetch_values(h, first, key0 / 16 + t, (key0 + columns) / 16);
+  }
+  DEVICE void fetch_values(int h, int first, int t, int end) const {
+    const int width = out_width(first);
+    if (t < end)
+      fetch16(scores.ring_tile(t), a.stride, a.v, image * a.v.image + h * a.v.head + first, 16 * t, a.m,
+              width, padded_width(width));
+    copy_commit();
+  }
+  DEVICE int out_width(int first) const {
+    return end_column - first < 16 * kOutTiles ? end_column - first : 16 * kOutTiles;
+  }
+  // out += mixed maps times the values that begin_values began to load.
+  DEVICE void add_values(int h, int first, int key0, int columns) {
+    const int width = out_width(first), first_tile = key0 / 16, end_tile = (key0 + columns) / 16;
     for (int t = first_tile; t < end_tile; ++t) {
-      copy_wait<stages - 2>();
+      copy_wait<kStages - 2>();
       sync_warp();
-      fetch(t + stages - 1);
+      fetch_values(h, first, t + kStages - 1, end_tile);
       const int values = scores.ring(t);
       for (int k0 = 0; k0 < 16; k0 += kDepth<T>) {
         FragmentA<T> p[kRowTileCount];
