@@ -112,7 +112,7 @@ def check(emulator, case, dtype, change=None):
 SIZES = [
     (1, 1, 1, 1, 1),
     (2, 3, 2, 3, 16),
-    (1, 6, 17, 33, 33),
+    (1, 6, 17, 150, 33),
     (1, 12, 40, 70, 35),
     (1, 16, 17, 40, 64),
     (1, 24, 5, 17, 16),
@@ -149,8 +149,8 @@ def test_many_more_keys_than_queries(emulator, dtype):
 
 @pytest.mark.parametrize("width", [40, 70, 128])
 def test_values_of_another_width(emulator, width):
-    check(emulator, Case((1, 3, 20, 70, 16), width=width), torch.bfloat16)
-    check(emulator, Case((1, 3, 20, 70, 48), width=width), torch.float64)
+    check(emulator, Case((1, 3, 20, 150, 16), width=width), torch.bfloat16)
+    check(emulator, Case((1, 3, 20, 150, 48), width=width), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,7 +164,7 @@ def test_gpus_with_less_shared_memory(emulator, architecture, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("pre", ["", "mix and bias"])
 def test_any_schedule_gives_the_same_bits(emulator, pre, dtype):
-    inputs = inputs_of(Case((2, 6, 40, 70, 33), pre=pre, layer=True), dtype)
+    inputs = inputs_of(Case((2, 5, 40, 140, 33), pre=pre, layer=True), dtype)
     expected = run(emulator, inputs)
     for order, seed in [("reverse", 0), *(("random", seed) for seed in range(3))]:
         emulator.configure(order, seed)
@@ -227,4 +227,4 @@ def test_shared_memory_is_read_without_bank_conflicts(emulator):
     run(emulator, inputs)
     counts = emulator.counts()
     # four matrices each; the zeros that stand for absent heads meet the banks of one present head
-    assert counts["ldmatrix_rounds"] < 4.2 * counts["ldmatrix"]
+    assert counts["ldmatrix_rounds"] < 4.25 * counts["ldmatrix"]

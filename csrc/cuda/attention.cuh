@@ -62,11 +62,11 @@ DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t he
   }
 }
 
-// A warp's 16 * ROW_TILES query rows in shared memory, the left factor of products with keys. In 16 bits the first 64 columns
-// are held in registers.
-template <class T, int ROW_TILES>
+// A warp's 16 * ROW_TILES query rows in shared memory, the left factor of products with keys. With HELD the first 64 columns
+// are held in registers where they have 16 bits.
+template <class T, int ROW_TILES, bool HELD>
 struct Queries {
-  static constexpr int kHeld = sizeof(T) == 2 ? 4 : 0;
+  static constexpr int kHeld = HELD && sizeof(T) == 2 ? 4 : 0;
   FragmentA<T> held[ROW_TILES][kHeld > 0 ? kHeld : 1];
 
   DEVICE static FragmentA<T> fragment(Shared<T> rows, int stride, int r, int x) {
@@ -96,7 +96,7 @@ struct Queries {
 
 // One head's tile of 16 * ROW_TILES query rows and the ring through which its keys stream, 16 at a time: a warp's own
 // memory, so that warps need no barrier between them.
-template <class T, int ROW_TILES>
+template <class T, int ROW_TILES, bool HELD = false>
 struct Scores {
   static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
   HOST_DEVICE static constexpr int size(int stride) { return 16 * (ROW_TILES + kStages) * stride; }
@@ -122,7 +122,7 @@ struct Scores {
       if (t < end_tile) fetch16(ring_tile(t), stride, k, head, 16 * t, end_key, width, padded);
       copy_commit();
     };
-    Queries<T, ROW_TILES> queries;
+    Queries<T, ROW_TILES, HELD> queries;
     sync_warp();  // the ring may still be in use
     for (int t = first_tile; t < first_tile + kStages - 1; ++t) fetch(t);
     for (int t = first_tile; t < end_tile; ++t) {

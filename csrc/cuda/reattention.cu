@@ -16,12 +16,16 @@
 namespace vitdiv::cuda {
 namespace {
 
+// Threads of 8, 12 and 16 warps may have 255, 168 and 128 registers.
 template <class T>
-inline constexpr int kMaxWarps = sizeof(T) == 8 ? 8 : 16;  // registers
+int max_warps(int heads) {
+  if (sizeof(T) == 8) return 8;
+  return sizeof(T) == 2 && heads > 12 && heads <= 16 ? 16 : 12;
+}
 
-template <class T, int GROUPS>
-KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) reattention_tile(ForwardKernel<T> a) {
-  ForwardTile<T, GROUPS> tile(a);
+template <class T, int GROUPS, int MAX_WARPS>
+KERNEL LAUNCH_BOUNDS(32 * MAX_WARPS, 1) reattention_tile(ForwardKernel<T> a) {
+  ForwardTile<T, GROUPS, GROUPS == 1 && MAX_WARPS == 12> tile(a);
   const bool fetched = a.workers == a.heads, wants_gram = a.partial.p && block_x() % a.slices == 0;
   const auto columns_from = [&](int key0) {
     return padded_width(a.m - key0 < a.chunk ? a.m - key0 : a.chunk);
@@ -53,7 +57,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) reattention_tile(ForwardKernel<T> a) 
       sync_block();
       // several rounds only where one chunk is all
       for (int h = first_head; h < end_head; h += a.workers)
-        for (int first = tile.first_column; first < tile.end_column; first += 16 * kOutTiles) {
+        for (int first = tile.first_column; first < tile.end_column; first += 16 * kOutTiles<T>) {
           if (h > first_head || first > tile.first_column) tile.begin_values(h, first, key0, columns);
           if (key0 == 0) tile.clear_out();
           tile.add_values(h, first, key0, columns);
@@ -77,24 +81,26 @@ int tiles_of(const ReattentionForward& args) {
 // Numbers of the softmax's rows, in front of the scratch.
 int64_t rows_size(const ReattentionForward& args) { return args.pre_mix ? 0 : 2 * args.B * args.H * args.N; }
 
-// How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a processor, or else
-// as fits.
+// How many heads are made at a time and how many keys a chunk has: all heads if that fits, and as many keys as let two blocks
+// of few warps share a processor, or else as fit.
 template <class T>
 int64_t fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
-  const int keys = padded_width(a.m), least = (a.heads + kMaxWarps<T> - 1) / kMaxWarps<T>;
-  for (int64_t share : {limit / 2 - 1024, limit})
-    for (int rounds = least; rounds <= (share == limit ? a.heads : least); ++rounds)
-      for (int chunk : {64, 32, 16}) {
-        if (chunk > 16 && chunk > keys) continue;
-        a.chunk = chunk;
+  const int keys = padded_width(a.m), longest = std::min(keys, 128), out_width = 16 * kOutTiles<T>;
+  const int most = max_warps<T>(a.heads), least = (a.heads + most - 1) / most;
+  for (int rounds = least; rounds <= a.heads; ++rounds)
+    for (bool two : {true, false})
+      for (int chunk = longest; chunk >= (two ? std::min(longest, 48) : 16); chunk -= 16) {
+        const int chunks = (keys + chunk - 1) / chunk;
+        a.chunk = padded_width((keys + chunks - 1) / chunks);
         a.workers = (a.heads + rounds - 1) / rounds;
         warps = std::max(a.workers, 4);
-        const bool sliced = a.out.p && chunk < keys;
+        if (two && warps > most / 2) continue;
+        const bool sliced = a.out.p && chunks > 1;
         a.slice_heads = sliced ? a.workers : a.heads;
-        a.width_slices = sliced ? (a.out_width + 16 * kOutTiles - 1) / (16 * kOutTiles) : 1;
+        a.width_slices = sliced ? (a.out_width + out_width - 1) / out_width : 1;
         a.slices = (a.heads + a.slice_heads - 1) / a.slice_heads * a.width_slices;
         const int64_t bytes = Layout<T>(a, warps).bytes(a.workers);
-        if (bytes <= share) return bytes;
+        if (bytes <= (two ? limit / 2 - 1024 : limit)) return bytes;
       }
   throw std::invalid_argument("reattention: " + std::to_string(a.heads) + " heads of width " +
                               std::to_string(std::max(a.width, a.out_width)) +
@@ -132,7 +138,7 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   a.bias = acc(args.bias);
   a.norm_weight = acc(args.norm_weight);
   a.norm_bias = acc(args.norm_bias);
-  a.stride = row_stride<T>(std::max(a.width, std::min(a.out_width, 16 * kOutTiles)));
+  a.stride = row_stride<T>(std::max(a.width, std::min(a.out_width, 16 * kOutTiles<T>)));
   a.out = {static_cast<T*>(args.out.data)};
   a.out_image = args.out.stride_b;
   a.out_head = args.out.stride_h;
@@ -144,10 +150,14 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   const int64_t bytes = fit(a, warps, shared_memory_limit(operation));
   if (!args.pre_mix) launch_softmax_rows<T>(operation, args, rows, stream);
   const int64_t blocks = args.B * tiles * a.slices;
-  if (heads <= 16)
-    launch(operation, reattention_tile<T, 1>, blocks, 32 * warps, bytes, stream, a);
-  else
-    launch(operation, reattention_tile<T, 2>, blocks, 32 * warps, bytes, stream, a);
+  const auto run = [&](auto kernel) { launch(operation, kernel, blocks, 32 * warps, bytes, stream, a); };
+  constexpr int most = sizeof(T) == 8 ? 8 : 12;
+  if (heads > 16)
+    run(reattention_tile<T, 2, most>);
+  else if (max_warps<T>(heads) == most)
+    run(reattention_tile<T, 1, most>);
+  else if constexpr (sizeof(T) == 2)
+    run(reattention_tile<T, 1, 16>);
   if (args.gram && tiles > 1)
     launch_sum_parts(operation, partial, static_cast<Acc<T>*>(args.gram), args.B, tiles, heads * heads,
                      stream);

@@ -16,7 +16,8 @@ inline constexpr int kLogitParts = HeadMatrix<Logit<T>>::kParts;
 
 template <class T>
 inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
-inline constexpr int kOutTiles = 4;  // of 16 columns, that a warp holds of the output
+template <class T>
+inline constexpr int kOutTiles = sizeof(T) == 8 ? 2 : 4;  // of 16 columns, that a warp holds of the output
 
 template <class T>
 struct ForwardKernel {

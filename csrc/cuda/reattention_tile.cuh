@@ -6,7 +6,8 @@
 
 namespace vitdiv::cuda {
 
-template <class T, int GROUPS>
+// HELD: whether a warp keeps its queries in registers, beside the output.
+template <class T, int GROUPS, bool HELD>
 struct ForwardTile {
   static constexpr int kRowTileCount = kRowTiles<T>, kRows = 16 * kRowTileCount, kParts = kLogitParts<T>;
   static constexpr int kStages = Scores<T, kRowTileCount>::kStages;
@@ -28,9 +29,9 @@ struct ForwardTile {
   HeadMatrix<L> pre_mix;
   Shared<A> vectors, tops, inverses;
   int vector;
-  Scores<T, kRowTileCount> scores;
+  Scores<T, kRowTileCount, HELD> scores;
   HeadProducts<M, GROUPS> gram;
-  A out[kRowTileCount][kOutTiles][2][4];
+  A out[kRowTileCount][kOutTiles<T>][2][4];
 
   DEVICE static int warp() { return thread_x() >> 5; }
   DEVICE static int warps() { return threads() >> 5; }
@@ -56,9 +57,9 @@ struct ForwardTile {
     present = a.n - row0 < kRows ? a.n - row0 : kRows;
     first_head = slice / a.width_slices * a.slice_heads;
     end_head = first_head + a.slice_heads < a.heads ? first_head + a.slice_heads : a.heads;
-    first_column = slice % a.width_slices * 16 * kOutTiles;
-    end_column = a.width_slices > 1 && first_column + 16 * kOutTiles < a.out_width
-                     ? first_column + 16 * kOutTiles
+    first_column = slice % a.width_slices * 16 * kOutTiles<T>;
+    end_column = a.width_slices > 1 && first_column + 16 * kOutTiles<T> < a.out_width
+                     ? first_column + 16 * kOutTiles<T>
                      : a.out_width;
     const Layout<T> layout(a, warps());
     vector = layout.vector;
@@ -267,9 +268,9 @@ struct ForwardTile {
       else
         matrix = mix;
     }
-    const int column_tiles = columns / 16;
-    for (int u = warp(); u < present * column_tiles; u += warps()) {
-      const int i = u / column_tiles, x = 16 * (u % column_tiles);
+    for (int i = 0, x = 16 * warp();; x += 16 * warps()) {
+      for (; x >= columns; x -= columns) ++i;
+      if (i >= present) break;
       if (a.pre_mix.p) make_mixed_maps(key0, i, x);
       if (wants_gram) gram.add_square(maps, at, i, x);
       if (!a.out.p) continue;
@@ -305,7 +306,7 @@ struct ForwardTile {
     });
   }
 
-  // The values of a chunk, columns first to first + 16 kOutTiles of head h, begin to load.
+  // The values of a chunk, columns first to first + 16 kOutTiles<T> of head h, begin to load.
   DEVICE void begin_values(int h, int first, int key0, int columns) const {
     sync_warp();  // the ring may still be in use
     for (int t = 0; t < kStages - 1; ++t) fetch_values(h, first, key0 / 16 + t, (key0 + columns) / 16);
@@ -318,7 +319,7 @@ struct ForwardTile {
     copy_commit();
   }
   DEVICE int out_width(int first) const {
-    return end_column - first < 16 * kOutTiles ? end_column - first : 16 * kOutTiles;
+    return end_column - first < 16 * kOutTiles<T> ? end_column - first : 16 * kOutTiles<T>;
   }
   // out += mixed maps times the values that begin_values began to load.
   DEVICE void add_values(int h, int first, int key0, int columns) {
@@ -333,7 +334,7 @@ struct ForwardTile {
         UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
           load_a(p[r], mixed,
                  [&](int row, int k) { return at.place(h, 16 * r + row, 16 * t - key0 + k0 + k); });
-        UNROLLED_FOR (int x = 0; x < kOutTiles; ++x) {
+        UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x) {
           if (16 * x >= width) continue;
           FragmentB<T> b[2];
           load_b<true>(b, scores.memory,
@@ -345,7 +346,7 @@ struct ForwardTile {
   }
   DEVICE void clear_out() {
     UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-      UNROLLED_FOR (int x = 0; x < kOutTiles; ++x)
+      UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x)
         UNROLLED_FOR (int j = 0; j < 2; ++j)
           UNROLLED_FOR (int e = 0; e < 4; ++e) out[r][x][j][e] = 0;
   }
@@ -353,7 +354,7 @@ struct ForwardTile {
     const A factor = vectors.ld(kOutFactor * vector + h);
     const int64_t to = image * a.out_image + h * a.out_head;
     UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-      UNROLLED_FOR (int x = 0; x < kOutTiles; ++x)
+      UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x)
         UNROLLED_FOR (int j = 0; j < 2; ++j)
           UNROLLED_FOR (int e = 0; e < 4; ++e) {
             const int row = 16 * r + tile_row(e), column = first + 16 * x + 8 * j + tile_col(e);

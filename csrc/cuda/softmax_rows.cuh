@@ -43,7 +43,7 @@ KERNEL LAUNCH_BOUNDS(32 * SoftmaxRows<T>::kWarps, 1) softmax_rows(SoftmaxRows<T>
     fetch16(own.part(16 * r * a.stride, 16 * a.stride), a.stride, a.q, q, row0 + 16 * r, a.n, a.width,
             padded);
   fetch(0);
-  Queries<T, row_tiles> queries;
+  Queries<T, row_tiles, true> queries;
   RowStatistics<T, row_tiles> statistics;
   for (int key0 = 0; key0 < a.m; key0 += S::kKeys) {
     copy_wait<0>();
