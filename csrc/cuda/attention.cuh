@@ -54,7 +54,7 @@ DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t he
   const int64_t row = head + (first + r) * from.row;
   const bool inside = first + r < end;
   if (from.pieces) {
-    for (int x = half * piece; x < padded; x += 2 * piece)
+    ROLLED_FOR (int x = half * piece; x < padded; x += 2 * piece)
       copy16_async(tile, r * stride + x, from.data, row + x, inside && x < width);
   } else {
     ROLLED_FOR (int x = half; x < padded; x += 2)
@@ -124,8 +124,8 @@ struct Scores {
     };
     Queries<T, ROW_TILES, HELD> queries;
     sync_warp();  // the ring may still be in use
-    for (int t = first_tile; t < first_tile + kStages - 1; ++t) fetch(t);
-    for (int t = first_tile; t < end_tile; ++t) {
+    ROLLED_FOR (int t = first_tile; t < first_tile + kStages - 1; ++t) fetch(t);
+    ROLLED_FOR (int t = first_tile; t < end_tile; ++t) {
       copy_wait<kStages - 2>();
       sync_warp();
       if (t == first_tile) queries.hold(memory, stride, padded);

@@ -23,14 +23,14 @@ int max_warps(int heads) {
   return sizeof(T) == 2 && heads > 12 && heads <= 16 ? 16 : 12;
 }
 
-template <class T, int GROUPS, int MAX_WARPS>
+template <class T, int GROUPS, int MAX_WARPS, bool PRE_MIX>
 KERNEL LAUNCH_BOUNDS(32 * MAX_WARPS, 1) reattention_tile(ForwardKernel<T> a) {
-  ForwardTile<T, GROUPS, GROUPS == 1 && MAX_WARPS == 12> tile(a);
+  ForwardTile<T, GROUPS, GROUPS == 1 && MAX_WARPS == 12, PRE_MIX> tile(a);
   const bool fetched = a.workers == a.heads, wants_gram = a.partial.p && block_x() % a.slices == 0;
   const auto columns_from = [&](int key0) {
     return padded_width(a.m - key0 < a.chunk ? a.m - key0 : a.chunk);
   };
-  if (a.pre_mix.p) {
+  if constexpr (PRE_MIX) {
     for (int key0 = 0; key0 < a.m; key0 += a.chunk) {
       tile.make_logits(key0, columns_from(key0), fetched && key0 > 0);
       sync_block();
@@ -45,7 +45,7 @@ KERNEL LAUNCH_BOUNDS(32 * MAX_WARPS, 1) reattention_tile(ForwardKernel<T> a) {
             end_head = tile.warp() < a.workers ? tile.end_head : 0;
   for (int key0 = 0; key0 < a.m; key0 += a.chunk) {
     const int columns = columns_from(key0);
-    if (a.pre_mix.p)
+    if constexpr (PRE_MIX)
       tile.make_logits(key0, columns, fetched);
     else
       tile.make_maps(key0, columns, fetched && key0 > 0);
@@ -150,14 +150,18 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   const int64_t bytes = fit(a, warps, shared_memory_limit(operation));
   if (!args.pre_mix) launch_softmax_rows<T>(operation, args, rows, stream);
   const int64_t blocks = args.B * tiles * a.slices;
-  const auto run = [&](auto kernel) { launch(operation, kernel, blocks, 32 * warps, bytes, stream, a); };
-  constexpr int most = sizeof(T) == 8 ? 8 : 12;
-  if (heads > 16)
-    run(reattention_tile<T, 2, most>);
-  else if (max_warps<T>(heads) == most)
-    run(reattention_tile<T, 1, most>);
-  else if constexpr (sizeof(T) == 2)
-    run(reattention_tile<T, 1, 16>);
+  const auto run = [&](auto pre_mix) {
+    constexpr bool pre = decltype(pre_mix)::value;
+    constexpr int most = sizeof(T) == 8 ? 8 : 12;
+    auto* kernel = heads > 16 ? reattention_tile<T, 2, most, pre> : reattention_tile<T, 1, most, pre>;
+    if constexpr (sizeof(T) == 2)
+      if (max_warps<T>(heads) == 16) kernel = reattention_tile<T, 1, 16, pre>;
+    launch(operation, kernel, blocks, 32 * warps, bytes, stream, a);
+  };
+  if (args.pre_mix)
+    run(std::true_type());
+  else
+    run(std::false_type());
   if (args.gram && tiles > 1)
     launch_sum_parts(operation, partial, static_cast<Acc<T>*>(args.gram), args.B, tiles, heads * heads,
                      stream);

@@ -7,7 +7,7 @@
 namespace vitdiv::cuda {
 
 // HELD: whether a warp keeps its queries in registers, beside the output.
-template <class T, int GROUPS, bool HELD>
+template <class T, int GROUPS, bool HELD, bool PRE_MIX>
 struct ForwardTile {
   static constexpr int kRowTileCount = kRowTiles<T>, kRows = 16 * kRowTileCount, kParts = kLogitParts<T>;
   static constexpr int kStages = Scores<T, kRowTileCount>::kStages;
@@ -81,7 +81,7 @@ struct ForwardTile {
 
     at.clear_zeros(maps);
     if (a.out.p) mix.fill([&](int g, int h) { return a.mix.ld(g * a.heads + h); });
-    if (a.pre_mix.p) {
+    if constexpr (PRE_MIX) {
       UNROLLED_FOR (int part = 0; part < kParts; ++part) {
         logits[part] = planes.part(part * at.size, at.size).template as<L>();
         logits_at.clear_zeros(logits[part]);
@@ -98,7 +98,7 @@ struct ForwardTile {
   DEVICE void fill_vectors(int g) const {
     const bool there = g < a.heads, layer = a.norm_weight.p != nullptr;
     const auto of = [&](Global<const A> x) { return there && x.p ? x.ld(g) : A(0); };
-    if (a.pre_mix.p) {
+    if (PRE_MIX) {
       vectors.st(kPreFactor * vector + g, pre_mix.units.ld(g));
       vectors.st(kPreConstant * vector + g, of(a.pre_bias) * A(kLog2e));
     }
@@ -195,7 +195,7 @@ struct ForwardTile {
           statistics.top[group][half] = tops.ld(h * kRows + i);
           if (leader) statistics.sum[group][half] = inverses.ld(h * kRows + i);
         });
-      for (int x = 0; x < columns; x += 16) {
+      ROLLED_FOR (int x = 0; x < columns; x += 16) {
         Columns z;
         mix_logits(z, key0, i, x);
         statistics.add(z);
@@ -268,10 +268,10 @@ struct ForwardTile {
       else
         matrix = mix;
     }
-    for (int i = 0, x = 16 * warp();; x += 16 * warps()) {
-      for (; x >= columns; x -= columns) ++i;
+    ROLLED_FOR (int i = 0, x = 16 * warp();; x += 16 * warps()) {
+      ROLLED_FOR (; x >= columns; x -= columns) ++i;
       if (i >= present) break;
-      if (a.pre_mix.p) make_mixed_maps(key0, i, x);
+      if constexpr (PRE_MIX) make_mixed_maps(key0, i, x);
       if (wants_gram) gram.add_square(maps, at, i, x);
       if (!a.out.p) continue;
       Columns y = {};
@@ -309,7 +309,7 @@ struct ForwardTile {
   // The values of a chunk, columns first to first + 16 kOutTiles<T> of head h, begin to load.
   DEVICE void begin_values(int h, int first, int key0, int columns) const {
     sync_warp();  // the ring may still be in use
-    for (int t = 0; t < kStages - 1; ++t) fetch_values(h, first, key0 / 16 + t, (key0 + columns) / 16);
+    ROLLED_FOR (int t = 0; t < kStages - 1; ++t) fetch_values(h, first, key0 / 16 + t, (key0 + columns) / 16);
   }
   DEVICE void fetch_values(int h, int first, int t, int end) const {
     const int width = out_width(first);
@@ -324,7 +324,7 @@ struct ForwardTile {
   // out += mixed maps times the values that begin_values began to load.
   DEVICE void add_values(int h, int first, int key0, int columns) {
     const int width = out_width(first), first_tile = key0 / 16, end_tile = (key0 + columns) / 16;
-    for (int t = first_tile; t < end_tile; ++t) {
+    ROLLED_FOR (int t = first_tile; t < end_tile; ++t) {
       copy_wait<kStages - 2>();
       sync_warp();
       fetch_values(h, first, t + kStages - 1, end_tile);

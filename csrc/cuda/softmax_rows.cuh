@@ -52,7 +52,7 @@ KERNEL LAUNCH_BOUNDS(32 * SoftmaxRows<T>::kWarps, 1) softmax_rows(SoftmaxRows<T>
     fetch(key0 + S::kKeys);
     if (row0 >= a.n) continue;
     const int first = key0 / S::kKeys % 2 * S::kKeys;
-    for (int x = 0; x < S::kKeys && key0 + x < a.m; x += 16) {
+    ROLLED_FOR (int x = 0; x < S::kKeys && key0 + x < a.m; x += 16) {
       Acc<T> s[row_tiles][2][4] = {};
       queries.multiply(s, own, keys, (first + x) * a.stride, a.stride, padded);
       UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
