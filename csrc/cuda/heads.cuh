@@ -19,6 +19,7 @@ using HeadTile = A[GROUPS][2][4];
 template <class M>
 struct Chunk {
   int heads, row, head, zeros, size;
+  Chunk() = default;
   HOST_DEVICE Chunk(int heads, int rows, int columns)
       : heads(heads),
         row(row_stride<M>(columns)),

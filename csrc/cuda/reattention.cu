@@ -68,8 +68,9 @@ KERNEL LAUNCH_BOUNDS(32 * MAX_WARPS, 1) reattention_tile(ForwardKernel<T> a) {
   }
   if (wants_gram) {
     constexpr Acc<T> scale = MapNumbers<T>::kScale;
+    const auto sums = tile.template piece<Acc<T>>(0, HeadProducts<Map<T>, GROUPS>::space(tile.warps()));
     const int64_t to = int64_t(block_x() / a.slices) * a.heads * a.heads;
-    tile.gram.store(tile.planes.template as<Acc<T>>(), a.partial, to, a.heads, 1 / (scale * scale), true);
+    tile.gram.store(sums, a.partial, to, a.heads, 1 / (scale * scale), true);
   }
 }
 
@@ -84,7 +85,7 @@ int64_t rows_size(const ReattentionForward& args) { return args.pre_mix ? 0 : 2 
 // How many heads are made at a time and how many keys a chunk has: all heads if that fits, and as many keys as let two blocks
 // of few warps share a processor, or else as fit.
 template <class T>
-int64_t fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
+void fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
   const int keys = padded_width(a.m), longest = std::min(keys, 128), out_width = 16 * kOutTiles<T>;
   const int most = max_warps<T>(a.heads), least = (a.heads + most - 1) / most;
   for (int rounds = least; rounds <= a.heads; ++rounds)
@@ -99,8 +100,8 @@ int64_t fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
         a.slice_heads = sliced ? a.workers : a.heads;
         a.width_slices = sliced ? (a.out_width + out_width - 1) / out_width : 1;
         a.slices = (a.heads + a.slice_heads - 1) / a.slice_heads * a.width_slices;
-        const int64_t bytes = Layout<T>(a, warps).bytes(a.workers);
-        if (bytes <= (two ? limit / 2 - 1024 : limit)) return bytes;
+        a.at = Layout<T>(a.heads, a.chunk, a.pre_mix.p != nullptr, a.stride, warps, a.workers);
+        if (a.at.bytes <= (two ? limit / 2 - 1024 : limit)) return;
       }
   throw std::invalid_argument("reattention: " + std::to_string(a.heads) + " heads of width " +
                               std::to_string(std::max(a.width, a.out_width)) +
@@ -147,7 +148,7 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   if (!args.pre_mix) a.rows = {rows};
   a.field = args.B * args.H * args.N;
   int warps = 0;
-  const int64_t bytes = fit(a, warps, shared_memory_limit(operation));
+  fit(a, warps, shared_memory_limit(operation));
   if (!args.pre_mix) launch_softmax_rows<T>(operation, args, rows, stream);
   const int64_t blocks = args.B * tiles * a.slices;
   const auto run = [&](auto pre_mix) {
@@ -156,7 +157,7 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
     auto* kernel = heads > 16 ? reattention_tile<T, 2, most, pre> : reattention_tile<T, 1, most, pre>;
     if constexpr (sizeof(T) == 2)
       if (max_warps<T>(heads) == 16) kernel = reattention_tile<T, 1, 16, pre>;
-    launch(operation, kernel, blocks, 32 * warps, bytes, stream, a);
+    launch(operation, kernel, blocks, 32 * warps, a.at.bytes, stream, a);
   };
   if (args.pre_mix)
     run(std::true_type());

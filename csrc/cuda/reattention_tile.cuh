@@ -19,19 +19,34 @@ struct ForwardTile {
   using Mix = std::conditional_t<GROUPS == 1, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
 
   const ForwardKernel<T>& a;
-  const Chunk<M> at;
-  const Chunk<L> logits_at;  // the same places
   int image, row0, present, first_head, end_head, first_column, end_column;
-  Shared<M> planes, maps;
-  Shared<T> mixed;  // takes the maps' place
-  Shared<L> logits[kParts];
-  HeadMatrix<M> mix;
-  HeadMatrix<L> pre_mix;
-  Shared<A> vectors, tops, inverses;
-  int vector;
-  Scores<T, kRowTileCount, HELD> scores;
   HeadProducts<M, GROUPS> gram;
   A out[kRowTileCount][kOutTiles<T>][2][4];
+
+  template <class X>
+  DEVICE static Shared<X> piece(int place, int count) {
+    return Carver{place}.take<X>(count);
+  }
+  DEVICE Shared<M> maps() const { return piece<M>(0, a.at.maps.size); }
+  DEVICE Shared<T> mixed() const { return piece<T>(0, a.at.maps.size); }  // takes the maps' place
+  DEVICE Shared<L> logits(int part) const {
+    return piece<L>(part * a.at.logits.size * int(sizeof(L)), a.at.logits.size);
+  }
+  DEVICE HeadMatrix<M> mix() const {
+    return {piece<M>(a.at.mix_at, a.at.mix), piece<A>(a.at.mix_units_at, a.at.vector), a.heads};
+  }
+  DEVICE HeadMatrix<L> pre_mix() const {
+    return {piece<L>(a.at.pre_mix_at, a.at.pre_mix), piece<A>(a.at.pre_mix_units_at, a.at.vector), a.heads};
+  }
+  DEVICE Shared<A> vector(Vector which) const {
+    return piece<A>(a.at.vectors_at + which * a.at.vector * int(sizeof(A)), a.at.vector);
+  }
+  DEVICE Shared<A> tops() const { return piece<A>(a.at.tops_at, a.at.rows); }
+  DEVICE Shared<A> inverses() const { return piece<A>(a.at.inverses_at, a.at.rows); }
+  DEVICE Scores<T, kRowTileCount, HELD> scores() const {  // of a warp that has a slot
+    return {piece<T>(a.at.slots_at + warp() * a.at.slot * int(sizeof(T)), a.at.slot), a.stride, a.width,
+            padded_width(a.width)};
+  }
 
   DEVICE static int warp() { return thread_x() >> 5; }
   DEVICE static int warps() { return threads() >> 5; }
@@ -49,8 +64,7 @@ struct ForwardTile {
           if (first + 8 * j + tile_col(e) >= a.m) s[r][j][e] = -INFINITY;
   }
 
-  DEVICE ForwardTile(const ForwardKernel<T>& a)
-      : a(a), at(a.heads, kRows, a.chunk), logits_at(a.heads, kRows, a.chunk) {
+  DEVICE ForwardTile(const ForwardKernel<T>& a) : a(a) {
     const int slice = block_x() % a.slices, tile = block_x() / a.slices;
     image = tile / a.tiles;
     row0 = tile % a.tiles * kRows;
@@ -61,35 +75,14 @@ struct ForwardTile {
     end_column = a.width_slices > 1 && first_column + 16 * kOutTiles<T> < a.out_width
                      ? first_column + 16 * kOutTiles<T>
                      : a.out_width;
-    const Layout<T> layout(a, warps());
-    vector = layout.vector;
-    Carver carve;
-    planes = carve.take<M>(layout.planes);
-    maps = planes.part(0, at.size);
-    mixed = maps.template as<T>();
-    mix = {carve.take<M>(layout.matrix), {}, a.heads};
-    pre_mix = {carve.take<L>(layout.pre_matrix), {}, a.heads};
-    const Shared<A> numbers = carve.take<A>((2 + kVectors) * vector);
-    mix.units = numbers.part(kVectors * vector, vector);
-    pre_mix.units = numbers.part((kVectors + 1) * vector, vector);
-    vectors = numbers.part(0, kVectors * vector);
-    tops = carve.take<A>(layout.rows);
-    inverses = carve.take<A>(layout.rows);
-    const Shared<T> slots = carve.take<T>(a.workers * layout.slot);
-    scores = {slots.part((warp() < a.workers ? warp() : 0) * layout.slot, layout.slot), a.stride, a.width,
-              padded_width(a.width)};
-
-    at.clear_zeros(maps);
-    if (a.out.p) mix.fill([&](int g, int h) { return a.mix.ld(g * a.heads + h); });
+    a.at.maps.clear_zeros(maps());
+    if (a.out.p) mix().fill([&](int g, int h) { return a.mix.ld(g * a.heads + h); });
     if constexpr (PRE_MIX) {
-      UNROLLED_FOR (int part = 0; part < kParts; ++part) {
-        logits[part] = planes.part(part * at.size, at.size).template as<L>();
-        logits_at.clear_zeros(logits[part]);
-      }
-      pre_mix.fill([&](int g, int h) { return a.pre_mix.ld(g * a.heads + h); });
+      UNROLLED_FOR (int part = 0; part < kParts; ++part) a.at.logits.clear_zeros(logits(part));
+      pre_mix().fill([&](int g, int h) { return a.pre_mix.ld(g * a.heads + h); });
     }
     sync_block();
-    if (thread_x() < vector) fill_vectors(thread_x());
+    if (thread_x() < a.at.vector) fill_vectors(thread_x());
     gram.clear();
   }
 
@@ -99,8 +92,8 @@ struct ForwardTile {
     const bool there = g < a.heads, layer = a.norm_weight.p != nullptr;
     const auto of = [&](Global<const A> x) { return there && x.p ? x.ld(g) : A(0); };
     if (PRE_MIX) {
-      vectors.st(kPreFactor * vector + g, pre_mix.units.ld(g));
-      vectors.st(kPreConstant * vector + g, of(a.pre_bias) * A(kLog2e));
+      vector(kPreFactor).st(g, pre_mix().units.ld(g));
+      vector(kPreConstant).st(g, of(a.pre_bias) * A(kLog2e));
     }
     if (!a.out.p) return;
     A total = 0, size = 0;
@@ -118,11 +111,11 @@ struct ForwardTile {
       if (bound > 1e-30f && bound < 1e30f) unit = ldexpf(1, 14 - ilogbf(bound));
     }
     const A mixed_unit = layer ? A(1) : unit;
-    vectors.st(kFactor * vector + g, mix.units.ld(g) / MapNumbers<T>::kScale * mixed_unit);
-    vectors.st(kConstant * vector + g, constant * mixed_unit);
-    vectors.st(kWeight * vector + g, weight * unit);
-    vectors.st(kAdded * vector + g, added * unit);
-    vectors.st(kOutFactor * vector + g, 1 / unit);
+    vector(kFactor).st(g, mix().units.ld(g) / MapNumbers<T>::kScale * mixed_unit);
+    vector(kConstant).st(g, constant * mixed_unit);
+    vector(kWeight).st(g, weight * unit);
+    vector(kAdded).st(g, added * unit);
+    vector(kOutFactor).st(g, 1 / unit);
   }
 
   // use(h, t, logits) for tiles of keys from first to end of all heads of this warp, then done(h)
@@ -130,9 +123,9 @@ struct ForwardTile {
   DEVICE void for_each_head(int first, int end, bool fetched, Begin begin, Use use, Done done) const {
     if (warp() >= a.workers) return;
     for (int h = warp(); h < a.heads; h += a.workers) {
-      if (!fetched) scores.fetch_queries(a.q, image * a.q.image + h * a.q.head, row0, a.n);
+      if (!fetched) scores().fetch_queries(a.q, image * a.q.image + h * a.q.head, row0, a.n);
       begin(h);
-      scores.for_each_tile(a.k, image * a.k.image + h * a.k.head, first, end, a.m, [&](int t, auto& s) {
+      scores().for_each_tile(a.k, image * a.k.image + h * a.k.head, first, end, a.m, [&](int t, auto& s) {
         UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
           UNROLLED_FOR (int j = 0; j < 2; ++j)
             UNROLLED_FOR (int e = 0; e < 4; ++e) s[r][j][e] *= a.scale;
@@ -150,11 +143,12 @@ struct ForwardTile {
           UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
             UNROLLED_FOR (int j = 0; j < 2; ++j)
               UNROLLED_FOR (int i = 0; i < 2; ++i) {
-                const int place = at.place(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0));
+                const int place =
+                    a.at.maps.place(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0));
                 const A x = s[r][j][2 * i], y = s[r][j][2 * i + 1];
-                store2(logits[0], place, x, y);
+                store2(logits(0), place, x, y);
                 if constexpr (kParts == 2)
-                  store2(logits[1], place, x - to_float(from_float<L>(x)), y - to_float(from_float<L>(y)));
+                  store2(logits(1), place, x - to_float(from_float<L>(x)), y - to_float(from_float<L>(y)));
               }
         },
         [](int) {});
@@ -164,10 +158,12 @@ struct ForwardTile {
     UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 4; ++e) z[group][j][e] = 0;
-    mix_heads<L>(z, pre_mix, logits, logits_at, i, x);
+    Shared<L> planes[kParts];
+    UNROLLED_FOR (int part = 0; part < kParts; ++part) planes[part] = logits(part);
+    mix_heads<L>(z, pre_mix(), planes, a.at.logits, i, x);
     for_each_head_place([&](int group, int half, int h) {
       if (16 * group >= a.heads) return;
-      const A factor = vectors.ld(kPreFactor * vector + h), constant = vectors.ld(kPreConstant * vector + h);
+      const A factor = vector(kPreFactor).ld(h), constant = vector(kPreConstant).ld(h);
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
           z[group][j][e] = z[group][j][e] * factor + constant;
@@ -180,8 +176,8 @@ struct ForwardTile {
     for (int c = thread_x(); c < a.heads * kRows; c += threads()) {
       const int h = c / kRows, i = c % kRows;
       const int64_t from = (int64_t(image) * a.heads + h) * a.n + row0 + i;
-      tops.st(c, i < present ? a.rows.ld(from) : A(0));
-      inverses.st(c, i < present ? a.rows.ld(from + a.field) : A(0));
+      tops().st(c, i < present ? a.rows.ld(from) : A(0));
+      inverses().st(c, i < present ? a.rows.ld(from + a.field) : A(0));
     }
   }
   // The same of mixed logits, chunk by chunk; `inverses` holds the sum so far.
@@ -192,8 +188,8 @@ struct ForwardTile {
       if (key0 > 0)
         for_each_head_place([&](int group, int half, int h) {
           if (h >= a.heads) return;
-          statistics.top[group][half] = tops.ld(h * kRows + i);
-          if (leader) statistics.sum[group][half] = inverses.ld(h * kRows + i);
+          statistics.top[group][half] = tops().ld(h * kRows + i);
+          if (leader) statistics.sum[group][half] = inverses().ld(h * kRows + i);
         });
       ROLLED_FOR (int x = 0; x < columns; x += 16) {
         Columns z;
@@ -205,8 +201,8 @@ struct ForwardTile {
       for_each_head_place([&](int group, int half, int h) {
         if (h >= a.heads || !leader) return;
         const A sum = statistics.sum[group][half];
-        tops.st(h * kRows + i, statistics.top[group][half]);
-        inverses.st(h * kRows + i, key0 + columns < a.m ? sum : MapNumbers<T>::kScale / sum);
+        tops().st(h * kRows + i, statistics.top[group][half]);
+        inverses().st(h * kRows + i, key0 + columns < a.m ? sum : MapNumbers<T>::kScale / sum);
       });
     }
   }
@@ -221,7 +217,7 @@ struct ForwardTile {
           UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int row = h * kRows + 16 * r + tile_row(2 * i);
-              top[r][i] = tops.ld(row), inverse[r][i] = inverses.ld(row);
+              top[r][i] = tops().ld(row), inverse[r][i] = inverses().ld(row);
             }
         },
         [&](int h, int t, const auto& s) {
@@ -232,7 +228,7 @@ struct ForwardTile {
                 A x[2];
                 UNROLLED_FOR (int e = 0; e < 2; ++e)
                   x[e] = centred_map(s[r][j][2 * i + e], top[r][i], inverse[r][i], column + e);
-                store2(maps, at.place(h, row, column - key0), x[0], x[1]);
+                store2(maps(), a.at.maps.place(h, row, column - key0), x[0], x[1]);
               }
         },
         [](int) {});
@@ -247,13 +243,13 @@ struct ForwardTile {
     sync_warp();  // all heads of this place are read
     for_each_head_place([&](int group, int half, int h) {
       if (h >= a.heads) return;
-      const A top = tops.ld(h * kRows + i), inverse = inverses.ld(h * kRows + i);
+      const A top = tops().ld(h * kRows + i), inverse = inverses().ld(h * kRows + i);
       UNROLLED_FOR (int j = 0; j < 2; ++j) {
         const int column = x + 8 * j + tile_col(0);
         A p[2];
         UNROLLED_FOR (int e = 0; e < 2; ++e)
           p[e] = centred_map(z[group][j][2 * half + e], top, inverse, key0 + column + e);
-        store2(maps, at.place(h, i, column), p[0], p[1]);
+        store2(maps(), a.at.maps.place(h, i, column), p[0], p[1]);
       }
     });
     sync_warp();
@@ -264,19 +260,19 @@ struct ForwardTile {
     Mix matrix;
     if (a.out.p) {
       if constexpr (GROUPS == 1)
-        matrix.load(mix);
+        matrix.load(mix());
       else
-        matrix = mix;
+        matrix = mix();
     }
     ROLLED_FOR (int i = 0, x = 16 * warp();; x += 16 * warps()) {
       ROLLED_FOR (; x >= columns; x -= columns) ++i;
       if (i >= present) break;
       if constexpr (PRE_MIX) make_mixed_maps(key0, i, x);
-      if (wants_gram) gram.add_square(maps, at, i, x);
+      if (wants_gram) gram.add_square(maps(), a.at.maps, i, x);
       if (!a.out.p) continue;
       Columns y = {};
-      const Shared<M> chunk[1] = {maps};
-      mix_heads<M>(y, matrix, chunk, at, i, x);
+      const Shared<M> chunk[1] = {maps()};
+      mix_heads<M>(y, matrix, chunk, a.at.maps, i, x);
       sync_warp();  // all heads of this place are read
       affine(y, kFactor, kConstant);
       if (a.norm_weight.p) {
@@ -291,7 +287,7 @@ struct ForwardTile {
           A p[2];  // of keys that are not there the layer norm may be Inf
           UNROLLED_FOR (int e = 0; e < 2; ++e)
             p[e] = key0 + column + e < a.m ? y[group][j][2 * half + e] : A(0);
-          store2(mixed, at.place(h, i, column), p[0], p[1]);
+          store2(mixed(), a.at.maps.place(h, i, column), p[0], p[1]);
         }
       });
     }
@@ -299,7 +295,7 @@ struct ForwardTile {
   DEVICE void affine(Columns& y, Vector factors, Vector constants) const {
     for_each_head_place([&](int group, int half, int h) {
       if (16 * group >= a.heads) return;
-      const A factor = vectors.ld(factors * vector + h), constant = vectors.ld(constants * vector + h);
+      const A factor = vector(factors).ld(h), constant = vector(constants).ld(h);
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
           y[group][j][e] = y[group][j][e] * factor + constant;
@@ -314,7 +310,7 @@ struct ForwardTile {
   DEVICE void fetch_values(int h, int first, int t, int end) const {
     const int width = out_width(first);
     if (t < end)
-      fetch16(scores.ring_tile(t), a.stride, a.v, image * a.v.image + h * a.v.head + first, 16 * t, a.m,
+      fetch16(scores().ring_tile(t), a.stride, a.v, image * a.v.image + h * a.v.head + first, 16 * t, a.m,
               width, padded_width(width));
     copy_commit();
   }
@@ -328,16 +324,16 @@ struct ForwardTile {
       copy_wait<kStages - 2>();
       sync_warp();
       fetch_values(h, first, t + kStages - 1, end_tile);
-      const int values = scores.ring(t);
+      const int values = scores().ring(t);
       for (int k0 = 0; k0 < 16; k0 += kDepth<T>) {
         FragmentA<T> p[kRowTileCount];
         UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-          load_a(p[r], mixed,
-                 [&](int row, int k) { return at.place(h, 16 * r + row, 16 * t - key0 + k0 + k); });
+          load_a(p[r], mixed(),
+                 [&](int row, int k) { return a.at.maps.place(h, 16 * r + row, 16 * t - key0 + k0 + k); });
         UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x) {
           if (16 * x >= width) continue;
           FragmentB<T> b[2];
-          load_b<true>(b, scores.memory,
+          load_b<true>(b, scores().memory,
                        [&](int column, int k) { return values + (k0 + k) * a.stride + 16 * x + column; });
           UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r) multiply_add<T>(out[r][x], p[r], b);
         }
@@ -351,7 +347,7 @@ struct ForwardTile {
           UNROLLED_FOR (int e = 0; e < 4; ++e) out[r][x][j][e] = 0;
   }
   DEVICE void store_out(int h, int first) const {
-    const A factor = vectors.ld(kOutFactor * vector + h);
+    const A factor = vector(kOutFactor).ld(h);
     const int64_t to = image * a.out_image + h * a.out_head;
     UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
       UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x)
