@@ -118,18 +118,19 @@ struct Scores {
   template <class Use>
   DEVICE void for_each_tile(const Heads<T>& k, int64_t head, int first_tile, int end_tile, int end_key,
                             Use use) const {
-    const auto fetch = [&](int t) {
-      if (t < end_tile) fetch16(ring_tile(t), stride, k, head, 16 * t, end_key, width, padded);
-      copy_commit();
-    };
     Queries<T, ROW_TILES, HELD> queries;
     sync_warp();  // the ring may still be in use
-    ROLLED_FOR (int t = first_tile; t < first_tile + kStages - 1; ++t) fetch(t);
-    ROLLED_FOR (int t = first_tile; t < end_tile; ++t) {
-      copy_wait<kStages - 2>();
-      sync_warp();
+    // at first tiles are only fetched, kStages - 1 ahead
+    ROLLED_FOR (int t = first_tile - kStages + 1; t < end_tile; ++t) {
+      if (t >= first_tile) {
+        copy_wait<kStages - 2>();
+        sync_warp();
+      }
+      const int ahead = t + kStages - 1;
+      if (ahead < end_tile) fetch16(ring_tile(ahead), stride, k, head, 16 * ahead, end_key, width, padded);
+      copy_commit();
+      if (t < first_tile) continue;
       if (t == first_tile) queries.hold(memory, stride, padded);
-      fetch(t + kStages - 1);
       Acc<T> acc[ROW_TILES][2][4] = {};
       queries.multiply(acc, memory, memory, ring(t), stride, padded);
       use(t, acc);

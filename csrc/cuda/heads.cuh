@@ -30,7 +30,8 @@ struct Chunk {
   DEVICE void clear_zeros(Shared<M> chunk) const {
     if (thread_x() < Numbers<M>::kPad) chunk.st(zeros + thread_x(), M{});
   }
-  DEVICE int place(int h, int i, int x) const { return h < heads ? h * head + i * row + x : zeros; }
+  DEVICE int place(int h, int i, int x) const { return h < heads ? place_of_head(h, i, x) : zeros; }
+  DEVICE int place_of_head(int h, int i, int x) const { return h * head + i * row + x; }  // that is there
 };
 
 // A matrix [heads, heads] in shared memory, a left factor. A row in 16 bits is divided by a power of two, unit(g), that
@@ -196,9 +197,6 @@ DEVICE void sum_heads(A (&sum)[2][2], const A (&tile)[GROUPS][2][4]) {
       sum[j][e] = s;
     }
 }
-
-DEVICE float reciprocal_sqrt(float x) { return 1 / sqrtf(x); }
-DEVICE double reciprocal_sqrt(double x) { return 1 / sqrt(x); }
 
 // The layer norm over heads without weight and bias, in place; 0 for heads that are not there. rate: 1 / deviation, by
 // columns as in sum_heads.

@@ -86,6 +86,8 @@ DEVICE float fast_exp2(float x) {  // relative error 2^-22
   return r;
 }
 DEVICE double fast_exp2(double x) { return exp2(x); }
+DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }  // relative error 2^-22
+DEVICE double reciprocal_sqrt(double x) { return rsqrt(x); }
 
 // Memory. Elements are loaded and stored as T or as a wider V (uint4: 16 bytes), which must then be aligned.
 template <class T>

@@ -41,30 +41,32 @@ KERNEL LAUNCH_BOUNDS(32 * MAX_WARPS, 1) reattention_tile(ForwardKernel<T> a) {
     tile.load_statistics();
     sync_block();
   }
-  const int first_head = tile.first_head + tile.warp(),
-            end_head = tile.warp() < a.workers ? tile.end_head : 0;
   for (int key0 = 0; key0 < a.m; key0 += a.chunk) {
     const int columns = columns_from(key0);
     if constexpr (PRE_MIX)
       tile.make_logits(key0, columns, fetched);
     else
       tile.make_maps(key0, columns, fetched && key0 > 0);
-    // they arrive while the heads are coupled
-    if (a.out.p && first_head < end_head) tile.begin_values(first_head, tile.first_column, key0, columns);
-    sync_block();
-    tile.couple_heads(key0, columns, wants_gram);
-    if (a.out.p) {
-      sync_block();
-      // several rounds only where one chunk is all
-      for (int h = first_head; h < end_head; h += a.workers)
-        for (int first = tile.first_column; first < tile.end_column; first += 16 * kOutTiles<T>) {
-          if (h > first_head || first > tile.first_column) tile.begin_values(h, first, key0, columns);
-          if (key0 == 0) tile.clear_out();
-          tile.add_values(h, first, key0, columns);
-          if (key0 + a.chunk >= a.m) tile.store_out(h, first);
-        }
+    // The warp's heads and 16 kOutTiles columns of them: several only where one chunk is all.
+    int h = tile.first_head + tile.warp(), first = tile.first_column;
+    bool coupled = false;
+    while (true) {
+      const bool more = a.out.p && tile.warp() < a.workers && h < tile.end_head;
+      if (more) tile.begin_values(h, first, key0, columns);
+      if (!coupled) {  // while values travel
+        sync_block();
+        tile.couple_heads(key0, columns, wants_gram);
+        sync_block();
+        coupled = true;
+      }
+      if (!more) break;
+      if (key0 == 0) tile.clear_out();
+      tile.add_values(h, first, key0, columns);
+      if (key0 + a.chunk >= a.m) tile.store_out(h, first);
+      first += 16 * kOutTiles<T>;
+      if (first >= tile.end_column) first = tile.first_column, h += a.workers;
     }
-    if (key0 + a.chunk < a.m) sync_block();
+    sync_block();
   }
   if (wants_gram) {
     constexpr Acc<T> scale = MapNumbers<T>::kScale;
@@ -132,6 +134,7 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   a.tiles = tiles;
   a.scale = static_cast<Acc<T>>(args.scale * kLog2e);
   a.eps = static_cast<Acc<T>>(args.eps);
+  a.mean = Acc<T>(MapNumbers<T>::kScale) / a.m;
   a.centred = args.centred;
   a.pre_mix = acc(args.pre_mix);
   a.pre_bias = acc(args.pre_bias);

@@ -67,7 +67,7 @@ template <class T>
 struct ForwardKernel {
   Heads<T> q, k, v;
   int heads, n, m, width, out_width, tiles;  // tiles: row tiles of an image
-  Acc<T> scale, eps;                         // scale: times log2(e)
+  Acc<T> scale, eps, mean;                   // scale: times log2(e); mean: 1 / m in the maps' units
   bool centred;
   Global<const Acc<T>> pre_mix, pre_bias, mix, bias, norm_weight, norm_bias;
   int chunk, workers, stride;  // keys of a chunk; warps that make maps; of their rows in shared memory

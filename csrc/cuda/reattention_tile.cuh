@@ -144,7 +144,7 @@ struct ForwardTile {
             UNROLLED_FOR (int j = 0; j < 2; ++j)
               UNROLLED_FOR (int i = 0; i < 2; ++i) {
                 const int place =
-                    a.at.maps.place(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0));
+                    a.at.maps.place_of_head(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0));
                 const A x = s[r][j][2 * i], y = s[r][j][2 * i + 1];
                 store2(logits(0), place, x, y);
                 if constexpr (kParts == 2)
@@ -228,13 +228,13 @@ struct ForwardTile {
                 A x[2];
                 UNROLLED_FOR (int e = 0; e < 2; ++e)
                   x[e] = centred_map(s[r][j][2 * i + e], top[r][i], inverse[r][i], column + e);
-                store2(maps(), a.at.maps.place(h, row, column - key0), x[0], x[1]);
+                store2(maps(), a.at.maps.place_of_head(h, row, column - key0), x[0], x[1]);
               }
         },
         [](int) {});
   }
   DEVICE A centred_map(A logit, A top, A inverse, int column) const {
-    return column < a.m ? fast_exp2(logit - top) * inverse - A(MapNumbers<T>::kScale) / a.m : A(0);
+    return column < a.m ? fast_exp2(logit - top) * inverse - a.mean : A(0);
   }
   // The centred maps of 16 keys of query row i, from logits in the same place.
   DEVICE void make_mixed_maps(int key0, int i, int x) const {
@@ -249,7 +249,7 @@ struct ForwardTile {
         A p[2];
         UNROLLED_FOR (int e = 0; e < 2; ++e)
           p[e] = centred_map(z[group][j][2 * half + e], top, inverse, key0 + column + e);
-        store2(maps(), a.at.maps.place(h, i, column), p[0], p[1]);
+        store2(maps(), a.at.maps.place_of_head(h, i, column), p[0], p[1]);
       }
     });
     sync_warp();
@@ -287,7 +287,7 @@ struct ForwardTile {
           A p[2];  // of keys that are not there the layer norm may be Inf
           UNROLLED_FOR (int e = 0; e < 2; ++e)
             p[e] = key0 + column + e < a.m ? y[group][j][2 * half + e] : A(0);
-          store2(mixed(), a.at.maps.place(h, i, column), p[0], p[1]);
+          store2(mixed(), a.at.maps.place_of_head(h, i, column), p[0], p[1]);
         }
       });
     }
@@ -302,10 +302,8 @@ struct ForwardTile {
     });
   }
 
-  // The values of a chunk, columns first to first + 16 kOutTiles<T> of head h, begin to load.
-  DEVICE void begin_values(int h, int first, int key0, int columns) const {
-    sync_warp();  // the ring may still be in use
-    ROLLED_FOR (int t = 0; t < kStages - 1; ++t) fetch_values(h, first, key0 / 16 + t, (key0 + columns) / 16);
+  DEVICE int out_width(int first) const {
+    return end_column - first < 16 * kOutTiles<T> ? end_column - first : 16 * kOutTiles<T>;
   }
   DEVICE void fetch_values(int h, int first, int t, int end) const {
     const int width = out_width(first);
@@ -314,8 +312,10 @@ struct ForwardTile {
               width, padded_width(width));
     copy_commit();
   }
-  DEVICE int out_width(int first) const {
-    return end_column - first < 16 * kOutTiles<T> ? end_column - first : 16 * kOutTiles<T>;
+  // The values of a chunk, columns first to first + 16 kOutTiles of head h, begin to load.
+  DEVICE void begin_values(int h, int first, int key0, int columns) const {
+    sync_warp();  // the ring may still be in use
+    ROLLED_FOR (int t = 0; t < kStages - 1; ++t) fetch_values(h, first, key0 / 16 + t, (key0 + columns) / 16);
   }
   // out += mixed maps times the values that begin_values began to load.
   DEVICE void add_values(int h, int first, int key0, int columns) {
@@ -328,8 +328,9 @@ struct ForwardTile {
       for (int k0 = 0; k0 < 16; k0 += kDepth<T>) {
         FragmentA<T> p[kRowTileCount];
         UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-          load_a(p[r], mixed(),
-                 [&](int row, int k) { return a.at.maps.place(h, 16 * r + row, 16 * t - key0 + k0 + k); });
+          load_a(p[r], mixed(), [&](int row, int k) {
+            return a.at.maps.place_of_head(h, 16 * r + row, 16 * t - key0 + k0 + k);
+          });
         UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x) {
           if (16 * x >= width) continue;
           FragmentB<T> b[2];
