@@ -26,6 +26,11 @@ struct Chunk {
         head(rows * row + Numbers<M>::kPad),
         zeros(heads * head),  // stand for the rows of heads that are not there
         size(zeros + Numbers<M>::kPad) {}
+  DEVICE Chunk renewed() const {
+    Chunk chunk = *this;
+    chunk.row = cuda::renewed(row), chunk.head = cuda::renewed(head), chunk.zeros = cuda::renewed(zeros);
+    return chunk;
+  }
   // Before the first use, by all threads; a barrier must follow.
   DEVICE void clear_zeros(Shared<M> chunk) const {
     if (thread_x() < Numbers<M>::kPad) chunk.st(zeros + thread_x(), M{});

@@ -26,6 +26,12 @@ DEVICE int threads() { return blockDim.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int blocks_x() { return gridDim.x; }
 
+// The same number, which the compiler takes for a new one: what is computed from it is not held in registers from before.
+DEVICE int renewed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 16-bit numbers are raw bits, converted explicitly: the same source then compiles for the host without the toolkit.
 struct half_t {
   uint16_t bits;

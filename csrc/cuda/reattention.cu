@@ -16,16 +16,15 @@
 namespace vitdiv::cuda {
 namespace {
 
-// Threads of 8, 12 and 16 warps may have 255, 168 and 128 registers.
+// Threads of 8 warps may have 255 registers, of 12 warps 168.
 template <class T>
-int max_warps(int heads) {
-  if (sizeof(T) == 8) return 8;
-  return sizeof(T) == 2 && heads > 12 && heads <= 16 ? 16 : 12;
+HOST_DEVICE constexpr int max_warps(bool two_groups) {
+  return sizeof(T) == 8 || two_groups ? 8 : 12;
 }
 
-template <class T, int GROUPS, int MAX_WARPS, bool PRE_MIX>
-KERNEL LAUNCH_BOUNDS(32 * MAX_WARPS, 1) reattention_tile(ForwardKernel<T> a) {
-  ForwardTile<T, GROUPS, GROUPS == 1 && MAX_WARPS == 12, PRE_MIX> tile(a);
+template <class T, int GROUPS, bool PRE_MIX>
+KERNEL LAUNCH_BOUNDS(32 * max_warps<T>(GROUPS == 2), 1) reattention_tile(ForwardKernel<T> a) {
+  ForwardTile<T, GROUPS, PRE_MIX> tile(a);
   const bool fetched = a.workers == a.heads, wants_gram = a.partial.p && block_x() % a.slices == 0;
   const auto columns_from = [&](int key0) {
     return padded_width(a.m - key0 < a.chunk ? a.m - key0 : a.chunk);
@@ -89,7 +88,7 @@ int64_t rows_size(const ReattentionForward& args) { return args.pre_mix ? 0 : 2 
 template <class T>
 void fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
   const int keys = padded_width(a.m), longest = std::min(keys, 128), out_width = 16 * kOutTiles<T>;
-  const int most = max_warps<T>(a.heads), least = (a.heads + most - 1) / most;
+  const int most = max_warps<T>(a.heads > 16), least = (a.heads + most - 1) / most;
   for (int rounds = least; rounds <= a.heads; ++rounds)
     for (bool two : {true, false})
       for (int chunk = longest; chunk >= (two ? std::min(longest, 48) : 16); chunk -= 16) {
@@ -154,18 +153,12 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   fit(a, warps, shared_memory_limit(operation));
   if (!args.pre_mix) launch_softmax_rows<T>(operation, args, rows, stream);
   const int64_t blocks = args.B * tiles * a.slices;
-  const auto run = [&](auto pre_mix) {
-    constexpr bool pre = decltype(pre_mix)::value;
-    constexpr int most = sizeof(T) == 8 ? 8 : 12;
-    auto* kernel = heads > 16 ? reattention_tile<T, 2, most, pre> : reattention_tile<T, 1, most, pre>;
-    if constexpr (sizeof(T) == 2)
-      if (max_warps<T>(heads) == 16) kernel = reattention_tile<T, 1, 16, pre>;
-    launch(operation, kernel, blocks, 32 * warps, a.at.bytes, stream, a);
-  };
-  if (args.pre_mix)
-    run(std::true_type());
-  else
-    run(std::false_type());
+  auto* kernel = reattention_tile<T, 1, false>;
+  if (heads > 16)
+    kernel = args.pre_mix ? reattention_tile<T, 2, true> : reattention_tile<T, 2, false>;
+  else if (args.pre_mix)
+    kernel = reattention_tile<T, 1, true>;
+  launch(operation, kernel, blocks, 32 * warps, a.at.bytes, stream, a);
   if (args.gram && tiles > 1)
     launch_sum_parts(operation, partial, static_cast<Acc<T>*>(args.gram), args.B, tiles, heads * heads,
                      stream);

@@ -6,14 +6,14 @@
 
 namespace vitdiv::cuda {
 
-// HELD: whether a warp keeps its queries in registers, beside the output.
-template <class T, int GROUPS, bool HELD, bool PRE_MIX>
+template <class T, int GROUPS, bool PRE_MIX>
 struct ForwardTile {
   static constexpr int kRowTileCount = kRowTiles<T>, kRows = 16 * kRowTileCount, kParts = kLogitParts<T>;
   static constexpr int kStages = Scores<T, kRowTileCount>::kStages;
   using A = Acc<T>;
   using M = Map<T>;
   using L = Logit<T>;
+  using Slot = Scores<T, kRowTileCount, true>;
   using Columns = HeadTile<A, GROUPS>;
   // in registers where they are few
   using Mix = std::conditional_t<GROUPS == 1, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
@@ -43,9 +43,9 @@ struct ForwardTile {
   }
   DEVICE Shared<A> tops() const { return piece<A>(a.at.tops_at, a.at.rows); }
   DEVICE Shared<A> inverses() const { return piece<A>(a.at.inverses_at, a.at.rows); }
-  DEVICE Scores<T, kRowTileCount, HELD> scores() const {  // of a warp that has a slot
-    return {piece<T>(a.at.slots_at + warp() * a.at.slot * int(sizeof(T)), a.at.slot), a.stride, a.width,
-            padded_width(a.width)};
+  DEVICE Slot scores() const {  // of a warp that has a slot
+    return {piece<T>(a.at.slots_at + warp() * a.at.slot * int(sizeof(T)), a.at.slot), renewed(a.stride),
+            a.width, padded_width(a.width)};
   }
 
   DEVICE static int warp() { return thread_x() >> 5; }
@@ -118,49 +118,46 @@ struct ForwardTile {
     vector(kOutFactor).st(g, 1 / unit);
   }
 
-  // use(h, t, logits) for tiles of keys from first to end of all heads of this warp, then done(h)
-  template <class Begin, class Use, class Done>
-  DEVICE void for_each_head(int first, int end, bool fetched, Begin begin, Use use, Done done) const {
+  // use(h, t, logits) for tiles of keys from first to end of all heads of this warp
+  template <class Use>
+  DEVICE void for_each_head(int first, int end, bool fetched, Use use) const {
     if (warp() >= a.workers) return;
-    for (int h = warp(); h < a.heads; h += a.workers) {
-      if (!fetched) scores().fetch_queries(a.q, image * a.q.image + h * a.q.head, row0, a.n);
-      begin(h);
-      scores().for_each_tile(a.k, image * a.k.image + h * a.k.head, first, end, a.m, [&](int t, auto& s) {
+    ROLLED_FOR (int h = warp(); h < a.heads; h += a.workers) {
+      const auto scores = this->scores();
+      if (!fetched) scores.fetch_queries(a.q, image * a.q.image + h * a.q.head, row0, a.n);
+      scores.for_each_tile(a.k, image * a.k.image + h * a.k.head, first, end, a.m, [&](int t, auto& s) {
         UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
           UNROLLED_FOR (int j = 0; j < 2; ++j)
             UNROLLED_FOR (int e = 0; e < 4; ++e) s[r][j][e] *= a.scale;
         use(h, t, s);
       });
-      done(h);
     }
   }
 
   // All heads' logits of a chunk, for the mix before the softmax.
   DEVICE void make_logits(int key0, int columns, bool fetched) const {
-    for_each_head(
-        key0 / 16, (key0 + columns) / 16, fetched, [](int) {},
-        [&](int h, int t, const auto& s) {
-          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-            UNROLLED_FOR (int j = 0; j < 2; ++j)
-              UNROLLED_FOR (int i = 0; i < 2; ++i) {
-                const int place =
-                    a.at.maps.place_of_head(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0));
-                const A x = s[r][j][2 * i], y = s[r][j][2 * i + 1];
-                store2(logits(0), place, x, y);
-                if constexpr (kParts == 2)
-                  store2(logits(1), place, x - to_float(from_float<L>(x)), y - to_float(from_float<L>(y)));
-              }
-        },
-        [](int) {});
+    const auto at = a.at.maps.renewed();
+    for_each_head(key0 / 16, (key0 + columns) / 16, fetched, [&](int h, int t, const auto& s) {
+      UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int i = 0; i < 2; ++i) {
+            const int row = 16 * r + tile_row(2 * i), column = 16 * t - key0 + 8 * j + tile_col(0);
+            const int place = at.place_of_head(h, row, column);
+            const A x = s[r][j][2 * i], y = s[r][j][2 * i + 1];
+            store2(logits(0), place, x, y);
+            if constexpr (kParts == 2)
+              store2(logits(1), place, x - to_float(from_float<L>(x)), y - to_float(from_float<L>(y)));
+          }
+    });
   }
   // The mixed logits of 16 keys of query row i.
-  DEVICE void mix_logits(Columns& z, int key0, int i, int x) const {
+  DEVICE void mix_logits(Columns& z, const Chunk<L>& at, int key0, int i, int x) const {
     UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 4; ++e) z[group][j][e] = 0;
     Shared<L> planes[kParts];
     UNROLLED_FOR (int part = 0; part < kParts; ++part) planes[part] = logits(part);
-    mix_heads<L>(z, pre_mix(), planes, a.at.logits, i, x);
+    mix_heads<L>(z, pre_mix(), planes, at, i, x);
     for_each_head_place([&](int group, int half, int h) {
       if (16 * group >= a.heads) return;
       const A factor = vector(kPreFactor).ld(h), constant = vector(kPreConstant).ld(h);
@@ -183,6 +180,7 @@ struct ForwardTile {
   // The same of mixed logits, chunk by chunk; `inverses` holds the sum so far.
   DEVICE void add_statistics(int key0, int columns) const {
     const bool leader = (lane_id() & 3) == 0;
+    const auto at = a.at.logits.renewed();
     for (int i = warp(); i < present; i += warps()) {
       RowStatistics<T, GROUPS> statistics;
       if (key0 > 0)
@@ -193,7 +191,7 @@ struct ForwardTile {
         });
       ROLLED_FOR (int x = 0; x < columns; x += 16) {
         Columns z;
-        mix_logits(z, key0, i, x);
+        mix_logits(z, at, key0, i, x);
         statistics.add(z);
       }
       statistics.finish();
@@ -209,37 +207,29 @@ struct ForwardTile {
 
   // The centred maps of a chunk.
   DEVICE void make_maps(int key0, int columns, bool fetched) const {
-    A top[kRowTileCount][2], inverse[kRowTileCount][2];
-    for_each_head(
-        key0 / 16, (key0 + columns) / 16, fetched,
-        [&](int h) {
-          sync_warp();
-          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-            UNROLLED_FOR (int i = 0; i < 2; ++i) {
-              const int row = h * kRows + 16 * r + tile_row(2 * i);
-              top[r][i] = tops().ld(row), inverse[r][i] = inverses().ld(row);
-            }
-        },
-        [&](int h, int t, const auto& s) {
-          UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-            UNROLLED_FOR (int j = 0; j < 2; ++j)
-              UNROLLED_FOR (int i = 0; i < 2; ++i) {
-                const int column = 16 * t + 8 * j + tile_col(0), row = 16 * r + tile_row(2 * i);
-                A x[2];
-                UNROLLED_FOR (int e = 0; e < 2; ++e)
-                  x[e] = centred_map(s[r][j][2 * i + e], top[r][i], inverse[r][i], column + e);
-                store2(maps(), a.at.maps.place_of_head(h, row, column - key0), x[0], x[1]);
-              }
-        },
-        [](int) {});
+    const auto at = a.at.maps.renewed();
+    for_each_head(key0 / 16, (key0 + columns) / 16, fetched, [&](int h, int t, const auto& s) {
+      UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+        UNROLLED_FOR (int i = 0; i < 2; ++i) {
+          const int row = 16 * r + tile_row(2 * i);
+          const A top = tops().ld(h * kRows + row), inverse = inverses().ld(h * kRows + row);
+          UNROLLED_FOR (int j = 0; j < 2; ++j) {
+            const int column = 16 * t + 8 * j + tile_col(0);
+            A x[2];
+            UNROLLED_FOR (int e = 0; e < 2; ++e)
+              x[e] = centred_map(s[r][j][2 * i + e], top, inverse, column + e);
+            store2(maps(), at.place_of_head(h, row, column - key0), x[0], x[1]);
+          }
+        }
+    });
   }
   DEVICE A centred_map(A logit, A top, A inverse, int column) const {
     return column < a.m ? fast_exp2(logit - top) * inverse - a.mean : A(0);
   }
   // The centred maps of 16 keys of query row i, from logits in the same place.
-  DEVICE void make_mixed_maps(int key0, int i, int x) const {
+  DEVICE void make_mixed_maps(const Chunk<L>& at, int key0, int i, int x) const {
     Columns z;
-    mix_logits(z, key0, i, x);
+    mix_logits(z, at, key0, i, x);
     sync_warp();  // all heads of this place are read
     for_each_head_place([&](int group, int half, int h) {
       if (h >= a.heads) return;
@@ -249,7 +239,7 @@ struct ForwardTile {
         A p[2];
         UNROLLED_FOR (int e = 0; e < 2; ++e)
           p[e] = centred_map(z[group][j][2 * half + e], top, inverse, key0 + column + e);
-        store2(maps(), a.at.maps.place_of_head(h, i, column), p[0], p[1]);
+        store2(maps(), at.place_of_head(h, i, column), p[0], p[1]);
       }
     });
     sync_warp();
@@ -257,6 +247,8 @@ struct ForwardTile {
 
   // What couples the heads of a chunk: the Gram matrix, the mix and the layer norm.
   DEVICE void couple_heads(int key0, int columns, bool wants_gram) {
+    const auto at = a.at.maps.renewed();
+    const auto logits_at = a.at.logits.renewed();
     Mix matrix;
     if (a.out.p) {
       if constexpr (GROUPS == 1)
@@ -267,12 +259,12 @@ struct ForwardTile {
     ROLLED_FOR (int i = 0, x = 16 * warp();; x += 16 * warps()) {
       ROLLED_FOR (; x >= columns; x -= columns) ++i;
       if (i >= present) break;
-      if constexpr (PRE_MIX) make_mixed_maps(key0, i, x);
-      if (wants_gram) gram.add_square(maps(), a.at.maps, i, x);
+      if constexpr (PRE_MIX) make_mixed_maps(logits_at, key0, i, x);
+      if (wants_gram) gram.add_square(maps(), at, i, x);
       if (!a.out.p) continue;
       Columns y = {};
       const Shared<M> chunk[1] = {maps()};
-      mix_heads<M>(y, matrix, chunk, a.at.maps, i, x);
+      mix_heads<M>(y, matrix, chunk, at, i, x);
       sync_warp();  // all heads of this place are read
       affine(y, kFactor, kConstant);
       if (a.norm_weight.p) {
@@ -287,7 +279,7 @@ struct ForwardTile {
           A p[2];  // of keys that are not there the layer norm may be Inf
           UNROLLED_FOR (int e = 0; e < 2; ++e)
             p[e] = key0 + column + e < a.m ? y[group][j][2 * half + e] : A(0);
-          store2(mixed(), a.at.maps.place_of_head(h, i, column), p[0], p[1]);
+          store2(mixed(), at.place_of_head(h, i, column), p[0], p[1]);
         }
       });
     }
@@ -305,37 +297,40 @@ struct ForwardTile {
   DEVICE int out_width(int first) const {
     return end_column - first < 16 * kOutTiles<T> ? end_column - first : 16 * kOutTiles<T>;
   }
-  DEVICE void fetch_values(int h, int first, int t, int end) const {
+  DEVICE void fetch_values(const Slot& slot, int h, int first, int t, int end) const {
     const int width = out_width(first);
     if (t < end)
-      fetch16(scores().ring_tile(t), a.stride, a.v, image * a.v.image + h * a.v.head + first, 16 * t, a.m,
+      fetch16(slot.ring_tile(t), slot.stride, a.v, image * a.v.image + h * a.v.head + first, 16 * t, a.m,
               width, padded_width(width));
     copy_commit();
   }
   // The values of a chunk, columns first to first + 16 kOutTiles of head h, begin to load.
   DEVICE void begin_values(int h, int first, int key0, int columns) const {
+    const auto slot = scores();
     sync_warp();  // the ring may still be in use
-    ROLLED_FOR (int t = 0; t < kStages - 1; ++t) fetch_values(h, first, key0 / 16 + t, (key0 + columns) / 16);
+    ROLLED_FOR (int t = 0; t < kStages - 1; ++t)
+      fetch_values(slot, h, first, key0 / 16 + t, (key0 + columns) / 16);
   }
   // out += mixed maps times the values that begin_values began to load.
   DEVICE void add_values(int h, int first, int key0, int columns) {
     const int width = out_width(first), first_tile = key0 / 16, end_tile = (key0 + columns) / 16;
+    const auto slot = scores();
+    const auto at = a.at.maps.renewed();
     ROLLED_FOR (int t = first_tile; t < end_tile; ++t) {
       copy_wait<kStages - 2>();
       sync_warp();
-      fetch_values(h, first, t + kStages - 1, end_tile);
-      const int values = scores().ring(t);
+      fetch_values(slot, h, first, t + kStages - 1, end_tile);
+      const int values = slot.ring(t);
       for (int k0 = 0; k0 < 16; k0 += kDepth<T>) {
         FragmentA<T> p[kRowTileCount];
         UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-          load_a(p[r], mixed(), [&](int row, int k) {
-            return a.at.maps.place_of_head(h, 16 * r + row, 16 * t - key0 + k0 + k);
-          });
+          load_a(p[r], mixed(),
+                 [&](int row, int k) { return at.place_of_head(h, 16 * r + row, 16 * t - key0 + k0 + k); });
         UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x) {
           if (16 * x >= width) continue;
           FragmentB<T> b[2];
-          load_b<true>(b, scores().memory,
-                       [&](int column, int k) { return values + (k0 + k) * a.stride + 16 * x + column; });
+          load_b<true>(b, slot.memory,
+                       [&](int column, int k) { return values + (k0 + k) * slot.stride + 16 * x + column; });
           UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r) multiply_add<T>(out[r][x], p[r], b);
         }
       }

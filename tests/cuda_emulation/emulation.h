@@ -96,6 +96,7 @@ inline int thread_x() { return emulation::position.thread; }
 inline int threads() { return emulation::position.threads; }
 inline int block_x() { return emulation::position.block; }
 inline int blocks_x() { return emulation::position.blocks; }
+inline int renewed(int x) { return x; }
 
 struct half_t {
   uint16_t bits;
