@@ -13,7 +13,7 @@ struct ForwardTile {
   using A = Acc<T>;
   using M = Map<T>;
   using L = Logit<T>;
-  using Slot = Scores<T, kRowTileCount, true>;
+  using Slot = Scores<T, kRowTileCount, GROUPS == 2>;  // 12 warps have no registers left for queries
   using Columns = HeadTile<A, GROUPS>;
   // in registers where they are few
   using Mix = std::conditional_t<GROUPS == 1, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
