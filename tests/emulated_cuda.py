@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from vitdiv_kernels.ops._layout import accumulation_dtype
+
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests/cuda_emulation"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -154,6 +156,19 @@ class CosineArgs(ctypes.Structure):
     ]
 
 
+class ReattentionArgs(ctypes.Structure):
+    _fields_ = [
+        *[(size, ctypes.c_int64) for size in ("B", "H", "N", "M", "d", "dv")],
+        *[(name, HeadsView) for name in "qkv"],
+        ("scale", ctypes.c_double),
+        *[(name, ctypes.c_void_p) for name in ("pre_mix", "pre_bias", "mix", "bias")],
+        ("centred", ctypes.c_bool),
+        *[(name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")],
+        ("eps", ctypes.c_double),
+        ("threads", ctypes.c_int),
+    ]
+
+
 class CosineForward(CosineArgs):
     _fields_ = [("sums", ctypes.c_void_p), ("saved", ctypes.c_void_p)]
 
@@ -167,11 +182,16 @@ class CosineBackward(CosineArgs):
     ]
 
 
+class ReattentionForward(ReattentionArgs):
+    _fields_ = [("out", HeadsView), ("gram", ctypes.c_void_p)]
+
+
 OPERATORS = {
     "attention_gram_fwd": GramForward,
     "attention_gram_bwd": GramBackward,
     "pairwise_cosine_fwd": CosineForward,
     "pairwise_cosine_bwd": CosineBackward,
+    "reattention_fwd": ReattentionForward,
 }
 
 
@@ -306,3 +326,40 @@ class Emulator:
                 setattr(args, name, self.batch(gradient, output=True))
         self.call("pairwise_cosine_bwd", args)
         return gradients
+
+    def reattention_args(
+        self, kind, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps
+    ):  # fmt: skip
+        args = kind(*q.shape[:3], *k.shape[2:], v.shape[3], *map(self.heads, (q, k, v)), scale)
+        args.centred, args.eps = centred, eps
+        parameters = dict(
+            pre_mix=pre_mix,
+            pre_bias=pre_bias,
+            mix=mix,
+            bias=bias,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+        )
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                assert parameter.is_contiguous()
+                assert parameter.dtype == accumulation_dtype(q)
+                self.allow(parameter)
+                setattr(args, name, parameter.data_ptr())
+        return args
+
+    def reattention_fwd(self, *inputs, needs_out, needs_gram):
+        """What the operator of that name returns; None for what is not needed."""
+        args = self.reattention_args(ReattentionForward, *inputs)
+        q, v = inputs[0], inputs[2]
+        out = gram = None
+        if needs_out:  # as the operator lays it out, [B, N, H, d] in memory
+            shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
+            out = torch.full(shape, float("nan"), dtype=q.dtype).transpose(1, 2)
+            args.out = self.heads(out, output=True)
+        if needs_gram:
+            gram = torch.full((q.shape[0], *q.shape[1:2] * 2), float("nan"), dtype=accumulation_dtype(q))
+            self.allow(gram, output=True)
+            args.gram = gram.data_ptr()
+        self.call("reattention_fwd", args)
+        return out, gram

@@ -54,7 +54,7 @@ DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t he
   const int64_t row = head + (first + r) * from.row;
   const bool inside = first + r < end;
   if (from.pieces) {
-    for (int x = half * piece; x < padded; x += 2 * piece)
+    ROLLED_FOR (int x = half * piece; x < padded; x += 2 * piece)
       copy16_async(tile, r * stride + x, from.data, row + x, inside && x < width);
   } else {
     ROLLED_FOR (int x = half; x < padded; x += 2)
@@ -62,9 +62,41 @@ DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t he
   }
 }
 
+// A warp's 16 * ROW_TILES query rows in shared memory, the left factor of products with keys. With HELD the first 64 columns
+// are held in registers where they have 16 bits.
+template <class T, int ROW_TILES, bool HELD>
+struct Queries {
+  static constexpr int kHeld = HELD && sizeof(T) == 2 ? 4 : 0;
+  FragmentA<T> held[ROW_TILES][kHeld > 0 ? kHeld : 1];
+
+  DEVICE static FragmentA<T> fragment(Shared<T> rows, int stride, int r, int x) {
+    FragmentA<T> a;
+    load_a(a, rows, [&](int row, int k) { return (16 * r + row) * stride + x + k; });
+    return a;
+  }
+  DEVICE void hold(Shared<T> rows, int stride, int padded) {
+    UNROLLED_FOR (int x = 0; x < kHeld; ++x)
+      if (x * kDepth<T> < padded)
+        UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r) held[r][x] = fragment(rows, stride, r, x * kDepth<T>);
+  }
+  // acc[r][j][e] += q . k at row 16 r + tile_row(e), key 8 j + tile_col(e), of 16 keys whose rows begin at keys[first]
+  DEVICE void multiply(Acc<T> (&acc)[ROW_TILES][2][4], Shared<T> rows, Shared<T> keys, int first, int stride,
+                       int padded) const {
+    const auto step = [&](int x, auto left) {
+      FragmentB<T> b[2];
+      load_b(b, keys, [&](int key, int i) { return first + key * stride + x + i; });
+      UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r) multiply_add<T>(acc[r], left(r), b);
+    };
+    UNROLLED_FOR (int x = 0; x < kHeld; ++x)
+      if (x * kDepth<T> < padded) step(x * kDepth<T>, [&](int r) { return held[r][x]; });
+    for (int x = kHeld * kDepth<T>; x < padded; x += kDepth<T>)
+      step(x, [&](int r) { return fragment(rows, stride, r, x); });
+  }
+};
+
 // One head's tile of 16 * ROW_TILES query rows and the ring through which its keys stream, 16 at a time: a warp's own
 // memory, so that warps need no barrier between them.
-template <class T, int ROW_TILES>
+template <class T, int ROW_TILES, bool HELD = false>
 struct Scores {
   static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
   HOST_DEVICE static constexpr int size(int stride) { return 16 * (ROW_TILES + kStages) * stride; }
@@ -86,27 +118,21 @@ struct Scores {
   template <class Use>
   DEVICE void for_each_tile(const Heads<T>& k, int64_t head, int first_tile, int end_tile, int end_key,
                             Use use) const {
-    const auto fetch = [&](int t) {
-      if (t < end_tile) fetch16(ring_tile(t), stride, k, head, 16 * t, end_key, width, padded);
-      copy_commit();
-    };
+    Queries<T, ROW_TILES, HELD> queries;
     sync_warp();  // the ring may still be in use
-    for (int t = first_tile; t < first_tile + kStages - 1; ++t) fetch(t);
-    for (int t = first_tile; t < end_tile; ++t) {
-      copy_wait<kStages - 2>();
-      sync_warp();
-      fetch(t + kStages - 1);
-      Acc<T> acc[ROW_TILES][2][4] = {};
-      const int keys = ring(t);
-      for (int x = 0; x < padded; x += kDepth<T>) {
-        FragmentB<T> b[2];
-        load_b(b, memory, [&](int key, int i) { return keys + key * stride + x + i; });
-        UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r) {
-          FragmentA<T> a;
-          load_a(a, memory, [&](int row, int i) { return (16 * r + row) * stride + x + i; });
-          multiply_add<T>(acc[r], a, b);
-        }
+    // at first tiles are only fetched, kStages - 1 ahead
+    ROLLED_FOR (int t = first_tile - kStages + 1; t < end_tile; ++t) {
+      if (t >= first_tile) {
+        copy_wait<kStages - 2>();
+        sync_warp();
       }
+      const int ahead = t + kStages - 1;
+      if (ahead < end_tile) fetch16(ring_tile(ahead), stride, k, head, 16 * ahead, end_key, width, padded);
+      copy_commit();
+      if (t < first_tile) continue;
+      if (t == first_tile) queries.hold(memory, stride, padded);
+      Acc<T> acc[ROW_TILES][2][4] = {};
+      queries.multiply(acc, memory, memory, ring(t), stride, padded);
       use(t, acc);
     }  // only empty groups are left to wait for
   }

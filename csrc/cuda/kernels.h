@@ -23,4 +23,7 @@ void pairwise_cosine_fwd(const CosineForward& args, void* scratch, void* stream)
 int64_t pairwise_cosine_bwd_scratch(const CosineBackward& args);
 void pairwise_cosine_bwd(const CosineBackward& args, void* scratch, void* stream);
 
+int64_t reattention_fwd_scratch(const ReattentionForward& args);
+void reattention_fwd(const ReattentionForward& args, void* scratch, void* stream);
+
 }  // namespace vitdiv::cuda

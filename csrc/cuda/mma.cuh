@@ -8,6 +8,8 @@
 // The result lies in the lanes in the same way for all types: acc[j][e] is row tile_row(e), column 8 j + tile_col(e).
 #pragma once
 
+#include <cmath>
+
 #include "platform.cuh"
 
 namespace vitdiv::cuda {
@@ -149,13 +151,14 @@ DEVICE void multiply_add(Acc<T> (&acc)[2][4], const FragmentA<T>& a, const Fragm
     if constexpr (sizeof(T) == 2) {
       mma_16816<T>(acc[j], a.r, b[j].r);
     } else if constexpr (sizeof(T) == 4) {
-      // Tensor cores cut sums off where float32 rounds them, so a long sum would drift: each step starts from zero, the
-      // small parts first.
-      float step[4] = {};
-      if constexpr (!EXACT) mma_1688_tf32(step, a.lo, b[j].hi);
-      mma_1688_tf32(step, a.hi, b[j].lo);
+      // Tensor cores cut sums off where float32 rounds them, so a long sum would drift: each step starts from zero. Low
+      // parts of Inf, and times Inf, are NaN.
+      float low[4] = {}, step[4] = {};
+      if constexpr (!EXACT) mma_1688_tf32(low, a.lo, b[j].hi);
+      mma_1688_tf32(low, a.hi, b[j].lo);
       mma_1688_tf32(step, a.hi, b[j].hi);
-      UNROLLED_FOR (int e = 0; e < 4; ++e) acc[j][e] += step[e];
+      UNROLLED_FOR (int e = 0; e < 4; ++e)
+        acc[j][e] += fabsf(step[e]) < INFINITY ? step[e] + low[e] : step[e];
     } else {
       mma_884_f64(acc[j][0], acc[j][1], a.r[0], b[j].r[0]);
       mma_884_f64(acc[j][2], acc[j][3], a.r[1], b[j].r[0]);

@@ -26,6 +26,12 @@ DEVICE int threads() { return blockDim.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int blocks_x() { return gridDim.x; }
 
+// The same number, which the compiler takes for a new one: what is computed from it is not held in registers from before.
+DEVICE int renewed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 16-bit numbers are raw bits, converted explicitly: the same source then compiles for the host without the toolkit.
 struct half_t {
   uint16_t bits;
@@ -86,6 +92,8 @@ DEVICE float fast_exp2(float x) {  // relative error 2^-22
   return r;
 }
 DEVICE double fast_exp2(double x) { return exp2(x); }
+DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }  // relative error 2^-22
+DEVICE double reciprocal_sqrt(double x) { return rsqrt(x); }
 
 // Memory. Elements are loaded and stored as T or as a wider V (uint4: 16 bytes), which must then be aligned.
 template <class T>

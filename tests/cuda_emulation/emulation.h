@@ -96,6 +96,7 @@ inline int thread_x() { return emulation::position.thread; }
 inline int threads() { return emulation::position.threads; }
 inline int block_x() { return emulation::position.block; }
 inline int blocks_x() { return emulation::position.blocks; }
+inline int renewed(int x) { return x; }
 
 struct half_t {
   uint16_t bits;
@@ -135,6 +136,8 @@ inline float to_tf32(float x) {  // to nearest, ties away from zero
 }
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline double fast_exp2(double x) { return std::exp2(x); }
+inline float reciprocal_sqrt(float x) { return 1 / std::sqrt(x); }
+inline double reciprocal_sqrt(double x) { return 1 / std::sqrt(x); }
 
 template <class T>
 struct Global {

@@ -1,0 +1,83 @@
+// The forward of re-attention: arguments of its kernel, and what is in shared memory.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "attention.cuh"
+#include "heads.cuh"
+
+namespace vitdiv::cuda {
+
+// Logits that meet other heads' are held as the sum of two bfloat16, which has 16 bits and the range of float32.
+template <class T>
+using Logit = std::conditional_t<sizeof(T) == 2, bf16_t, T>;
+template <class T>
+inline constexpr int kLogitParts = HeadMatrix<Logit<T>>::kParts;
+
+template <class T>
+inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
+template <class T>
+inline constexpr int kOutTiles = sizeof(T) == 8 ? 2 : 4;  // of 16 columns, that a warp holds of the output
+
+// Numbers for each head: what the mix of maps is multiplied by and what is added, then in the layer norm, then what the
+// output is multiplied by; the same of the mix of logits.
+enum Vector { kFactor, kConstant, kWeight, kAdded, kOutFactor, kPreFactor, kPreConstant, kVectors };
+
+// What is in shared memory, by places in bytes and counts of elements. It is among the arguments, so that no register holds it.
+template <class T>
+struct Layout {
+  Chunk<Map<T>> maps;  // of each plane
+  Chunk<Logit<T>> logits;
+  int planes, mix, pre_mix, vector, rows, slot;
+  int mix_at, mix_units_at, pre_mix_at, pre_mix_units_at, vectors_at, tops_at, inverses_at, slots_at;
+  int64_t bytes;
+
+  Layout() = default;
+  Layout(int heads, int chunk, bool has_pre_mix, int stride, int warps, int workers)
+      : maps(heads, 16 * kRowTiles<T>, chunk), logits(heads, 16 * kRowTiles<T>, chunk) {
+    using M = Map<T>;
+    constexpr int number = sizeof(T), acc = sizeof(Acc<T>);
+    planes = (has_pre_mix ? kLogitParts<T> : 1) * maps.size;
+    mix = HeadMatrix<M>::size(heads);
+    pre_mix = has_pre_mix ? HeadMatrix<Logit<T>>::size(heads) : 0;
+    vector = padded_width(heads);
+    rows = heads * 16 * kRowTiles<T>;
+    slot = Scores<T, kRowTiles<T>>::size(stride);
+    bytes = 0;
+    const auto take = [&](int64_t count, int size) {
+      const int at = static_cast<int>(bytes);
+      bytes += (count * size + 15) / 16 * 16;
+      return at;
+    };
+    // at last the warps' sums for the Gram matrix take the planes' place
+    take(std::max(planes, HeadProducts<M, 1>::space(warps) * acc / number), number);
+    mix_at = take(mix, number);
+    mix_units_at = take(vector, acc);
+    pre_mix_at = take(pre_mix, number);
+    pre_mix_units_at = take(vector, acc);
+    vectors_at = take(kVectors * vector, acc);
+    tops_at = take(rows, acc);
+    inverses_at = take(rows, acc);
+    slots_at = take(int64_t(workers) * slot, number);
+  }
+};
+
+template <class T>
+struct ForwardKernel {
+  Heads<T> q, k, v;
+  int heads, n, m, width, out_width, tiles;  // tiles: row tiles of an image
+  Acc<T> scale, eps, mean;                   // scale: times log2(e); mean: 1 / m in the maps' units
+  bool centred;
+  Global<const Acc<T>> pre_mix, pre_bias, mix, bias, norm_weight, norm_bias;
+  int chunk, workers, stride;  // keys of a chunk; warps that make maps; of their rows in shared memory
+  int slice_heads, width_slices, slices;  // slices: of a tile's output, a block each
+  Global<T> out;
+  int64_t out_image, out_head, out_row;
+  Global<Acc<T>> partial;     // [images, tiles, H, H]
+  Global<const Acc<T>> rows;  // of softmax_rows; null with pre_mix
+  int64_t field;
+  Layout<T> at;
+};
+
+}  // namespace vitdiv::cuda
