@@ -15,15 +15,13 @@ from emulated_cuda import KERNELS, ROOT
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 WITH_PRODUCTS = "(gram_tile|gradient_tile|similarity_tile|reattention_tile|softmax_rows)"
+WITH_PRODUCTS = "(gram_tile|gradient_tile|similarity_tile|reattention_tile|softmax_rows)"
 # The instructions that kernels whose mangled names match must have.
 TENSOR_CORES = {
-    "(gram|gradient|similarity|reattention)_tileI.*(half_t|bf16_t)|softmax_rowsI.*(half_t|bf16_t)": {
-        "HMMA",
-        "LDSM",
-    },
-    "(gram|gradient|similarity|reattention)_tileIf|softmax_rowsIf": {"HMMA"},
-    "(gram|gradient|similarity|reattention)_tileId|softmax_rowsId": {"DMMA"},
-    "(gram|similarity|reattention)_tileI|softmax_rowsI": {"LDGSTS"},
+    f"{WITH_PRODUCTS}I.*(half_t|bf16_t)": {"HMMA", "LDSM"},
+    f"{WITH_PRODUCTS}If": {"HMMA"},
+    f"{WITH_PRODUCTS}Id": {"DMMA"},
+    "(gram_tile|similarity_tile|reattention_tile|softmax_rows|attn_diversity.*gradient_tile)I": {"LDGSTS"},
 }
 NO_PRODUCTS = "sum_parts|head_(rows|totals)|sum_tiles|read_vectors|signed_(totals|gradient)"
 
