@@ -72,12 +72,13 @@ int64_t pairwise_cosine_bwd_scratch(const vitdiv::CosineBackward* args) {
 }
 const char* pairwise_cosine_bwd(const vitdiv::CosineBackward* args, void* scratch) {
   return guarded([&] { vitdiv::cuda::pairwise_cosine_bwd(*args, scratch, nullptr); });
+}
 
-  int64_t reattention_fwd_size() { return sizeof(vitdiv::ReattentionForward); }
-  int64_t reattention_fwd_scratch(const vitdiv::ReattentionForward* args) {
-    return guarded_bytes([&] { return vitdiv::cuda::reattention_fwd_scratch(*args); });
-  }
-  const char* reattention_fwd(const vitdiv::ReattentionForward* args, void* scratch) {
-    return guarded([&] { vitdiv::cuda::reattention_fwd(*args, scratch, nullptr); });
-  }
+int64_t reattention_fwd_size() { return sizeof(vitdiv::ReattentionForward); }
+int64_t reattention_fwd_scratch(const vitdiv::ReattentionForward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::reattention_fwd_scratch(*args); });
+}
+const char* reattention_fwd(const vitdiv::ReattentionForward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::reattention_fwd(*args, scratch, nullptr); });
+}
 }
