@@ -28,6 +28,13 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request, interpreted, emulated):
+    """Shorter rows where kernels run slowly; tests/test_triton_*.py and test_cuda_*.py have longer ones."""
+    batch, heads, *tokens, width = request.param
+    return batch, heads, *(min(n, 65) if interpreted or emulated else n for n in tokens), width
+
+
 def draw(shape, dtype=torch.float64, layers=1):
     """q and k of each layer, with logits of spread about 1.5."""
     batch, heads, queries, keys, width = shape
@@ -61,30 +68,19 @@ def check(backend, operation, formula, tensors, dtype=torch.float64, formula_opt
     assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def skip_if_slow(emulated, shape):
-    if emulated and shape[2] * shape[3] > 10_000:
-        pytest.skip("seconds in emulation, and in test_cuda_attn_diversity.py")
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gram(backend, emulated, shape, centered, dtype):
-    skip_if_slow(emulated, shape)
+def test_gram(backend, shape, centered, dtype):
     check(backend, attention_gram, formulas.attention_gram, draw(shape, dtype), dtype, centered=centered)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cosine_between_heads(backend, emulated, shape, dtype):
-    skip_if_slow(emulated, shape)
+def test_cosine_between_heads(backend, shape, dtype):
     check(backend, attention_cosine, formulas.attention_cosine, draw(shape, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cosine_between_layers(backend, emulated, shape, dtype):
-    skip_if_slow(emulated, shape)
+def test_cosine_between_layers(backend, shape, dtype):
     if backend == "triton" and 2 * shape[1] > _dispatch.TRITON_HEADS:
         pytest.skip("more heads than the Triton kernels take, which test_bad_input checks")
     check(backend, attention_cosine, formulas.attention_cosine, draw(shape, dtype, layers=2), dtype)

@@ -23,7 +23,7 @@ class ScheduleRow(NamedTuple):
     source: str
 
 
-# README.md counts 9 clocks a pair forward and 39 backward for streaming at 12 heads of 64, from L2 and shared
+# README.md counts 9 clocks a pair forward and 56 backward for streaming at 12 heads of 64, from L2 and shared
 # memory, and 4 to 5 and 8 to 11 for the workspace, whatever the width.
 SCHEDULES = (
     ScheduleRow("forward", None, 16, 8, 64, _ANY, "streaming", "cost model"),
