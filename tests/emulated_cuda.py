@@ -186,12 +186,22 @@ class ReattentionForward(ReattentionArgs):
     _fields_ = [("out", HeadsView), ("gram", ctypes.c_void_p)]
 
 
+class ReattentionBackward(ReattentionArgs):
+    _fields_ = [
+        *[(name, HeadsView) for name in ("dout", "dq", "dk", "dv_out")],
+        ("coupling", ctypes.c_void_p),
+        ("coupling_stride_b", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("dpre_mix", "dmix", "dbias", "dnorm_weight", "dnorm_bias")],
+    ]
+
+
 OPERATORS = {
     "attention_gram_fwd": GramForward,
     "attention_gram_bwd": GramBackward,
     "pairwise_cosine_fwd": CosineForward,
     "pairwise_cosine_bwd": CosineBackward,
     "reattention_fwd": ReattentionForward,
+    "reattention_bwd": ReattentionBackward,
 }
 
 
@@ -363,3 +373,31 @@ class Emulator:
             args.gram = gram.data_ptr()
         self.call("reattention_fwd", args)
         return out, gram
+
+    def reattention_bwd(self, dout, coupling, *inputs, needs):
+        """Gradients by name, of those that `needs` names: dq, dk, dv, dpre_mix, dmix, dnorm."""
+        args = self.reattention_args(ReattentionBackward, *inputs)
+        q, k, v = inputs[:3]
+        if dout is not None:
+            args.dout = self.heads(dout)
+        if coupling is not None:
+            assert coupling.is_contiguous()
+            self.allow(coupling)
+            args.coupling = coupling.data_ptr()
+            args.coupling_stride_b = coupling[0].numel() if coupling.shape[0] == q.shape[0] else 0
+        gradients = {}
+        for name, field, like in ("dq", "dq", q), ("dk", "dk", k), ("dv", "dv_out", v):
+            if name in needs:
+                gradients[name] = torch.full_like(like, float("nan"))
+                setattr(args, field, self.heads(gradients[name], output=True))
+        heads = q.shape[1]
+        of_needs = {
+            "dpre_mix": ["dpre_mix"], "dmix": ["dmix", "dbias"], "dnorm": ["dnorm_weight", "dnorm_bias"],
+        }  # fmt: skip
+        for name in (name for need, names in of_needs.items() if need in needs for name in names):
+            shape = (heads, heads) if name.endswith("mix") else (heads,)
+            gradients[name] = torch.full(shape, float("nan"), dtype=accumulation_dtype(q))
+            self.allow(gradients[name], output=True)
+            setattr(args, name, gradients[name].data_ptr())
+        self.call("reattention_bwd", args)
+        return gradients

@@ -14,16 +14,15 @@ from emulated_cuda import KERNELS, ROOT
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
-WITH_PRODUCTS = "(gram_tile|gradient_tile|similarity_tile|reattention_tile|softmax_rows)"
-WITH_PRODUCTS = "(gram_tile|gradient_tile|similarity_tile|reattention_tile|softmax_rows)"
+WITH_PRODUCTS = "(_tile|_sweep|softmax_rows)"
 # The instructions that kernels whose mangled names match must have.
 TENSOR_CORES = {
     f"{WITH_PRODUCTS}I.*(half_t|bf16_t)": {"HMMA", "LDSM"},
     f"{WITH_PRODUCTS}If": {"HMMA"},
     f"{WITH_PRODUCTS}Id": {"DMMA"},
-    "(gram_tile|similarity_tile|reattention_tile|softmax_rows|attn_diversity.*gradient_tile)I": {"LDGSTS"},
+    "((gram|similarity|reattention)_tile|_sweep|softmax_rows|attn_diversity.*gradient_tile)I": {"LDGSTS"},
 }
-NO_PRODUCTS = "sum_parts|head_(rows|totals)|sum_tiles|read_vectors|signed_(totals|gradient)"
+NO_PRODUCTS = "_sums|sum_parts|head_(rows|totals)|sum_tiles|read_vectors|signed_(totals|gradient)"
 
 
 @needs_nvcc

@@ -114,11 +114,10 @@ struct Scores {
       fetch16(memory.part(16 * r * stride, 16 * stride), stride, q, head, first + 16 * r, end, width, padded);
   }
 
-  // use(t, acc) for tiles t of 16 keys: acc[r][j][e] = q . k at row 16 r + tile_row(e), key 16 t + 8 j + tile_col(e).
+  // use(t, place) for tiles t of 16 keys, which stand in the ring from `place` on.
   template <class Use>
-  DEVICE void for_each_tile(const Heads<T>& k, int64_t head, int first_tile, int end_tile, int end_key,
+  DEVICE void for_each_keys(const Heads<T>& k, int64_t head, int first_tile, int end_tile, int end_key,
                             Use use) const {
-    Queries<T, ROW_TILES, HELD> queries;
     sync_warp();  // the ring may still be in use
     // at first tiles are only fetched, kStages - 1 ahead
     ROLLED_FOR (int t = first_tile - kStages + 1; t < end_tile; ++t) {
@@ -129,12 +128,21 @@ struct Scores {
       const int ahead = t + kStages - 1;
       if (ahead < end_tile) fetch16(ring_tile(ahead), stride, k, head, 16 * ahead, end_key, width, padded);
       copy_commit();
-      if (t < first_tile) continue;
+      if (t >= first_tile) use(t, ring(t));
+    }  // only empty groups are left to wait for
+  }
+
+  // use(t, acc): acc[r][j][e] = q . k at row 16 r + tile_row(e), key 16 t + 8 j + tile_col(e).
+  template <class Use>
+  DEVICE void for_each_tile(const Heads<T>& k, int64_t head, int first_tile, int end_tile, int end_key,
+                            Use use) const {
+    Queries<T, ROW_TILES, HELD> queries;
+    for_each_keys(k, head, first_tile, end_tile, end_key, [&](int t, int keys) {
       if (t == first_tile) queries.hold(memory, stride, padded);
       Acc<T> acc[ROW_TILES][2][4] = {};
-      queries.multiply(acc, memory, memory, ring(t), stride, padded);
+      queries.multiply(acc, memory, memory, keys, stride, padded);
       use(t, acc);
-    }  // only empty groups are left to wait for
+    });
   }
 };
 

@@ -26,4 +26,7 @@ void pairwise_cosine_bwd(const CosineBackward& args, void* scratch, void* stream
 int64_t reattention_fwd_scratch(const ReattentionForward& args);
 void reattention_fwd(const ReattentionForward& args, void* scratch, void* stream);
 
+int64_t reattention_bwd_scratch(const ReattentionBackward& args);
+void reattention_bwd(const ReattentionBackward& args, void* scratch, void* stream);
+
 }  // namespace vitdiv::cuda

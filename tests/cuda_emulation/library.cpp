@@ -81,4 +81,12 @@ int64_t reattention_fwd_scratch(const vitdiv::ReattentionForward* args) {
 const char* reattention_fwd(const vitdiv::ReattentionForward* args, void* scratch) {
   return guarded([&] { vitdiv::cuda::reattention_fwd(*args, scratch, nullptr); });
 }
+
+int64_t reattention_bwd_size() { return sizeof(vitdiv::ReattentionBackward); }
+int64_t reattention_bwd_scratch(const vitdiv::ReattentionBackward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::reattention_bwd_scratch(*args); });
+}
+const char* reattention_bwd(const vitdiv::ReattentionBackward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::reattention_bwd(*args, scratch, nullptr); });
+}
 }

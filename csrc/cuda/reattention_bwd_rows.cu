@@ -1,0 +1,210 @@
+// The first sweep of re-attention's backward: a block owns 16 query rows of all heads. It makes the sums of the parameters'
+// gradients and, of each row, the sum over keys of A dA; then dq. Where a row of all heads' maps and of their gradients fits
+// the shared memory they are made once, else chunk by chunk, twice. Where logits are mixed it makes their statistics, too.
+#include "reattention_bwd_heads.cuh"
+
+namespace vitdiv::cuda {
+namespace {
+
+template <class B>
+DEVICE void statistics(const B& b) {
+  using A = typename B::A;
+  const auto& a = b.a;
+  const int warps = threads() >> 5, keys = padded_width(a.other_rows);
+  if (!a.pre_mix.p) {  // softmax_rows has made them
+    for (int c = thread_x(); c < a.heads * kOwnRows; c += threads()) {
+      const bool there = b.row0 + c % kOwnRows < a.own_rows;
+      b.tops().st(c, there ? a.rows.ld(b.global_row(c)) : A(0));
+      b.inverses().st(c, there ? a.rows.ld(b.global_row(c) + a.field) : A(0));
+    }
+    sync_block();
+    return;
+  }
+  for (int first = 0; first < keys; first += a.chunk) {
+    const int columns = keys - first < a.chunk ? keys - first : a.chunk;
+    b.make(first, columns, true, false);
+    sync_block();
+    for (int i = b.warp; i < kOwnRows; i += warps) {
+      RowStatistics<typename B::T, B::kGroups> row;
+      for (int x = 0; x < columns; x += 16) {
+        typename B::Tile z;
+        mixed_logits(b, z, i, x, first);
+        row.add(z);
+      }
+      row.finish();
+      UNROLLED_FOR (int group = 0; group < B::kGroups; ++group)
+        UNROLLED_FOR (int half = 0; half < 2; ++half) {
+          const int h = b.head_of(group, 2 * half);
+          if (h >= a.heads || (lane_id() & 3) != 0) continue;
+          const int at = b.number(h, i, 0);
+          const A before = first ? b.tops().ld(at) : A(-1e38), sum = first ? b.inverses().ld(at) : A(0);
+          const A top = larger(before, row.top[group][half]);
+          b.tops().st(at, top);
+          b.inverses().st(at, sum * fast_exp2(before - top) +
+                                  row.sum[group][half] * fast_exp2(row.top[group][half] - top));
+        }
+    }
+    sync_block();
+  }
+  for (int c = thread_x(); c < a.heads * kOwnRows; c += threads())
+    b.inverses().st(c, b.kScale / b.inverses().ld(c));
+  sync_block();
+}
+
+template <class B>
+DEVICE void add_dmix(const B& b, int i, int x, typename B::Products& products, VectorSums<B>& sums) {
+  typename B::Tile dm;
+  load_tile(dm, b.grads(), b.at_t(), i, x);
+  for_each_element<B::kGroups>(
+      [&](int group, int j, int e) { sums.sums[0][group][e >> 1] += dm[group][j][e]; });
+  add_products(products, b.grads(), b.maps(), b.at_t(), b.at(), i, x);
+}
+
+// A lane's part of sum_j A dA, and its largest |A dA|.
+template <class B>
+DEVICE void add_delta(const B& b, const typename B::Tile& da, int i, int x, int first,
+                      typename B::A (&delta)[B::kGroups][2], typename B::A& largest) {
+  typename B::Tile p;
+  whole_maps(b, p, i, x, first);
+  for_each_element<B::kGroups>([&](int group, int j, int e) {
+    const typename B::A product = p[group][j][e] * da[group][j][e];
+    delta[group][e >> 1] += product;
+    if constexpr (kBounded<typename B::T>) largest = larger(largest, product < 0 ? -product : product);
+  });
+}
+
+template <class B>
+DEVICE void store_delta(const B& b, const typename B::A (&delta)[B::kGroups][2], int i, bool first) {
+  UNROLLED_FOR (int group = 0; group < B::kGroups; ++group)
+    UNROLLED_FOR (int half = 0; half < 2; ++half) {
+      const typename B::A sum = quad_sum(delta[group][half]);
+      const int h = b.head_of(group, 2 * half);
+      if (h >= b.a.heads || (lane_id() & 3) != 0) continue;
+      const int at = b.number(h, i, 0);
+      b.deltas().st(at, first ? sum : b.deltas().ld(at) + sum);
+    }
+}
+
+// The block's sums of vectors over its warps, in their order: partial[to + which heads + h].
+template <class B>
+DEVICE void store_vectors(const B& b, const VectorSums<B>& sums, int64_t to) {
+  const int heads = b.a.heads, warps = threads() >> 5, padded = 16 * B::kGroups;
+  sync_block();
+  UNROLLED_FOR (int which = 0; which < 3; ++which)
+    UNROLLED_FOR (int group = 0; group < B::kGroups; ++group)
+      UNROLLED_FOR (int half = 0; half < 2; ++half) {
+        const typename B::A sum = quad_sum(sums.sums[which][group][half]);
+        if ((lane_id() & 3) == 0)
+          b.space().st((b.warp * 3 + which) * padded + b.head_of(group, 2 * half), sum);
+      }
+  sync_block();
+  for (int c = thread_x(); c < 3 * heads; c += threads()) {
+    typename B::A sum = 0;
+    for (int w = 0; w < warps; ++w) sum += b.space().ld((w * 3 + c / heads) * padded + c % heads);
+    b.a.partial.st(to + c, sum);
+  }
+}
+
+// A bound of |dL| in this block, from the lanes' largest |A dA|.
+template <class B>
+DEVICE typename B::A bound_of(const B& b, typename B::A largest) {
+  typename B::A delta = 0;
+  for (int c = lane_id(); c < b.a.heads * kOwnRows; c += 32) {
+    const typename B::A x = b.deltas().ld(c);
+    delta = larger(delta, x < 0 ? -x : x);
+  }
+  delta = warp_max(delta);
+  largest = warp_max(largest);
+  if (lane_id() == 0) b.maxima().st(b.warp, largest);
+  sync_block();
+  for (int w = 0; w < threads() >> 5; ++w) largest = larger(largest, b.maxima().ld(w));
+  return largest + delta;
+}
+
+template <class T, int GROUPS>
+KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKernel<T> a) {
+  using A = Acc<T>;
+  using B = BackwardTile<T, false, GROUPS>;
+  const B b(a);
+  const int warps = threads() >> 5, heads = a.heads, keys = padded_width(a.other_rows);
+  const bool whole = a.chunk >= keys;
+  const int64_t part = int64_t(block_x()) * (2 * heads * heads + 3 * heads);
+  const auto clear = [&](bool unused, int first, int end) {  // all of it is added up
+    if (unused && (a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix))
+      for (int c = first + thread_x(); c < end; c += threads()) a.partial.st(part + c, A(0));
+  };
+  clear(!a.wants_dmix, 0, heads * heads);
+  clear(!a.wants_dpre_mix, heads * heads, 2 * heads * heads);
+  clear(!a.wants_dmix && !a.wants_dnorm, 2 * heads * heads, 2 * heads * heads + 3 * heads);
+  statistics(b);
+
+  const bool wants_sums = a.goes_on || a.wants_dmix || a.wants_dnorm,
+             wants_dl = a.out[0].p || a.wants_dpre_mix;
+  typename B::Products products;
+  VectorSums<B> sums{};
+  A largest = 0, size = 1;
+  for (int pass = wants_sums ? 0 : 2; pass < (wants_dl ? 2 : 1); ++pass) {
+    const bool fresh = pass == 0 || !whole;  // the maps are to be made
+    products.clear();
+    for (int first = 0; first < keys; first += a.chunk) {
+      const int columns = keys - first < a.chunk ? keys - first : a.chunk;
+      if (fresh) b.make(first, columns, !(whole && a.pre_mix.p), a.dout);
+      sync_block();
+      ROLLED_FOR (int i = b.warp; i < kOwnRows; i += warps) {
+        A delta[GROUPS][2] = {};
+        ROLLED_FOR (int x = 0; x < columns; x += 16) {
+          typename B::Tile tile;
+          if (fresh && a.pre_mix.p) maps_of_logits(b, i, x, first);
+          if (fresh && a.layer_norm) through_norm(b, tile, sums, i, x, first);
+          if (pass == 0 && a.wants_dmix) add_dmix(b, i, x, products, sums);
+          if (!a.goes_on) continue;
+          maps_gradient(b, tile, i, x);
+          if (pass == 0)
+            add_delta(b, tile, i, x, first, delta, largest);
+          else
+            logits_gradient<true>(b, tile, i, x, first, size, products);
+        }
+        if (pass == 0 && a.goes_on) store_delta(b, delta, i, first == 0);
+      }
+      sync_block();
+      if (pass == 1 && a.out[0].p)
+        b.multiply(0, b.dz(), first, columns,
+                   [&](int h) { return a.out_scale / size * (a.pre_mix.p ? b.pre_t().units.ld(h) : A(1)); });
+    }
+    if (pass == 0) {
+      if (a.wants_dmix) products.store(b.space(), a.partial, part, heads, 1 / b.kScale, false);
+      if (a.wants_dmix || a.wants_dnorm) store_vectors(b, sums, part + 2 * heads * heads);
+      if (!a.goes_on) break;
+      if constexpr (kBounded<T>) {
+        const A bound = bound_of(b, largest);
+        if (thread_x() == 0) a.bounds.st(block_x(), bound);
+        size = gradient_size<T>(bound, a.pre_mix.p != nullptr);
+      }
+    } else if (a.wants_dpre_mix) {
+      products.store(b.space(), a.partial, part + heads * heads, heads, 1 / size, false);
+    }
+  }
+  for (int c = thread_x(); c < heads * kOwnRows; c += threads()) {
+    if (b.row0 + c % kOwnRows >= a.own_rows) continue;
+    const int64_t to = b.global_row(c);
+    if (a.pre_mix.p) {
+      a.rows.st(to, b.tops().ld(c));
+      a.rows.st(to + a.field, b.inverses().ld(c));
+    }
+    if (a.goes_on) a.rows.st(to + 2 * a.field, b.deltas().ld(c));
+  }
+}
+
+}  // namespace
+
+template <class T>
+void launch_query_sweep(const BackwardKernel<T>& a, int64_t shared_bytes, void* stream) {
+  const auto kernel = a.heads > 16 ? query_sweep<T, 2> : query_sweep<T, 1>;
+  launch("reattention_bwd", kernel, int64_t(a.images) * a.tiles, 32 * a.warps, shared_bytes, stream, a);
+}
+template void launch_query_sweep(const BackwardKernel<half_t>&, int64_t, void*);
+template void launch_query_sweep(const BackwardKernel<bf16_t>&, int64_t, void*);
+template void launch_query_sweep(const BackwardKernel<float>&, int64_t, void*);
+template void launch_query_sweep(const BackwardKernel<double>&, int64_t, void*);
+
+}  // namespace vitdiv::cuda

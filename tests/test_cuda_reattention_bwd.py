@@ -1,0 +1,267 @@
+"""The CUDA kernels of reattention's backward, emulated, against autograd of the plain formula in float64."""
+
+from dataclasses import dataclass
+
+import emulated_cuda
+import pytest
+import torch
+from comparing import assert_within_budget
+from test_cuda_reattention import Case as Inputs
+from test_cuda_reattention import inputs_of, plain
+
+from vitdiv_kernels.ops._layout import accumulation_dtype
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return emulated_cuda.Emulator()
+
+
+@pytest.fixture(autouse=True)
+def usual_schedule(emulator):
+    emulator.configure()
+
+
+@dataclass(frozen=True)
+class Case(Inputs):
+    """What reaches the backward: the gradient of the output, that of the Gram matrix, or both."""
+
+    given: str = "dout"
+    images: int = 0  # of the coupling, if not one for each
+    needs: str = ""  # "": all that there are
+
+    def all_needs(self):
+        if self.needs:
+            return self.needs.split()
+        needs = ["dq", "dk"]
+        if "dout" in self.given:
+            needs += ["dv", "dmix"] + (["dnorm"] if self.layer else [])
+        return needs + (["dpre_mix"] if self.pre else [])
+
+    def __str__(self):
+        return "-".join([super().__str__(), *self.given.split(), *self.needs.split()])
+
+
+OF = dict(
+    dq="q", dk="k", dv="v", dpre_mix="pre_mix", dmix="mix", dbias="bias", dnorm_weight="norm_weight",
+    dnorm_bias="norm_bias",
+)  # fmt: skip
+
+
+def cotangents_of(case, dtype):
+    B, H, N, _, d = case.sizes
+    dout = torch.randn(B, N, H, case.width or d, dtype=torch.float64).to(dtype).transpose(1, 2)
+    dgram = torch.randn(case.images or B, H, H, dtype=torch.float64)
+    dgram = dgram.to(accumulation_dtype(dout))
+    return dout if "dout" in case.given else None, dgram if "dgram" in case.given else None
+
+
+def plain_gradients(dtype, inputs, dout, dgram):
+    kinds = {name: x for name, x in inputs.items() if torch.is_tensor(x)}
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in kinds.items()}
+    out, gram = plain(dtype, **(inputs | leaves))
+    total = 0
+    if dout is not None:
+        total = total + (out * dout.to(dtype)).sum()
+    if dgram is not None:
+        total = total + (gram * dgram.to(dtype)).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def run(emulator, inputs, dout, dgram, needs):
+    coupling = None if dgram is None else dgram + dgram.mT
+    return emulator.reattention_bwd(dout, coupling, *inputs.values(), needs=needs)
+
+
+def check(emulator, case, dtype, change=None):
+    inputs = inputs_of(case, dtype)
+    if change is not None:
+        inputs = change(inputs)
+    dout, dgram = cotangents_of(case, dtype)
+    got = run(emulator, inputs, dout, dgram, case.all_needs())
+    rough = plain_gradients(dtype, inputs, dout, dgram)
+    truth = plain_gradients(torch.float64, inputs, dout, dgram)
+    assert got
+    for name, gradient in got.items():
+        expected = truth.get(OF[name])
+        if expected is None:  # there is no bias
+            assert gradient.isfinite().all()
+            continue
+        scale = max(expected.abs().max().item(), 1e-9)
+        assert_within_budget(gradient, rough[OF[name]], expected, dtype, name, scale=scale)
+    return got
+
+
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 2, 3, 16),
+    (1, 6, 17, 33, 33),
+    (1, 12, 40, 70, 35),
+    (1, 16, 17, 40, 64),
+    (1, 24, 5, 17, 16),
+    (1, 4, 37, 65, 128),
+]
+GRID = [
+    Case(
+        sizes, pre=("", "mix and bias", "mix")[(i + j) % 3], bias=i % 2 == 0, centred=(i + j) % 2 == 0,
+        layer=j == 1, given=("dout dgram", "dout", "dgram")[(i // 2 + 2 * j) % 3],
+    )
+    for i, sizes in enumerate(SIZES)
+    for j in range(2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_backward(emulator, case, dtype):
+    check(emulator, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "needs", ["dq", "dk", "dv", "dpre_mix", "dmix", "dnorm", "dv dmix", "dk dnorm", "dq dv dpre_mix"]
+)
+def test_only_gradients_that_are_needed(emulator, needs, dtype):
+    for layer in (True,) if "dnorm" in needs else (False, True):
+        case = Case((2, 3, 18, 21, 16), pre="mix", layer=layer, given="dout dgram", needs=needs)
+        assert len(check(emulator, case, dtype)) == len(needs.split()) + needs.count("dmix") + needs.count(
+            "dnorm"
+        )
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "pre"),
+    [(12, torch.float16, ""), (6, torch.bfloat16, "mix"), (3, torch.float32, "mix"), (2, torch.float64, "")],
+)
+def test_backward_at_the_length_of_an_image_of_224_pixels(emulator, H, dtype, pre):
+    given = "dout" if pre else "dout dgram"
+    check(emulator, Case((1, H, 197, 197, 64), pre=pre, layer=bool(pre), given=given), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "M"), [(1, 600), (130, 3)])
+def test_many_more_keys_than_queries_or_fewer(emulator, N, M, dtype):
+    check(emulator, Case((1, 3, N, M, 24), centred=True, given="dout dgram"), dtype)
+
+
+def test_rows_that_do_not_fit_are_made_in_chunks(emulator):
+    """The same numbers as of whole rows, which need more shared memory."""
+    for case, dtype in [
+        (Case((1, 12, 17, 197, 64), pre="mix", layer=True, given="dout dgram"), torch.bfloat16),
+        (Case((1, 12, 17, 197, 64), layer=True), torch.float16),
+        (Case((1, 6, 17, 197, 64), given="dout dgram"), torch.float64),
+    ]:
+        emulator.configure(architecture=89 if dtype != torch.float64 else 90)
+        check(emulator, case, dtype)
+
+
+@pytest.mark.parametrize("width", [40, 70, 128])
+def test_values_of_another_width(emulator, width):
+    check(emulator, Case((1, 3, 20, 70, 16), width=width), torch.bfloat16)
+    check(emulator, Case((1, 3, 20, 70, 48), width=width), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", [80, 89])
+def test_gpus_with_less_shared_memory(emulator, architecture, dtype):
+    emulator.configure(architecture=architecture)
+    H = {torch.float64: (8, 4), torch.float32: (24, 12)}.get(dtype, (32, 16))[architecture == 89]
+    check(emulator, Case((1, H, 17, 40, 128), pre="mix", layer=True), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("pre", ["", "mix and bias"])
+def test_any_schedule_gives_the_same_bits(emulator, pre, dtype):
+    case = Case((2, 6, 40, 70, 33), pre=pre, layer=True, given="dout dgram")
+    inputs, cotangents = inputs_of(case, dtype), cotangents_of(case, dtype)
+    expected = run(emulator, inputs, *cotangents, case.all_needs())
+    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(3))]:
+        emulator.configure(order, seed)
+        got = run(emulator, inputs, *cotangents, case.all_needs())
+        assert all(torch.equal(got[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pre", ["", "mix and bias"])
+def test_extreme_logits(emulator, pre, dtype):
+    """Logits of 1e4: one-hot maps, no overflow."""
+    large = 1e3 if dtype == torch.float16 else 3e3  # those of the plain formula in float16 are below 65504
+    case = Case((1, 3, 17, 33, 16), pre=pre)
+    inputs = inputs_of(case, dtype)
+    inputs |= {"q": large * inputs["q"], "scale": 1.0}
+    dout, _ = cotangents_of(case, dtype)
+    got = run(emulator, inputs, dout, None, case.all_needs())
+    truth = plain_gradients(torch.float64, inputs, dout, None)
+    assert all(x.isfinite().all() for x in got.values())
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-2}.get(dtype, 0.1)
+    for name in ("dv", "dmix"):
+        assert (got[name] - truth[OF[name]]).abs().max() < tolerance * truth[OF[name]].abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_and_large_cotangents(emulator, dtype):
+    """float16 keeps the gradient of the logits in units of its own, however small the Gram matrix's part."""
+    for given, factor in [("dgram", 1e-6), ("dgram", 1e4), ("dout", 2.0**-10), ("dout", 64.0)]:
+        case = Case((1, 3, 17, 33, 16), given=given, needs="dq dk")
+        inputs = inputs_of(case, dtype)
+        dout, dgram = (None if x is None else x * factor for x in cotangents_of(case, dtype))
+        got = run(emulator, inputs, dout, dgram, case.all_needs())
+        truth = plain_gradients(torch.float64, inputs, dout, dgram)
+        tolerance = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 1e-2)
+        for name, x in got.items():
+            error = (x.double() - truth[OF[name]]).abs().max().item()
+            tiny = 2.0**-24 if dtype == torch.float16 else 0  # what the outputs can hold
+            assert error < tolerance * truth[OF[name]].abs().max().item() + tiny, (given, factor, name)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_one_coupling_for_all_images(emulator, images):
+    check(emulator, Case((2, 3, 18, 21, 16), given="dout dgram", images=images), torch.float32)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout", "mix"])
+def test_nan_and_inf_propagate(emulator, where, poison):
+    """What the plain formula spoils is spoilt, image by image."""
+    case = Case((3, 3, 9, 11, 16), layer=True, given="dout dgram")
+    inputs = inputs_of(case, torch.float32)
+    dout, dgram = cotangents_of(case, torch.float32)
+    poisoned = (inputs | {"dout": dout})[where]
+    poisoned[(1, 1, *(0, 0)[: poisoned.dim() - 2])] = poison
+    got = run(emulator, inputs, dout, dgram, case.all_needs())
+    truth = plain_gradients(torch.float32, inputs, dout, dgram)
+    for name, x in got.items():
+        spoilt = (~truth[OF[name]].isfinite()).flatten(1 if x.dim() == 4 else 0).any(-1)
+        assert torch.equal((~x.isfinite()).flatten(1 if x.dim() == 4 else 0).any(-1), spoilt), name
+
+
+def test_what_does_not_fit_is_refused(emulator):
+    emulator.configure(architecture=89)
+    case = Case((1, 32, 3, 3, 128))
+    message = "backward of 32 heads of width 128 does not fit the shared memory of this GPU, 101376"
+    with pytest.raises(RuntimeError, match=message):
+        check(emulator, case, torch.float64)
+    with pytest.raises(RuntimeError, match="at most 32 heads, got 33"):
+        check(emulator, Case((1, 33, 3, 3, 8)), torch.float16)
+
+
+def test_an_empty_batch_has_no_gradient(emulator):
+    case = Case((0, 3, 9, 11, 16), pre="mix", layer=True)
+    got = run(emulator, inputs_of(case, torch.float32), *cotangents_of(case, torch.float32), case.all_needs())
+    assert got["dq"].shape == (0, 3, 9, 16)
+    assert all(not x.any() for name, x in got.items() if name.startswith(("dp", "dm", "db", "dn")))
+
+
+def test_shared_memory_is_read_without_bank_conflicts(emulator):
+    case = Case((1, 12, 64, 64, 64), given="dout dgram")
+    inputs, cotangents = inputs_of(case, torch.float16), cotangents_of(case, torch.float16)
+    emulator.counts()
+    run(emulator, inputs, *cotangents, case.all_needs())
+    counts = emulator.counts()
+    # four matrices each; the zeros that stand for absent heads meet the banks of one present head
+    assert counts["ldmatrix_rounds"] < 4.2 * counts["ldmatrix"]
