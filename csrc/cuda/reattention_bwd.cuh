@@ -107,6 +107,13 @@ DEVICE void add_products(HeadProducts<T, GROUPS>& products, Shared<T> left, Shar
   }
 }
 
+// use(group, half, h) for the heads of which this lane has elements of a HeadTile: [group][j][2 half + 0 and 1].
+template <int GROUPS, class Use>
+DEVICE void for_each_head(Use use) {
+  UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
+    UNROLLED_FOR (int half = 0; half < 2; ++half) use(group, half, 16 * group + tile_row(2 * half));
+}
+
 // use(group, j, e) for the elements of a HeadTile.
 template <int GROUPS, class Use>
 DEVICE void for_each_element(Use use) {

@@ -43,8 +43,10 @@ DEVICE void mix_chunk(Acc<N> (&tile)[GROUPS][2][4], const HeadMatrix<N>& matrix,
   for_each_element<GROUPS>([&](int group, int j, int e) { tile[group][j][e] = 0; });
   const Shared<N> parts[1] = {chunk};
   mix_heads<N>(tile, matrix, parts, at, i, x);
-  for_each_element<GROUPS>([&](int group, int j, int e) {
-    tile[group][j][e] *= factor * matrix.units.ld(16 * group + tile_row(e));
+  for_each_head<GROUPS>([&](int group, int half, int g) {
+    const Acc<N> size = factor * matrix.units.ld(g);
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) tile[group][j][e] *= size;
   });
 }
 
@@ -52,9 +54,13 @@ DEVICE void mix_chunk(Acc<N> (&tile)[GROUPS][2][4], const HeadMatrix<N>& matrix,
 template <class B>
 DEVICE void mixed_logits(const B& b, typename B::Tile& z, int i, int x, int first) {
   mix_chunk<typename B::A>(z, b.pre(), b.raw(), b.raw_at(), i, x, 1);
-  for_each_element<B::kGroups>([&](int group, int j, int e) {
-    const int column = first + x + 8 * j + tile_col(e);
-    z[group][j][e] = column < b.a.other_rows ? z[group][j][e] + b.vector(3, b.head_of(group, e)) : -INFINITY;
+  for_each_head<B::kGroups>([&](int group, int half, int g) {
+    const typename B::A added = b.vector(3, g);
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) {
+        const bool there = first + x + 8 * j + tile_col(e) < b.a.other_rows;
+        z[group][j][e] = there ? z[group][j][e] + added : -INFINITY;
+      }
   });
 }
 
@@ -75,8 +81,11 @@ DEVICE void maps_of_logits(const B& b, int i, int x, int first) {
 template <class B>
 DEVICE void mixed_maps(const B& b, typename B::Tile& y, int i, int x) {
   mix_chunk<typename B::M>(y, b.mix(), b.maps(), b.at(), i, x, 1 / b.kScale);
-  for_each_element<B::kGroups>(
-      [&](int group, int j, int e) { y[group][j][e] += b.vector(0, b.head_of(group, e)); });
+  for_each_head<B::kGroups>([&](int group, int half, int g) {
+    const typename B::A beside = b.vector(0, g);
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) y[group][j][e] += beside;
+  });
 }
 
 // Takes dY in `grads` through the layer norm to dM; `normal` is what it has normalised.
@@ -164,11 +173,15 @@ DEVICE void logits_gradient(const B& b, const typename B::Tile& da, int i, int x
   using T = typename B::T;
   typename B::Tile p;
   whole_maps(b, p, i, x, first);
-  for_each_element<B::kGroups>([&](int group, int j, int e) {
-    const int h = b.head_of(group, e);
-    const typename B::A delta =
-        h < b.a.heads ? b.deltas().ld(b.number(h, i, x + 8 * j + tile_col(e))) : typename B::A(0);
-    p[group][j][e] *= (da[group][j][e] - delta) * size;
+  for_each_head<B::kGroups>([&](int group, int half, int h) {
+    typename B::A delta = 0;
+    const bool there = h < b.a.heads;
+    if (there && !B::BY_KEY) delta = b.deltas().ld(b.number(h, i, x));
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) {
+        if (there && B::BY_KEY) delta = b.deltas().ld(b.number(h, i, x + 8 * j + tile_col(e)));
+        p[group][j][e] *= (da[group][j][e] - delta) * size;
+      }
   });
   sync_warp();  // the maps are read
   store_tile(p, b.dz(), b.at_t(), i, x);

@@ -47,9 +47,11 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKern
             mixed_maps(b, y, i, x);
             normalise_heads(y, rate, heads, a.eps);
           }
-          for_each_element<GROUPS>([&](int group, int j, int e) {
-            const int g = b.head_of(group, e);
-            y[group][j][e] = y[group][j][e] * b.vector(1, g) + b.vector(2, g);
+          for_each_head<GROUPS>([&](int group, int half, int g) {
+            const A weight = b.vector(1, g), shift = b.vector(2, g);
+            UNROLLED_FOR (int j = 0; j < 2; ++j)
+              UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
+                y[group][j][e] = y[group][j][e] * weight + shift;
           });
         } else if (wants_dv) {
           mixed_maps(b, y, i, x);

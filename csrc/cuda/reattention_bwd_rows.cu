@@ -175,6 +175,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
       if (a.wants_dmix) products.store(b.space(), a.partial, part, heads, 1 / b.kScale, false);
       if (a.wants_dmix || a.wants_dnorm) store_vectors(b, sums, part + 2 * heads * heads);
       if (!a.goes_on) break;
+      sync_block();  // the sums' place is that of rows again
       if constexpr (kBounded<T>) {
         const A bound = bound_of(b, largest);
         if (thread_x() == 0) a.bounds.st(block_x(), bound);
