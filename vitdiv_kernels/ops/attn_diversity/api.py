@@ -149,7 +149,7 @@ def _centered_gram(q, k, q2, k2, scale, backend):
     scale = q.shape[3] ** -0.5 if scale is None else scale
     heads = q.shape[1] + (0 if q2 is None else q2.shape[1])
     condition = _dispatch.MANY_HEADS if heads > _dispatch.TRITON_HEADS else None
-    backend = _dispatch.resolve("attn_diversity", q.device.type, backend, condition)
+    backend = _dispatch.resolve("attn_diversity", q.device, backend, condition)
     with _checks.autocast_off(q):
         if backend == "reference":
             return reference.head_gram(q, k, q2, k2, scale=scale, scale2=scale2)

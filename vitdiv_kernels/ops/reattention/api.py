@@ -116,7 +116,7 @@ def reattention(
     dropout = training and dropout_p > 0
     condition = _dispatch.MANY_HEADS if q.shape[1] > _dispatch.TRITON_HEADS else None
     condition = _dispatch.DROPOUT if dropout else condition
-    backend = _dispatch.resolve("reattention", q.device.type, backend, condition)
+    backend = _dispatch.resolve("reattention", q.device, backend, condition)
     arguments = dict(
         mix_bias=mix_bias, pre_mix=pre_mix, pre_bias=pre_bias, norm=norm, norm_weight=norm_weight,
         norm_bias=norm_bias, running_mean=running_mean, running_var=running_var, training=training,
