@@ -388,6 +388,11 @@ def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, 
     assert "36 cases ran on cpu" in capsys.readouterr().out
 
 
+def test_a_tuned_row_says_where_it_was_measured(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert module("tune").source("cuda") == "measured on NVIDIA H200"
+
+
 def test_the_tuner_writes_a_row(module, monkeypatch, tmp_path, capsys):
     """In the interpreter, where the times mean nothing."""
     pytest.importorskip("triton")
