@@ -13,7 +13,7 @@ from functools import partial
 
 import cli
 import torch
-from harness import Workload, standard_providers
+from harness import DTYPES, Unavailable, Workload, standard_providers
 from torch.nn.functional import batch_norm, conv2d, layer_norm, scaled_dot_product_attention
 
 import vitdiv_kernels
@@ -85,9 +85,14 @@ def unmixed(q, k, v, mix, **_):
 _SCHEDULE = contextlib.ExitStack()
 
 
-def scheduled(package, name):
+def scheduled(package, name, heads=0, dtype=torch.float32, extras=False):
     """The Triton backend under the schedule of this name, or, with None, that of its table."""
+    from vitdiv_kernels.ops._triton_tiles import most_heads
     from vitdiv_kernels.ops.reattention.triton_kernels.schedule import schedule
+
+    most = most_heads(dtype, extras)
+    if name == "streaming" and heads > most:
+        raise Unavailable(f"streaming holds {most} heads of {dtype}" + " with layer norm or pre-mix" * extras)
 
     def operation(**inputs):
         # Held for the backward, too, which comes before any other provider's forward.
@@ -112,8 +117,8 @@ def _flops(shape, norm, pre_mix):
     return {"fwd": fwd, "bwd": bwd}
 
 
-def workload(shape, norm="none", pre_mix="no"):
-    heads = shape[1]
+def workload(shape, norm="none", pre_mix="no", dtype="float32"):
+    heads, extras = shape[1], norm == "layer" or pre_mix == "yes"
 
     def inputs(device, dtype):
         # Parameters and statistics stay in float32 beside activations of 16 bits, as the operation has it.
@@ -147,7 +152,7 @@ def workload(shape, norm="none", pre_mix="no"):
             "conv2d": lambda: published,
             "sdpa": lambda: unmixed,
             "triton": lambda: scheduled(package, None),
-            "triton-s1": lambda: scheduled(package, "streaming"),
+            "triton-s1": lambda: scheduled(package, "streaming", heads, DTYPES[dtype], extras),
             "triton-s2": lambda: scheduled(package, "workspace"),
         },
         bounds=("sdpa",),
@@ -164,7 +169,8 @@ def main():
     parser = cli.parser(__doc__, providers=PROVIDERS)
     cli.add_shapes(parser, "BHNd", SUITES, norm=("none", "batch", "layer"), pre_mix=("no", "yes"))
     args = parser.parse_args()
-    cli.run(parser, args, cli.workloads(parser, args, workload, SUITES, "norm", "pre_mix"))
+    make = partial(workload, dtype=args.dtype)
+    cli.run(parser, args, cli.workloads(parser, args, make, SUITES, "norm", "pre_mix"))
 
 
 if __name__ == "__main__":

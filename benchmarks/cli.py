@@ -101,7 +101,7 @@ def workloads(
 
 
 def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list[dict]:
-    """Measure, print the table, append the CSV rows."""
+    """Measure, print the table, append the CSV rows; at the end exit with what failed, if anything did."""
     _refuse(parser, args)
     names = args.providers or args.all_providers
     available = {workload: _available(workload, names, args.device) for workload in chosen}
@@ -116,7 +116,7 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
         return []
     if args.check:
         _check(sorted({workload.op for workload in chosen}))
-    start, facts, rows = time.monotonic(), origin(args.device), []
+    start, facts, rows, failures = time.monotonic(), origin(args.device), [], []
     settings = Settings(args.dtype, args.device, args.repeats, args.memory, _floors(args))
     for workload, (names, reasons) in available.items():
         if time.monotonic() - start > args.budget:
@@ -124,11 +124,18 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
             continue
         for name, reason in reasons.items():
             print(f"{workload}: no {name}: {reason}")
-        new = measure(workload, names, args.modes, settings)
+        new, failed = measure(workload, names, args.modes, settings)
+        failures += failed
+        for failure in failed:
+            print(failure, file=sys.stderr, flush=True)
+        if not new:
+            continue
         rows += [row | facts for row in new]
         print(table(new), flush=True)
         if args.out:
             append(args.out, rows[-len(new) :])
+    if failures:
+        sys.exit(f"no speed reported of what failed, {len(failures)} in all, named above")
     return rows
 
 

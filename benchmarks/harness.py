@@ -69,14 +69,17 @@ def standard_providers(plain: Callable[..., Tensor], package: Callable[..., Tens
     }
 
 
-def measure(workload: Workload, providers: list[str], modes: list[str], settings: Settings) -> list[dict]:
-    """One row for each provider, mode and thread count."""
+def measure(
+    workload: Workload, providers: list[str], modes: list[str], settings: Settings
+) -> tuple[list[dict], list[str]]:
+    """One row for each provider, mode and thread count; and a sentence for each provider that failed."""
     if "compile" in providers:
         torch.compiler.reset()  # a second size would otherwise get symbolic sizes and slower code
     inputs = _inputs(workload, settings.device, settings.dtype)
-    rows = []
+    rows, failures = [], []
     for mode in modes:
-        calls = _prepared_calls(workload, providers, inputs, mode, settings)
+        calls, failed = _prepared_calls(workload, providers, inputs, mode, settings)
+        failures += failed
         samples = _alternate(calls, settings.repeats, desc=f"{workload} {mode}")
         for (provider, threads), seconds in samples.items():
             row = {"op": workload.op, "variant": workload.variant, "provider": provider, "mode": mode}
@@ -95,7 +98,7 @@ def measure(workload: Workload, providers: list[str], modes: list[str], settings
                 row["peak_extra_mb"] = _peak_extra_mb_apart(workload, provider, mode, **here)
             rows.append(row)
     _add_ratios(rows)
-    return rows
+    return rows, failures
 
 
 def _inputs(workload: Workload, device: str, dtype: str) -> dict[str, Tensor]:
@@ -103,19 +106,27 @@ def _inputs(workload: Workload, device: str, dtype: str) -> dict[str, Tensor]:
     return workload.inputs(torch.device(device), DTYPES[dtype])
 
 
-def _prepared_calls(workload, providers, inputs, mode, settings) -> dict[tuple[str, int], Call]:
-    calls, first = {}, None
+def _prepared_calls(
+    workload, providers, inputs, mode, settings
+) -> tuple[dict[tuple[str, int], Call], list[str]]:
+    calls, failures, first = {}, [], None
     for threads, provider in itertools.product(settings.floors, providers):
         torch.set_num_threads(threads)
-        call = Call(workload.providers[provider](), inputs, mode)
-        out = call.prepare().double()
+        try:
+            call = Call(workload.providers[provider](), inputs, mode)
+            out = call.prepare().double()
+        except Exception as error:  # of many kinds, and none keeps the others from being measured
+            said = " ".join(str(error).split())[:300]
+            failures.append(f"{workload} {mode}: {provider} fails: {type(error).__name__}: {said}")
+            continue
         first = out if first is None else first
         distance = ((out - first).norm() / first.norm()).item()
         if provider not in workload.bounds and not distance <= AGREEMENT[settings.dtype]:
             away = f"is {distance:.1e} away from the output of {next(iter(calls))[0]}"
-            sys.exit(f"{workload}: {provider} {away}, relative: no speed reported")
+            failures.append(f"{workload} {mode}: {provider} {away}, relative: no speed reported")
+            continue
         calls[provider, threads] = call
-    return calls
+    return calls, failures
 
 
 def _alternate(

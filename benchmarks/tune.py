@@ -1,8 +1,9 @@
 """Finds the fastest rows of a table of the Triton kernels on the GPU that is here, and writes them into it.
 
-A table is a dict in vitdiv_kernels/ops/<op>/triton_configs.py, a row a line, whose last field says where the
-row comes from. Candidates that do not fit the GPU are passed over. Run the ahead-of-time test afterwards: a
-row has to compile for every GPU of its generation. Example:
+It knows the three tables of pairwise_cosine, dicts in its triton_configs.py, a row a line, whose last field
+says where the row comes from. TILES of ops/_triton_tiles.py, and SCHEDULES, ROWS and WORKSPACE_BYTES of
+reattention, are changed by hand. Candidates that do not fit the GPU are passed over. Run the ahead-of-time
+test afterwards: a row has to compile for every GPU of its generation. Example:
 
     python benchmarks/tune.py pairwise_cosine.FORWARD --dtype bfloat16 --seconds 120
 """
@@ -113,7 +114,7 @@ def tune(name: str, shapes, dtype, device: str, seconds: float, limit: int | Non
 
 def source(device: str) -> str:
     """What the table says of a measured row."""
-    return torch.cuda.get_device_name() if device == "cuda" else "interpreter"
+    return f"measured on {torch.cuda.get_device_name()}" if device == "cuda" else "interpreter"
 
 
 def rewritten(text: str, table: str, key: tuple, row) -> str:

@@ -30,6 +30,8 @@ BACKENDS = {
     "triton-interpreter": ("triton", "cpu"),
     "triton-gpu": ("triton", "cuda"),
 }
+# Each of their cases takes seconds.
+SAMPLED = ("triton-interpreter", "triton-gpu", "emulated-cuda")
 INTERPRETED = _dispatch._INTERPRETED
 # Only the tests of the backend "triton-interpreter" see it, all others what a user sees.
 _dispatch._INTERPRETED = False
@@ -104,13 +106,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of the cases that are interpreted or emulated, slowly, keep such that each value of each parameter is
-    in one; emulated, only those of the files of tests that are for one operation."""
+    """Of the cases that are interpreted or emulated, slowly, or compiled for the GPU, keep such that each
+    value of each parameter is in one; emulated, only those of the files of tests that are for one
+    operation."""
     dropped = {item for item in items if "emulated-cuda" in item.name and operation_of(item) is None}
     tests = defaultdict(list)
     for item in items:
-        if item not in dropped and ("triton-interpreter" in item.name or "emulated-cuda" in item.name):
-            tests[item.path, item.originalname, "emulated-cuda" in item.name].append(item)
+        sampled = next((name for name in SAMPLED if name in item.name), None)
+        if item not in dropped and sampled is not None:
+            tests[item.path, item.originalname, sampled].append(item)
     if not config.getoption("--every-case"):
         dropped |= {item for cases in tests.values() for item in set(cases) - set(covering(cases))}
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])

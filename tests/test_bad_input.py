@@ -218,16 +218,57 @@ def test_which_gpus_compiled_kernels_run_on(architectures, runs, does_not_run):
 
 
 def test_triton_says_what_is_missing(monkeypatch):
-    for device, words in [("cpu", "TRITON_INTERPRET=1"), ("meta", "CUDA tensors only, got meta")]:
+    monkeypatch.setattr(_dispatch, "_TRITON_MISSING", "Triton is not installed: do this")
+    for device, words in [("cpu", "run on CUDA tensors; on CPU"), ("meta", "CUDA tensors only, got meta")]:
         assert words in _dispatch.missing("triton", device)
+    monkeypatch.setattr(_dispatch, "_INTERPRETED", True)
+    assert _dispatch.missing("triton", "cpu") == "Triton is not installed: do this"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in _dispatch.missing("triton", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
     assert "8.0 or newer (Ampere), and Tesla T4 has 7.5" in _dispatch.missing("triton", "cuda")
-    monkeypatch.setattr(_dispatch, "_TRITON_MISSING", "Triton is not installed: do this")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: NewGpu)
     assert _dispatch.missing("triton", "cuda") == "Triton is not installed: do this"
+    monkeypatch.setattr(_dispatch, "_TRITON_MISSING", None)
+    assert _dispatch.missing("triton", "cuda") is None
+
+
+def test_the_gpu_that_is_asked_is_that_of_the_tensors(monkeypatch):
+    """Of a machine with an old and a new one."""
+    monkeypatch.setattr(_native, "library", lambda: Library)
+    monkeypatch.setattr(_native, "CUDA_OPERATIONS", ("attn_diversity",))
+    monkeypatch.setattr(Library, "cuda_architectures", "120-real")
+    for absent in ("_NATIVE_MISSING", "_TRITON_MISSING"):
+        monkeypatch.setattr(_dispatch, absent, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", [Gpu, NewGpu].__getitem__)
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    for current, device, fit in [(0, first, False), (0, second, True), (0, "cuda", False), (1, "cuda", True)]:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        by_table = _dispatch.resolve("attn_diversity", device, "auto")
+        assert by_table == ("triton" if fit else "reference")
+        for backend in ("native", "triton"):
+            why_not = _dispatch.missing(backend, device, operation="attn_diversity")
+            assert fit == (why_not is None)
+            assert fit or "Tesla T4 has 7.5" in why_not
+
+
+@pytest.mark.parametrize(
+    ("operation", "call"),
+    [("pairwise_cosine", pairwise), ("attn_diversity", gram), ("reattention", reattention)],
+)
+def test_calls_are_resolved_for_the_device_of_their_tensors(operation, call, monkeypatch):
+    asked = []
+
+    def resolve(operation, device, backend, condition=None):
+        asked.append((operation, device))
+        return "reference"
+
+    monkeypatch.setattr(_dispatch, "resolve", resolve)
+    call()
+    assert asked == [(operation, torch.device("cpu"))]
 
 
 def test_what_triton_does_not_support_goes_to_the_reference(monkeypatch):

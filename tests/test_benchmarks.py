@@ -1,7 +1,7 @@
 """The benchmarks run, write what they promise, and measure what they say. Speed itself is not judged here."""
 
 import csv
-import importlib
+import importlib.util
 import math
 import os
 import sys
@@ -152,7 +152,7 @@ def test_bad_arguments_get_a_sentence(arguments, sentence, module, monkeypatch, 
 
 
 def test_backward_excludes_the_forward(module, fake, settings):
-    rows = module("harness").measure(fake, ["eager"], ["fwd", "bwd", "fwd+bwd"], settings)
+    rows, _ = module("harness").measure(fake, ["eager"], ["fwd", "bwd", "fwd+bwd"], settings)
     ms = {row["mode"]: row["ms"] for row in rows}
     assert ms["fwd"] > 20
     assert ms["bwd"] < 10
@@ -160,16 +160,61 @@ def test_backward_excludes_the_forward(module, fake, settings):
 
 
 def test_ratios_are_the_other_time_over_this(module, fake, settings):
-    rows = module("harness").measure(fake, ["eager", "twice"], ["fwd"], settings)
+    rows, failures = module("harness").measure(fake, ["eager", "twice"], ["fwd"], settings)
+    assert failures == []
     eager, twice = rows
     assert twice["ratio_eager"] == eager["ms"] / twice["ms"]
     assert twice["ratio_compile"] is None
     assert "fake 8 float32 cpu" in module("rows").table(rows)
 
 
-def test_a_provider_that_computes_something_else_stops_the_run(module, fake, settings):
-    with pytest.raises(SystemExit, match=r"other is .* away from the output of eager"):
-        module("harness").measure(fake, ["eager", "other"], ["fwd"], settings)
+def test_a_provider_that_fails_has_no_row_and_the_others_have(module, fake, settings):
+    """One computes something else, one raises."""
+
+    def broken(x):
+        raise ValueError("takes at most\n  8 heads")
+
+    fake.providers["broken"] = lambda: broken
+    names = ["broken", "eager", "other", "twice"]
+    rows, (first, second) = module("harness").measure(fake, names, ["fwd"], settings)
+    assert [row["provider"] for row in rows] == ["eager", "twice"]
+    assert first == "fake 8 fwd: broken fails: ValueError: takes at most 8 heads"
+    assert second.startswith("fake 8 fwd: other is ")
+    assert "away from the output of eager, relative: no speed reported" in second
+
+
+def test_failures_are_named_and_end_in_an_exit_status(module, fake, monkeypatch, tmp_path, capsys):
+    cli, out = module("cli"), tmp_path / "rows.csv"
+    parser = cli.parser("", providers=("eager", "other"), threads=(1,))
+    args = parser.parse_args(["--modes", "fwd", "--repeats", "1", "--no-memory", "--out", str(out)])
+    monkeypatch.setattr(cli, "_floors", lambda args: {1: (1e9, 1e9)})
+    with pytest.raises(SystemExit, match="what failed, 1 in all"):
+        cli.run(parser, args, [fake])
+    assert "other is " in capsys.readouterr().err
+    with out.open() as file:
+        assert [row["provider"] for row in csv.DictReader(file)] == ["eager"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "options", "here"),
+    [
+        (16, {}, True),
+        (17, {}, False),
+        (12, {"norm": "batch"}, True),
+        (12, {"norm": "layer"}, False),
+        (12, {"pre_mix": "yes"}, False),
+        (8, {"pre_mix": "yes"}, True),
+        (1, {"dtype": "float64"}, False),
+    ],
+)
+def test_streaming_is_timed_where_its_tiles_hold_the_heads(module, heads, options, here):
+    pytest.importorskip("triton")
+    maker = module("bench_reattention").workload((2, heads, 9, 8), **options).providers["triton-s1"]
+    if here:
+        maker()
+    else:
+        with pytest.raises(module("harness").Unavailable, match="streaming holds"):
+            maker()
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory needs Linux's /proc")
@@ -246,7 +291,35 @@ def gpu_check(module, monkeypatch, tmp_path):
     return check
 
 
-@pytest.mark.parametrize("broken", [None, "build", "native-cuda", "triton-gpu", "racecheck"])
+@pytest.mark.parametrize("absent", ["pytest", "hypothesis", "tqdm"])
+def test_gpu_check_says_which_packages_it_needs(gpu_check, monkeypatch, absent):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
+    monkeypatch.setattr(gpu_check, "build", lambda: pytest.fail("it went on"))
+    with pytest.raises(SystemExit, match=f"gpu-check needs {absent}, which this Python does not have"):
+        gpu_check.main()
+
+
+def test_gpu_check_names_what_did_not_run(gpu_check, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "build", lambda: True)
+    monkeypatch.setattr(gpu_check, "run", lambda *arguments, **options: 0)
+    monkeypatch.setattr(gpu_check, "native_operations", list)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--no-tests", "--no-benchmarks"])
+    assert gpu_check.main() == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}: not run" in said for name in ("Triton tests", "CUDA tests", "benchmarks"))
+
+
+def test_both_schedules_are_tested_before_they_are_timed(gpu_check):
+    names = gpu_check.TRITON.split(" or ")
+    assert {"triton_streaming", "triton_workspace"} <= set(gpu_check.TESTED) & set(names)
+    for name in gpu_check.TESTED:
+        assert (BENCHMARKS.parent / f"tests/test_{name}.py").exists()
+
+
+@pytest.mark.parametrize(
+    "broken", [None, "build", "native-cuda", "triton-gpu", "racecheck", "benchmarks/bench_reattention.py"]
+)
 def test_gpu_check_measures_what_passed(gpu_check, monkeypatch, tmp_path, capsys, broken):
     ran = []
 
@@ -254,7 +327,7 @@ def test_gpu_check_measures_what_passed(gpu_check, monkeypatch, tmp_path, capsys
         ran.append((arguments, environment, os.environ["TORCH_CUDA_ARCH_LIST"]))
         if arguments[0] == "setup.py":
             return int(broken == "build" and not environment)
-        return int(broken in arguments)
+        return int((gpu_check.TRITON if broken == "triton-gpu" else broken) in arguments)
 
     operations = [] if broken == "build" else ["attn_diversity"]
     monkeypatch.setattr(gpu_check, "run", run)
@@ -265,7 +338,7 @@ def test_gpu_check_measures_what_passed(gpu_check, monkeypatch, tmp_path, capsys
     assert builds == [{}] + [{"VITDIV_CUDA": "0"}] * (broken == "build")
     assert {architecture for _, _, architecture in ran} == {"9.0"}
     tested = [arguments[arguments.index("-k") + 1] for arguments, _, _ in ran if "-k" in arguments]
-    assert tested == ["triton-gpu"] + ["native-cuda"] * len(operations)
+    assert tested == [gpu_check.TRITON] + ["native-cuda"] * len(operations)
     providers = {
         arguments[0]: arguments[arguments.index("--providers") + 1].split(",")
         for arguments, _, _ in ran
@@ -276,7 +349,8 @@ def test_gpu_check_measures_what_passed(gpu_check, monkeypatch, tmp_path, capsys
     with_native = {Path(script).stem for script, names in providers.items() if "native" in names}
     assert with_native == (set() if broken in ("build", "native-cuda") else {"bench_attn_diversity"})
     rows = {arguments[arguments.index("--out") + 1] for arguments, _, _ in ran if "--out" in arguments}
-    folder = tmp_path / ("build" if broken else "benchmarks/results")
+    only_timing = broken is None or "bench" in broken
+    folder = tmp_path / ("benchmarks/results" if only_timing else "build")
     assert {Path(path).parent for path in rows} == {folder}
     said = capsys.readouterr().out
     assert said.count("FAILED") == (broken is not None)
@@ -312,6 +386,11 @@ def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "--device", "cpu"])
     sanitize.main()
     assert "36 cases ran on cpu" in capsys.readouterr().out
+
+
+def test_a_tuned_row_says_where_it_was_measured(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert module("tune").source("cuda") == "measured on NVIDIA H200"
 
 
 def test_the_tuner_writes_a_row(module, monkeypatch, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_compile import OPERATIONS, arguments
 
+import vitdiv_kernels
 from vitdiv_kernels import _dispatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
@@ -48,6 +49,25 @@ def test_nothing_waits_for_the_device(name, backend, inputs):
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(name, backend, *inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["reattention batch"])
+def test_nor_for_the_counts_of_other_processes(name, backend, monkeypatch):
+    """Batch norm over a process group, whose reduction has nothing to add here."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    q, k, v = torch.randn(3, 2, 4, 9, 16, device="cuda").requires_grad_().unbind()
+    mix = torch.eye(4, device="cuda").requires_grad_()
+
+    def call():
+        options = dict(norm="batch", training=True, process_group="any", backend=backend)
+        vitdiv_kernels.reattention(q, k, v, mix, **options).sum().backward()
+
+    call()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -56,9 +56,10 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing(backend, device, condition=None, operation=None):
-    """Why `backend` cannot run calls on this device type: a sentence, or None when it can.
+    """Why `backend` cannot run calls on this device: a sentence, or None when it can.
 
-    Without an operation, None says that it can run some.
+    `device` is a torch.device, or a device type, which stands for the current device. Without an operation,
+    None says that it can run some.
     """
     return _UNSUPPORTED.get((condition, backend)) or _absent(backend, device, operation)
 
@@ -67,13 +68,19 @@ def _absent(backend, device, operation):
     if backend == "reference":
         return None
     if backend == "triton":
-        return _TRITON_MISSING or _triton_absent_on(device)
-    if device not in ("cpu", "cuda"):
-        return f'native kernels run on CPU and CUDA tensors, got {device}; use backend="auto" or "reference"'
-    return _NATIVE_MISSING or (_native_absent_on_gpu(operation) if device == "cuda" else None)
+        # the device first: where there is no GPU, to install Triton does not help
+        return _triton_absent_on(device) or _TRITON_MISSING
+    kind = _type(device)
+    if kind not in ("cpu", "cuda"):
+        return f'native kernels run on CPU and CUDA tensors, got {kind}; use backend="auto" or "reference"'
+    return _NATIVE_MISSING or (_native_absent_on_gpu(operation, device) if kind == "cuda" else None)
 
 
-def _native_absent_on_gpu(operation):
+def _type(device):
+    return device if isinstance(device, str) else device.type
+
+
+def _native_absent_on_gpu(operation, device):
     architectures = _native.library().cuda_architectures
     if not architectures:
         return (
@@ -82,10 +89,10 @@ def _native_absent_on_gpu(operation):
         )
     if operation is not None and operation not in _native.CUDA_OPERATIONS:
         return f'there is no CUDA kernel for {operation}; use backend="auto" or "triton"'
-    why_not = _gpu_unfit("CUDA")
+    why_not = _gpu_unfit("CUDA", device)
     if why_not is not None:
         return why_not
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = _properties(device)
     if not _native.runs_on(architectures, gpu.major, gpu.minor):
         return (
             f"the CUDA kernels were compiled for {architectures}, and {gpu.name} has compute capability "
@@ -96,24 +103,25 @@ def _native_absent_on_gpu(operation):
 
 
 def _triton_absent_on(device):
-    if device == "cpu":
+    kind = _type(device)
+    if kind == "cpu":
         if _INTERPRETED:
             return None
         return (
             "the Triton kernels run on CUDA tensors; on CPU tensors only to test them, in Triton's slow "
             "interpreter, with TRITON_INTERPRET=1 in the environment from the start"
         )
-    if device != "cuda":
-        return f"the Triton kernels run on CUDA tensors only, got {device}"
-    return _gpu_unfit("Triton")
+    if kind != "cuda":
+        return f"the Triton kernels run on CUDA tensors only, got {kind}"
+    return _gpu_unfit("Triton", device)
 
 
-def _gpu_unfit(kernels):
+def _gpu_unfit(kernels, device):
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
     if torch.version.hip:
         return f"the {kernels} kernels are made for NVIDIA GPUs, and this is a ROCm build of torch"
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = _properties(device)
     if gpu.major < 8:
         return (
             f"the {kernels} kernels need a GPU of compute capability 8.0 or newer (Ampere), and {gpu.name} "
@@ -122,12 +130,17 @@ def _gpu_unfit(kernels):
     return None
 
 
+def _properties(device):
+    index = None if isinstance(device, str) else device.index
+    return torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+
+
 def auto_choice(operation, device, condition=None):
     """What `auto` takes by the table: (backend, reason), the reason with what was passed over and why."""
-    passed_over = ""
+    kind, passed_over = _type(device), ""
     for row_device, row_operation, row_condition, backend, reason in TABLE:
         if (
-            row_device in ("*", device)
+            row_device in ("*", kind)
             and row_operation in ("*", operation)
             and row_condition in (None, condition)
         ):
@@ -139,7 +152,10 @@ def auto_choice(operation, device, condition=None):
 
 
 def resolve(operation, device, backend, condition=None):
-    """The backend that runs this call; raises when an explicit choice cannot. `device` is a device type."""
+    """The backend that runs this call; raises when an explicit choice cannot.
+
+    `device` is that of the tensors, as for `missing`.
+    """
     source = ""
     if backend == "auto" and _override is not None:
         backend, source = _override

@@ -73,7 +73,11 @@ def input_precision(dtype):
     """Of tl.dot: float32 in three TF32 products, or in one where torch is allowed TF32 in its own."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # every way to allow it sets this attribute; the older getter raises once this one was set directly
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if precision == "tf32" else "tf32x3"
 
 
 def accumulator(dtype):

@@ -143,7 +143,7 @@ class Trainer:
         with self._chosen_backend():
             for operation in _dispatch.OPERATIONS:
                 try:
-                    _dispatch.resolve(operation, self.device.type, "auto")
+                    _dispatch.resolve(operation, self.device, "auto")
                 except (RuntimeError, ValueError) as error:
                     raise TrainError(str(error)) from None
         self.model, self.data, self.recipe = model.to(device), data, recipe

@@ -19,8 +19,9 @@ def attention_gram(q, k, *, scale=None, centered=False, backend="auto"):
     uniform.
 
     Args:
-        q: queries, [B, H, N, d]; k: keys, [B, H, M, d]. float16, bfloat16, float32 or float64; any strides,
-            and no copy when the last one is 1 (views into a packed qkv projection).
+        q: queries, [B, H, N, d]; k: keys, [B, H, M, d]. float16, bfloat16, float32 or float64; any strides.
+            native reads them in place when the last one is 1 (views into a packed qkv projection); triton
+            where, besides, 16 divides d and the other strides, and else copies them.
         scale: the factor of the logits; None is d^-1/2.
         centered: leave out the part N/M of the row means.
         backend: "auto", "reference", "native" or "triton". An explicit choice never falls back.
@@ -149,7 +150,7 @@ def _centered_gram(q, k, q2, k2, scale, backend):
     scale = q.shape[3] ** -0.5 if scale is None else scale
     heads = q.shape[1] + (0 if q2 is None else q2.shape[1])
     condition = _dispatch.MANY_HEADS if heads > _dispatch.TRITON_HEADS else None
-    backend = _dispatch.resolve("attn_diversity", q.device.type, backend, condition)
+    backend = _dispatch.resolve("attn_diversity", q.device, backend, condition)
     with _checks.autocast_off(q):
         if backend == "reference":
             return reference.head_gram(q, k, q2, k2, scale=scale, scale2=scale2)

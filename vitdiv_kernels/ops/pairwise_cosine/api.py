@@ -70,7 +70,7 @@ def pairwise_cosine(
     _checks.one_of("penalty", penalty, PENALTIES)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     _checks.number("eps", eps, at_least=0)
-    backend = _dispatch.resolve("pairwise_cosine", x.device.type, backend)
+    backend = _dispatch.resolve("pairwise_cosine", x.device, backend)
 
     options = dict(penalty=penalty, include_self=include_self, eps=eps)
     with _checks.autocast_off(x):

@@ -37,7 +37,7 @@ def pairwise_logsumexp(x, y=None, *, scale=1.0, eps=1e-8, backend="auto"):
         _checks.second_vectors("y", y, "x", x)
     _checks.positive("scale", scale)
     _checks.number("eps", eps, at_least=0)
-    _dispatch.resolve("pairwise_rows", x.device.type, backend, _dispatch.NO_KERNELS)
+    _dispatch.resolve("pairwise_rows", x.device, backend, _dispatch.NO_KERNELS)
     with _checks.autocast_off(x):
         return reference.logsumexp(x, y, scale=scale, eps=eps)
 
@@ -59,6 +59,6 @@ def pairwise_nearest(x, y=None, *, eps=1e-8, backend="auto"):
     if y is not None:
         _checks.second_vectors("y", y, "x", x)
     _checks.number("eps", eps, at_least=0)
-    _dispatch.resolve("pairwise_rows", x.device.type, backend, _dispatch.NO_KERNELS)
+    _dispatch.resolve("pairwise_rows", x.device, backend, _dispatch.NO_KERNELS)
     with _checks.autocast_off(x):
         return reference.nearest(x, y, eps=eps)

@@ -25,8 +25,9 @@ def reattention(
 
     Args:
         q, k, v: [B, H, N, d], [B, H, M, d], [B, H, M, d]. float16, bfloat16, float32 or float64, one dtype
-            and device; any strides, and no copy when the last one is 1 (views into a packed qkv projection).
-            native takes at most 256 heads on CPUs, 32 on GPUs.
+            and device; any strides. native reads them in place when the last one is 1 (views into a packed
+            qkv projection), triton only some layouts: it copies others whole or a chunk at a time, as the
+            README of this operation says. native takes at most 256 heads on CPUs, 32 on GPUs; triton 32.
         mix: [H, H], row = output head, column = input head (the orientation of Linear and Conv2d weights).
         mix_bias: [H].
         pre_mix, pre_bias: [H, H] and [H], the mix of the logits; pre_bias needs pre_mix.
@@ -116,7 +117,7 @@ def reattention(
     dropout = training and dropout_p > 0
     condition = _dispatch.MANY_HEADS if q.shape[1] > _dispatch.TRITON_HEADS else None
     condition = _dispatch.DROPOUT if dropout else condition
-    backend = _dispatch.resolve("reattention", q.device.type, backend, condition)
+    backend = _dispatch.resolve("reattention", q.device, backend, condition)
     arguments = dict(
         mix_bias=mix_bias, pre_mix=pre_mix, pre_bias=pre_bias, norm=norm, norm_weight=norm_weight,
         norm_bias=norm_bias, running_mean=running_mean, running_var=running_var, training=training,

@@ -101,7 +101,8 @@ def batch_statistics(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_s
         results = _batch_norm_fwd(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale)
         return *results, max(gram.shape[0] * queries * keys, 1)
     local = gram.sum(0)
-    packed = torch.cat([local.flatten(), local.new_tensor([gram.shape[0] * queries * keys])])
+    # filled on the device: a copy of a Python number would wait for it
+    packed = torch.cat([local.flatten(), local.new_full((1,), gram.shape[0] * queries * keys)])
     torch.distributed.all_reduce(packed, group=process_group)
     total, count = packed[:-1].view_as(local), packed[-1]
     return *_statistics(total, count, local, mix, mix_bias, norm_weight, keys, eps, out_scale), count

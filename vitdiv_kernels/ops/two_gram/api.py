@@ -46,7 +46,7 @@ def two_gram(
     _checks.number("margin", margin, at_least=0)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     _checks.number("eps", eps, at_least=0)
-    _dispatch.resolve("two_gram", x.device.type, backend, _dispatch.NO_KERNELS)
+    _dispatch.resolve("two_gram", x.device, backend, _dispatch.NO_KERNELS)
     with _checks.autocast_off(x):
         sums = reference.two_gram_sums(x, y, penalty=penalty, margin=margin, normalise=normalise, eps=eps)
     return _checks.reduce_pairs(sums, x.shape[-2] ** 2, reduction)

@@ -1,0 +1,40 @@
+"""Which cases of the slow backends run without --every-case."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import pytest
+
+
+class Case:
+    def __init__(self, backend, heads, dtype, file="test_reattention.py"):
+        self.name, self.originalname = f"test_it[{backend}-{heads}-{dtype}]", "test_it"
+        self.path = Path(file)
+        self.callspec = SimpleNamespace(params={"backend": backend, "heads": heads, "dtype": dtype})
+
+
+def kept(cases, every_case=False):
+    hook = SimpleNamespace(pytest_deselected=lambda items: None)
+    conftest.pytest_collection_modifyitems(
+        SimpleNamespace(getoption=lambda name: every_case, hook=hook), cases
+    )
+    return cases
+
+
+@pytest.mark.parametrize("backend", conftest.BACKENDS)
+def test_each_value_is_in_a_case(backend):
+    cases = [Case(backend, *values) for values in itertools.product((1, 3, 12), ("float32", "float16"))]
+    assert kept(list(cases), every_case=True) == cases
+    left = kept(list(cases))
+    assert len(left) == (3 if backend in conftest.SAMPLED else 6)
+    for name in ("heads", "dtype"):
+        values = [{case.callspec.params[name] for case in some} for some in (left, cases)]
+        assert values[0] == values[1]
+
+
+def test_backends_are_sampled_apart():
+    cases = [Case(backend, 3, "float32") for backend in conftest.SAMPLED]
+    assert kept(list(cases)) == cases
+    assert kept([Case("emulated-cuda", 3, "float32", "test_compile.py")]) == []
