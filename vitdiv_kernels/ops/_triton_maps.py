@@ -83,7 +83,7 @@ def layer_norm_gradient(dy, normal, rate, weight, H: tl.constexpr):
     return rate[None, :, :] * (dn - mean[None, :, :] - normal * projection[None, :, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N", "M"])
 def softmax_sweep(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, pre_mix, pre_bias, coupling, coupling_b, shift, rate, delta, gram,
     tiles, zero, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, H: tl.constexpr,
@@ -202,7 +202,7 @@ def maps_gradient(
     return d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N", "M"])
 def query_gradient(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dq, dq_b, dq_h, dq_n, pre_mix,
     mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, dpre_mix, tiles, zero, N, M, NS,
@@ -325,7 +325,7 @@ def query_gradient(
             store_coupled(dpre_mix + pid.to(tl.int64) * K * K, pre_sums, HP, W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N", "M"])
 def key_gradient(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dk, dk_b, dk_h, dk_n, pre_mix,
     mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, tiles, zero, N, M, NS, factor_high,
