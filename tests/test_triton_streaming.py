@@ -134,6 +134,22 @@ def test_gradient_of_the_gram_alone():
     check(None, coupling, arguments)
 
 
+def test_one_hot_maps_have_no_gradient():
+    """Logits of 1e4, whose last bit is 1e-3: keys and queries must see the same bits, or 1 is not 1."""
+    torch.manual_seed(0)
+    _, coupling, arguments = inputs_of((1, 3, 17, 19, 16), torch.float32)
+    arguments[0].mul_(1e4)
+    needs = [True, True, False, False, False, False]
+    truth = truth_of(None, coupling, arguments)[2:4]
+    for got, t, other in zip(
+        streaming.backward(None, coupling, *arguments, needs)[:2], truth, arguments[1::-1], strict=True
+    ):
+        # what an error of 1e-5 of a map makes
+        budget = 1e-5 * (coupling.abs().max() * other.abs().max()).item()
+        assert t.abs().max() < budget
+        torch.testing.assert_close(got.double(), t, rtol=0, atol=budget)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_a_lost_row_of_few_heads_loses_no_other(poison):
     """Few heads are mixed as a Kronecker product: its zeros times NaN must stay in the row of the maps."""

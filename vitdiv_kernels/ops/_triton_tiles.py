@@ -76,7 +76,7 @@ TILES = {
     ("key_gradient", 2, 16, 64, True): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 16, MOST_WIDTH, False): Tile(16, 16, 16, False, False, False, 8, 1, 255, "aot"),
     ("key_gradient", 2, 16, MOST_WIDTH, True): Tile(16, 16, 16, False, False, False, 16, 1, None, "aot"),
-    ("key_gradient", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
     ("key_gradient", 4, 16, MOST_WIDTH, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
