@@ -8,9 +8,9 @@ from vitdiv_kernels.ops.attn_diversity import triton_kernels
 
 # Heads, width. float16 is compiled as bfloat16 is, but for its scaling.
 SHAPES = {
-    torch.bfloat16: ((1, 64), (3, 64), (6, 64), (12, 64), (16, 35), (8, 128), (12, 80), (24, 80)),
-    torch.float16: ((12, 64), (24, 64)),
-    torch.float32: ((3, 64), (6, 64), (12, 64), (24, 64)),
+    torch.bfloat16: ((1, 64), (3, 64), (6, 64), (12, 64), (16, 35), (8, 128), (12, 80), (16, 128), (24, 80)),
+    torch.float16: ((12, 64),),
+    torch.float32: ((3, 64), (6, 64), (12, 64)),
     torch.float64: ((3, 64), (12, 64), (24, 64)),
 }
 

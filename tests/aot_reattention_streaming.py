@@ -3,18 +3,20 @@ and each number of padded heads that has few tiles. An odd width is copied to on
 
 import torch
 
+from vitdiv_kernels.ops._triton import capability
+from vitdiv_kernels.ops._triton_tiles import too_large
 from vitdiv_kernels.ops.reattention.triton_kernels import streaming
 
 # Heads, width. float16 is compiled as bfloat16 is, but for its scaling.
 PLAIN = {
-    torch.bfloat16: ((1, 64), (3, 64), (6, 64), (16, 35), (8, 128), (12, 80)),
+    torch.bfloat16: ((1, 64), (3, 64), (6, 64), (16, 35), (8, 128), (16, 128)),
     torch.float16: ((12, 64),),
-    torch.float32: ((3, 64), (6, 64), (12, 64)),
+    torch.float32: ((6, 64), (12, 64)),
 }
 WITH_EVERYTHING = {
     torch.bfloat16: ((3, 64), (6, 64), (8, 128)),
     torch.float16: ((6, 64),),
-    torch.float32: ((3, 64), (6, 64)),
+    torch.float32: ((6, 64),),
 }
 
 
@@ -44,6 +46,9 @@ def inputs(heads, width, dtype):
 
 def call(arguments, coupling):
     q, _, _, _, pre_mix, _, _, _, _, norm_weight, _, _ = arguments
+    extras = pre_mix is not None or norm_weight is not None
+    if too_large(q.shape[1], q.shape[3], q.dtype, extras, capability(q)):
+        return
     needs = [True, True, True, pre_mix is not None, True, norm_weight is not None]
     streaming.forward(*arguments, True, coupling is not None)
     streaming.backward(q, coupling, *arguments, needs)

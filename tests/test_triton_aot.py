@@ -35,6 +35,6 @@ def test_compiles_without_spills(operation, tmp_path):
     print(run.stdout)
     assert (tmp_path / "rows.json").exists(), run.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {row["cc"] for row in rows} == {80, 90, 100}
+    assert {row["cc"] for row in rows} >= {80, 90, 100}
     faulty = [row for row in rows if row["faults"]]
     assert not faulty, faulty

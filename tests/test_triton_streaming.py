@@ -139,6 +139,22 @@ def test_gradient_of_the_gram_alone():
     check(None, coupling, arguments)
 
 
+def test_one_hot_maps_have_no_gradient():
+    """Logits of 1e4, whose last bit is 1e-3: keys and queries must see the same bits, or 1 is not 1."""
+    torch.manual_seed(0)
+    _, coupling, arguments = inputs_of((1, 3, 17, 19, 16), torch.float32)
+    arguments[0].mul_(1e4)
+    needs = [True, True, False, False, False, False]
+    truth = truth_of(None, coupling, arguments)[2:4]
+    for got, t, other in zip(
+        streaming.backward(None, coupling, *arguments, needs)[:2], truth, arguments[1::-1], strict=True
+    ):
+        # what an error of 1e-5 of a map makes
+        budget = 1e-5 * (coupling.abs().max() * other.abs().max()).item()
+        assert t.abs().max() < budget
+        torch.testing.assert_close(got.double(), t, rtol=0, atol=budget)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_a_lost_row_of_few_heads_loses_no_other(poison):
     """Few heads are mixed as a Kronecker product: its zeros times NaN must stay in the row of the maps."""
@@ -214,7 +230,7 @@ def test_tiles_of_other_kinds(tile, monkeypatch):
 def test_the_table_has_a_tile_for_every_call(extras, dtype):
     for kernel in {key[0] for key in _triton_tiles.TILES}:
         for heads in (1, 2, 6, _triton_tiles.most_heads(dtype, extras)):
-            for width in (16, 80, 256):
+            for width in (16, 80, _triton_tiles.MOST_WIDTH):
                 padded = _triton_heads.padded_heads(heads)
                 tile = _triton_tiles.tile(kernel, padded, width, dtype, extras, interpreted=False)
                 assert tile.warps <= padded
@@ -231,10 +247,29 @@ def test_the_table_has_a_tile_for_every_call(extras, dtype):
 )
 def test_more_than_a_tile_holds_is_for_the_workspace(heads, dtype, options, takes):
     dout, coupling, arguments = inputs_of((1, heads, 3, 3, 16), dtype, **options)
-    message = f'the schedule "streaming" takes {takes}, got {heads}; take "workspace"'
+    message = (
+        f'the schedule "streaming" takes {takes}, at most 128 wide, got {heads} of width 16; take "workspace"'
+    )
     with triton_kernels.schedule("streaming"):
         with pytest.raises(ValueError, match=message):
             triton_kernels.reattention_fwd(*arguments, True, False)
         with pytest.raises(ValueError, match=message):
             triton_kernels.reattention_bwd(dout, coupling, *arguments, [True] * 3 + [False] * 3)
     assert triton_kernels.chosen("forward", *arguments[:2], bool(options)) == "workspace"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_a_tile_fits_the_shared_memory(capability):
+    """About half of a tile of 16 heads is what a GPU with 99 KB holds."""
+    little = capability in ((8, 6), (8, 9), (12, 0))
+    most = 8 if little else 16
+    with _triton.recording(capability):
+        for heads in (1, 8, 9, 16, 17):
+            q = torch.empty(2, heads, 197, 64, dtype=torch.bfloat16, device="meta")
+            assert _triton_tiles.too_large(heads, 64, q.dtype, False, capability) == (heads > most)
+            wide = torch.empty(2, heads, 197, 144, dtype=torch.bfloat16, device="meta")
+            with triton_kernels.schedule("streaming"):
+                for x in [wide] if heads <= most else [q, wide]:
+                    with pytest.raises(ValueError, match="at most"):
+                        triton_kernels.chosen("forward", x, x)
+            assert triton_kernels.chosen("forward", wide, wide) == "workspace"

@@ -102,10 +102,11 @@ def test_chunks_of_rows_and_of_images(limit, heads, size):
 
 
 @runs
-def test_rows_walked_in_blocks_with_everything(limit):
+def test_rows_walked_in_blocks_with_everything(limit, monkeypatch):
     """70 keys in blocks of 32 (float64), 20 rows in chunks of 16."""
     need("native")
     limit(1)
+    monkeypatch.setattr(workspace, "INTERPRETED_BLOCK", 32)
     check((1, 2, 20, 70, 8), pre=True, layer=True)
 
 
@@ -166,6 +167,9 @@ def test_the_workspace_is_bounded(images, heads, queries, keys, maps):
     bytes_of_maps = maps * size.images * size.rows * heads * 2 * -(-keys // 16) * 16
     assert bytes_of_maps <= limit
     assert size.rows == queries or size.rows % 16 == 0
+    if size.rows < queries:
+        last = (queries - 1) % size.rows + 1
+        assert size.rows - last < 16 * -(-queries // size.rows)
 
 
 def held(direction, images, sizes, dtype=torch.bfloat16):

@@ -1,7 +1,8 @@
 """Tiles of the kernels that hold all heads. Nothing is tuned at run time.
 
 `source` says where a row comes from: "aot" rows compile without spills for sm_80, sm_90 and sm_100 and were
-chosen by instruction counts and shared memory; no GPU has measured them yet.
+chosen by instruction counts and shared memory; no GPU has measured them yet. Tiles of up to 8 heads also fit
+the GPUs with little shared memory, see `shared_memory`.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,8 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.maxnreg}
 
 
-_ANY = 1 << 30
+# Wider rows of 16 heads, held for a whole loop, are more than sm_80 has.
+MOST_WIDTH = 128
 # kernel, bytes of an element, most heads, most width, with layer norm or pre-mix (or, for the gradients of q
 # and k, with one of the output): the first row that covers a call. Kernels differ in how much they hold; a
 # step that loads the next one's operands early has 2 stages.
@@ -34,61 +36,74 @@ TILES = {
     ("softmax", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("softmax", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("softmax", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("softmax", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
-    ("softmax", 4, 16, _ANY, False): Tile(16, 16, 32, False, False, False, 16, 1, None, "aot"),
+    ("softmax", 2, 16, MOST_WIDTH, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 2, 8, MOST_WIDTH, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
+    ("softmax", 4, 16, MOST_WIDTH, False): Tile(16, 16, 32, False, False, False, 16, 1, None, "aot"),
     ("softmax_gram", 2, 2, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 16, 2, None, "aot"),
-    ("softmax_gram", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("softmax_gram", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("softmax_gram", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
-    ("softmax_gram", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 16, MOST_WIDTH, False): Tile(16, 16, 64, True, False, False, 8, 1, 255, "aot"),
+    ("softmax_gram", 2, 8, MOST_WIDTH, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
+    ("softmax_gram", 4, 16, MOST_WIDTH, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("output_sweep", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("output_sweep", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("output_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("output_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, 255, "aot"),
-    ("output_sweep", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("output_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
-    ("output_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 2, 16, MOST_WIDTH, False): Tile(16, 16, 64, True, False, False, 8, 1, 255, "aot"),
+    ("output_sweep", 2, 8, MOST_WIDTH, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("output_sweep", 4, 16, MOST_WIDTH, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("parameter_sweep", 2, 8, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("parameter_sweep", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("parameter_sweep", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("parameter_sweep", 2, 16, _ANY, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("parameter_sweep", 2, 8, _ANY, True): Tile(16, 16, 32, True, True, True, 8, 1, 255, "aot"),
-    ("parameter_sweep", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
-    ("parameter_sweep", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("parameter_sweep", 2, 16, MOST_WIDTH, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("parameter_sweep", 2, 8, MOST_WIDTH, True): Tile(16, 16, 32, True, True, True, 8, 1, 255, "aot"),
+    ("parameter_sweep", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
+    ("parameter_sweep", 4, 16, MOST_WIDTH, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("query_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("query_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, 255, "aot"),
     ("query_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
     ("query_gradient", 2, 16, 64, True): Tile(16, 16, 32, True, True, True, 8, 1, None, "aot"),
-    ("query_gradient", 2, 16, _ANY, False): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
-    ("query_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, True, True, 8, 1, None, "aot"),
-    ("query_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
-    ("query_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("query_gradient", 2, 16, MOST_WIDTH, False): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
+    ("query_gradient", 2, 16, MOST_WIDTH, True): Tile(16, 16, 16, False, True, True, 8, 1, None, "aot"),
+    ("query_gradient", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, True, 8, 1, None, "aot"),
+    ("query_gradient", 4, 16, MOST_WIDTH, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 8, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("key_gradient", 2, 16, 64, True): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
-    ("key_gradient", 2, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, 255, "aot"),
-    ("key_gradient", 2, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, 255, "aot"),
-    ("key_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
-    ("key_gradient", 4, 16, _ANY, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("key_gradient", 2, 16, MOST_WIDTH, False): Tile(16, 16, 16, False, False, False, 8, 1, 255, "aot"),
+    ("key_gradient", 2, 16, MOST_WIDTH, True): Tile(16, 16, 16, False, False, False, 16, 1, None, "aot"),
+    ("key_gradient", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, False, 8, 1, 255, "aot"),
+    ("key_gradient", 4, 16, MOST_WIDTH, True): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("value_gradient", 2, 16, 64, False): Tile(16, 16, 64, True, False, False, 8, 2, None, "aot"),
-    ("value_gradient", 2, 16, _ANY, False): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
-    ("value_gradient", 2, 8, _ANY, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("value_gradient", 4, 8, _ANY, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
-    ("value_gradient", 4, 16, _ANY, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 2, 16, MOST_WIDTH, False): Tile(16, 16, 32, True, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 2, 8, MOST_WIDTH, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 4, 8, MOST_WIDTH, True): Tile(16, 16, 32, False, False, False, 8, 1, None, "aot"),
+    ("value_gradient", 4, 16, MOST_WIDTH, False): Tile(16, 16, 16, False, False, False, 8, 1, None, "aot"),
 }
 
 
-def most_heads(dtype, extras):
-    """How many heads tiles hold without spills, with or without layer norm or pre-mix; 0 in float64."""
-    return max(
+_HEADS_OF_LITTLE_MEMORY = 8
+
+
+def shared_memory(capability):
+    """Bytes of shared memory that a block may take on a GPU of this (major, minor), at least."""
+    if capability in ((8, 6), (8, 9)) or capability[0] >= 12:
+        return 101376
+    return 166912 if capability[0] == 8 else 232448
+
+
+def most_heads(dtype, extras, capability=(9, 0)):
+    """How many heads tiles hold, with or without layer norm or pre-mix; 0 in float64.
+
+    More would spill, or be more than the shared memory of a GPU of this capability.
+    """
+    most = max(
         (
             heads
             for name, most_bytes, heads, _, with_extras in TILES
@@ -96,6 +111,12 @@ def most_heads(dtype, extras):
         ),
         default=0,
     )
+    return most if shared_memory(capability) >= 166912 else min(most, _HEADS_OF_LITTLE_MEMORY)
+
+
+def too_large(heads, width, dtype, extras, capability):
+    """Whether no tile holds so many heads of rows of so many numbers."""
+    return width > MOST_WIDTH or heads > most_heads(dtype, extras, capability)
 
 
 # The interpreter's time goes with the number of steps, hardly with their size.
@@ -115,7 +136,7 @@ def tile(kernel, heads, width, dtype, extras, interpreted):
             and extras <= with_extras
         ):
             return fitted(row, heads, width)
-    raise AssertionError("the table matches every call of at most `most_heads`")
+    raise AssertionError("the table matches every call that is not `too_large`")
 
 
 def fitted(row, heads, width):

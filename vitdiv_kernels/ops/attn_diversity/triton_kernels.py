@@ -1,17 +1,18 @@
 """The operators attention_gram_{fwd,bwd} in Triton; the kernels are in ../_triton_maps.py.
 
-More heads than their tiles hold go through the workspace of re-attention, without a mix.
+More heads, or wider ones, than their tiles hold go through the workspace of re-attention, without a mix.
 """
 
 from .._layout import accumulation_dtype, heads_like, nothing
+from .._triton import capability
 from .._triton_sweeps import Maps
-from .._triton_tiles import most_heads
+from .._triton_tiles import too_large
 from ..reattention.triton_kernels import workspace
 
 
 def attention_gram_fwd(q, k, scale, q2, k2, scale2):
     """As `vitdiv::attention_gram_fwd`: the centred Gram matrix of all heads, [B, H (+ H2), H (+ H2)]."""
-    if _too_many(q, q2):
+    if _too_large(q, q2):
         q, k, scale, _ = _one_layer(q, k, scale, q2, k2, scale2)
         return workspace.forward(*_without_mix(q, k, scale, None), False, True)[1]
     return _maps(q, k, scale, q2, k2, scale2).softmax(gram=True, statistics=False)[3]
@@ -22,7 +23,7 @@ def attention_gram_bwd(coupling, q, k, scale, q2, k2, scale2, needs):
     needs_q, needs_k = needs[0] or needs[2], needs[1] or needs[3]
     dq = dk = None
     factors = 1, 1
-    if _too_many(q, q2):
+    if _too_large(q, q2):
         joined_q, joined_k, factor, factors = _one_layer(q, k, scale, q2, k2, scale2)
         wanted = needs_q, needs_k, False, False, False, False
         coupling = coupling.contiguous()
@@ -48,8 +49,11 @@ def _without_mix(q, k, scale, matrix):
     return q, k, k, scale, None, None, matrix, None, True, None, None, 0.0
 
 
-def _too_many(q, q2):
-    return q.shape[1] + (0 if q2 is None else q2.shape[1]) > most_heads(q.dtype, extras=False)
+def _too_large(q, q2):
+    heads, width = q.shape[1], q.shape[3]
+    if q2 is not None:
+        heads, width = heads + q2.shape[1], max(width, q2.shape[3])
+    return too_large(heads, width, q.dtype, False, capability(q))
 
 
 def _one_layer(q, k, scale, q2, k2, scale2):

@@ -81,20 +81,20 @@ ROWS = (
     RowsRow("forward", 16, False, 16, 512, 512, 8, 8, 1, None, "aot"),
     RowsRow("forward", 32, True, 16, _ANY, 128, 4, 4, 1, 240, "aot"),
     RowsRow("forward", 16, False, 32, 256, 256, 8, 8, 1, None, "aot"),
-    RowsRow("forward", 32, True, 64, _ANY, 128, 4, 8, 1, 255, "aot"),
+    RowsRow("forward", 32, True, 32, _ANY, 128, 4, 8, 1, 255, "aot"),
     RowsRow("forward", 64, True, 16, _ANY, 32, 4, 8, 1, 240, "aot"),
-    RowsRow("forward", 64, True, 64, _ANY, 16, 4, 8, 1, 255, "aot"),
+    RowsRow("forward", 64, True, 32, _ANY, 16, 4, 8, 1, 255, "aot"),
     RowsRow("backward", 16, False, 16, 64, 64, 8, 4, 1, None, "aot"),
     RowsRow("backward", 16, False, 16, 256, 256, 8, 8, 1, None, "aot"),
     RowsRow("backward", 16, False, 16, _ANY, 128, 4, 8, 1, 240, "aot"),
     RowsRow("backward", 16, True, 16, _ANY, 64, 4, 8, 1, None, "aot"),
     RowsRow("backward", 32, False, 16, _ANY, 128, 4, 8, 1, None, "aot"),
     RowsRow("backward", 32, True, 16, _ANY, 64, 4, 8, 1, None, "aot"),
-    RowsRow("backward", 16, False, 64, _ANY, 64, 4, 8, 1, 255, "aot"),
-    RowsRow("backward", 16, True, 64, _ANY, 32, 4, 8, 1, 255, "aot"),
+    RowsRow("backward", 16, False, 32, _ANY, 64, 4, 8, 1, 255, "aot"),
+    RowsRow("backward", 16, True, 32, _ANY, 32, 4, 8, 1, 255, "aot"),
     RowsRow("backward", 64, False, 16, _ANY, 32, 4, 8, 1, 240, "aot"),
-    RowsRow("backward", 32, False, 64, _ANY, 32, 4, 8, 1, 255, "aot"),
-    RowsRow("backward", 64, True, 64, _ANY, 16, 4, 8, 1, 255, "aot"),
+    RowsRow("backward", 32, False, 32, _ANY, 32, 4, 8, 1, 255, "aot"),
+    RowsRow("backward", 64, True, 32, _ANY, 16, 4, 8, 1, 255, "aot"),
 )
 
 
@@ -111,6 +111,12 @@ class RowConfig(NamedTuple):
     num_stages: int
     maxnreg: int | None
 
+    def in_blocks(self, most, keys):
+        """With rows in one block where `most` keys are enough."""
+        # 16: what a tensor-core product takes at least
+        block = min(most, max(16, 1 << (keys - 1).bit_length()))
+        return self._replace(block=block, one_block=keys <= block, split=min(self.split, block // 16))
+
 
 def row_config(direction, heads, keys, dtype, extras):
     """The tiles for a call, with or without layer norm or pre-mix: the first row of ROWS that covers it."""
@@ -123,16 +129,14 @@ def row_config(direction, heads, keys, dtype, extras):
             and tile_rows <= row.tile_rows
             and keys <= row.most_keys
         ):
-            # 16: what a tensor-core product takes at least
-            block = min(row.block, max(16, 1 << (keys - 1).bit_length()))
             large = tile_rows > 16
             return RowConfig(
                 share=1 if extras else tile_rows // heads,
                 tile_rows=tile_rows,
-                block=block,
-                one_block=keys <= block,
+                block=row.block,
+                one_block=False,
                 tiles=row.tiles,
-                split=1 if large and direction == "backward" else min(row.num_warps, block // 16),
+                split=1 if large and direction == "backward" else row.num_warps,
                 apart=large and dtype.itemsize > 4
                 if direction == "forward"
                 else (large and (extras or dtype != torch.bfloat16)) or (extras and dtype.itemsize > 4),
@@ -140,5 +144,5 @@ def row_config(direction, heads, keys, dtype, extras):
                 num_warps=row.num_warps,
                 num_stages=row.num_stages,
                 maxnreg=row.maxnreg,
-            )
-    raise ValueError(f"q must have at most 64 heads for the Triton kernels, got {heads}")
+            ).in_blocks(row.block, keys)
+    raise ValueError(f"q must have at most 32 heads for the Triton kernels, got {heads}")

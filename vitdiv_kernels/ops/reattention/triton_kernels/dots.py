@@ -7,11 +7,11 @@ import triton.language as tl
 from ..._layout import accumulation_dtype
 from ..._triton import accumulator, launch
 
-# 32 elements a thread and step at a width of 64; a program's rows give some hundred programs at ViT sizes.
-_STEP, _STEPS, _WARPS = 64, 4, 4
+# 32 elements a thread and step; a program's rows give some hundred programs at ViT sizes.
+_STEP, _ELEMENTS, _STEPS, _WARPS = 64, 4096, 4, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows"])
 def dot_rows(
     x, y, parts, heads, rows, width, x_image, x_head, x_row, y_image, y_head, y_row,
     WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
@@ -36,11 +36,13 @@ def head_dots(x, y):
     """As `vitdiv::head_dots`: [H] in the accumulation dtype; x and y are [B, H, N, d] with any strides."""
     x, y = (t if t.stride(3) == 1 else t.contiguous() for t in (x, y))
     images, heads, rows, width = x.shape
-    programs = triton.cdiv(rows, _STEP * _STEPS)
+    padded = triton.next_power_of_2(width)
+    step = max(1, min(_STEP, _ELEMENTS // padded))
+    programs = triton.cdiv(rows, step * _STEPS)
     parts = x.new_empty(images, heads, programs, dtype=accumulation_dtype(x))
     launch(
         dot_rows, (images * heads, programs), x, y, parts, heads, rows, width, *x.stride()[:3],
-        *y.stride()[:3], WIDTH=triton.next_power_of_2(width), STEP=_STEP, STEPS=_STEPS,
+        *y.stride()[:3], WIDTH=padded, STEP=step, STEPS=_STEPS,
         ACC=accumulator(x.dtype), num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
     return parts.sum((0, 2), dtype=torch.float64).to(parts.dtype)

@@ -137,7 +137,7 @@ def layer_norm(mixed, used, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.con
     return normalized, normalized * norm_weight[:, None] + norm_bias[:, None], rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys", "tiles"])
 def forward_rows(
     z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, grams, rows, keys, padded_keys, tiles,
     gram_stride,
@@ -267,7 +267,7 @@ def maps_gradient(
     return maps, centred, y, dy, normalized, dmixed, dmaps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys", "tiles"])
 def backward_rows(
     z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows,
     keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,

@@ -3,7 +3,7 @@
 import contextlib
 
 from ..._triton import capability
-from ..._triton_tiles import most_heads
+from ..._triton_tiles import MOST_WIDTH, most_heads, too_large
 from ..triton_configs import schedule_for
 
 SCHEDULES = ("streaming", "workspace")
@@ -15,7 +15,8 @@ def schedule(name):
     """Within the block every call, forward and backward, takes the schedule "streaming" or "workspace".
 
     For tests and benchmarks. It holds for all threads, so for autograd's too; blocks nest. Raises ValueError
-    for an unknown name; a call raises it where it has more heads than a tile of "streaming" holds.
+    for an unknown name; a call raises it where it has more heads, or wider ones, than a tile of "streaming"
+    holds.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {name!r}")
@@ -29,13 +30,19 @@ def schedule(name):
 
 def chosen(direction, q, k, extras=False):
     """The schedule of a call: "forward" or "backward", with or without layer norm or pre-mix (`extras`)."""
-    heads, most = q.shape[1], most_heads(q.dtype, extras)
-    if _chosen == "streaming" and heads > most:
+    heads, width, gpu = q.shape[1], q.shape[3], capability(q)
+    large = too_large(heads, width, q.dtype, extras, gpu)
+    if _chosen == "streaming" and large:
+        most = most_heads(q.dtype, extras, gpu)
         takes = f"at most {most} heads of {q.dtype}" if most else f"no {q.dtype}"
         given = " with layer norm or pre-mix" if extras else ""
-        raise ValueError(f'the schedule "streaming" takes {takes}{given}, got {heads}; take "workspace"')
+        got = f"{heads} of width {width}"
+        raise ValueError(
+            f'the schedule "streaming" takes {takes}{given}, at most {MOST_WIDTH} wide, got {got}; '
+            'take "workspace"'
+        )
     if _chosen is not None:
         return _chosen
-    if heads > most:
+    if large:
         return "workspace"
-    return schedule_for(direction, heads, q.shape[3], k.shape[2], q.dtype, capability(q))
+    return schedule_for(direction, heads, width, k.shape[2], q.dtype, gpu)

@@ -36,7 +36,7 @@ from ..._triton_maps import layer_norm, layer_norm_gradient, logits, mix_constan
 from ..._triton_sweeps import Maps, located, or_else, parts, warp_split, with_image_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N", "M"])
 def output_sweep(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, out, o_b, o_h, o_n, pre_mix, mix, bias,
     norm_weight, norm_bias, shift, rate, tiles, zero, N, M, NS, factor_high, factor_low, factor2_high,
@@ -96,7 +96,7 @@ def output_sweep(
     store_heads(out + image * o_b, acc, i, N, c0, o_h, o_n, H, HP, DV, DVB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N", "M"])
 def parameter_sweep(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, pre_mix, mix, bias,
     norm_weight, coupling, coupling_b, shift, rate, delta, dmix, dvectors, tiles, zero, N, M, NS,
@@ -202,7 +202,7 @@ def parameter_sweep(
         tl.store(dvectors + row * 3 * HP + 2 * HP + h, tl.sum(shift_sums, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N", "M"])
 def value_gradient(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, dout, o_b, o_h, o_n, dv, dv_b, dv_h, dv_n, pre_mix, mix, bias,
     norm_weight, norm_bias, shift, rate, tiles, zero, N, M, NS, factor_high, factor_low, factor2_high,

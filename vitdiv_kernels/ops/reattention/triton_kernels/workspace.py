@@ -19,6 +19,9 @@ from .rows import backward_rows, forward_rows
 # the library's tensor-core products want, for any number of keys.
 _KEYS_MULTIPLE = 16
 
+# The interpreter's time goes with the number of steps, hardly with their size.
+INTERPRETED_BLOCK = 256
+
 
 class Plan(NamedTuple):
     """Chunks: `images` at a time with all their rows, or one image and `rows` of its rows at a time."""
@@ -46,10 +49,9 @@ def plan(images, heads, queries, keys, itemsize, maps, operands, limit):
     if row_bytes * queries + operands <= limit:
         most = limit // max(row_bytes * queries + operands, 1)
         return Plan(triton.cdiv(images, triton.cdiv(images, most)) if images else 1, queries)
-    affordable = limit // row_bytes
-    # whole tiles of the products where there are several
-    multiple = next((m for m in (128, 64) if affordable >= m), 16)
-    return Plan(1, min(queries, max(affordable // multiple, 1) * multiple))
+    affordable = max(limit // row_bytes // 16, 1) * 16
+    even = triton.cdiv(queries, triton.cdiv(queries, affordable))
+    return Plan(1, min(queries, _round_up(even, 16)))
 
 
 def chunks(size, images, queries):
@@ -158,6 +160,8 @@ class _Rows:
         heads, self.queries = q.shape[1], q.shape[2]
         self.heads, self.rows = heads, size.rows
         config = row_config(direction, heads, keys, q.dtype, extras)
+        if INTERPRETED:
+            config = config.in_blocks(INTERPRETED_BLOCK, keys)
         self.share, self.tile = config.share, config.tile_rows
         self.tiles = config.tiles
         self.program_rows = config.share * config.tiles

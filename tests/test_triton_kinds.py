@@ -1,0 +1,64 @@
+"""A kernel is compiled once for each operation, dtype and number of heads, not for each number of tokens."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+# Run on its own: what Triton compiles is known where TRITON_INTERPRET is unset.
+SCRIPT = """
+import sys
+import torch
+from aot import specialised
+from vitdiv_kernels.ops import _triton
+from vitdiv_kernels.ops.attn_diversity import triton_kernels as maps
+from vitdiv_kernels.ops.reattention import triton_kernels as mixed
+
+def gram(q, k, v, matrix, vector):
+    maps.attention_gram_fwd(q, k, 0.125, None, None, 0.125)
+    coupling, needs = matrix.expand(2, -1, -1), [True, True, False, False]
+    maps.attention_gram_bwd(coupling, q, k, 0.125, None, None, 0.125, needs)
+
+def reattention(schedule):
+    def calls(q, k, v, matrix, vector):
+        arguments = q, k, v, 0.125, matrix, vector, matrix, vector, False, vector, vector, 1e-5
+        with mixed.schedule(schedule):
+            mixed.reattention_fwd(*arguments, True, True)
+            mixed.reattention_bwd(q, matrix[None], *arguments, [True] * 6)
+        mixed.head_dots(q, k)
+    return calls
+
+for calls in (gram, reattention("streaming"), reattention("workspace")):
+    kinds, constants = set(), set()
+    for tokens in (129, 197, 208, 209, 224, 240, 256):
+        q, k, v = torch.empty(2, tokens, 3, 6, 64, dtype=torch.bfloat16, device="meta").permute(2, 0, 3, 1, 4)
+        matrix, vector = torch.empty(6, 6, device="meta"), torch.empty(6, device="meta")
+        with _triton.recording((9, 0)) as launches:
+            calls(q, k, v, matrix, vector)
+        for launch in launches:
+            name, signature, constexprs, attributes, options = kind = specialised(launch)
+            pointers = tuple((n, t) for n, t in signature if t.startswith("*") or t == "constexpr")
+            kinds.add(kind)
+            constants.add((name, pointers, constexprs, options))
+    for kind in sorted(kinds, key=str):
+        print(kind)
+    print(len(kinds), "kinds of", len(constants))
+    if len(kinds) > len(constants) or not kinds:
+        sys.exit(1)
+"""
+
+
+def test_sizes_compile_nothing_anew():
+    here = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
