@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _dispatch, use_backend
+from ..objective import DiversityObjective
 from .data import Data, DataError
-from .losses import diversity_losses
+from .losses import objective_terms
 from .metrics import accuracy
 from .model import ViT
 
@@ -147,6 +148,13 @@ class Trainer:
                 except (RuntimeError, ValueError) as error:
                     raise TrainError(str(error)) from None
         self.model, self.data, self.recipe = model.to(device), data, recipe
+        self.objective = None
+        if recipe.losses:
+            try:
+                # for good, and before the model is compiled: forward passes without gradients leave no trace
+                self.objective = DiversityObjective(objective_terms(recipe.losses)).attach(self.model)
+            except (TypeError, ValueError) as error:
+                raise TrainError(str(error)) from None
         self.run = torch.compile(model) if compile else model
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
@@ -165,7 +173,7 @@ class Trainer:
             "epoch",
             "loss",
             "cross_entropy",
-            *self.recipe.losses,
+            *(self.objective.terms if self.objective else ()),
             "lr",
             "grad_norm",
             "val_accuracy",
@@ -173,17 +181,13 @@ class Trainer:
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum."""
-        weights = self.recipe.losses
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-            if weights:
-                logits, tokens = self.run(images, return_tokens=True)
-                terms = diversity_losses(self.model, tokens, weights)
-            else:
-                logits, terms = self.run(images), {}
+            logits = self.run(images)
+            total, terms = self.objective() if self.objective else (0.0, {})
         terms["cross_entropy"] = F.cross_entropy(
             logits.float(), labels, label_smoothing=self.recipe.label_smoothing
         )
-        terms["loss"] = terms["cross_entropy"] + sum(weight * terms[name] for name, weight in weights.items())
+        terms["loss"] = terms["cross_entropy"] + total
         return terms
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
