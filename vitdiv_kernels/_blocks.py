@@ -10,6 +10,7 @@ import inspect
 import torch
 from torch import nn
 
+from .losses import _common
 from .ops import _checks
 from .ops.attn_diversity import attention_gram
 
@@ -85,7 +86,7 @@ def mixed_layer(attn, q, k):
     """
     if not hasattr(attn, "reatten_matrix"):
         return q, k
-    mix, bias = attn.reatten_matrix.weight.flatten(1).float(), attn.reatten_matrix.bias.float()
+    mix, bias = _common.full_precision(attn.reatten_matrix.weight.flatten(1), attn.reatten_matrix.bias)
     if attn.map_norm == "none":
         return q, k, mix, bias
     if attn.map_norm != "batch":

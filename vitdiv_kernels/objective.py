@@ -136,6 +136,7 @@ class DiversityObjective:
     patches are not here: see `vitdiv_kernels.losses`.
 
     Example:
+        >>> import torch
         >>> from vitdiv_kernels import DiversityObjective
         >>> from vitdiv_kernels.vit import CONFIGS, ViT
         >>> model = ViT(CONFIGS["digits24"])

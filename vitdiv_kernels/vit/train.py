@@ -116,6 +116,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     keep.add_argument("--log-every", type=number(int, 1), default=10, help="steps between rows of the log")
     keep.add_argument("--eval-every", type=number(int, 1), default=100, help="steps between validations")
+    keep.add_argument(
+        "--monitor-every",
+        type=number(int, 0),
+        default=0,
+        help="steps between measurements of collapse, kept in collapse.csv; 0 for none",
+    )
     keep.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     return parser
 
@@ -164,6 +170,7 @@ def build(args: argparse.Namespace) -> Trainer:
         eval_every=args.eval_every,
         workers=args.workers,
         compile=args.compile,
+        monitor_every=args.monitor_every,
     )
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:
