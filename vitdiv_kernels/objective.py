@@ -91,9 +91,10 @@ def _options(function):
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
-# Gong et al. 2021 (arXiv 2104.12753): the losses of the paper, each with weight 1; its training code is not
-# released. Chen et al. 2022 (arXiv 2203.06345): the recipe of DeiT-S in the released code. Zhou et al. 2021
-# (arXiv 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
+# Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1; its training code is
+# not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of DeiT-S in the released code; its mixing
+# loss is a sum that the caller divides by the number of patches, a mean here. Zhou et al. 2021 (arXiv
+# 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
 PRESETS = {
     "gong2021": {
         "cosine": Term("pairwise_cosine"),
