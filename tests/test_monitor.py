@@ -158,6 +158,13 @@ def test_a_compiled_model_is_measured_without_compiling():
     assert CollapseMonitor(torch.compile(model)).measure(x) == expected
 
 
+def test_autocast_has_no_influence():
+    model, x = a_model().eval(), images()
+    expected = CollapseMonitor(model).measure(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert CollapseMonitor(model).measure(x) == expected
+
+
 class Watch(TorchDispatchMode):
     """Counts operators, and finds the tensors whose last two axes are N x N."""
 

@@ -163,11 +163,19 @@ class CollapseMonitor:
     @torch.no_grad()
     def measure(self, images, step=0):
         """Measures now, on at most `self.images` of the images [B, C, S, S]; returns the new records."""
-        blocks = self.model.blocks
         _checks.floating_tensor("images", images)
         if images.dim() != 4 or len(images) == 0:
             raise ValueError(f"images must have shape [B, C, S, S], B > 0, got {_checks.shape_of(images)}")
         images = images[: self.images].to(next(self.model.parameters()).device)
+        with _checks.autocast_off(images):  # in the model's own precision, also in the middle of training
+            new = self._records(images, step)
+        if self.csv is not None:
+            write_records(self.csv, new, append=bool(self.records))
+        self.records += new
+        return new
+
+    def _records(self, images, step):
+        blocks = self.model.blocks
         kept = self._forward(images)
         layers = [_blocks.query_key(block.attn, kept["heads", i]) for i, block in enumerate(blocks)]
         new = [
@@ -183,9 +191,6 @@ class CollapseMonitor:
         )
         for record, row in zip(new, (similarity / len(images)).tolist(), strict=True):
             record["attention_cosine"] = row
-        if self.csv is not None:
-            write_records(self.csv, new, append=bool(self.records))
-        self.records += new
         return new
 
     def _forward(self, images):
