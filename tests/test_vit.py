@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vitdiv_kernels import DiversityObjective
 from vitdiv_kernels.losses import patch_contrast
 from vitdiv_kernels.vit import losses, metrics
 from vitdiv_kernels.vit.data import Tensors
@@ -88,9 +89,10 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_losses_are_their_formulas_on_the_tokens_of_the_model():
-    model = ViT(SMALL)
-    tokens = model(torch.randn(2, 1, 8, 8), return_tokens=True)[1]
-    terms = losses.diversity_losses(model, tokens, losses.DIVERSITY)
+    model, images = ViT(SMALL), torch.randn(2, 1, 8, 8)
+    with DiversityObjective(losses.objective_terms(losses.DIVERSITY)).attach(model) as objective:
+        tokens = model(images, return_tokens=True)[1]
+        total, terms = objective()
     last = F.normalize(tokens[-1][:, 1:], dim=-1)
     cosines = (last @ last.transpose(-1, -2)).abs()
     torch.testing.assert_close(terms["cosine"], (cosines.sum() / 2 - 16) / (16 * 15))
@@ -98,16 +100,31 @@ def test_losses_are_their_formulas_on_the_tokens_of_the_model():
     maps = F.normalize((q @ k.transpose(-1, -2) / 8**0.5).softmax(-1).flatten(2), dim=-1)
     torch.testing.assert_close(terms["heads"], (maps[:, 0] * maps[:, 1]).sum(-1).mean())
     torch.testing.assert_close(terms["contrast"], patch_contrast(tokens[1][:, 1:], tokens[-1][:, 1:]))
+    torch.testing.assert_close(total, 0.5 * terms["cosine"] + 0.5 * terms["contrast"] + 0.01 * terms["heads"])
 
 
 def test_parse_losses():
     assert losses.parse_losses("none") == {}
     assert losses.parse_losses("diversity") == losses.DIVERSITY
     assert losses.parse_losses("cosine=2,heads") == {"cosine": 2.0, "heads": 0.01}
+    assert losses.parse_losses("koleo=0.1,gong2021") == {"koleo": 0.1, "gong2021": 1.0}
     with pytest.raises(ValueError, match="unknown loss 'cosines'"):
         losses.parse_losses("cosines=1")
+    with pytest.raises(ValueError, match="unknown loss 'patch_mixing'"):
+        losses.parse_losses("patch_mixing=1")
     with pytest.raises(ValueError, match="the weight of the loss 'heads' must be a number, got 'x'"):
         losses.parse_losses("heads=x")
+
+
+def test_a_preset_becomes_its_losses_without_mixing():
+    terms = losses.objective_terms({"diverse_vit_deit_small": 2.0, "koleo": 0.1})
+    assert {name: term.weight for name, term in terms.items()} == {
+        "diverse_vit_deit_small.cosine": 1.0,
+        "diverse_vit_deit_small.contrast": 1.0,
+        "diverse_vit_deit_small.heads": 2e-4,
+        "diverse_vit_deit_small.weights": 1e-3,
+        "koleo": 0.1,
+    }
 
 
 def test_effective_rank_counts_directions():

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import vitdiv_kernels as vd
 from vitdiv_kernels import _dispatch
 from vitdiv_kernels.vit import train
 from vitdiv_kernels.vit.data import Augment, Data, Tensors
@@ -102,6 +103,45 @@ def test_the_log_has_every_step_and_its_terms(tmp_path):
         terms = sum(weight * float(row[name]) for name, weight in DIVERSITY.items())
         assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + terms, rel=1e-5)
         assert float(row["lr"]) == learning_rate(run.recipe, int(row["step"]) - 1)
+
+
+def test_the_step_is_that_of_the_losses_written_out():
+    """As the trainer had them before the objective: from the returned tokens, q and k computed once more."""
+    run = trainer(Recipe(steps=24, batch=8, losses=DIVERSITY), replace(SMALL, drop_path=0.0))
+    images, labels = run.data.train.images[:8], run.data.train.labels[:8]
+    terms = run.losses(images, labels)
+    terms["loss"].backward()
+    found = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+
+    run.model.zero_grad()
+    logits, tokens = run.model(images, return_tokens=True)
+    first, last = tokens[1][:, 1:], tokens[-1][:, 1:]
+    plain = {
+        "cosine": vd.pairwise_cosine(last, penalty="abs"),
+        "contrast": vd.losses.patch_contrast(first, last),
+        "heads": vd.attention_diversity(*run.model.query_key(tokens[0], 0), include_self=False),
+    }
+    plain["cross_entropy"] = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    plain["loss"] = plain["cross_entropy"] + sum(w * plain[name] for name, w in DIVERSITY.items())
+    plain["loss"].backward()
+    assert list(terms) == list(plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(terms[name], value)
+    for name, p in run.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
+def test_any_loss_and_preset_trains_and_is_logged():
+    run = trainer(Recipe(steps=2, batch=8, losses={"koleo": 0.1, "deepvit_cos_reg": 1.0}))
+    run.fit()
+    row = run.rows[-1]
+    expected = row["cross_entropy"] + 0.1 * row["koleo"] + 0.1 * row["deepvit_cos_reg.cos_reg"]
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_the_model_has_no_blocks_for_is_refused():
+    with pytest.raises(TrainError, match="cos_reg takes block 2, but the model has 2 blocks"):
+        trainer(Recipe(losses={"cos_reg": 1.0}), replace(SMALL, depth=2, reattention=()))
 
 
 def test_a_resume_with_another_recipe_or_model_is_refused(tmp_path):

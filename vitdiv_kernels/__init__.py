@@ -2,13 +2,16 @@
 
 Three operations (`pairwise_cosine`; `attention_gram`, `attention_cosine`, `attention_diversity`;
 `reattention`), each with a pure PyTorch reference and fused kernels, forward and backward; the losses of the
-field as functions over them in `vitdiv_kernels.losses`, and as modules in `vitdiv_kernels.nn`; a reference
-vision transformer and its trainer in `vitdiv_kernels.vit`. `python -m vitdiv_kernels.info` tells which
-backends are here.
+field as functions over them in `vitdiv_kernels.losses`, and as modules in `vitdiv_kernels.nn`;
+`DiversityObjective`, which takes them from a ViT as it trains, and `CollapseMonitor`, which watches it; a
+reference vision transformer and its trainer in `vitdiv_kernels.vit`. `python -m vitdiv_kernels.info` tells
+which backends are here.
 """
 
 from . import losses, nn
 from ._dispatch import use_backend
+from .monitor import CollapseMonitor
+from .objective import DiversityObjective, Term
 from .ops.attn_diversity import attention_cosine, attention_diversity, attention_gram
 from .ops.pairwise_cosine import pairwise_cosine
 from .ops.reattention import reattention
@@ -16,6 +19,9 @@ from .ops.reattention import reattention
 __version__ = "0.1.0"
 
 __all__ = [
+    "CollapseMonitor",
+    "DiversityObjective",
+    "Term",
     "attention_cosine",
     "attention_diversity",
     "attention_gram",

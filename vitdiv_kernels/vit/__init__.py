@@ -1,4 +1,5 @@
-"""A reference ViT, its trainer (`python -m vitdiv_kernels.vit.train --help`) and the demo (`.demo`)."""
+"""A reference ViT, its trainer (`python -m vitdiv_kernels.vit.train --help`), the report on a run (`.report`)
+and the demo (`.demo`)."""
 
 from .model import CONFIGS, ViT, ViTConfig
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import attention_cosine, pairwise_cosine
+from ..monitor import effective_rank
 from .model import ViT
 
 
@@ -24,13 +25,6 @@ def accuracy(model: ViT, dataset, device: str | torch.device = "cpu") -> float:
     )
     model.train(was_training)
     return right / len(dataset)
-
-
-def effective_rank(tokens: Tensor) -> Tensor:
-    """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images."""
-    values = torch.linalg.svdvals(F.normalize(tokens.float(), dim=-1)) ** 2
-    share = values / values.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp().mean()
 
 
 @torch.no_grad()

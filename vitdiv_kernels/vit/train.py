@@ -61,7 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--losses",
         type=losses,
         default="none",
-        help="none, diversity, or such as cosine=0.5,contrast=0.5,heads=0.01",
+        help="none, diversity, or such as cosine=0.5,contrast=0.5,heads=0.01; also presets (gong2021, "
+        "diverse_vit_deit_small, deepvit_cos_reg) and losses by name, such as koleo=0.1",
     )
     what.add_argument(
         "--image-size", type=number(int, 1), help="resize images to this (default: the model's)"
@@ -115,6 +116,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     keep.add_argument("--log-every", type=number(int, 1), default=10, help="steps between rows of the log")
     keep.add_argument("--eval-every", type=number(int, 1), default=100, help="steps between validations")
+    keep.add_argument(
+        "--monitor-every",
+        type=number(int, 0),
+        default=0,
+        help="steps between measurements of collapse, kept in collapse.csv; 0 for none",
+    )
     keep.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     return parser
 
@@ -163,6 +170,7 @@ def build(args: argparse.Namespace) -> Trainer:
         eval_every=args.eval_every,
         workers=args.workers,
         compile=args.compile,
+        monitor_every=args.monitor_every,
     )
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _dispatch, use_backend
+from ..monitor import CollapseMonitor, read_records, write_records
+from ..objective import DiversityObjective
 from .data import Data, DataError
-from .losses import diversity_losses
+from .losses import objective_terms
 from .metrics import accuracy
 from .model import ViT
 
@@ -116,7 +118,8 @@ class Trainer:
 
     The model must have been built under the recipe's seed by the caller if runs are to repeat. With
     `log_path` a CSV row is written every `log_every` steps, with the validation accuracy every `eval_every`
-    steps and after the last one.
+    steps and after the last one. With `monitor_every` a CollapseMonitor measures at every so many steps, on
+    images of the step as they are before augmentation; its records go to collapse.csv beside the log.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Trainer:
         eval_every: int = 100,
         workers: int = 0,
         compile: bool = False,
+        monitor_every: int = 0,
     ) -> None:
         if len(data.train) < recipe.batch:
             raise TrainError(
@@ -147,6 +151,17 @@ class Trainer:
                 except (RuntimeError, ValueError) as error:
                     raise TrainError(str(error)) from None
         self.model, self.data, self.recipe = model.to(device), data, recipe
+        self.objective = None
+        if recipe.losses:
+            try:
+                # for good, and before the model is compiled: forward passes without gradients leave no trace
+                self.objective = DiversityObjective(objective_terms(recipe.losses)).attach(self.model)
+            except (TypeError, ValueError) as error:
+                raise TrainError(str(error)) from None
+        self.monitor = None
+        if monitor_every:
+            csv_path = None if log_path is None else log_path.with_name("collapse.csv")
+            self.monitor = CollapseMonitor(self.model, every=monitor_every, csv=csv_path)
         self.run = torch.compile(model) if compile else model
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
@@ -165,7 +180,7 @@ class Trainer:
             "epoch",
             "loss",
             "cross_entropy",
-            *self.recipe.losses,
+            *(self.objective.terms if self.objective else ()),
             "lr",
             "grad_norm",
             "val_accuracy",
@@ -173,17 +188,13 @@ class Trainer:
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum."""
-        weights = self.recipe.losses
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-            if weights:
-                logits, tokens = self.run(images, return_tokens=True)
-                terms = diversity_losses(self.model, tokens, weights)
-            else:
-                logits, terms = self.run(images), {}
+            logits = self.run(images)
+            total, terms = self.objective() if self.objective else (0.0, {})
         terms["cross_entropy"] = F.cross_entropy(
             logits.float(), labels, label_smoothing=self.recipe.label_smoothing
         )
-        terms["loss"] = terms["cross_entropy"] + sum(weight * terms[name] for name, weight in weights.items())
+        terms["loss"] = terms["cross_entropy"] + total
         return terms
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -226,6 +237,8 @@ class Trainer:
                 measure = last or self.step % self.eval_every == 0
                 if measure or self.step % self.log_every == 0:
                     self._log(log, terms, batches.per_epoch, measure)
+                if self.monitor:
+                    self.monitor.step(images, self.step)
                 if on_step:
                     on_step(self.step, terms)
                 if self.stop_requested:
@@ -255,6 +268,8 @@ class Trainer:
             yield None
             return
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.monitor:
+            write_records(self.monitor.csv, self.monitor.records)
         with open(self.log_path, "w", newline="") as log:
             writer = csv.DictWriter(log, self.columns)
             writer.writeheader()
@@ -310,6 +325,12 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.augment_rng.set_state(state["augment_rng"])
+        if self.monitor and self.monitor.csv and self.monitor.csv.exists():
+            try:
+                records = read_records(self.monitor.csv)
+            except ValueError as error:
+                raise TrainError(str(error)) from None
+            self.monitor.records = [record for record in records if record["step"] <= self.step]
 
 
 def _plain(config: dict) -> dict:

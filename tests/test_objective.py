@@ -1,0 +1,387 @@
+"""DiversityObjective: values against losses called by hand, hooks, compile, processes, bad input."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitdiv_kernels import DiversityObjective, Term, losses
+from vitdiv_kernels.nn import ReAttention, TalkingHeadsAttention
+from vitdiv_kernels.objective import LOSSES, PRESETS
+from vitdiv_kernels.vit import ViT, ViTConfig
+
+CONFIG = ViTConfig(image_size=8, channels=1, patch=2, dim=16, depth=4, heads=2, mlp_ratio=1.0, classes=5)
+
+
+def a_model(reattention=(), **changes):
+    torch.manual_seed(0)
+    return ViT(replace(CONFIG, reattention=reattention, **changes))
+
+
+def images(count=3):
+    return torch.randn(count, 1, 8, 8)
+
+
+def evaluate(config, model, x, *, mixing=None, generator=None, **options):
+    with DiversityObjective(config, **options).attach(model) as objective:
+        logits, tokens = model(x, return_tokens=True)
+        total, parts = objective(mixing=mixing, generator=generator)
+    return total, parts, tokens, logits
+
+
+def projected(model, tokens, i):
+    """q and k of block i from the tokens that enter it, as a user would write it."""
+    return model.query_key(tokens[i], i)
+
+
+def maps_of(model, tokens, i):
+    """The published maps of a block: softmax, and of re-attention the 1x1 convolution and the batch norm."""
+    q, k = projected(model, tokens, i)
+    maps = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    attn = model.blocks[i].attn
+    if hasattr(attn, "reatten_matrix"):
+        norm = attn.var_norm
+        maps = attn.reatten_matrix(maps)
+        maps = F.batch_norm(
+            maps, None if norm.training else norm.running_mean, None if norm.training else norm.running_var,
+            norm.weight, norm.bias, norm.training, eps=norm.eps,
+        )  # fmt: skip
+    return maps
+
+
+def test_deit_small_is_its_losses_with_the_published_weights():
+    model, x = a_model(), images()
+    labels, others, shares = torch.tensor([1, 2, 3]), torch.tensor([3, 2, 1]), torch.rand(16)
+    start = torch.Generator().manual_seed(3)
+    total, parts, tokens, _ = evaluate(
+        "diverse_vit_deit_small", model, x, mixing=(labels, others, shares), generator=start
+    )
+    first, last = tokens[1][:, 1:], tokens[-1][:, 1:]
+    unit = F.normalize(last, dim=-1)
+    torch.testing.assert_close(parts["cosine"], (unit @ unit.mT).mean())
+    torch.testing.assert_close(parts["contrast"], losses.patch_contrast(first, last))
+    maps = F.normalize(maps_of(model, tokens, 0).flatten(2), dim=-1)
+    torch.testing.assert_close(parts["heads"], (maps @ maps.mT).mean())
+    weights = [block.attn.qkv.weight.unflatten(0, (3, -1)) for block in model.blocks]
+    again = torch.Generator().manual_seed(3)
+    torch.testing.assert_close(
+        parts["weights"], losses.weight_condition_orthogonality(weights, generator=again)
+    )
+    targets = losses.patch_targets(labels, others, shares, num_classes=5)
+    logits = model.head(model.norm(tokens[-1]))[:, 1:]
+    torch.testing.assert_close(parts["mixing"], F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1)))
+    factors = {"cosine": 0.5, "contrast": 0.5, "heads": 1e-4, "weights": 5e-4, "mixing": 1}
+    torch.testing.assert_close(total, sum(factors[name] * parts[name] for name in factors))
+
+
+def test_gong_is_the_sum_of_its_three_losses():
+    labels = torch.tensor([1, 2, 3])
+    mixing = labels, labels.flip(0), torch.ones(16)
+    total, parts, tokens, _ = evaluate("gong2021", a_model(), images(), mixing=mixing)
+    unit = F.normalize(tokens[-1][:, 1:], dim=-1)
+    cosines = (unit @ unit.mT).abs()
+    torch.testing.assert_close(parts["cosine"], (cosines.sum() / 3 - 16) / (16 * 15))
+    torch.testing.assert_close(total, parts["cosine"] + parts["contrast"] + parts["mixing"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reattention", [(), (1, 2)])
+def test_cos_reg_takes_the_published_maps(reattention, training):
+    model, x = a_model(reattention).train(training), images()
+    for block in model.blocks:
+        if hasattr(block.attn, "var_norm"):
+            nn.init.normal_(block.attn.var_norm.bias)
+            block.attn.var_norm.running_mean.fill_(0.1)
+    total, parts, tokens, _ = evaluate("deepvit_cos_reg", model, x)
+    maps = [maps_of(model, tokens, i) for i in range(3)]
+    cosines = [F.cosine_similarity(maps[i], maps[i + 1], dim=1).mean() for i in range(2)]
+    torch.testing.assert_close(parts["cos_reg"], sum(cosines) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total, 0.1 * parts["cos_reg"])
+
+
+def by_hand(name, model, tokens):
+    """The value of each loss with its default layers, from tokens taken by the model itself."""
+    patches = [t[:, 1:] for t in tokens]
+    kind, count, _ = LOSSES[name]
+    if kind == "weights":
+        return getattr(losses, name)([b.attn.qkv.weight.unflatten(0, (3, -1)) for b in model.blocks])
+    if kind == "heads":
+        first = projected(model, tokens, 0)
+        inputs = first if count == 1 else (*first, *projected(model, tokens, 3))
+        return getattr(losses, name)(*inputs)
+    if name == "cos_reg":
+        return losses.cos_reg([projected(model, tokens, i) for i in range(3)])
+    if name == "patch_cross_cosine":
+        return losses.pairwise_cosine(patches[1], patches[-1])
+    if kind == "embeddings":
+        return getattr(losses, name)(patches[-1], patches[0])
+    return getattr(losses, name)(*((patches[-1],) if count == 1 else (patches[1], patches[-1])))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "patch_mixing"])
+def test_every_loss_is_its_function_with_its_gradients(name):
+    model, x = a_model(), images()
+    torch.manual_seed(7)
+    total, parts, tokens, _ = evaluate({name: 0.25}, model, x)
+    total.backward()
+    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    tokens = model(x, return_tokens=True)[1]
+    torch.manual_seed(7)
+    value = by_hand(name, model, tokens)
+    (0.25 * value).backward()
+    torch.testing.assert_close(parts[name], value)
+    for got, p in zip(found, model.parameters(), strict=True):
+        assert (got is None) == (p.grad is None)
+        if got is not None:
+            torch.testing.assert_close(got, p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item() + 1e-9)
+
+
+def test_layers_are_averaged_and_options_reach_the_function():
+    term = Term("pairwise_cosine", layers="all", options={"penalty": "square"})
+    _, parts, tokens, _ = evaluate({"mine": term}, a_model(), images())
+    values = [losses.pairwise_cosine(t[:, 1:], penalty="square") for t in tokens[1:]]
+    torch.testing.assert_close(parts["mine"], torch.stack(values).mean())
+
+
+def test_prefix_tokens_are_those_of_the_model_or_as_given():
+    model = a_model()
+    for given, dropped in ((None, 1), (0, 0), (4, 4)):
+        _, parts, tokens, _ = evaluate({"koleo": 1.0}, model, images(), num_prefix_tokens=given)
+        torch.testing.assert_close(parts["koleo"], losses.koleo(tokens[-1][:, dropped:]))
+
+
+def test_a_scale_of_its_own_and_norms_of_q_and_k_count():
+    model, x = a_model((0, 1)), images()
+    old = model.blocks[0].attn
+    attn = ReAttention(16, 2, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm)
+    attn.qkv = old.qkv
+    attn.scale = 0.7
+    model.blocks[0].attn = attn
+    _, parts, tokens, _ = evaluate({"attention_diversity": 1.0}, model, x)
+    q, k = model.query_key(tokens[0], 0)
+    expected = losses.attention_diversity(attn.q_norm(q), attn.k_norm(k), scale=0.7)
+    torch.testing.assert_close(parts["attention_diversity"], expected)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_hooks_cost_no_operator_and_leave_no_trace():
+    model, x = a_model((1,)), images()
+    config = {"cos_reg": 1.0, "koleo": 1.0, "neighbourhood_contrast": 1.0}
+    keys = list(model.state_dict())
+    with Operators() as plain:
+        model(x)
+    objective = DiversityObjective(config).attach(model)
+    assert hooks_of(model) == 5  # q and k of blocks 0, 1, 2; the last block's output; the embeddings
+    with Operators() as hooked:
+        model(x)
+    assert hooked.names == plain.names
+    assert list(model.state_dict()) == keys
+    objective()
+    objective.detach()
+    objective.detach()
+    assert hooks_of(model) == 0
+    model(x)
+    with pytest.raises(RuntimeError, match="the objective is not attached"):
+        objective()
+    with pytest.raises(KeyError), objective.attach(model):
+        raise KeyError
+    assert hooks_of(model) == 0
+
+
+def test_validation_leaves_no_trace_and_nothing_is_counted_twice():
+    model = a_model()
+    with DiversityObjective({"koleo": 1.0}).attach(model) as objective:
+        model(images())
+        with torch.no_grad():
+            model(images(7))
+        objective()
+        assert objective.recorder.kept == {}
+        with pytest.raises(RuntimeError, match="no forward pass was recorded since the last call"):
+            objective()
+
+
+def test_autocast_runs_and_gives_float32():
+    model = a_model((1,))
+    objective = DiversityObjective({"koleo": 1.0, "cos_reg": 0.1, "head_mhs": 0.1}).attach(model)
+    with objective, torch.autocast("cpu", torch.bfloat16):
+        model(images())
+        total, _ = objective()
+    total.backward()
+    assert total.dtype == torch.float32
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_hooks_are_compiled_with_the_model():
+    x = images()
+    config = {"pairwise_cosine": 1.0, "attention_diversity": 1.0, "weight_soft_orthogonality": 1e-3}
+    found = []
+    for compiled in (False, True):
+        model = a_model()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with DiversityObjective(config).attach(run) as objective:
+            for _ in range(2):
+                model.zero_grad()
+                logits = run(x)
+                total, _ = objective()
+                (logits.square().mean() + total).backward()
+        assert hooks_of(model) == 0
+        found.append([total.detach(), *(p.grad for p in model.parameters())])
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_model_compiled_without_hooks_gets_a_sentence():
+    model = a_model()
+    run = torch.compile(model, backend="eager")
+    run(images())
+    with DiversityObjective({"koleo": 1.0}).attach(run) as objective:
+        run(images())
+        with pytest.raises(RuntimeError, match="before the first call of a compiled model"):
+            objective()
+
+
+def gradients(model, run, x, config):
+    with DiversityObjective(config).attach(run) as objective:
+        logits = run(x)
+        total, _ = objective()
+        (logits.square().mean() + total).backward()
+    return [p.grad for p in model.parameters()]
+
+
+DDP_CONFIG = {
+    "pairwise_cosine": 1.0, "patch_contrast": 1.0, "attention_diversity": 1.0, "weight_mgd": 1e-3,
+}  # fmt: skip
+
+
+def worker(rank, store, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = a_model()
+    run = nn.parallel.DistributedDataParallel(model)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.save(gradients(model, run, x[2 * rank : 2 * rank + 2], DDP_CONFIG), f"{results}/{rank}")
+    dist.destroy_process_group()
+    # as in test_distributed: gloo's threads may outlive the interpreter
+    os._exit(0)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    mp.spawn(worker, (f"{tmp_path}/store", tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = a_model()
+    for a, b, whole in zip(first, second, gradients(model, model, x, DDP_CONFIG), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_it_attaches_to_timm(torchvision):
+    VisionTransformer = pytest.importorskip("timm.models.vision_transformer").VisionTransformer
+    config = {**PRESETS["diverse_vit_deit_small"], **PRESETS["deepvit_cos_reg"]}
+    for attention in (
+        {},
+        {"attn_layer": ReAttention},
+        {"qk_norm": True, "global_pool": "avg", "reg_tokens": 4},
+    ):
+        model = VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5, **attention
+        )
+        labels = torch.tensor([0, 1])
+        with DiversityObjective(config).attach(model) as objective:
+            model(torch.randn(2, 3, 32, 32)).sum()
+            total, parts = objective(mixing=(labels, labels.flip(0), torch.rand(16)))
+            total.backward()
+        assert set(parts) == set(config)
+        assert model.blocks[0].attn.qkv.weight.grad.isfinite().all()
+
+
+class Tuples(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def talking():
+    model = a_model()
+    model.blocks[0].attn = TalkingHeadsAttention(16, 2)
+    return model
+
+
+def tuples():
+    model = a_model()
+    model.blocks.append(Tuples())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "call"),
+    [
+        (ValueError, "unknown preset 'gong': there are gong2021", lambda: DiversityObjective("gong")),
+        (TypeError, "config must be a preset or a mapping", lambda: DiversityObjective(["koleo"])),
+        (TypeError, "config must be a preset or a mapping", lambda: DiversityObjective({})),
+        (ValueError, "unknown loss 'kolea': the objective has pairwise_cosine", lambda: Term("kolea")),
+        (TypeError, "the weight of koleo must be a number, got str", lambda: Term("koleo", "1")),
+        (ValueError, "the weight of koleo must be finite, got nan", lambda: Term("koleo", float("nan"))),
+        (ValueError, "layers of koleo must be block numbers or 'all', got 'last'",
+         lambda: Term("koleo", layers="last")),
+        (ValueError, "layers of patch_contrast must be two blocks",
+         lambda: Term("patch_contrast", layers=[1])),
+        (ValueError, "layers of patch_contrast must be two blocks",
+         lambda: Term("patch_contrast", layers="all")),
+        (ValueError, "koleo has no option 'penalty'; its options are",
+         lambda: Term("koleo", options={"penalty": "abs"})),
+        (ValueError, "reduction of koleo must be 'mean' or 'sum'",
+         lambda: Term("koleo", options={"reduction": "none"})),
+        (ValueError, "koleo takes block 4, but the model has 4 blocks",
+         lambda: DiversityObjective({"k": Term("koleo", layers=[4])}).attach(a_model())),
+        (TypeError, "model must have its blocks in model.blocks",
+         lambda: DiversityObjective({"koleo": 1}).attach(nn.Linear(2, 2))),
+        (TypeError, r"blocks\[0\].attn, TalkingHeadsAttention, mixes or rotates",
+         lambda: DiversityObjective({"head_mhs": 1}).attach(talking())),
+        (TypeError, r"blocks\[4\].attn must have qkv",
+         lambda: DiversityObjective({"weight_mhs": 1}).attach(tuples())),
+        (RuntimeError, "attached already: detach it first",
+         lambda: DiversityObjective({"koleo": 1}).attach(a_model()).attach(a_model())),
+        (ValueError, r"patch_mixing needs mixing=\(labels, others, shares\)",
+         lambda: evaluate("gong2021", a_model(), images())),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(error, sentence, call):
+    with pytest.raises(error, match=sentence):
+        call()
+
+
+def test_blocks_that_give_no_tokens_get_a_sentence():
+    model = tuples()
+    with DiversityObjective({"koleo": 1}).attach(model) as objective:
+        model.blocks[4](torch.randn(1, 5, 16))
+        with pytest.raises(
+            TypeError, match=r"blocks\[4\] must give tokens \[B, N, D\], its tokens are tuple"
+        ):
+            objective()
+
+
+def test_a_failed_attach_leaves_no_hooks():
+    model = a_model()
+    with pytest.raises(ValueError, match="takes block 9"):
+        DiversityObjective({"koleo": 1, "head_mhs": Term("head_mhs", layers=[9])}).attach(model)
+    assert hooks_of(model) == 0

@@ -1,0 +1,144 @@
+"""The report of a run: numbers, figure, history, and sentences; the trainer's monitor behind it."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitdiv_kernels import CollapseMonitor
+from vitdiv_kernels.monitor import read_records
+from vitdiv_kernels.vit import CONFIGS, ViT, report
+from vitdiv_kernels.vit.data import Augment, Data, Tensors
+from vitdiv_kernels.vit.trainer import Recipe, Trainer, TrainError
+
+CONFIG = replace(CONFIGS["digits24"], depth=3, dim=16, heads=2, reattention=(2,))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trainer(folder, **options):
+    torch.manual_seed(0)
+    part = Tensors(torch.rand(40, 1, 8, 8), torch.randint(10, (40,)))
+    data = Data(part, part, part, [str(i) for i in range(10)], Augment(rotation=10))
+    recipe = Recipe(steps=6, batch=8, losses={"cosine": 0.5})
+    return Trainer(ViT(CONFIG), data, recipe, log_path=folder / "log.csv", log_every=1, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    it = trainer(folder, monitor_every=2)
+    it.fit()
+    it.save(folder / "checkpoint.pt")
+    return folder
+
+
+def test_monitoring_does_not_change_training_and_resumes_exactly(run, tmp_path):
+    plain = trainer(tmp_path / "plain")
+    plain.fit()
+    assert (run / "log.csv").read_bytes() == (tmp_path / "plain" / "log.csv").read_bytes()
+    assert not (tmp_path / "plain" / "collapse.csv").exists()
+
+    first = trainer(tmp_path / "halves", monitor_every=2)
+    first.fit(until=3)
+    first.save(tmp_path / "halves" / "checkpoint.pt")
+    first.fit(until=5)  # its sample was never saved: the resumed run must write it once
+    second = trainer(tmp_path / "halves", monitor_every=2)
+    second.load(tmp_path / "halves" / "checkpoint.pt")
+    second.fit()
+    assert (tmp_path / "halves" / "collapse.csv").read_bytes() == (run / "collapse.csv").read_bytes()
+    assert [r["step"] for r in read_records(run / "collapse.csv")] == [2, 2, 2, 4, 4, 4, 6, 6, 6]
+
+
+def test_another_csv_is_refused_on_resume(run, tmp_path):
+    (tmp_path / "collapse.csv").write_text("a,b\n1,2\n")
+    it = trainer(tmp_path, monitor_every=2)
+    with pytest.raises(TrainError, match="is no file of CollapseMonitor"):
+        it.load(run / "checkpoint.pt")
+
+
+def test_the_report_prints_the_measures_and_draws_them(run, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    image = pytest.importorskip("matplotlib.image")
+    out = tmp_path / "figure.png"
+    assert report.main([str(run), "--images", "5", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    model, step = report.load_model(run / "checkpoint.pt")
+    assert step == 6
+    data = report.load("digits", 8, 1)
+    records = CollapseMonitor(model).measure(data.val.images[:5], 6)
+    assert report.table(records) in printed
+    rows = report.table(records).splitlines()[1:]
+    assert [int(row.split()[0]) for row in rows] == [1, 2, 3]
+    for row, record in zip(rows, records, strict=True):
+        cells = row.split()
+        assert float(cells[1]) == pytest.approx(record["patch_cosine"], abs=6e-4)
+        assert float(cells[5]) == pytest.approx(record["head_cosine"], abs=6e-4)
+    assert float(rows[2].split()[-1]) == pytest.approx(records[2]["attention_cosine"][1], abs=6e-4)
+    assert "of 3 blocks have maps whose mean cosine" in printed
+    assert "--monitor-every" not in printed
+    with_history = image.imread(out)
+    assert with_history.shape[0] > 600
+    assert with_history[..., :3].std() > 0.1
+
+
+def test_a_checkpoint_alone_has_no_history(run, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    image = pytest.importorskip("matplotlib.image")
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes((run / "checkpoint.pt").read_bytes())
+    assert report.main([str(path), "--images", "2"]) == 0
+    assert "train with --monitor-every to see this over time" in capsys.readouterr().out
+    assert image.imread(tmp_path / "report.png").shape[0] < 600
+
+
+def test_similar_blocks_are_counted_against_the_block_before():
+    rows = [[1.0, 0.95, 0.1], [0.95, 1.0, 0.3], [0.1, 0.3, 1.0]]
+    assert report.similar_blocks([{"attention_cosine": row} for row in rows]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "sentence"),
+    [
+        (None, [], "there is no checkpoint"),
+        (b"no checkpoint", [], "is no checkpoint or a damaged one"),
+        ({"model": {}}, [], "it must have model, config and step"),
+        ("run", ["--data", "cifar"], "unknown data 'cifar': give digits or imagefolder:PATH"),
+        ("run", ["--device", "abacus"], "the device 'abacus' can't be used"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(content, options, sentence, run, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    path = run if content == "run" else tmp_path / "checkpoint.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict):
+        torch.save(content, path)
+    assert report.main([str(path), *options]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_without_matplotlib_the_extra_is_named(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.main([str(run)]) == 2
+    assert "pip install 'vitdiv-kernels[demo]'" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        report.main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for option in ("RUN_OR_CHECKPOINT", "--data", "--images", "--out", "--device"):
+        assert option in out

@@ -1,0 +1,271 @@
+"""All diversity losses of a training step in one object, attached to a ViT by hooks."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from . import _blocks, losses
+from .ops import _checks
+
+# loss: what it looks at, how many layers it takes (None: any number at once), and the layers by default.
+# "patches" are the tokens that leave a block, without prefix tokens; "embeddings" are patches and, second,
+# those that enter block 0; "heads" are q and k.
+LOSSES = {
+    "pairwise_cosine": ("patches", 1, (-1,)),
+    "patch_cross_cosine": ("patches", 2, (0, -1)),
+    "patch_contrast": ("patches", 2, (0, -1)),
+    "patch_mhs": ("patches", 1, (-1,)),
+    "patch_mgd": ("patches", 1, (-1,)),
+    "patch_soft_orthogonality": ("patches", 1, (-1,)),
+    "patch_condition_orthogonality": ("patches", 1, (-1,)),
+    "koleo": ("patches", 1, (-1,)),
+    "uniformity": ("patches", 1, (-1,)),
+    "neighbourhood_contrast": ("embeddings", 1, (-1,)),
+    "patch_mixing": ("logits", 1, (-1,)),
+    "attention_diversity": ("heads", 1, (0,)),
+    "head_cross_cosine": ("heads", 2, (0, -1)),
+    "head_contrast": ("heads", 2, (0, -1)),
+    "head_mhs": ("heads", 1, (0,)),
+    "head_mgd": ("heads", 1, (0,)),
+    "head_soft_orthogonality": ("heads", 1, (0,)),
+    "head_condition_orthogonality": ("heads", 1, (0,)),
+    "cos_reg": ("maps", None, (0, 1, 2)),
+    "weight_mhs": ("weights", None, "all"),
+    "weight_mgd": ("weights", None, "all"),
+    "weight_soft_orthogonality": ("weights", None, "all"),
+    "weight_condition_orthogonality": ("weights", None, "all"),
+}
+# patch_cross_cosine is pairwise_cosine of two sets: a name of its own tells how many layers are meant
+_FUNCTIONS = {"patch_cross_cosine": losses.pairwise_cosine}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss, its weight, and where it is taken.
+
+    Args:
+        loss: a name in `LOSSES`; patch_cross_cosine is `pairwise_cosine` between two layers.
+        weight: the factor in the total.
+        layers: blocks, negative ones from the end, or "all"; None is the loss's own choice, as published. A
+            loss of one layer is averaged over them; a loss of two takes exactly two.
+        options: of the function of that name in `vitdiv_kernels.losses`.
+
+    Raises ValueError or TypeError, with a sentence, for what does not fit.
+    """
+
+    loss: str
+    weight: float = 1.0
+    layers: tuple[int, ...] | str | None = None
+    options: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}: the objective has {', '.join(LOSSES)}")
+        _checks.number(f"the weight of {self.loss}", self.weight)
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of {self.loss} must be finite, got {self.weight}")
+        _, count, default = LOSSES[self.loss]
+        layers = default if self.layers is None else self.layers
+        if layers != "all":
+            if isinstance(layers, str) or not all(isinstance(i, int) for i in layers) or not layers:
+                raise ValueError(f"layers of {self.loss} must be block numbers or 'all', got {layers!r}")
+            layers = tuple(layers)
+        if count == 2 and (layers == "all" or len(layers) != 2):
+            raise ValueError(f"layers of {self.loss} must be two blocks, got {layers!r}")
+        object.__setattr__(self, "layers", layers)
+        known = _options(self.function)
+        for name in self.options:
+            if name not in known:
+                raise ValueError(f"{self.loss} has no option {name!r}; its options are {', '.join(known)}")
+        if self.options.get("reduction") == "none":
+            raise ValueError(f"reduction of {self.loss} must be 'mean' or 'sum', got 'none'")
+
+    @property
+    def function(self):
+        return _FUNCTIONS.get(self.loss) or getattr(losses, self.loss)
+
+
+def _options(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+# Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1; its training code is
+# not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of DeiT-S in the released code; its mixing
+# loss is a sum that the caller divides by the number of patches, a mean here. Zhou et al. 2021 (arXiv
+# 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
+PRESETS = {
+    "gong2021": {
+        "cosine": Term("pairwise_cosine"),
+        "contrast": Term("patch_contrast"),
+        "mixing": Term("patch_mixing"),
+    },
+    "diverse_vit_deit_small": {
+        "cosine": Term("pairwise_cosine", 0.5, options={"penalty": "signed", "include_self": True}),
+        "contrast": Term("patch_contrast", 0.5),
+        "heads": Term("attention_diversity", 1e-4),
+        "weights": Term("weight_condition_orthogonality", 5e-4),
+        "mixing": Term("patch_mixing"),
+    },
+    "deepvit_cos_reg": {"cos_reg": Term("cos_reg", 0.1)},
+}
+
+
+class DiversityObjective:
+    """The weighted sum of diversity losses, of what a ViT computes in its forward pass.
+
+    Args:
+        config: the name of a preset, "gong2021", "diverse_vit_deit_small" or "deepvit_cos_reg"; or a mapping
+            of names of your own to `Term`s, or of names of losses to weights; or of both.
+        num_prefix_tokens: class and register tokens in front, which losses on patches drop; None asks the
+            model, and takes 1 where it does not tell.
+
+    It hooks the blocks that its losses need, and their q, k and v projections; the model is not changed, and
+    `detach` takes the hooks away. Nothing is copied: it holds references to tensors that the backward pass
+    holds anyway, until it is called. A forward pass without gradients (validation) leaves no trace. Of
+    several forward passes the last one counts.
+
+    DistributedDataParallel: attach before or after wrapping; the losses are those of the images of each
+    process, and their gradients are averaged as those of the task are. torch.compile: hooks are compiled into
+    the model if they are there at its first call; attach before it. A model that was compiled without them
+    runs on without them, and the objective says so with a RuntimeError when it is called. Activation
+    checkpointing of whole blocks runs them without gradients or twice: exclude hooked blocks from it.
+
+    Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
+    cos_reg takes the mixed and normalised maps, as published. Losses that need a teacher or the gradients of
+    patches are not here: see `vitdiv_kernels.losses`.
+
+    Example:
+        >>> import torch
+        >>> from vitdiv_kernels import DiversityObjective
+        >>> from vitdiv_kernels.vit import CONFIGS, ViT
+        >>> model = ViT(CONFIGS["digits24"])
+        >>> with DiversityObjective({"pairwise_cosine": 0.5, "koleo": 0.1}).attach(model) as objective:
+        ...     logits = model(torch.rand(8, 1, 8, 8))
+        ...     total, parts = objective()
+        ...     (logits.logsumexp(-1).mean() + total).backward()
+    """
+
+    def __init__(self, config, *, num_prefix_tokens=None):
+        if isinstance(config, str):
+            if config not in PRESETS:
+                raise ValueError(f"unknown preset {config!r}: there are {', '.join(PRESETS)}")
+            config = PRESETS[config]
+        if not isinstance(config, Mapping) or not config:
+            raise TypeError(f"config must be a preset or a mapping of names to terms, got {config!r}")
+        self.terms = {
+            name: value if isinstance(value, Term) else Term(name, value) for name, value in config.items()
+        }
+        self.num_prefix_tokens = num_prefix_tokens
+        self.model = self.recorder = None
+
+    def attach(self, model):
+        """Puts hooks on the blocks of model; returns the objective, which as a context manager detaches.
+
+        Raises TypeError for a model that is not made of timm-like blocks, ValueError for blocks that it has
+        not, RuntimeError where the objective is attached already.
+        """
+        if self.recorder is not None:
+            raise RuntimeError("the objective is attached already: detach it first")
+        model = _blocks.plain_model(model)
+        blocks = _blocks.blocks_of(model)
+        layers = {name: self._layers(term, len(blocks)) for name, term in self.terms.items()}
+        tokens, heads, embeddings = set(), set(), False
+        for name, term in self.terms.items():
+            kind = LOSSES[term.loss][0]
+            if kind in ("patches", "embeddings", "logits"):
+                tokens |= set(layers[name])
+                embeddings |= kind == "embeddings"
+            elif kind in ("heads", "maps"):
+                heads |= set(layers[name])
+            for i in layers[name] if kind in ("heads", "maps", "weights") else ():
+                (_blocks.projection_of if kind == "weights" else _blocks.check_maps)(blocks[i], i)
+            if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
+                raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
+        self.model, self.layers = model, layers
+        self.prefix = _blocks.prefix_tokens_of(model, self.num_prefix_tokens)
+        self.recorder = _blocks.Recorder(model, sorted(tokens), sorted(heads), embeddings)
+        self.expected = len(self.recorder.handles)
+        return self
+
+    def detach(self):
+        """Takes the hooks away; does nothing where there are none."""
+        if self.recorder is not None:
+            self.recorder.remove()
+        self.model = self.recorder = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.detach()
+
+    def __call__(self, *, mixing=None, generator=None):
+        """The losses of the last forward pass, which is then forgotten.
+
+        Args:
+            mixing: for patch_mixing: labels [B], others [B] and shares [N] or [B, N], as
+                `losses.patch_mixing` takes them (`losses.cutmix_shares` makes shares from a box).
+            generator: torch.Generator on the model's device, for the losses that draw start vectors.
+
+        Returns:
+            total, a scalar, the weighted sum; and parts, a dict of the losses before weighting, by the names
+            in the config.
+
+        Raises RuntimeError where it is not attached, or where no forward pass was recorded; ValueError where
+        patch_mixing has no `mixing`.
+        """
+        if self.recorder is None:
+            raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
+        kept = self.recorder.take()
+        if len(kept) < self.expected:
+            raise RuntimeError(
+                "no forward pass was recorded since the last call: run the model with gradients first, and "
+                "attach before the first call of a compiled model"
+            )
+        parts = {name: self._part(name, kept, mixing, generator) for name in self.terms}
+        return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
+
+    def _layers(self, term, depth):
+        layers = range(depth) if term.layers == "all" else term.layers
+        for i in layers:
+            if not -depth <= i < depth:
+                raise ValueError(f"{term.loss} takes block {i}, but the model has {depth} blocks")
+        return [i % depth for i in layers]
+
+    def _part(self, name, kept, mixing, generator):
+        term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
+        kind, count, _ = LOSSES[term.loss]
+        options = dict(term.options)
+        if generator is not None and "start" not in options and "generator" in _options(term.function):
+            options["generator"] = generator
+        if kind == "weights":
+            return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
+        if kind == "logits":
+            return self._mixing(term, kept["tokens", layers[-1]], mixing, options)
+        if kind in ("patches", "embeddings"):
+            inputs = [(kept["tokens", i][:, self.prefix :],) for i in layers]
+            if kind == "embeddings":
+                context = kept["tokens", -1][:, self.prefix :]
+                inputs = [(patches, context) for (patches,) in inputs]
+        else:
+            inputs = [_blocks.query_key(blocks[i].attn, kept["heads", i]) for i in layers]
+        if kind == "maps":
+            mixed = [_blocks.mixed_layer(blocks[i].attn, *qk) for i, qk in zip(layers, inputs, strict=True)]
+            return term.function(mixed, **options)
+        if count == 2:
+            return term.function(*inputs[0], *inputs[1], **options)
+        values = [term.function(*each, **options) for each in inputs]
+        return values[0] if len(values) == 1 else sum(values) / len(values)
+
+    def _mixing(self, term, tokens, mixing, options):
+        if mixing is None:
+            raise ValueError(
+                "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
+                "(labels, labels, ones)"
+            )
+        x = self.model.norm(tokens)
+        if hasattr(self.model, "fc_norm"):
+            x = self.model.fc_norm(x)
+        return term.function(self.model.head(x)[:, self.prefix :], *mixing, **options)
