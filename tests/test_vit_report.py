@@ -40,9 +40,10 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_monitoring_does_not_change_training_and_resumes_exactly(run, tmp_path):
-    plain = trainer(tmp_path / "plain")
-    plain.fit()
+def test_monitoring_does_not_change_training_and_resumes_exactly(tmp_path):
+    run = tmp_path / "monitored"
+    trainer(run, monitor_every=2).fit()
+    trainer(tmp_path / "plain").fit()
     assert (run / "log.csv").read_bytes() == (tmp_path / "plain" / "log.csv").read_bytes()
     assert not (tmp_path / "plain" / "collapse.csv").exists()
 
