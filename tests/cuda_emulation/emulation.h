@@ -105,10 +105,12 @@ struct bf16_t {
   uint16_t bits;
 };
 
-inline float to_float(half_t x) {  // by bits: _Float16 to float to double is a slow library call in g++
-  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const float f = magnitude >= 0x0f800000u ? std::bit_cast<float>(magnitude | 0x7f800000u)
-                                           : std::bit_cast<float>(magnitude) * 0x1p112f;
+// By bits: _Float16 to float to double is a slow library call in g++. No step is a denormal float: a process may flush those.
+inline float to_float(half_t x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const float f = magnitude >= 0x7c00u  ? std::bit_cast<float>(magnitude << 13 | 0x7f800000u)
+                  : magnitude >= 0x400u ? std::bit_cast<float>((magnitude << 13) + 0x38000000u)
+                                        : static_cast<float>(magnitude) * 0x1p-24f;
   return x.bits & 0x8000 ? -f : f;
 }
 inline float to_float(bf16_t x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
