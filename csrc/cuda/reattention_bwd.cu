@@ -55,8 +55,8 @@ KERNEL LAUNCH_BOUNDS(256, 1) parameter_sums(Parameters<A> a) {
     if (a.dpre_mix.p) a.dpre_mix.st(at - heads * heads, static_cast<A>(sum(at)));
   } else {
     const int which = (at - 2 * heads * heads) / heads;
-    const Global<A> to = which == 0 ? a.dbias : which == 1 ? a.dnorm_weight : a.dnorm_bias;
-    if (to.p) to.st((at - 2 * heads * heads) % heads, static_cast<A>(sum(at)));
+    A* const to = which == 0 ? a.dbias.p : which == 1 ? a.dnorm_weight.p : a.dnorm_bias.p;
+    if (to) Global<A>{to}.st((at - 2 * heads * heads) % heads, static_cast<A>(sum(at)));
   }
 }
 

@@ -74,39 +74,6 @@ DEVICE float2 load2(Shared<bf16_t> s, int i) {
 DEVICE float2 load2(Shared<float> s, int i) { return s.template ld<float2>(i); }
 DEVICE double2 load2(Shared<double> s, int i) { return s.template ld<double2>(i); }
 
-// The depth x 16 fragment of B from numbers of another type than the product's.
-template <class T, class R, class At>
-DEVICE void load_b_converted(FragmentB<T> (&b)[2], Shared<R> s, At at) {
-  static_assert(sizeof(T) == 2);
-  UNROLLED_FOR (int j = 0; j < 2; ++j)
-    UNROLLED_FOR (int i = 0; i < 2; ++i) {
-      const auto x = load2(s, at((lane_id() >> 2) + 8 * j, 2 * (lane_id() & 3) + 8 * i));
-      b[j].r[i] = pack2<T>(x.x, x.y);
-    }
-}
-
-// As HeadProducts::add, of factors of two types.
-template <class T, int GROUPS, class R>
-DEVICE void add_products(HeadProducts<T, GROUPS>& products, Shared<T> left, Shared<R> right,
-                         const Chunk<T>& at, const Chunk<R>& right_at, int i, int x) {
-  if constexpr (sizeof(T) == sizeof(R) && std::is_same_v<T, R>) {
-    products.add(left, right, at, i, x);
-  } else {
-    FragmentB<T> b[GROUPS][2];
-    UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
-      if (16 * group < at.heads)
-        load_b_converted<T>(b[group], right,
-                            [&](int h, int k) { return right_at.place(16 * group + h, i, x + k); });
-    UNROLLED_FOR (int first = 0; first < GROUPS; ++first) {
-      if (16 * first >= at.heads) continue;
-      FragmentA<T> p;
-      load_a(p, left, [&](int h, int k) { return at.place(16 * first + h, i, x + k); });
-      UNROLLED_FOR (int second = 0; second < GROUPS; ++second)
-        if (16 * second < at.heads) multiply_add<T>(products.sums[first][second], p, b[second]);
-    }
-  }
-}
-
 // use(group, half, h) for the heads of which this lane has elements of a HeadTile: [group][j][2 half + 0 and 1].
 template <int GROUPS, class Use>
 DEVICE void for_each_head(Use use) {
@@ -144,7 +111,6 @@ struct BackwardTile {
   using M = Map<T>;
   using A = Acc<T>;
   using Tile = HeadTile<A, GROUPS>;
-  using Products = HeadProducts<T, GROUPS>;
   static constexpr bool BY_KEY = BY_KEY_;
   static constexpr int kGroups = GROUPS;
   static constexpr A kScale = MapNumbers<T>::kScale;

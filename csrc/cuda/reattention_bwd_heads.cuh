@@ -165,12 +165,10 @@ DEVICE void whole_maps(const B& b, typename B::Tile& p, int i, int x, int first)
   });
 }
 
-// Leaves size times the gradient of the logits of q and k in `dz`. What products add to is the gradient of mixed logits
-// times those of q and k.
-template <bool PRODUCTS, class B>
+// Leaves size times dL in `dz`: the gradient of the logits.
+template <class B>
 DEVICE void logits_gradient(const B& b, const typename B::Tile& da, int i, int x, int first,
-                            typename B::A size, typename B::Products& products) {
-  using T = typename B::T;
+                            typename B::A size) {
   typename B::Tile p;
   whole_maps(b, p, i, x, first);
   for_each_head<B::kGroups>([&](int group, int half, int h) {
@@ -185,14 +183,16 @@ DEVICE void logits_gradient(const B& b, const typename B::Tile& da, int i, int x
   });
   sync_warp();  // the maps are read
   store_tile(p, b.dz(), b.at_t(), i, x);
-  if (!b.a.pre_mix.p) return;
-  sync_warp();
-  if constexpr (PRODUCTS)
-    if (b.a.wants_dpre_mix) add_products(products, b.dz(), b.raw(), b.at_t(), b.raw_at(), i, x);
+}
+
+// Where logits are mixed, dL in `dz` becomes the gradient of those before the mix, but for the units of pre_t.
+template <class B>
+DEVICE void mix_back(const B& b, int i, int x) {
+  using T = typename B::T;
   typename B::Tile dz;
   for_each_element<B::kGroups>([&](int group, int j, int e) { dz[group][j][e] = 0; });
   const Shared<T> parts[1] = {b.dz()};
-  mix_heads<T>(dz, b.pre_t(), parts, b.at_t(), i, x);  // its units wait for the last product
+  mix_heads<T>(dz, b.pre_t(), parts, b.at_t(), i, x);
   sync_warp();
   store_tile(dz, b.dz(), b.at_t(), i, x);
 }

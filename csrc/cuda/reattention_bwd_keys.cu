@@ -19,7 +19,6 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKern
       bound = larger(bound, a.bounds.ld(int64_t(b.image) * a.query_tiles + t));
     size = gradient_size<T>(warp_max(bound), a.pre_mix.p != nullptr);
   }
-  typename B::Products unused_products;
   for (int first = 0; first < queries; first += a.chunk) {
     const int columns = queries - first < a.chunk ? queries - first : a.chunk;
     for (int c = thread_x(); c < heads * columns; c += threads()) {
@@ -59,7 +58,11 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKern
         if (wants_dk) {
           typename B::Tile da;
           maps_gradient(b, da, i, x);
-          logits_gradient<false>(b, da, i, x, first, size, unused_products);
+          logits_gradient(b, da, i, x, first, size);
+          if (a.pre_mix.p) {
+            sync_warp();
+            mix_back(b, i, x);
+          }
         }
         if (wants_dv) store_tile(y, b.grads(), b.at_t(), i, x);
       }

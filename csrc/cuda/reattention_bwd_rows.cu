@@ -51,13 +51,72 @@ DEVICE void statistics(const B& b) {
   sync_block();
 }
 
+// The depth x 16 fragment of B from numbers of another type than the product's.
+template <class T, class R, class At>
+DEVICE void load_b_converted(FragmentB<T> (&b)[2], Shared<R> s, At at) {
+  static_assert(sizeof(T) == 2);
+  UNROLLED_FOR (int j = 0; j < 2; ++j)
+    UNROLLED_FOR (int i = 0; i < 2; ++i) {
+      const auto x = load2(s, at((lane_id() >> 2) + 8 * j, 2 * (lane_id() & 3) + 8 * i));
+      b[j].r[i] = pack2<T>(x.x, x.y);
+    }
+}
+
+// Sums of left_g right_h over the chunk's positions and over chunks. A warp has those of one pair of groups of 16 heads, over
+// some of the rows.
 template <class B>
-DEVICE void add_dmix(const B& b, int i, int x, typename B::Products& products, VectorSums<B>& sums) {
+struct Products {
+  using T = typename B::T;
+  using A = typename B::A;
+  static constexpr int kPairs = B::kGroups * B::kGroups;
+  A sums[2][4];
+
+  DEVICE void clear() {
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int e = 0; e < 4; ++e) sums[j][e] = 0;
+  }
+  template <class R>
+  DEVICE void add(const B& b, Shared<T> left, Shared<R> right, const Chunk<R>& right_at, int columns) {
+    const int pair = b.warp % kPairs, slices = (threads() >> 5) / kPairs;
+    const int first = pair / B::kGroups * 16, second = pair % B::kGroups * 16;
+    const auto at = b.at_t();
+    for (int i = b.warp / kPairs; i < kOwnRows && b.warp < slices * kPairs; i += slices)
+      for (int x = 0; x < columns; x += kDepth<T>) {
+        FragmentA<T> p;
+        FragmentB<T> y[2];
+        load_a(p, left, [&](int h, int k) { return at.place(first + h, i, x + k); });
+        const auto place = [&](int h, int k) { return right_at.place(second + h, i, x + k); };
+        if constexpr (std::is_same_v<T, R>)
+          load_b(y, right, place);
+        else
+          load_b_converted<T>(y, right, place);
+        multiply_add<T>(sums, p, y);
+      }
+  }
+  // partial[to + g heads + h] = unit times the block's sums, added in the order of the warps.
+  DEVICE void store(const B& b, int64_t to, A unit) const {
+    const int heads = b.a.heads, warps = (threads() >> 5) / kPairs * kPairs;
+    sync_block();
+    UNROLLED_FOR (int j = 0; j < 2; ++j)
+      UNROLLED_FOR (int e = 0; e < 4; ++e)
+        b.space().st(256 * b.warp + 16 * tile_row(e) + 8 * j + tile_col(e), sums[j][e]);
+    sync_block();
+    for (int c = thread_x(); c < heads * heads; c += threads()) {
+      const int g = c / heads, h = c % heads;
+      A sum = 0;
+      for (int w = g / 16 * B::kGroups + h / 16; w < warps; w += kPairs)
+        sum += b.space().ld(256 * w + g % 16 * 16 + h % 16);
+      b.a.partial.st(to + c, sum * unit);
+    }
+  }
+};
+
+template <class B>
+DEVICE void add_dbias(const B& b, int i, int x, VectorSums<B>& sums) {
   typename B::Tile dm;
   load_tile(dm, b.grads(), b.at_t(), i, x);
   for_each_element<B::kGroups>(
       [&](int group, int j, int e) { sums.sums[0][group][e >> 1] += dm[group][j][e]; });
-  add_products(products, b.grads(), b.maps(), b.at_t(), b.at(), i, x);
 }
 
 // A lane's part of sum_j A dA, and its largest |A dA|.
@@ -140,7 +199,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
 
   const bool wants_sums = a.goes_on || a.wants_dmix || a.wants_dnorm,
              wants_dl = a.out[0].p || a.wants_dpre_mix;
-  typename B::Products products;
+  Products<B> products;
   VectorSums<B> sums{};
   A largest = 0, size = 1;
   for (int pass = wants_sums ? 0 : 2; pass < (wants_dl ? 2 : 1); ++pass) {
@@ -156,23 +215,38 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
           typename B::Tile tile;
           if (fresh && a.pre_mix.p) maps_of_logits(b, i, x, first);
           if (fresh && a.layer_norm) through_norm(b, tile, sums, i, x, first);
-          if (pass == 0 && a.wants_dmix) add_dmix(b, i, x, products, sums);
+          if (pass == 0 && a.wants_dmix) add_dbias(b, i, x, sums);
           if (!a.goes_on) continue;
           maps_gradient(b, tile, i, x);
           if (pass == 0)
             add_delta(b, tile, i, x, first, delta, largest);
           else
-            logits_gradient<true>(b, tile, i, x, first, size, products);
+            logits_gradient(b, tile, i, x, first, size);
         }
         if (pass == 0 && a.goes_on) store_delta(b, delta, i, first == 0);
       }
       sync_block();
-      if (pass == 1 && a.out[0].p)
+      if (pass == 0) {
+        if (!a.wants_dmix) continue;
+        products.add(b, b.grads(), b.maps(), b.at(), columns);
+        sync_block();
+        continue;
+      }
+      if (a.pre_mix.p) {
+        if (a.wants_dpre_mix) {
+          products.add(b, b.dz(), b.raw(), b.raw_at(), columns);
+          sync_block();
+        }
+        ROLLED_FOR (int i = b.warp; i < kOwnRows; i += warps)
+          ROLLED_FOR (int x = 0; x < columns; x += 16) mix_back(b, i, x);
+        sync_block();
+      }
+      if (a.out[0].p)
         b.multiply(0, b.dz(), first, columns,
                    [&](int h) { return a.out_scale / size * (a.pre_mix.p ? b.pre_t().units.ld(h) : A(1)); });
     }
     if (pass == 0) {
-      if (a.wants_dmix) products.store(b.space(), a.partial, part, heads, 1 / b.kScale, false);
+      if (a.wants_dmix) products.store(b, part, 1 / b.kScale);
       if (a.wants_dmix || a.wants_dnorm) store_vectors(b, sums, part + 2 * heads * heads);
       if (!a.goes_on) break;
       sync_block();  // the sums' place is that of rows again
@@ -182,7 +256,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
         size = gradient_size<T>(bound, a.pre_mix.p != nullptr);
       }
     } else if (a.wants_dpre_mix) {
-      products.store(b.space(), a.partial, part + heads * heads, heads, 1 / size, false);
+      products.store(b, part + heads * heads, 1 / size);
     }
   }
   for (int c = thread_x(); c < heads * kOwnRows; c += threads()) {
