@@ -1,6 +1,7 @@
 // Backward of re-attention: plans the two sweeps, launches them and adds up what their blocks have summed; the maths is in
 // vitdiv_kernels/ops/reattention/README.md.
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -33,7 +34,7 @@ template <class A>
 struct Parameters {
   Global<const A> sums;  // [images, 2 H H + 3 H]: of dM (A - 1/M), dL z, dM, dY x, dY
   int images, heads;
-  double mean;  // what each map has been lessened by, or 0
+  double mean;  // what each map has been lessened by too much
   Global<A> dmix, dpre_mix, dbias, dnorm_weight, dnorm_bias;
 };
 
@@ -84,18 +85,20 @@ BackwardMemory<T> memory_of(const BackwardKernel<T>& a, bool by_key) {
   };
   constexpr int number = sizeof(T), acc = sizeof(A);
   take(m.maps, true, m.at.size, number);
-  take(m.grads, a.dout, m.at.size, number);
-  take(m.raw, pre_mixed, m.raw_at.size, acc);
-  const int matrix = HeadMatrix<T>::size(heads);
+  take(m.grads, a.dout || (kWideNumbers<T> && a.wants_dpre_mix), m.at.size, number);
+  take(m.raw, pre_mixed && !kWideNumbers<T>, m.raw_at.size, acc);
+  if (pre_mixed && kWideNumbers<T>) m.raw = m.maps;
+  const int matrix = kFarMatrices<T> ? 0 : HeadMatrix<T>::size(heads);
   take(m.mix, a.dout && (a.layer_norm || (by_key && a.out[1].p)), matrix, number);
   take(m.mix_t, a.dout && a.goes_on, matrix, number);
   take(m.coupling, a.coupling.p && a.goes_on, matrix, number);
-  take(m.pre, pre_mixed, HeadMatrix<A>::size(heads), acc);
+  take(m.pre, pre_mixed, kFarMatrices<T> ? 0 : HeadMatrix<A>::size(heads), acc);
   take(m.pre_t, pre_mixed && a.goes_on, matrix, number);
-  for (Piece& units : m.units) take(units, true, padded, acc);
+  for (Piece& units : m.units) take(units, !kFarMatrices<T>, padded, acc);
   take(m.vectors, true, 4 * padded, acc);
   m.number_row = by_key ? a.chunk : kOwnRows;
   for (Piece* numbers : {&m.tops, &m.inverses, &m.deltas}) take(*numbers, true, heads * m.number_row, acc);
+  take(m.map_sums, !by_key, heads * kOwnRows, acc);
   m.slot = Scores<T, 1>::size(a.stride);
   // at other times in the same place
   take(m.slots, true, std::max(a.workers * m.slot, HeadProducts<T, 1>::space(a.warps) * (acc / number)),
@@ -133,6 +136,21 @@ int64_t fit(BackwardKernel<T>& a, bool by_key, int64_t limit) {
                               " bytes");
 }
 
+// 1/M; where maps are not rounded, to a multiple of what separates numbers below 1, so that 1 less it and it again are 1: the
+// logits of a one-hot map have no gradient.
+template <class T>
+double mean_of(int64_t keys) {
+  const double mean = 1 / static_cast<double>(keys);
+  if (sizeof(T) == 2) return static_cast<float>(mean);
+  const int bits = sizeof(T) == 8 ? 53 : 24;
+  return std::ldexp(std::nearbyint(std::ldexp(mean, bits)), -bits);
+}
+// What maps less mean_of() lack beside those that are to be mixed.
+template <class T>
+double mean_beside(const ReattentionArgs& args) {
+  return mean_of<T>(args.M) - (args.centred ? 1 / static_cast<double>(args.M) : 0);
+}
+
 template <class T>
 BackwardKernel<T> common(const ReattentionBackward& args) {
   const auto array = [](const void* p) { return Global<const Acc<T>>{static_cast<const Acc<T>*>(p)}; };
@@ -144,10 +162,10 @@ BackwardKernel<T> common(const ReattentionBackward& args) {
   a.stride = row_stride<T>(std::max(a.width[0], a.width[1]));
   a.dout = args.dout.data != nullptr;
   a.layer_norm = a.dout && args.norm_weight;
-  a.centred = args.centred;
   a.scale = static_cast<Acc<T>>(args.scale * (args.pre_mix ? 1 : kLog2e));
   a.out_scale = static_cast<Acc<T>>(args.scale);
-  a.mean = Acc<T>(1) / static_cast<Acc<T>>(args.M);
+  a.mean = static_cast<Acc<T>>(mean_of<T>(args.M));
+  a.beside = static_cast<Acc<T>>(mean_beside<T>(args));
   a.eps = static_cast<Acc<T>>(args.eps);
   a.pre_mix = array(args.pre_mix);
   a.pre_bias = array(args.pre_mix ? args.pre_bias : nullptr);
@@ -199,7 +217,7 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   set_out(keys, 0, args.dk);
   set_out(keys, 1, args.dv_out);
   plan.sweeps_keys = args.dk.data || args.dv_out.data;
-  // that over keys takes from that over queries the sums of A dA and, where logits are mixed, the statistics
+  // that over keys takes from that over queries the means of dA and, where logits are mixed, the statistics
   plan.sweeps_rows =
       rows.goes_on || rows.wants_dmix || rows.wants_dnorm || (plan.sweeps_keys && args.pre_mix);
 
@@ -248,7 +266,7 @@ void backward(const ReattentionBackward& args, void* scratch, void* stream) {
   sums.sums = {at(plan.images)};
   sums.images = rows.images;
   sums.heads = rows.heads;
-  sums.mean = args.centred ? 0 : 1 / static_cast<double>(args.M);
+  sums.mean = mean_beside<T>(args);
   sums.dmix = {static_cast<A*>(args.dmix)};
   sums.dpre_mix = {static_cast<A*>(args.dpre_mix)};
   sums.dbias = {static_cast<A*>(args.dbias)};

@@ -2,7 +2,7 @@
 // from and left in the chunk's shared memory.
 #pragma once
 
-#include "reattention_bwd.cuh"
+#include "reattention_bwd_tile.cuh"
 
 namespace vitdiv::cuda {
 
@@ -37,14 +37,14 @@ DEVICE void store_tile(const A (&tile)[GROUPS][2][4], Shared<R> chunk, const Chu
 }
 
 // tile = factor times matrix times the heads of a chunk
-template <class N, int GROUPS>
-DEVICE void mix_chunk(Acc<N> (&tile)[GROUPS][2][4], const HeadMatrix<N>& matrix, Shared<N> chunk,
-                      const Chunk<N>& at, int i, int x, Acc<N> factor) {
+template <class N, int GROUPS, class Matrix>
+DEVICE void mix_chunk(Acc<N> (&tile)[GROUPS][2][4], const Matrix& matrix, Shared<N> chunk, const Chunk<N>& at,
+                      int i, int x, Acc<N> factor) {
   for_each_element<GROUPS>([&](int group, int j, int e) { tile[group][j][e] = 0; });
   const Shared<N> parts[1] = {chunk};
   mix_heads<N>(tile, matrix, parts, at, i, x);
   for_each_head<GROUPS>([&](int group, int half, int g) {
-    const Acc<N> size = factor * matrix.units.ld(g);
+    const Acc<N> size = factor * unit_of(matrix, g);
     UNROLLED_FOR (int j = 0; j < 2; ++j)
       UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) tile[group][j][e] *= size;
   });
@@ -73,6 +73,7 @@ DEVICE void maps_of_logits(const B& b, int i, int x, int first) {
     z[group][j][e] =
         h < b.a.heads ? b.map_of(z[group][j][e], h, i, x + 8 * j + tile_col(e), first) : typename B::A(0);
   });
+  sync_warp();  // the place may be that of the raw logits
   store_tile(z, b.maps(), b.at(), i, x);
   sync_warp();
 }

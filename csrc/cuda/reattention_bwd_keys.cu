@@ -69,7 +69,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKern
     sync_block();
     if (wants_dk)
       b.multiply(0, b.dz(), first, columns,
-                 [&](int h) { return a.out_scale / size * (a.pre_mix.p ? b.pre_t().units.ld(h) : A(1)); });
+                 [&](int h) { return a.out_scale / size * (a.pre_mix.p ? unit_of(b.pre_t(), h) : A(1)); });
     if (wants_dv) b.multiply(1, b.grads(), first, columns, [](int) { return A(1); });
   }
 }

@@ -1,5 +1,5 @@
 // The first sweep of re-attention's backward: a block owns 16 query rows of all heads. It makes the sums of the parameters'
-// gradients and, of each row, the sum over keys of A dA; then dq. Where a row of all heads' maps and of their gradients fits
+// gradients and, of each row, the mean over keys of dA by A; then dq. Where a row of all heads' maps and of their gradients fits
 // the shared memory they are made once, else chunk by chunk, twice. Where logits are mixed it makes their statistics, too.
 #include "reattention_bwd_heads.cuh"
 
@@ -119,29 +119,33 @@ DEVICE void add_dbias(const B& b, int i, int x, VectorSums<B>& sums) {
       [&](int group, int j, int e) { sums.sums[0][group][e >> 1] += dm[group][j][e]; });
 }
 
-// A lane's part of sum_j A dA, and its largest |A dA|.
+// A lane's part of sum_j A dA and of sum_j A, which rounding has made other than 1, and its largest |A dA|.
 template <class B>
-DEVICE void add_delta(const B& b, const typename B::Tile& da, int i, int x, int first,
-                      typename B::A (&delta)[B::kGroups][2], typename B::A& largest) {
+struct Delta {
+  typename B::A sums[B::kGroups][2], maps[B::kGroups][2];
+};
+template <class B>
+DEVICE void add_delta(const B& b, const typename B::Tile& da, int i, int x, int first, Delta<B>& delta,
+                      typename B::A& largest) {
   typename B::Tile p;
   whole_maps(b, p, i, x, first);
   for_each_element<B::kGroups>([&](int group, int j, int e) {
     const typename B::A product = p[group][j][e] * da[group][j][e];
-    delta[group][e >> 1] += product;
+    delta.sums[group][e >> 1] += product;
+    delta.maps[group][e >> 1] += p[group][j][e];
     if constexpr (kBounded<typename B::T>) largest = larger(largest, product < 0 ? -product : product);
   });
 }
 
 template <class B>
-DEVICE void store_delta(const B& b, const typename B::A (&delta)[B::kGroups][2], int i, bool first) {
-  UNROLLED_FOR (int group = 0; group < B::kGroups; ++group)
-    UNROLLED_FOR (int half = 0; half < 2; ++half) {
-      const typename B::A sum = quad_sum(delta[group][half]);
-      const int h = b.head_of(group, 2 * half);
-      if (h >= b.a.heads || (lane_id() & 3) != 0) continue;
-      const int at = b.number(h, i, 0);
-      b.deltas().st(at, first ? sum : b.deltas().ld(at) + sum);
-    }
+DEVICE void store_delta(const B& b, const Delta<B>& delta, int i, bool first) {
+  for_each_head<B::kGroups>([&](int group, int half, int h) {
+    const typename B::A sum = quad_sum(delta.sums[group][half]), maps = quad_sum(delta.maps[group][half]);
+    if (h >= b.a.heads || (lane_id() & 3) != 0) return;
+    const int at = b.number(h, i, 0);
+    b.deltas().st(at, first ? sum : b.deltas().ld(at) + sum);
+    b.map_sums().st(at, first ? maps : b.map_sums().ld(at) + maps);
+  });
 }
 
 // The block's sums of vectors over its warps, in their order: partial[to + which heads + h].
@@ -210,7 +214,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
       if (fresh) b.make(first, columns, !(whole && a.pre_mix.p), a.dout);
       sync_block();
       ROLLED_FOR (int i = b.warp; i < kOwnRows; i += warps) {
-        A delta[GROUPS][2] = {};
+        Delta<B> delta{};
         ROLLED_FOR (int x = 0; x < columns; x += 16) {
           typename B::Tile tile;
           if (fresh && a.pre_mix.p) maps_of_logits(b, i, x, first);
@@ -234,7 +238,11 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
       }
       if (a.pre_mix.p) {
         if (a.wants_dpre_mix) {
-          products.add(b, b.dz(), b.raw(), b.raw_at(), columns);
+          if constexpr (B::kWide) {
+            b.make(first, columns, true, false, b.raw_again());
+            sync_block();
+          }
+          products.add(b, b.dz(), b.raw_again(), b.raw_at(), columns);
           sync_block();
         }
         ROLLED_FOR (int i = b.warp; i < kOwnRows; i += warps)
@@ -243,12 +251,14 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
       }
       if (a.out[0].p)
         b.multiply(0, b.dz(), first, columns,
-                   [&](int h) { return a.out_scale / size * (a.pre_mix.p ? b.pre_t().units.ld(h) : A(1)); });
+                   [&](int h) { return a.out_scale / size * (a.pre_mix.p ? unit_of(b.pre_t(), h) : A(1)); });
     }
     if (pass == 0) {
       if (a.wants_dmix) products.store(b, part, 1 / b.kScale);
       if (a.wants_dmix || a.wants_dnorm) store_vectors(b, sums, part + 2 * heads * heads);
       if (!a.goes_on) break;
+      for (int c = thread_x(); c < heads * kOwnRows; c += threads())
+        if (b.map_sums().ld(c) != 0) b.deltas().st(c, b.deltas().ld(c) / b.map_sums().ld(c));
       sync_block();  // the sums' place is that of rows again
       if constexpr (kBounded<T>) {
         const A bound = bound_of(b, largest);
