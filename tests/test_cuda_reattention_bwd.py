@@ -198,7 +198,7 @@ def test_extreme_logits(emulator, pre, dtype):
     large = 1e3 if dtype == torch.float16 else 3e3  # those of the plain formula in float16 are below 65504
     case = Case((1, 3, 17, 33, 16), pre=pre)
     inputs = inputs_of(case, dtype)
-    if dtype in (torch.float32, torch.float64):  # dL is 0 as soon as a map is one-hot, and q large
+    if dtype == torch.float32:  # dL is 0 as soon as a map is one-hot, and q large
         check(emulator, case, dtype, lambda x: x | {"q": 3e3 * x["q"]})
     inputs |= {"q": large * inputs["q"], "scale": 1.0}
     dout, _ = cotangents_of(case, dtype)

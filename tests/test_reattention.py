@@ -96,7 +96,8 @@ def fused(backend, gram):
     return operation
 
 
-def check(backend, case, dtype=torch.float64, parameter_dtype=None, change=None):
+def check(backend, case, dtype=torch.float64, parameter_dtype=None, change=None, cancelling=()):
+    """`cancelling`: the inputs whose gradient is a sum of terms as large as the largest gradient."""
     inputs, options = inputs_of(case, dtype, parameter_dtype)
     if change is not None:
         inputs = change(inputs)
@@ -109,7 +110,8 @@ def check(backend, case, dtype=torch.float64, parameter_dtype=None, change=None)
             rounding = 1e-9 if dtype == torch.float64 else 1e-4
             assert got[name].abs().max() <= max(rounding * largest, 4 * plain[name].abs().max()), name
         else:
-            assert_within_budget(got[name], plain[name], expected, dtype, name)
+            scale = largest if name in cancelling else None
+            assert_within_budget(got[name], plain[name], expected, dtype, name, scale)
     assert got["out"].dtype == dtype
     assert all(got[name].dtype == t.dtype for name, t in inputs.items())
 
@@ -241,7 +243,12 @@ def test_batch_norm_of_nearly_uniform_attention(backend, dtype):
 def test_extreme_logits(backend, norm, training, sign):
     """Logits of 1e4: one-hot maps, no overflow."""
     case = Case((2, 3, 9, 11, 16), norm, training, gram=False)
-    check(backend, case, change=lambda t: t | {"q": (sign * 3e3 * t["q"]).detach().requires_grad_()})
+
+    # A (dA - delta) of a map that is one-hot but for 1e-8 or so
+    def change(t):
+        return t | {"q": (sign * 3e3 * t["q"]).detach().requires_grad_()}
+
+    check(backend, case, change=change, cancelling=("q", "k"))
     inputs, options = inputs_of(case, torch.float32)
     inputs["q"] = sign * 1e4 * inputs["q"]
     out = reattention(**inputs, **options, backend=backend)

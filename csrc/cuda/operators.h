@@ -43,6 +43,12 @@ struct Cuda {
   static void run(const GramBackward& args, const at::Tensor& on) {
     launch(args, on, cuda::attention_gram_bwd_scratch, cuda::attention_gram_bwd);
   }
+  static void run(const ReattentionForward& args, const at::Tensor& on) {
+    launch(args, on, cuda::reattention_fwd_scratch, cuda::reattention_fwd);
+  }
+  static void run(const ReattentionBackward& args, const at::Tensor& on) {
+    launch(args, on, cuda::reattention_bwd_scratch, cuda::reattention_bwd);
+  }
   static void run(const HeadDots& args, const at::Tensor& on) {
     launch(args, on, cuda::head_dots_scratch, cuda::head_dots);
   }
@@ -69,6 +75,8 @@ void register_cuda_operators(torch::Library& m) {
   m.impl("pairwise_cosine_bwd", &pairwise_cosine_bwd<Device>);
   m.impl("attention_gram_fwd", &attention_gram_fwd<Device>);
   m.impl("attention_gram_bwd", &attention_gram_bwd<Device>);
+  m.impl("reattention_fwd", &reattention_fwd<Device>);
+  m.impl("reattention_bwd", &reattention_bwd<Device>);
   m.impl("head_dots", &head_dots<Device>);
 }
 

@@ -17,7 +17,7 @@ void allow(const void* memory, int64_t bytes, bool output) {
   if (memory != nullptr && bytes > 0) emulation::allow(memory, bytes, output, !output);
 }
 void allow(const HeadsView& x, int64_t B, int64_t H, int64_t rows, int64_t width, bool output) {
-  if (B * H * rows * width == 0) return;
+  if (x.data == nullptr || B * H * rows * width == 0) return;
   const int64_t elements =
       1 + (B - 1) * x.stride_b + (H - 1) * x.stride_h + (rows - 1) * x.stride_n + (width - 1);
   allow(x.data, elements * bytes_of(x.dtype), output);
@@ -67,6 +67,34 @@ void allow_all(const GramBackward& args) {
     allow(args.dq[l], args.B, args.layers[l].H, args.N, args.layers[l].d, true);
     allow(args.dk[l], args.B, args.layers[l].H, args.M, args.layers[l].d, true);
   }
+}
+int64_t gram_bytes(const ReattentionArgs& args) {
+  return args.B * args.H * args.H * accumulator_bytes(args.q.dtype);
+}
+void allow_inputs(const ReattentionArgs& args) {
+  allow(args.q, args.B, args.H, args.N, args.d, false);
+  allow(args.k, args.B, args.H, args.M, args.d, false);
+  allow(args.v, args.B, args.H, args.M, args.dv, false);
+  const int64_t vector = args.H * accumulator_bytes(args.q.dtype);
+  for (const void* matrix : {args.pre_mix, args.mix}) allow(matrix, args.H * vector, false);
+  for (const void* each : {args.pre_bias, args.bias, args.norm_weight, args.norm_bias})
+    allow(each, vector, false);
+}
+void allow_all(const ReattentionForward& args) {
+  allow_inputs(args);
+  allow(args.out, args.B, args.H, args.N, args.dv, true);
+  allow(args.gram, gram_bytes(args), true);
+}
+void allow_all(const ReattentionBackward& args) {
+  allow_inputs(args);
+  allow(args.dout, args.B, args.H, args.N, args.dv, false);
+  allow(args.dq, args.B, args.H, args.N, args.d, true);
+  allow(args.dk, args.B, args.H, args.M, args.d, true);
+  allow(args.dv_out, args.B, args.H, args.M, args.dv, true);
+  const int64_t vector = args.H * accumulator_bytes(args.q.dtype), matrix = args.H * vector;
+  allow(args.coupling, args.coupling_stride_b ? gram_bytes(args) : matrix, false);
+  for (const void* each : {args.dpre_mix, args.dmix}) allow(each, matrix, true);
+  for (const void* each : {args.dbias, args.dnorm_weight, args.dnorm_bias}) allow(each, vector, true);
 }
 void allow_all(const HeadDots& args) {
   allow(args.x, args.B, args.H, args.N, args.width, false);
