@@ -192,7 +192,8 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
   const int warps = threads() >> 5, heads = a.heads, keys = padded_width(a.other_rows);
   const bool whole = a.chunk >= keys;
   const int64_t part = int64_t(block_x()) * (2 * heads * heads + 3 * heads);
-  const auto clear = [&](bool unused, int first, int end) {  // all of it is added up
+  constexpr bool holds_delta = GROUPS == 1 || sizeof(T) < 8;  // else registers are short
+  const auto clear = [&](bool unused, int first, int end) {   // all of it is added up
     if (unused && (a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix))
       for (int c = first + thread_x(); c < end; c += threads()) a.partial.st(part + c, A(0));
   };
@@ -222,12 +223,15 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
           if (pass == 0 && a.wants_dmix) add_dbias(b, i, x, sums);
           if (!a.goes_on) continue;
           maps_gradient(b, tile, i, x);
-          if (pass == 0)
-            add_delta(b, tile, i, x, first, delta, largest);
-          else
+          if (pass == 1) {
             logits_gradient(b, tile, i, x, first, size);
+            continue;
+          }
+          if constexpr (!holds_delta) delta = {};
+          add_delta(b, tile, i, x, first, delta, largest);
+          if constexpr (!holds_delta) store_delta(b, delta, i, first == 0 && x == 0);
         }
-        if (pass == 0 && a.goes_on) store_delta(b, delta, i, first == 0);
+        if (holds_delta && pass == 0 && a.goes_on) store_delta(b, delta, i, first == 0);
       }
       sync_block();
       if (pass == 0) {
