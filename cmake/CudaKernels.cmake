@@ -15,7 +15,7 @@ if(NOT CMAKE_CUDA_COMPILER)
     message(FATAL_ERROR "VITDIV_CUDA=1 asks for CUDA kernels, but no nvcc that works was found: install the CUDA toolkit "
                         "and put nvcc on PATH or name it in CUDACXX, or leave VITDIV_CUDA unset for a CPU build.")
   endif()
-  message(STATUS "No nvcc: the kernels are built for CPUs only.")
+  message(STATUS "No nvcc that works: the kernels are built for CPUs only.")
   return()
 endif()
 
@@ -23,6 +23,15 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80) # for the check of the compiler
 endif()
 enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12) # which distributions still bring
+  set(too_old "${CMAKE_CUDA_COMPILER} is of CUDA ${CMAKE_CUDA_COMPILER_VERSION}, and the kernels need 12 or later (C++20)")
+  if(VITDIV_CUDA STREQUAL "1")
+    message(FATAL_ERROR "VITDIV_CUDA=1 asks for CUDA kernels, but ${too_old}: name a later nvcc in CUDACXX, or leave "
+                        "VITDIV_CUDA unset for a CPU build.")
+  endif()
+  message(STATUS "${too_old}: they are built for CPUs only.")
+  return()
+endif()
 find_package(CUDAToolkit REQUIRED)
 
 # As in torch: numbers such as 8.0 or 9.0a, separated by spaces or semicolons, +PTX for those that later GPUs can run.

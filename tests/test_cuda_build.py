@@ -84,6 +84,24 @@ def test_cuda_kernels_that_are_asked_for_are_not_left_out(tmp_path, monkeypatch)
 
 
 @needs_nvcc
+@pytest.mark.parametrize("asked", ["auto", "1"])
+def test_an_nvcc_that_is_too_old_is_named(tmp_path, monkeypatch, asked):
+    older = tmp_path / "older.h"
+    older.write_text("#undef __CUDACC_VER_MAJOR__\n#define __CUDACC_VER_MAJOR__ 11\n")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} --pre-include {older} "$@"\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    code, log, rules = configure(tmp_path / "build", VITDIV_CUDA=asked)
+    assert (code == 0) == (asked == "auto"), log
+    assert f"{nvcc} is of CUDA 11" in log
+    assert "12 or later" in log
+    if asked == "auto":
+        assert "attn_diversity.cpp.o" in rules
+        assert "attn_diversity.cu.o" not in rules
+
+
+@needs_nvcc
 @pytest.mark.parametrize(
     ("listed", "flags"),
     [
