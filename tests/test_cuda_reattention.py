@@ -53,9 +53,9 @@ def inputs_of(case, dtype):
         return (mean + spread * torch.randn(*shape, dtype=torch.float64)).to(kind)
 
     q = normal(B, N, H, d, kind=dtype).transpose(1, 2)
-    packed = normal(B, M, 2, H, d, kind=dtype).permute(2, 0, 3, 1, 4)
+    packed = normal(B, M, 2, H, max(d, case.width), kind=dtype).permute(2, 0, 3, 1, 4)
     return dict(
-        q=q, k=packed[0], v=normal(B, H, M, case.width or d, kind=dtype), scale=case.scale,
+        q=q, k=packed[0][..., :d], v=packed[1][..., : case.width or d].contiguous(), scale=case.scale,
         pre_mix=normal(H, H, spread=H**-0.5) if case.pre else None,
         pre_bias=normal(H) if case.pre == "mix and bias" else None,
         mix=normal(H, H, spread=H**-0.5), bias=normal(H, spread=0.1) if case.bias else None,
@@ -148,6 +148,11 @@ def test_many_more_keys_than_queries(emulator, dtype):
     check(emulator, Case((1, 3, 1, 1025, 24), centred=True), dtype)
 
 
+@pytest.mark.parametrize(("H", "M", "dtype"), [(12, 577, torch.float16), (6, 1025, torch.bfloat16)])
+def test_rows_of_larger_images(emulator, H, M, dtype):
+    check(emulator, Case((1, H, 33, M, 64), centred=True), dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_norm_without_eps(emulator, dtype):
     """Of keys that are not there it divides by zero; they must add nothing."""
@@ -204,6 +209,7 @@ def test_nearly_uniform_maps(emulator, larger, scale, dtype):
 def test_nan_and_inf_propagate(emulator, where, poison):
     """What the plain formula spoils is spoilt, element by element."""
     inputs = inputs_of(Case((3, 3, 9, 11, 16)), torch.float32)
+    inputs["v"][:, :, 0] = -inputs["v"][:, :, 1]  # both signs in each column: Inf times them is NaN
     inputs[where][{"mix": (1, 0), "bias": (1,)}.get(where, (1, 1, 3, 5))] = poison
     got, gram = run(emulator, inputs)
     truth, gram_truth = plain(torch.float32, **inputs)
