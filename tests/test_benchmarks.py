@@ -6,14 +6,16 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import vitdiv_kernels
-from vitdiv_kernels import _dispatch
+from vitdiv_kernels import DiversityObjective, _dispatch
 from vitdiv_kernels.ops.pairwise_cosine import triton_configs as configs
+from vitdiv_kernels.vit import CONFIGS, ViT
 
 pytest.importorskip("tqdm")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -22,6 +24,7 @@ TINY = {
     "bench_attn_diversity.py": ["--shapes", "1x2x5x8"],
     "bench_reattention.py": ["--shapes", "1x2x5x8", "--norm", "batch"],
     "bench_losses.py": ["--suite", "tiny"],
+    "bench_objective.py": ["--suite", "tiny"],
     "bench_scaling.py": ["--tokens", "8"],
 }
 
@@ -91,6 +94,23 @@ def test_rows_are_complete_and_positive(script, tmp_path, module, monkeypatch, c
         assert all(0 < float(row[name]) < math.inf for name in POSITIVE)
         assert all(row[name] for name in ORIGIN)
         assert row["ratio_compile"] == row["peak_extra_mb"] == ""
+
+
+def test_the_published_formulas_are_what_the_objective_computes(module):
+    """A loss is too small a part of the measured step's to show in its output."""
+    bench = module("bench_objective")
+    model = ViT(replace(CONFIGS["deit_small"], image_size=32, dim=24, depth=3))
+    starts = {"patches": torch.rand(2, 4), "heads": torch.rand(2, 6), "weights": torch.rand(2, 24)}
+    labels = torch.tensor([3, 5])
+    images, parts = torch.randn(2, 3, 32, 32), []
+    for kind in (bench.PlainTerm, bench.Term):
+        with DiversityObjective(bench.terms("every", starts, kind)).attach(model) as objective:
+            model(images)
+            parts.append(objective(mixing=(labels, labels.flip(0), torch.full((4,), 0.25)))[1])
+    plain, ours = parts
+    assert set(ours) == set(bench.CHEN)
+    for name, value in plain.items():
+        assert ours[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory needs Linux's /proc")

@@ -86,12 +86,3 @@ def spectral_gap(product, start, eps):
     shift = largest.unsqueeze(-1)
     smallest = largest + rayleigh(lambda v: product(v) - shift * v, start[..., 1, :])
     return (largest - smallest).square()
-
-
-def gram_product(x):
-    """v -> x x^T v for x [..., n, D], without the Gram matrix: two products of O(n D)."""
-
-    def product(v):
-        return (x @ (x.mT @ v.unsqueeze(-1))).squeeze(-1)
-
-    return product

@@ -11,6 +11,7 @@ from ..ops._autograd import once_differentiable
 from ..ops.pairwise_cosine import pairwise_cosine
 from ..ops.pairwise_rows import pairwise_nearest
 from . import _common
+from ._spectral import GramDeterminant, GramGap
 
 
 def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction="mean", eps=1e-8):
@@ -205,7 +206,7 @@ def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
         reduction, eps: as for `patch_mhs`.
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or [...] with reduction "none".
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none". Differentiable once.
 
     Cost: O(N^2 D + N^3). It holds N x N matrices, in float64: the exponential of a Gram matrix has full rank,
     so its determinant needs all of it.
@@ -217,8 +218,7 @@ def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     _checks.number("eps", eps, at_least=0)
     with _checks.autocast_off(x):
-        x_hat = _common.unit(x, eps)
-        return _common.reduced(_common.gram_determinant(x_hat @ x_hat.mT, ridge), reduction)
+        return _common.reduced(GramDeterminant.apply(_common.unit(x, eps), ridge), reduction)
 
 
 def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
@@ -263,7 +263,7 @@ def patch_condition_orthogonality(x, *, start=None, generator=None, reduction="m
         reduction, eps: as for `patch_mhs`.
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or [...] with reduction "none".
+        float32 (float64 for float64 input): a scalar, or [...] with reduction "none". Differentiable once.
 
     Cost: a closed form, O(N D): the Gram matrix is only multiplied with vectors.
 
@@ -274,5 +274,4 @@ def patch_condition_orthogonality(x, *, start=None, generator=None, reduction="m
     _checks.number("eps", eps, at_least=0)
     start = _common.starts(x, start, generator, torch.randn)
     with _checks.autocast_off(x):
-        product = _common.gram_product(_common.unit(x, eps))
-        return _common.reduced(_common.spectral_gap(product, start, 1e-6), reduction)
+        return _common.reduced(GramGap.apply(_common.unit(x, eps), start, 1e-6), reduction)

@@ -11,6 +11,7 @@ import torch
 from ..ops import _checks
 from ..ops._autograd import once_differentiable
 from . import _common
+from ._spectral import GramDeterminant, GramGap
 
 
 def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
@@ -45,7 +46,8 @@ def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
         reduction: "sum" or "mean" over matrices, or "none".
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none".
+        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none". Differentiable
+        once.
 
     Cost: O(N^2 D + N^3); it holds N x N matrices in float64.
 
@@ -55,8 +57,7 @@ def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
     _checks.number("eps", eps, at_least=0)
 
     def loss(w):
-        w_hat = _common.unit(w, eps)
-        return _common.gram_determinant(w_hat @ w_hat.mT, ridge)
+        return GramDeterminant.apply(_common.unit(w, eps), ridge)
 
     return _over_shapes(loss, weights, reduction)
 
@@ -119,8 +120,8 @@ def weight_condition_orthogonality(weights, *, start=None, generator=None, of="r
         reduction: "sum" or "mean" over matrices, or "none".
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none". A matrix of zeros
-        has the value 0.
+        float32 (float64 for float64 input): a scalar, or [matrices] with reduction "none". Differentiable
+        once. A matrix of zeros has the value 0.
 
     Cost: a closed form, O(N D): the Gram matrix is only multiplied with vectors.
 
@@ -130,9 +131,7 @@ def weight_condition_orthogonality(weights, *, start=None, generator=None, of="r
 
     def loss(w):
         w = w if of == "rows" else w.mT
-        return _common.spectral_gap(
-            _common.gram_product(w), _common.starts(w, start, generator, torch.rand), 1e-12
-        )
+        return GramGap.apply(w, _common.starts(w, start, generator, torch.rand), 1e-12)
 
     return _over_shapes(loss, weights, reduction)
 
