@@ -107,6 +107,7 @@ def test_an_nvcc_that_is_too_old_is_named(tmp_path, monkeypatch, asked):
     [
         ("", ["compute_80,code=[sm_80]", "compute_90,code=[sm_90]", "code=[compute_100,sm_100]"]),
         ("8.0 9.0a+PTX", ["compute_80,code=[sm_80]", "code=[compute_90a,sm_90a]"]),
+        ("7.5 8.0", ["compute_80,code=[sm_80]"]),
     ],
 )
 def test_architectures_are_those_that_are_listed(tmp_path, listed, flags):
@@ -125,3 +126,12 @@ def test_architectures_that_cannot_be_built_are_named(tmp_path, listed, words):
     assert code != 0
     assert words in log
     assert f"'{listed}'" in log
+
+
+@needs_nvcc
+def test_only_gpus_that_are_too_old_make_a_cpu_build(tmp_path):
+    code, log, rules = configure(tmp_path / "build", TORCH_CUDA_ARCH_LIST="7.0 7.5")
+    assert code == 0, log
+    assert "built for CPUs only" in log
+    assert "'7.0 7.5'" in log
+    assert "attn_diversity.cu.o" not in rules

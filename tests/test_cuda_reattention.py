@@ -194,12 +194,12 @@ def test_extreme_logits(emulator, pre, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("larger", "scale"), [("mix", 1e-3), ("v", 1e-4)])
+@pytest.mark.parametrize(("larger", "scale"), [("mix", 1e-3), ("v", 1e-5)])
 def test_nearly_uniform_maps(emulator, larger, scale, dtype):
     """Batch norm multiplies what is left of centred maps; without it their mix is below float16's range."""
     inputs = inputs_of(Case((1, 3, 33, 65, 16), centred=True, scale=scale, bias=False), dtype)
     inputs[larger] *= 4096
-    tolerance = {torch.float64: 1e-11, torch.float32: 1e-2 if larger == "v" else 1e-3}.get(dtype, 1e-2)
+    tolerance = {torch.float64: 1e-14 / scale, torch.float32: min(1e-6 / scale, 1e-2)}.get(dtype, 1e-2)
     for got, truth in zip(run(emulator, inputs), plain(torch.float64, **inputs), strict=True):
         assert (got.double() - truth).abs().max() < tolerance * truth.abs().max()
 
