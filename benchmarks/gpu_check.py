@@ -36,6 +36,7 @@ TESTED = (
     "determinism", "compile",
 )  # fmt: skip
 TRITON = "triton-gpu or triton_streaming or triton_workspace"
+STATES = {True: "passed", False: "FAILED", None: "not finished"}  # slow is not wrong
 NEEDED = {"tests": ("pytest", "hypothesis"), "benchmarks": ("tqdm",)}
 
 
@@ -69,16 +70,16 @@ def main() -> int:
         if native:
             results["CUDA tests"] = tests("native-cuda", SECONDS * NATIVE_TESTS)
             results |= sanitized(SECONDS * SANITIZERS)
-    green = all(results.values())
+    green = False not in results.values()
     if not results.get("CUDA tests", True):
         native = []  # a kernel that fails may stop a benchmark
     if args.benchmarks:
         folder = ROOT / ("benchmarks/results" if green and args.tests else "build")
-        results["benchmarks"] = measure(folder, begin + SECONDS, native)
+        results |= measure(folder, begin + SECONDS, native)
     for name in dict.fromkeys(["build", "Triton tests", "CUDA tests", *results, "benchmarks"]):
-        print(f"{name}: {'not run' if name not in results else 'passed' if results[name] else 'FAILED'}")
+        print(f"{name}: {STATES[results[name]] if name in results else 'not run'}")
     print(f"{time.monotonic() - begin:.0f} s")
-    return 0 if all(results.values()) else 1
+    return int(False in results.values())
 
 
 def build() -> bool:
@@ -130,8 +131,10 @@ def tests(which: str, limit: float) -> bool:
     return run("-m", "pytest", "-q", "-k", which, *parallel, *files, timeout=limit) == 0
 
 
-def sanitized(limit: float) -> dict[str, bool]:
-    """Whether each of CHECKS passes benchmarks/sanitize.py; all at once, each with a log in build/."""
+def sanitized(limit: float) -> dict[str, bool | None]:
+    """Whether each of CHECKS passes benchmarks/sanitize.py, None if it did not end; all at once, each with a
+    log in build/.
+    """
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not on PATH: left out")
@@ -148,8 +151,7 @@ def sanitized(limit: float) -> dict[str, bool]:
             running[check] = start(command, env, file)
     for check, process in running.items():
         status = finish(process, max(0.0, end - time.monotonic()))
-        if status != 124:  # slow is not wrong
-            results[check] = status == 0
+        results[check] = None if status == 124 else status == 0
         print(f"{check}:", *logs[check].read_text().splitlines()[-1:])
         if status not in (0, 124):
             print(*logs[check].read_text().splitlines()[:40], sep="\n")
@@ -160,11 +162,11 @@ def providers_here(providers: str, op: str, native: list[str]) -> str:
     return ",".join(name for name in providers.split(",") if name != "native" or op in native)
 
 
-def measure(folder: Path, deadline: float, native: list[str]) -> bool:
-    """Whether all benchmarks ended without a failure; the rows of those that did are written all the same."""
+def measure(folder: Path, deadline: float, native: list[str]) -> dict[str, bool | None]:
+    """Whether no benchmark failed, and by name those that did not end. Rows are written as they are made."""
     device = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
     folder.mkdir(exist_ok=True)
-    left, rows, passed = deadline - time.monotonic(), [], True
+    left, rows, results = deadline - time.monotonic(), [], {"benchmarks": True}
     for op, providers, share in BENCHMARKS:
         path = folder / f"{device}_{op}.csv"
         path.unlink(missing_ok=True)
@@ -184,14 +186,17 @@ def measure(folder: Path, deadline: float, native: list[str]) -> bool:
             timeout = max(1.0, min(budget + 60, deadline - time.monotonic()))
             command = ["--suite", suite, "--dtype", dtype, "--budget", f"{budget:.0f}"]
             status = run(f"benchmarks/bench_{op}.py", *command, *options, timeout=timeout)
-            passed = passed and status in (0, 124)  # slow is not wrong
+            if status == 124:
+                results[f"benchmark of {op}, {dtype}"] = None
+            elif status != 0:
+                results["benchmarks"] = False
         if path.exists():
             with path.open(newline="") as file:
                 rows += csv.DictReader(file)
     summary = summary_of(rows)
     (folder / f"{device}_summary.md").write_text(summary)
     print(summary)
-    return passed
+    return results
 
 
 def summary_of(rows: list[dict]) -> str:

@@ -377,6 +377,25 @@ def test_gpu_check_measures_what_passed(gpu_check, monkeypatch, tmp_path, capsys
     assert ("CUDA tests: passed" in said) == (broken not in ("build", "native-cuda"))
 
 
+def test_gpu_check_names_what_was_not_finished(gpu_check, monkeypatch, tmp_path, capsys):
+    """Slow is not wrong: it spoils neither the exit status nor the place of the rows."""
+
+    def run(*arguments, timeout=None, **environment):
+        return 124 if "benchmarks/bench_reattention.py" in arguments and "float16" in arguments else 0
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check, "native_operations", lambda: ["attn_diversity"])
+    monkeypatch.setattr(gpu_check, "sanitized", lambda limit: {"memcheck": True, "racecheck": None})
+    assert gpu_check.main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "not finished" in line] == [
+        "racecheck: not finished",
+        "benchmark of reattention, float16: not finished",
+    ]
+    assert {"memcheck: passed", "benchmarks: passed"} <= set(said)
+    assert list((tmp_path / "benchmarks/results").iterdir())
+
+
 def test_gpu_check_under_sanitizers(gpu_check, monkeypatch, tmp_path, capsys):
     """With a stand-in for compute-sanitizer: one check passes, one finds something, one does not end."""
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -392,7 +411,7 @@ def test_gpu_check_under_sanitizers(gpu_check, monkeypatch, tmp_path, capsys):
         "sys.exit(int(check == 'racecheck'))\n"
     )
     tool.chmod(0o755)
-    assert gpu_check.sanitized(3) == {"memcheck": True, "racecheck": False}
+    assert gpu_check.sanitized(3) == {"memcheck": True, "racecheck": False, "initcheck": None}
     said = capsys.readouterr().out
     assert "memcheck: ERROR SUMMARY of memcheck 1 benchmarks/sanitize.py" in said
     assert "not finished after" in said
