@@ -17,8 +17,8 @@ else:
     # Triton reads it when it is imported and when a kernel is defined; torch alone does not import Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import emulated_cuda  # noqa: E402
 import emulated_operators  # noqa: E402
+import emulation_build  # noqa: E402
 
 from vitdiv_kernels import _dispatch, _native  # noqa: E402
 
@@ -43,7 +43,7 @@ else:
     ABSENT["triton-interpreter"] = "TRITON_INTERPRET=1 is not set"
 if not HAS_GPU:
     ABSENT["triton-gpu"] = ABSENT["native-cuda"] = "torch sees no CUDA device here"
-if emulated_cuda.compiler() is None:
+if emulation_build.compiler() is None:
     ABSENT["emulated-cuda"] = "there is no C++ compiler"
 
 

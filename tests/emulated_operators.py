@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_cuda import EMULATION, build, kernels
+from emulation_build import EMULATION, build, kernels
 
 from vitdiv_kernels import _dispatch, _native
 

@@ -1,6 +1,7 @@
 """The CUDA kernels of attn_diversity, emulated, against the plain formula in float64."""
 
 import emulated_cuda
+import emulation_build
 import formulas
 import pytest
 import torch
@@ -10,7 +11,7 @@ from vitdiv_kernels.ops._layout import accumulation_dtype
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")

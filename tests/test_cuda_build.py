@@ -10,7 +10,7 @@ from pathlib import Path
 import cubin
 import pytest
 import torch
-from emulated_cuda import KERNELS, ROOT
+from emulation_build import KERNELS, ROOT
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 

@@ -4,9 +4,9 @@ import re
 import subprocess
 
 import emulated_counts
-import emulated_cuda
+import emulation_build
 import pytest
-from emulated_cuda import EMULATION, ROOT
+from emulation_build import EMULATION, ROOT
 
 DEFINITIONS = [
     *["mma.m16n8k16 f16", "mma.m16n8k16 bf16", "mma.m16n8k8 tf32", "mma.m8n8k4 f64"],
@@ -43,12 +43,12 @@ FAULTS = {
     "blocks_share_an_output": "race in device memory: written, by another block",
 }
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
 
 
 def output_of(source):
     """The lines that a program of the emulation's prints, split at tabs."""
-    program = emulated_cuda.build(EMULATION / source, shared=False)
+    program = emulation_build.build(EMULATION / source, shared=False)
     run = subprocess.run([str(program)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [line.split("\t") for line in run.stdout.splitlines()]

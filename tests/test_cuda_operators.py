@@ -1,8 +1,8 @@
 """The operators over the CUDA kernels, emulated: what their host code refuses, and `head_dots`, which has no
 file of its own. Values and gradients of the others: the backend "emulated-cuda" of test_<op>.py."""
 
-import emulated_cuda
 import emulated_operators
+import emulation_build
 import pytest
 import torch
 
@@ -10,7 +10,7 @@ from vitdiv_kernels import _native
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The CUDA kernels of pairwise_cosine, emulated, against the plain formula in float64."""
 
 import emulated_cuda
+import emulation_build
 import formulas
 import pytest
 import torch
@@ -11,7 +12,7 @@ from vitdiv_kernels.ops.pairwise_cosine.triton_saved import new_saved
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PENALTIES = ["signed", "abs", "square", "relu"]
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import emulated_cuda
+import emulation_build
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from vitdiv_kernels.ops._layout import accumulation_dtype
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
