@@ -37,19 +37,17 @@ struct GramKernel {
   int images;
 };
 
-// Places in shared memory, in elements.
 template <class T>
-struct MapLayout {
-  int row, head, zeros, size;
-  HOST_DEVICE MapLayout(int heads, int chunk, int warps)
-      : row(row_stride<Map<T>>(chunk)),
-        head(16 * kRowTiles<T> * row + Numbers<Map<T>>::kPad),
-        zeros(heads * head),  // stand for the rows of heads that are not there
-        size(zeros + Numbers<Map<T>>::kPad) {
-    const int sums = warps * 256 * int(sizeof(Acc<T>) / sizeof(Map<T>));  // later in the same place
-    if (size < sums) size = sums;
-  }
-};
+HOST_DEVICE Chunk<Map<T>> maps_of(int heads, int chunk) {
+  return {heads, 16 * kRowTiles<T>, chunk};
+}
+// Shared memory for them and later for the warps' sums, in elements.
+template <class T>
+HOST_DEVICE int maps_space(int heads, int chunk, int warps) {
+  const int maps = maps_of<T>(heads, chunk).size,
+            sums = HeadProducts<Map<T>, 1>::space(warps) * int(sizeof(Acc<T>) / sizeof(Map<T>));
+  return maps > sums ? maps : sums;
+}
 
 // The Gram matrix of the tile, or with ROWS what gram_rows gives: the sum over keys of A_g dA_g is the sum over h of
 // coupling[g, h] times the row's own Gram matrix.
@@ -60,14 +58,14 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   const int warp = thread_x() >> 5, warps = threads() >> 5, lane = lane_id();
   const int image = block_x() / a.tiles, row0 = block_x() % a.tiles * rows;
   const int heads = a.heads[0] + a.heads[1], groups = (heads + 15) / 16;
-  const MapLayout<T> at(heads, a.chunk, warps);
+  const Chunk<M> at = maps_of<T>(heads, a.chunk);
   Carver carve;
-  const Shared<M> maps = carve.take<M>(at.size);
+  const Shared<M> maps = carve.take<M>(maps_space<T>(heads, a.chunk, warps));
   const Shared<Acc<T>> tops = carve.take<Acc<T>>(heads * rows), inverses = carve.take<Acc<T>>(heads * rows);
   const Shared<Acc<T>> deltas = carve.take<Acc<T>>(ROWS ? groups * heads * rows : 0);
   const int slot = Scores<T, row_tiles>::size(a.stride);
   const Shared<T> slots = carve.take<T>(a.workers * slot);
-  if (thread_x() < Numbers<M>::kPad) maps.st(at.zeros + thread_x(), M{});
+  at.clear_zeros(maps);
 
   Scores<T, row_tiles> scores{};
   scores.stride = a.stride;
@@ -142,10 +140,9 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
                   x[e] = 16 * t + 8 * j + tile_col(e) < a.m
                              ? fast_exp2(logits[r][j][2 * i + e] - top[r][i]) * inverse[r][i] - mean
                              : Acc<T>(0);
-                store2(
-                    maps,
-                    h * at.head + (16 * r + tile_row(2 * i)) * at.row + 16 * t - key0 + 8 * j + tile_col(0),
-                    x[0], x[1]);
+                store2(maps,
+                       at.place_of_head(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0)),
+                       x[0], x[1]);
               }
         },
         [](int) {});
@@ -153,9 +150,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
     for (int i = slice; i < present; i += slices) {
       for (int x = 0; x < columns; x += kDepth<M>) {
         const auto place = [&](int group) {
-          return [&, group](int h, int k) {
-            return group + h < heads ? (group + h) * at.head + i * at.row + x + k : at.zeros;
-          };
+          return [&, group](int h, int k) { return at.place(group + h, i, x + k); };
         };
         FragmentA<M> p;
         FragmentB<M> b[2];
@@ -219,7 +214,7 @@ template <class T>
 int64_t shared_bytes(int heads, int chunk, int warps, int workers, int stride, bool rows) {
   const auto piece = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   const int64_t row_numbers = int64_t(heads) * 16 * kRowTiles<T> * sizeof(Acc<T>);
-  return piece(int64_t(MapLayout<T>(heads, chunk, warps).size) * sizeof(Map<T>)) +
+  return piece(int64_t(maps_space<T>(heads, chunk, warps)) * sizeof(Map<T>)) +
          (rows ? 2 + (heads + 15) / 16 : 2) * piece(row_numbers) +
          piece(int64_t(workers) * Scores<T, kRowTiles<T>>::size(stride) * sizeof(T));
 }
@@ -288,7 +283,7 @@ void forward(const GramForward& args, void* scratch, void* stream) {
 }  // namespace
 
 int64_t attention_gram_fwd_scratch(const GramForward& args) {
-  return with_type(args, [&](auto number) {
+  return with_type(type_of(args), [&](auto number) {
     using T = decltype(number);
     const int64_t tiles = tiles_of<T>(args), heads = heads_of(args);
     return tiles > 1 ? int64_t(args.B * tiles * heads * heads * sizeof(Acc<T>)) : int64_t(0);
@@ -297,11 +292,11 @@ int64_t attention_gram_fwd_scratch(const GramForward& args) {
 
 void attention_gram_fwd(const GramForward& args, void* scratch, void* stream) {
   if (args.B > 0 && heads_of(args) > 0)
-    with_type(args, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+    with_type(type_of(args), [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
 }
 
 void gram_rows(const GramBackward& args, void* rows, void* stream) {
-  with_type(args, [&](auto number) {
+  with_type(type_of(args), [&](auto number) {
     using T = decltype(number);
     GramKernel<T> a{};
     a.coupling = {static_cast<const Acc<T>*>(args.coupling)};

@@ -2,22 +2,14 @@
 #pragma once
 
 #include "attention.cuh"
+#include "heads.cuh"
 #include "kernels.h"
+#include "with_type.cuh"
 
 namespace vitdiv::cuda {
 
 inline int heads_of(const GramArgs& args) { return static_cast<int>(args.layers[0].H + args.layers[1].H); }
-
-// call(T()) with the type of the queries
-template <class Call>
-auto with_type(const GramArgs& args, Call call) {
-  switch (args.layers[0].q.dtype) {
-    case ScalarType::kHalf: return call(half_t());
-    case ScalarType::kBFloat16: return call(bf16_t());
-    case ScalarType::kFloat: return call(float());
-    default: return call(double());
-  }
-}
+inline ScalarType type_of(const GramArgs& args) { return args.layers[0].q.dtype; }
 
 // For each query row and head its largest logit (in units of ln 2), the inverse of its sum of exponentials times
 // MapNumbers::kScale, and the sum over keys of A dA: acc [3, B, H, N].

@@ -37,13 +37,11 @@ struct GradientKernel {
 
 // Places in shared memory, in elements.
 template <class T>
-struct ChunkLayout {
-  int row, head, zeros, size, coupling_row, coupling_size, sum_row;
-  HOST_DEVICE ChunkLayout(int heads, int chunk, int stride)
-      : row(row_stride<T>(chunk)),
-        head(kRows * row + Numbers<T>::kPad),
-        zeros(heads * head),
-        size(zeros + Numbers<T>::kPad),
+struct GradientLayout {
+  Chunk<T> maps;
+  int coupling_row, coupling_size, sum_row;
+  HOST_DEVICE GradientLayout(int heads, int chunk, int stride)
+      : maps(heads, kRows, chunk),
         coupling_row(row_stride<T>(heads)),
         coupling_size(padded_width(heads) * coupling_row),
         sum_row(stride - Numbers<T>::kPad + 8) {}  // pairs of numbers of eight rows in different banks
@@ -58,15 +56,15 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
   const int image = block_x() / a.tiles, row0 = block_x() % a.tiles * kRows;
   const int heads = a.heads[0] + a.heads[1], padded_heads = padded_width(heads);
   const int64_t queries = BY_KEY ? a.m : a.n, field = int64_t(a.images) * heads * queries;
-  const ChunkLayout<T> at(heads, a.chunk, a.stride);
+  const GradientLayout<T> at(heads, a.chunk, a.stride);
   Carver carve;
-  const Shared<M> maps = carve.take<M>(at.size);
+  const Shared<M> maps = carve.take<M>(at.maps.size);
   const Shared<T> dz = maps.template as<T>();                                     // takes the maps' place
   const Shared<M> coupling = carve.take<M>((narrow ? 2 : 1) * at.coupling_size);  // high, then low part
   const int slot = (kRows + a.chunk) * a.stride;
   const Shared<T> slots = carve.take<T>(a.workers * slot);
   const Shared<Acc<T>> sums = carve.take<Acc<T>>(a.sums_shared ? heads * kRows * at.sum_row : 0);
-  if (thread_x() < Numbers<M>::kPad) maps.st(at.zeros + thread_x(), M{});
+  at.maps.clear_zeros(dz);
 
   // The coupling enters as float16 in two parts, divided by a power of two that makes its largest element 1 to 2.
   Acc<T> unit = 1;
@@ -138,7 +136,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
                          ? fast_exp2(acc[j][2 * i + e] * a.scale[layer] - top) * inverse - a.mean * map_scale
                          : Acc<T>(0);
             }
-            store2(maps, h * at.head + tile_row(2 * i) * at.row + t + 8 * j + tile_col(0), x[0], x[1]);
+            store2(maps, at.maps.place_of_head(h, tile_row(2 * i), t + 8 * j + tile_col(0)), x[0], x[1]);
           }
       }
     }
@@ -149,9 +147,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
         Acc<T> da[kGroups<T>][2][4] = {};
         for (int h = 0; h < padded_heads; h += kDepth<M>) {
           FragmentB<M> b[2];
-          load_b<true>(b, maps, [&](int col, int k) {
-            return h + k < heads ? (h + k) * at.head + i * at.row + x + col : at.zeros;
-          });
+          load_b<true>(b, maps, [&](int col, int k) { return at.maps.place(h + k, i, x + col); });
           UNROLLED_FOR (int group = 0; group < kGroups<T>; ++group)
             UNROLLED_FOR (int part = 0; part < (narrow ? 2 : 1); ++part) {
               if (16 * group >= heads) continue;
@@ -168,7 +164,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
             UNROLLED_FOR (int half = 0; half < 2; ++half) {
               const int g = 16 * group + tile_row(2 * half), col = x + 8 * j + tile_col(0);
               if (g >= heads) continue;
-              const int place = g * at.head + i * at.row + col;
+              const int place = at.maps.place_of_head(g, i, col);
               Acc<T> z[2];
               UNROLLED_FOR (int e = 0; e < 2; ++e) {
                 const Acc<T> delta = row_number(2, g, BY_KEY ? first + col + e : row0 + i) / unit;
@@ -193,7 +189,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
         for (int t = 0; t < columns; t += kDepth<T>) {
           FragmentA<T> p;
           FragmentB<T> b[2];
-          load_a(p, dz, [&](int row, int k) { return h * at.head + row * at.row + t + k; });
+          load_a(p, dz, [&](int row, int k) { return at.maps.place_of_head(h, row, t + k); });
           load_b<true>(b, own, [&](int col, int k) { return other + (t + k) * a.stride + x + col; });
           multiply_add<T>(acc, p, b);
         }
@@ -242,10 +238,10 @@ Plan plan(const GramArgs& args, int64_t own, int64_t other) {
         if (chunk > 16 && chunk > padded_width(static_cast<int>(other))) continue;
         if (shared && rounds * kMaxWarps<T> >= heads + 2 * kMaxWarps<T>)
           continue;  // rather all warps at work
-        const ChunkLayout<T> at(heads, chunk, stride);
+        const GradientLayout<T> at(heads, chunk, stride);
         const int workers = (heads + rounds - 1) / rounds;
         const int64_t sums = int64_t(heads) * kRows * at.sum_row * sizeof(Acc<T>);
-        const int64_t bytes = piece(int64_t(at.size) * sizeof(T)) +
+        const int64_t bytes = piece(int64_t(at.maps.size) * sizeof(T)) +
                               piece(int64_t(sizeof(T) == 2 ? 2 : 1) * at.coupling_size * sizeof(T)) +
                               piece(int64_t(workers) * (kRows + chunk) * stride * sizeof(T)) +
                               (shared ? sums : 0);
@@ -307,7 +303,7 @@ void gradient(const GramBackward& args, const HeadsView (&out)[2], void* scratch
 
 int64_t attention_gram_bwd_scratch(const GramBackward& args) {
   if (args.B == 0 || heads_of(args) == 0) return 0;
-  return with_type(args, [&](auto number) {
+  return with_type(type_of(args), [&](auto number) {
     using T = decltype(number);
     return rows_bytes<T>(args) +
            std::max(plan<T>(args, args.N, args.M).sums_bytes, plan<T>(args, args.M, args.N).sums_bytes);
@@ -316,7 +312,7 @@ int64_t attention_gram_bwd_scratch(const GramBackward& args) {
 
 void attention_gram_bwd(const GramBackward& args, void* scratch, void* stream) {
   if (args.B == 0 || heads_of(args) == 0) return;
-  with_type(args, [&](auto number) {
+  with_type(type_of(args), [&](auto number) {
     using T = decltype(number);
     plan<T>(args, args.N, args.M);  // throws before anything is launched
     gram_rows(args, scratch, stream);

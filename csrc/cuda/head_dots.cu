@@ -2,6 +2,7 @@
 #include "kernels.h"
 #include "mma.cuh"
 #include "reduce.cuh"
+#include "with_type.cuh"
 
 namespace vitdiv::cuda {
 namespace {
@@ -68,12 +69,7 @@ int64_t head_dots_scratch(const HeadDots& args) {
 
 void head_dots(const HeadDots& args, void* scratch, void* stream) {
   if (args.H == 0) return;
-  switch (args.x.dtype) {
-    case ScalarType::kHalf: return run<half_t>(args, scratch, stream);
-    case ScalarType::kBFloat16: return run<bf16_t>(args, scratch, stream);
-    case ScalarType::kFloat: return run<float>(args, scratch, stream);
-    default: return run<double>(args, scratch, stream);
-  }
+  with_type(args.x.dtype, [&](auto number) { run<decltype(number)>(args, scratch, stream); });
 }
 
 }  // namespace vitdiv::cuda

@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "reattention_tile.cuh"
 #include "softmax_rows.cuh"
+#include "with_type.cuh"
 
 namespace vitdiv::cuda {
 namespace {
@@ -164,21 +165,10 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
                      stream);
 }
 
-// call(T()) with the type of the queries
-template <class Call>
-auto with_type(const ReattentionArgs& args, Call call) {
-  switch (args.q.dtype) {
-    case ScalarType::kHalf: return call(half_t());
-    case ScalarType::kBFloat16: return call(bf16_t());
-    case ScalarType::kFloat: return call(float());
-    default: return call(double());
-  }
-}
-
 }  // namespace
 
 int64_t reattention_fwd_scratch(const ReattentionForward& args) {
-  return with_type(args, [&](auto number) {
+  return with_type(args.q.dtype, [&](auto number) {
     using T = decltype(number);
     const int64_t tiles = tiles_of<T>(args),
                   grams = args.gram && tiles > 1 ? args.B * tiles * args.H * args.H : 0;
@@ -188,7 +178,7 @@ int64_t reattention_fwd_scratch(const ReattentionForward& args) {
 
 void reattention_fwd(const ReattentionForward& args, void* scratch, void* stream) {
   if (args.B > 0 && args.H > 0 && args.N > 0 && (args.out.data || args.gram))
-    with_type(args, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+    with_type(args.q.dtype, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
 }
 
 }  // namespace vitdiv::cuda

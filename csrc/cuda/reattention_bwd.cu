@@ -7,6 +7,7 @@
 
 #include "reattention_bwd.cuh"
 #include "softmax_rows.cuh"
+#include "with_type.cuh"
 
 namespace vitdiv::cuda {
 
@@ -18,16 +19,6 @@ void launch_key_sweep(const BackwardKernel<T>& a, int64_t shared_bytes, void* st
 namespace {
 
 constexpr const char* kOperation = "reattention_bwd";
-
-template <class Call>
-auto with_type(const ReattentionArgs& args, Call call) {
-  switch (args.q.dtype) {
-    case ScalarType::kHalf: return call(half_t());
-    case ScalarType::kBFloat16: return call(bf16_t());
-    case ScalarType::kFloat: return call(float());
-    default: return call(double());
-  }
-}
 
 // Adds up the images' sums, in float64 and in order, and takes them apart.
 template <class A>
@@ -279,11 +270,12 @@ void backward(const ReattentionBackward& args, void* scratch, void* stream) {
 
 int64_t reattention_bwd_scratch(const ReattentionBackward& args) {
   if (args.H == 0) return 0;
-  return with_type(args, [&](auto number) { return plan_of<decltype(number)>(args).size; });
+  return with_type(args.q.dtype, [&](auto number) { return plan_of<decltype(number)>(args).size; });
 }
 
 void reattention_bwd(const ReattentionBackward& args, void* scratch, void* stream) {
-  if (args.H > 0) with_type(args, [&](auto number) { backward<decltype(number)>(args, scratch, stream); });
+  if (args.H > 0)
+    with_type(args.q.dtype, [&](auto number) { backward<decltype(number)>(args, scratch, stream); });
 }
 
 }  // namespace vitdiv::cuda
