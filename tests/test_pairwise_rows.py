@@ -83,7 +83,7 @@ def test_low_precision(backend, m, dtype):
 
 
 @pytest.mark.parametrize("m", [None, 33])
-@pytest.mark.parametrize("scale", [1, 19.0, 21.0, 300.0, 1e4])
+@pytest.mark.parametrize("scale", [1, 39.0, 41.0, 300.0, 1e4])
 def test_scales(backend, scale, m):
     """Below and above that from which a running maximum is needed."""
     check(backend, *draw_sets(((2,), 33, m, 3)), scale=scale)
@@ -96,7 +96,7 @@ def test_scales(backend, scale, m):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("scale", [20.0, 1e4])
+@pytest.mark.parametrize("scale", [40.0, 1e4])
 def test_opposite_vectors(backend, scale, dtype):
     """All cosines are -1: exp(-2e4) is 0, in float64 too."""
     x = draw(1, 1, 8, dtype=dtype).expand(2, 5, 8)
@@ -113,7 +113,7 @@ def test_equal_vectors(backend):
 
 
 @pytest.mark.parametrize(("n", "m", "width"), [(4, None, 3), (5, None, 7), (2, 3, 4), (3, 1, 2)])
-@pytest.mark.parametrize("scale", [3.0, 30.0])
+@pytest.mark.parametrize("scale", [3.0, 50.0])
 def test_gradcheck(backend, interpreted, scale, n, m, width):
     x, y = (None if t is None else t.requires_grad_() for t in draw_sets(((2,), n, m, width)))
     torch.autograd.gradcheck(
@@ -393,7 +393,7 @@ def test_any_shape_layout_and_options(backend, data):
     n = data.draw(st.integers(2, 40), "N")
     m = data.draw(st.none() | st.integers(1, 40), "M")
     width = data.draw(st.integers(2, 70), "D")
-    scale = data.draw(st.sampled_from([0.5, 10.0, 50.0]), "scale")
+    scale = data.draw(st.sampled_from([0.5, 10.0, 70.0]), "scale")
     order = data.draw(st.permutations(range(len(leading) + 2)), "order of the axes in memory")
     step = data.draw(st.integers(1, 2), "step")
 
