@@ -51,9 +51,15 @@ struct Cpu {
   static void run(const CosineBackward& args, const at::Tensor&) {
     require_memory(cpu().pairwise_cosine_bwd(args));
   }
-  // Nothing: the backward makes S again.
-  static OptionalTensor new_saved(const RowsArgs&, const at::Tensor&, bool) { return std::nullopt; }
-  static const void* check_saved(const RowsArgs&, const at::Tensor&, const at::Tensor&) { return nullptr; }
+  // Of two sets the gradients for drows = 1.
+  static OptionalTensor new_saved(const RowsArgs& args, const at::Tensor& x, bool for_backward) {
+    if (!for_backward || !args.y.data) return std::nullopt;
+    return empty(x, {args.L * (args.N + args.M) * args.D}, accumulation_type(x));
+  }
+  static const void* check_saved(const RowsArgs& args, const at::Tensor& x, const at::Tensor& saved) {
+    if (!args.y.data) return nullptr;
+    return array(saved, "saved", {args.L * (args.N + args.M) * args.D}, accumulation_kind(x));
+  }
   static void run(const LogSumExpForward& args, const at::Tensor&) {
     require_memory(cpu().pairwise_logsumexp_fwd(args));
   }

@@ -144,13 +144,13 @@ struct PackedSet {
 
 constexpr int64_t kDepth = 384;  // of a product of vectors at a time: the panel stays in L1
 
-// s [n, kTileStride] = rows i ... i + n of x times columns j ... j + width of y.
+// s [n, ld] = rows i ... i + n of x times columns j ... j + width of y.
 template <class T>
 void product_tile(const PackedSet<T>& x, int64_t i, int64_t n, const PackedSet<T>& y, int64_t j,
-                  int64_t width, T* s) {
+                  int64_t width, T* s, int64_t ld = kTileStride<T>) {
   for (int64_t k = 0; k < x.D; k += kDepth)
     gemm<T, false>(n, width, min64(kDepth, x.D - k), x.rows + i * x.D + k, x.D,
-                   Panels<T>{y.columns + j * x.D + k * kPanel<T>, x.D}, s, kTileStride<T>, k > 0);
+                   Panels<T>{y.columns + j * x.D + k * kPanel<T>, x.D}, s, ld, k > 0);
 }
 
 // The same of rows i ... i + n with themselves, of which the upper half is computed.
@@ -173,6 +173,17 @@ template <class T>
 void add_to_columns(const T* w, int64_t n, int64_t width, const PackedSet<T>& x, int64_t i, T* dy) {
   gemm<T, true>(width, x.D, n, w, kTileStride<T>, Panels<T>{x.panels + i * kPanel<T>, x.count}, dy,
                 round_up(x.D, kLanes<T>), true);
+}
+
+// Row i of an item of `out` = factor * row. `copy` holds one row.
+template <class T>
+void store_scaled(int64_t width, T factor, const T* row, const BatchView& out, int64_t item, int64_t i,
+                  T* copy) {
+  const int64_t offset = out.offset[item] + i * out.stride_n;
+  const bool direct = is_native<T>(out.dtype);
+  T* scaled = direct ? static_cast<T*>(out.data) + offset : copy;
+  for (int64_t k = 0; k < width; k++) scaled[k] = factor * row[k];
+  if (!direct) store_row(copy, width, out.data, out.dtype, offset);
 }
 
 }  // namespace

@@ -1,67 +1,15 @@
-// Reductions along the rows of the cosines of all pairs of vectors; the maths is in vitdiv_kernels/ops/pairwise_rows/README.md.
-//
-// Tiles of S stay in cache; for pairs within x only those of the upper triangle are made, each serving its rows and, as columns,
-// those of the tile that mirrors it.
-#include "pairs.h"
+// Log-sum-exp and largest cosine along the rows of all pairs of vectors; the maths is in
+// vitdiv_kernels/ops/pairwise_rows/README.md.
+#include "pairwise_rows.h"
 
 namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
 template <class T>
-constexpr T kLog2e = T(1.4426950408889634074);
-
-VITDIV_INLINE bool within(const RowsArgs& a) { return !a.y.data; }
-VITDIV_INLINE Set rows_set(const RowsArgs& a) { return {a.x, a.N}; }
-VITDIV_INLINE Set columns_set(const RowsArgs& a) { return {a.y, a.M}; }
-
-// The tiles of one set or of two, and the products in them.
-template <class T>
-struct PairTiles {
-  const RowsArgs& a;
-  Tiling<T> rows, columns;
-  explicit PairTiles(const RowsArgs& args) : a(args), rows(args.N), columns(args.M) {}
-
-  template <class Body>
-  void each_pack(bool team, int64_t item, const PackedSet<T>& x, const PackedSet<T>& y,
-                 const Body& body) const {
-    each(team, max64(rows.count, columns.count), [&](int64_t t) {
-      if (t < rows.count) x.pack(rows_set(a), item, rows.begin(t), rows.length(t), true, T(a.eps));
-      if (!within(a) && t < columns.count)
-        y.pack(columns_set(a), item, columns.begin(t), columns.length(t), true, T(a.eps));
-      body(t);
-    });
-  }
-
-  // body(i, n, j, width) with the tile's cosines in s; the self-pairs of a tile on the diagonal (i == j) are `self`.
-  template <class Body>
-  void each_tile(bool team, const PackedSet<T>& x, const PackedSet<T>& y, T* s, T self,
-                 const Body& body) const {
-    const auto visit = [&](int64_t row, int64_t column) {
-      const int64_t i = rows.begin(row), n = rows.length(row);
-      const int64_t j = columns.begin(column), width = columns.length(column);
-      if (within(a) && i == j) {
-        diagonal_tile(x, i, n, s);
-        for (int64_t r = 0; r < n; r++) s[r * kTileStride<T> + r] = self;
-      } else {
-        product_tile(x, i, n, within(a) ? x : y, j, width, s);
-      }
-      body(i, n, j, width);
-    };
-    if (within(a))
-      vitdiv::VITDIV_CPU_NAMESPACE::each_tile(team, UpperTiles(rows.count), visit);
-    else
-      vitdiv::VITDIV_CPU_NAMESPACE::each_tile(team, AllTiles{rows.count, columns.count}, visit);
-  }
-};
-
-template <class T>
 VITDIV_INLINE T exp2_of(T t) {
   return exp2_nonpositive<T>(broadcast(t))[0];
 }
-
-VITDIV_INLINE float log_of(float x) { return __builtin_logf(x); }
-VITDIV_INLINE double log_of(double x) { return __builtin_log(x); }
 
 // Of each row top, the largest cosine so far (or 1, a bound), and sum = sum_j exp(scale (S_ij - top)).
 template <class T>
@@ -180,91 +128,6 @@ struct LogSumExp {
   }
 };
 
-// W_ij = scale drows_i exp(scale S_ij - rows_i), within x plus W_ji, is made again tile by tile.
-template <class T>
-struct LogSumExpGradient {
-  const LogSumExpBackward& a;
-  PairTiles<T> tiles;
-  bool of_x, of_y;
-
-  explicit LogSumExpGradient(const LogSumExpBackward& args)
-      : a(args), tiles(args), of_x(args.dx.data), of_y(args.dy.data) {}
-
-  struct Item {
-    PackedSet<T> x, y;
-    T *dx, *dy, *rate, *shift;  // scale drows, and rows in units of log 2
-    Item(Arena& arena, const LogSumExpGradient& k)
-        : x(arena, k.a.N, k.a.D, within(k.a), within(k.a) || k.of_y),
-          y(arena, within(k.a) ? 0 : k.a.M, k.a.D, true, k.of_x),
-          dx(k.of_x ? arena.take<T>(k.a.N * round_up(k.a.D, kLanes<T>)) : nullptr),
-          dy(k.of_y ? arena.take<T>(k.a.M * round_up(k.a.D, kLanes<T>)) : nullptr),
-          rate(arena.take<T>(round_up(k.a.N, kPanel<T>))),
-          shift(arena.take<T>(round_up(k.a.N, kPanel<T>))) {}
-  };
-  struct Own {
-    T *s, *row;
-    Own(Arena& arena, const LogSumExpGradient& k)
-        : s(arena.take<T>(kTile * kTileStride<T>)), row(arena.take<T>(k.a.D)) {}
-  };
-
-  void run(int64_t item, const Item& m, const Own& own, bool team) const {
-    const int64_t ld = round_up(a.D, kLanes<T>);
-    tiles.each_pack(team, item, m.x, m.y, [&](int64_t t) {
-      const T* drows = static_cast<const T*>(a.drows) + item * a.N;
-      const T* rows = static_cast<const T*>(a.rows) + item * a.N;
-      const int64_t i = tiles.rows.begin(t), n = tiles.rows.length(t);
-      for (int64_t r = i; r < i + n; r++) {
-        m.rate[r] = T(a.scale) * drows[r];
-        m.shift[r] = kLog2e<T> * rows[r];
-      }
-      if (m.dx && n > 0) memset(m.dx + i * ld, 0, size_t(n * ld) * sizeof(T));
-      const int64_t width = tiles.columns.length(t);
-      if (m.dy && width > 0) memset(m.dy + tiles.columns.begin(t) * ld, 0, size_t(width * ld) * sizeof(T));
-    });
-    tiles.each_tile(team, m.x, m.y, own.s, T(0), [&](int64_t i, int64_t n, int64_t j, int64_t width) {
-      slopes(own.s, n, width, m.rate + i, m.shift + i, within(a) ? m.rate + j : nullptr,
-             within(a) ? m.shift + j : nullptr);
-      if (within(a)) {
-        for (int64_t r = 0; i == j && r < n; r++) own.s[r * kTileStride<T> + r] = 0;
-        add_to_rows(own.s, n, width, m.x, j, m.dx + i * ld);
-        if (i != j) add_to_columns(own.s, n, width, m.x, i, m.dx + j * ld);
-        return;
-      }
-      if (m.dx) add_to_rows(own.s, n, width, m.y, j, m.dx + i * ld);
-      if (m.dy) add_to_columns(own.s, n, width, m.x, i, m.dy + j * ld);
-    });
-    each(team, max64(tiles.rows.count, tiles.columns.count), [&](int64_t t) {
-      if (m.dx) finish(item, m.x, m.dx, tiles.rows.begin(t), tiles.rows.length(t), a.dx, own.row);
-      if (m.dy) finish(item, m.y, m.dy, tiles.columns.begin(t), tiles.columns.length(t), a.dy, own.row);
-    });
-  }
-
- private:
-  void slopes(T* s, int64_t n, int64_t width, const T* rate, const T* shift, const T* column_rate,
-              const T* column_shift) const {
-    const T factor = T(a.scale) * kLog2e<T>;
-    for (int64_t r = 0; r < n; r++, s += kTileStride<T>)
-      for (int64_t c = 0; c < width; c += kLanes<T>) {
-        const Vec<T> t = load(s + c) * factor;
-        Vec<T> w = exp2_nonpositive<T>(t - shift[r]) * rate[r];
-        if (column_rate) w += exp2_nonpositive<T>(t - load(column_shift + c)) * load(column_rate + c);
-        store(s + c, w);
-      }
-  }
-
-  void finish(int64_t item, const PackedSet<T>& set, const T* dz, int64_t begin, int64_t n,
-              const BatchView& out, T* row) const {
-    const int64_t ld = round_up(a.D, kLanes<T>);
-    const bool direct = is_native<T>(out.dtype);
-    for (int64_t i = begin; i < begin + n; i++) {
-      const int64_t offset = out.offset[item] + i * out.stride_n;
-      T* dx = direct ? static_cast<T*>(out.data) + offset : row;
-      set.finish(i, dz + i * ld, T(1), dx);
-      if (!direct) store_row(dx, a.D, out.data, out.dtype, offset);
-    }
-  }
-};
-
 // The largest cosine of each row so far and where it is. NaN counts as infinity, which no cosine is: then the first NaN wins.
 template <class T>
 struct Nearest {
@@ -346,17 +209,10 @@ struct Nearest {
   }
 };
 
-template <template <class> class Kernel, class Args>
-bool dispatch(const Args& args) {
-  return args.x.dtype == ScalarType::kDouble ? for_each_item(Kernel<double>(args), args.L, args.threads)
-                                             : for_each_item(Kernel<float>(args), args.L, args.threads);
-}
-
 }  // namespace
 
-bool pairwise_logsumexp_fwd(const LogSumExpForward& args) { return dispatch<LogSumExp>(args); }
-bool pairwise_logsumexp_bwd(const LogSumExpBackward& args) {
-  return (!args.dx.data && !args.dy.data) || dispatch<LogSumExpGradient>(args);
+bool pairwise_logsumexp_fwd(const LogSumExpForward& args) {
+  return args.saved ? logsumexp_with_gradients(args) : dispatch<LogSumExp>(args);
 }
 bool pairwise_nearest(const NearestForward& args) { return dispatch<Nearest>(args); }
 

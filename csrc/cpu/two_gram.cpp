@@ -168,21 +168,10 @@ struct TwoGram {
   }
 };
 
-// Rows of the gradient that the forward kept, times dsums.
-template <class T>
-void scale_rows(const TwoGramBackward& a, const T* saved, int64_t width, const BatchView& out, int64_t row,
-                T* copy) {
-  const int64_t item = row / a.N, offset = out.offset[item] + row % a.N * out.stride_n;
-  const T factor = static_cast<const T*>(a.dsums)[item], *dx = saved + row * width;
-  const bool direct = is_native<T>(out.dtype);
-  T* scaled = direct ? static_cast<T*>(out.data) + offset : copy;
-  for (int64_t k = 0; k < width; k++) scaled[k] = factor * dx[k];
-  if (!direct) store_row(copy, width, out.data, out.dtype, offset);
-}
-
 template <class T>
 bool backward(const TwoGramBackward& a) {
   const int64_t rows = a.L * a.N, width = max64(a.D, a.E);
+  const T* dsums = static_cast<const T*>(a.dsums);
   const T *saved_x = static_cast<const T*>(a.saved), *saved_y = saved_x + (a.dx.data ? rows * a.D : 0);
   Arena per_thread;
   per_thread.take<T>(width);
@@ -194,8 +183,9 @@ bool backward(const TwoGramBackward& a) {
     T* copy = arena.take<T>(width);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-      if (a.dx.data) scale_rows(a, saved_x, a.D, a.dx, row, copy);
-      if (a.dy.data) scale_rows(a, saved_y, a.E, a.dy, row, copy);
+      const int64_t item = row / a.N, i = row % a.N;
+      if (a.dx.data) store_scaled(a.D, dsums[item], saved_x + row * a.D, a.dx, item, i, copy);
+      if (a.dy.data) store_scaled(a.E, dsums[item], saved_y + row * a.E, a.dy, item, i, copy);
     }
   }
   return true;
