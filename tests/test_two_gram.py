@@ -49,6 +49,19 @@ def gram(x, normalise):
     return x @ x.mT
 
 
+def sizes_of_terms(name, inputs, *, normalise=True, reduction="mean", **_):
+    """Of the value, and of the largest gradient of a vector, had all terms one sign."""
+    x, y = (None if t is None else t.detach().double() for t in inputs.values())
+    n, sums = x.shape[-2], gram(x, normalise).abs().sum(-1)
+    sums = sums + (1 if y is None else gram(y, normalise).abs().sum(-1))
+    weight = {"sum": 1.0, "none": n**-2, "mean": n**-2 * n / sums.numel()}[reduction]
+    if name == "value":
+        return weight * sums.sum(-1).max().item()
+    lengths = torch.linalg.vector_norm(inputs[name].detach().double(), dim=-1)
+    factor = lengths.reciprocal() if normalise else lengths.amax()
+    return 4 * weight * (sums * factor).max().item()
+
+
 def check(backend, x, y, dtype=torch.float64, **options):
     """Value and every gradient against the plain formula in float64."""
     inputs = {"x": x.detach().requires_grad_(), "y": None if y is None else y.detach().requires_grad_()}
@@ -63,10 +76,9 @@ def check(backend, x, y, dtype=torch.float64, **options):
     plain = value_and_gradients(formulas.two_gram, lambda t: t)
     got = value_and_gradients(lambda *a, **o: two_gram(*a, backend=backend, **o), lambda t: t)
     for name, expected in truth.items():
-        scale = None
-        if options.get("normalise", True) and (x.shape[-1] == 1 or x.shape[-2] == 1 or name == "value"):
-            # cosines of 1 and of vectors of one number: of the gradients only rounding is left
-            scale = max(1.0, expected.abs().max().item())
+        # where terms cancel, in S - T or in what the normalisation takes out, rounding is left
+        terms = sizes_of_terms(name, inputs, **options)
+        scale = max(0.1 * terms, expected.abs().max().item())
         assert_within_budget(got[name], plain[name], expected, dtype, name, scale)
     assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert got["x"].dtype == dtype
