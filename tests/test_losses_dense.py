@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import need
 from loss_checks import (
     assert_autocast_has_no_influence,
     assert_finite,
@@ -247,7 +248,7 @@ def test_nearest_takes_the_first_of_equals_but_not_itself():
     assert losses.dense.pairwise_nearest(torch.ones(4, 2)).tolist() == [1, 0, 0, 0]
 
 
-REFERENCE_ONLY = [
+WITH_KERNELS = [
     lambda **options: losses.koleo(NARROW, **options),
     lambda **options: losses.uniformity(NARROW, **options),
     lambda **options: losses.vf_loss(NARROW, NARROW2, **options),
@@ -255,13 +256,14 @@ REFERENCE_ONLY = [
 ]
 
 
-@pytest.mark.parametrize("call", REFERENCE_ONLY)
-def test_a_backend_without_kernels_is_refused(call):
-    assert torch.equal(call(), call(backend="reference"))
-    with pytest.raises(ValueError, match=r'only backend="reference" does it so far, not "native"'):
-        call(backend="native")
-    with vd.use_backend("native"), pytest.raises(ValueError, match="set by use_backend"):
-        call()
+@pytest.mark.parametrize("call", WITH_KERNELS)
+def test_the_backend_is_passed_on(call):
+    need("native")
+    torch.testing.assert_close(call(backend="native"), call(backend="reference"))
+    with vd.use_backend("native"):
+        assert torch.equal(call(), call(backend="native"))
+    with pytest.raises(RuntimeError, match=r"cannot run (two_gram|pairwise_rows)"):
+        call(backend="triton")
 
 
 BAD = [

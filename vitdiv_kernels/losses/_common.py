@@ -19,6 +19,20 @@ def unit(x, eps):
     return normalise(full_precision(x)[0], eps)
 
 
+def inverse_norm(x, eps):
+    """1 / max(|x|, eps), [..., 1]; 1 with an eps of None."""
+    if eps is None:
+        return x.new_ones(()).expand(*x.shape[:-1], 1)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
+
+
+def projected(scale, eps):
+    """The scale of the part along x that the normalisation takes out: none where eps stands for the norm."""
+    if eps is None:
+        return torch.zeros_like(scale)
+    return scale.masked_fill(scale == torch.full_like(scale, eps).reciprocal(), 0)
+
+
 def reduced(values, reduction):
     """Values, one per leading index, as the public `reduction` says."""
     return {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}[reduction](values)

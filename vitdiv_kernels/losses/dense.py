@@ -8,6 +8,7 @@ import math
 import torch
 
 from ..ops import _checks
+from ..ops._autograd import once_differentiable
 from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from ..ops.two_gram import two_gram
 from . import _common
@@ -95,7 +96,7 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
 
     Returns:
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". A duplicate adds
-        -log(eps) and has no gradient.
+        -log(eps) and has no gradient. Differentiable once.
 
     Cost: tiles, N^2 D / 2 multiply-adds for the index of each nearest vector, then O(N D).
 
@@ -106,9 +107,62 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
     _checks.positive("eps", eps)
     nearest = pairwise_nearest(x, eps=eps, backend=backend)
     with _checks.autocast_off(x):
-        x_hat = _common.unit(x, eps)
-        distance = torch.linalg.vector_norm(x_hat - x_hat.take_along_dim(nearest.unsqueeze(-1), -2), dim=-1)
+        if backend == "reference" or torch.compiler.is_compiling():  # which fuses it
+            x_hat = _common.unit(x, eps)
+            chosen = x_hat.take_along_dim(nearest.unsqueeze(-1), -2)
+            distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
+        else:
+            distance = _DistanceToOne.apply(*_common.full_precision(x), nearest, eps)
         return _common.reduced(-(distance + eps).log().mean(-1), reduction)
+
+
+class _DistanceToOne(torch.autograd.Function):
+    """x [..., N, D] and indices [..., N] to |x_hat_i - x_hat_index(i)|, [..., N].
+
+    On CPUs some items at a time, so that the passes over them find them in cache; only numbers per vector are
+    kept. Autograd would make twice the passes, over memory, which take longer than the search of the indices.
+    """
+
+    CHUNK = 2**19  # elements
+
+    @staticmethod
+    def forward(ctx, x, index, eps):
+        inverse, distance = _common.inverse_norm(x, eps), x.new_empty(x.shape[:-1])
+        for at, chosen in _chunks(index, x.shape[-1]):
+            unit = x.reshape(-1, x.shape[-1])[at] * inverse.view(-1, 1)[at]
+            apart = unit - unit.index_select(0, chosen)
+            distance.view(-1)[at] = torch.linalg.vector_norm(apart, dim=-1)
+        ctx.save_for_backward(x, index, inverse, distance)
+        ctx.eps = eps
+        return distance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddistance):
+        x, index, inverse, distance = ctx.saved_tensors
+        width = x.shape[-1]
+        rate = torch.where(distance == 0, 0, ddistance / distance).reshape(-1, 1)
+        projected = _common.projected(inverse, ctx.eps).view(-1, 1)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for at, chosen in _chunks(index, width):
+            scale = inverse.view(-1, 1)[at]
+            unit = x.reshape(-1, width)[at] * scale
+            apart = (unit - unit.index_select(0, chosen)).mul_(rate[at])
+            apart = apart.index_add(0, chosen, apart, alpha=-1)
+            along = torch.linalg.vecdot(unit, apart).unsqueeze(-1) * projected[at]
+            torch.mul(apart, scale, out=dx.view(-1, width)[at]).addcmul_(unit, along, value=-1)
+        return dx, None, None
+
+
+def _chunks(index, width):
+    """The vectors of some items at a time, as a slice of all vectors, and their indices within it."""
+    n = index.shape[-1]
+    index = index.reshape(-1, n)
+    step = _DistanceToOne.CHUNK // (n * width) if index.device.type == "cpu" else len(index)
+    for i in range(0, len(index), max(1, step)):
+        part = index[i : i + max(1, step)]
+        first = n * torch.arange(len(part), device=index.device).unsqueeze(-1)
+        yield slice(i * n, (i + len(part)) * n), (part + first).flatten()
 
 
 def uniformity(x, *, t=2.0, reduction="mean", eps=1e-8, backend="auto"):

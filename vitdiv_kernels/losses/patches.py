@@ -58,7 +58,7 @@ class _OwnAndOthers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, eps):
-        scale_x, scale_y = _inverse_norm(x, eps), _inverse_norm(y, eps)
+        scale_x, scale_y = _common.inverse_norm(x, eps), _common.inverse_norm(y, eps)
         total = scale_y.mT @ y  # sum of the unit vectors y, [..., 1, D]
         own = torch.linalg.vecdot(x, y).unsqueeze(-1) * scale_x * scale_y
         rows = (x @ total.mT) * scale_x
@@ -76,26 +76,15 @@ class _OwnAndOthers(torch.autograd.Function):
         dx = dy = None
         with _checks.autocast_off(x):
             if ctx.needs_input_grad[0]:
-                along = (down * own + drows * rows) * scale_x * _projected(scale_x, ctx.eps)
+                along = (down * own + drows * rows) * scale_x * _common.projected(scale_x, ctx.eps)
                 dx = (x * -along).addcmul_(y, both).addcmul_(total, drows * scale_x)
             if ctx.needs_input_grad[1]:
                 dtotal = (drows * scale_x).mT @ x
-                along = (down * own + (y @ dtotal.mT) * scale_y) * scale_y * _projected(scale_y, ctx.eps)
+                along = (
+                    (down * own + (y @ dtotal.mT) * scale_y) * scale_y * _common.projected(scale_y, ctx.eps)
+                )
                 dy = (y * -along).addcmul_(x, both).addcmul_(dtotal, scale_y)
         return dx, dy, None
-
-
-def _inverse_norm(x, eps):
-    if eps is None:
-        return x.new_ones(()).expand(*x.shape[:-1], 1)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
-
-
-def _projected(scale, eps):
-    """The scale of the part along x that the normalisation takes out: none where eps stands for the norm."""
-    if eps is None:
-        return torch.zeros_like(scale)
-    return scale.masked_fill(scale == torch.full_like(scale, eps).reciprocal(), 0)
 
 
 def neighbourhood_contrast(
