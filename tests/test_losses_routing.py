@@ -79,6 +79,7 @@ SIGNS = B * N * 2 * ((N + 31) // 32)
 TILES = {
     "pairwise_cosine abs": (losses.pairwise_cosine, [tokens], SIGNS),
     "patch_mhs": (losses.patch_mhs, [tokens], B * N * D),
+    "weight_mhs": (losses.weight_mhs, [weights], B * N * D),
     "koleo": (losses.koleo, [tokens], B * N * D),
     "uniformity": (losses.uniformity, [tokens], B * N * D),
     # the gradients of both, made in the forward, are one tensor

@@ -5,6 +5,7 @@ import torch
 from ..ops import _checks
 from ..ops._layout import accumulation_dtype
 from ..ops.pairwise_cosine.reference import normalise
+from ..ops.pairwise_rows import pairwise_nearest
 
 MHS_VARIANTS = ("paper", "released")
 
@@ -56,6 +57,20 @@ def minimum_separation(cosine, variant):
     chosen = distance.detach()
     smallest = chosen.masked_fill(chosen == 0, torch.inf).amin((-2, -1), keepdim=True)
     return -(distance * (chosen == smallest)).sum((-2, -1))
+
+
+def separation(x, variant, eps, backend="auto"):
+    """MHS of the cosines of each set of vectors x [..., n, D], n > 1: [...]. "paper" makes tiles of them."""
+    x_hat = unit(x, eps)
+    if variant == "released":
+        return minimum_separation(x_hat @ x_hat.mT, variant)
+    nearest = pairwise_nearest(x, eps=eps, backend=backend)
+    with torch.no_grad():
+        cosines = torch.linalg.vecdot(x_hat, x_hat.take_along_dim(nearest.unsqueeze(-1), -2))
+        one = cosines.argmax(-1, keepdim=True)
+        pair = torch.cat([one, nearest.take_along_dim(one, -1)], -1)
+    a, b = x_hat.take_along_dim(pair.unsqueeze(-1), -2).unbind(-2)
+    return 2 * torch.linalg.vecdot(a, b) - 2
 
 
 def gram_determinant(cosine, ridge):

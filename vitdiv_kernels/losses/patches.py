@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from ..ops import _checks
 from ..ops._autograd import once_differentiable
 from ..ops.pairwise_cosine import pairwise_cosine
-from ..ops.pairwise_rows import pairwise_nearest
 from . import _common
 from ._spectral import GramDeterminant, GramGap
 
@@ -174,16 +173,7 @@ def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto")
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     _checks.number("eps", eps, at_least=0)
     with _checks.autocast_off(x):
-        x_hat = _common.unit(x, eps)
-        if variant == "released":
-            return _common.reduced(_common.minimum_separation(x_hat @ x_hat.mT, variant), reduction)
-        nearest = pairwise_nearest(x, eps=eps, backend=backend)
-        with torch.no_grad():
-            cosines = torch.linalg.vecdot(x_hat, x_hat.take_along_dim(nearest.unsqueeze(-1), -2))
-            one = cosines.argmax(-1, keepdim=True)
-            pair = torch.cat([one, nearest.take_along_dim(one, -1)], -1)
-        a, b = x_hat.take_along_dim(pair.unsqueeze(-1), -2).unbind(-2)
-        return _common.reduced(2 * torch.linalg.vecdot(a, b) - 2, reduction)
+        return _common.reduced(_common.separation(x, variant, eps, backend), reduction)
 
 
 def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
