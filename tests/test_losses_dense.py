@@ -22,8 +22,11 @@ B, N = 2, 6
 GENERATOR = torch.Generator().manual_seed(17)
 NARROW, NARROW2 = torch.randn(2, B, N, 4, generator=GENERATOR)
 WIDE, WIDE2 = torch.randn(2, B, N, 8, generator=GENERATOR)
+LONG, LONG2 = torch.randn(2, B, 17, 4, generator=GENERATOR)  # in closed form
 WIDTHS = pytest.mark.parametrize(
-    ("x", "y"), [(NARROW, NARROW2), (WIDE, WIDE2), (NARROW, WIDE)], ids=["D<N", "N<D", "two widths"]
+    ("x", "y"),
+    [(LONG, LONG2), (NARROW, NARROW2), (WIDE, WIDE2), (NARROW, WIDE)],
+    ids=["D<N/4", "D<N", "N<D", "two widths"],
 )
 
 

@@ -65,7 +65,6 @@ CLOSED = {
         [lambda: torch.randn(B, N, CLASSES, requires_grad=True)],
         LOGITS,
     ),
-    "weight_soft_orthogonality": (losses.weight_soft_orthogonality, [weights], B * N * D),
     "weight_condition_orthogonality": (losses.weight_condition_orthogonality, [weights], B * N * D),
     "gram_anchoring": (losses.gram_anchoring, [tokens, tokens], B * N * D),
     "gram_anchoring of a batch": (
@@ -78,6 +77,7 @@ CLOSED = {
 SIGNS = B * N * 2 * ((N + 31) // 32)
 TILES = {
     "pairwise_cosine abs": (losses.pairwise_cosine, [tokens], SIGNS),
+    "weight_soft_orthogonality": (losses.weight_soft_orthogonality, [weights], B * N * D),
     "patch_mhs": (losses.patch_mhs, [tokens], B * N * D),
     "weight_mhs": (losses.weight_mhs, [weights], B * N * D),
     "koleo": (losses.koleo, [tokens], B * N * D),

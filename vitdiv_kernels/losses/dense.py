@@ -44,8 +44,8 @@ def gram_anchoring(
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none" and level "image".
         Detach the teacher yourself.
 
-    Cost: "keep" with D = D2 < N is a closed form of D x D matrices, O(N D^2), without cancellation where
-    student and teacher are close; else tiles, N^2 (D + D2) / 2 multiply-adds.
+    Cost: tiles, N^2 (D + D2) / 2 multiply-adds. "keep" with D = D2 <= N / 4 is a closed form of D x D
+    matrices, O(N D^2), without cancellation where student and teacher are close.
 
     Source: Siméoni et al. 2025 (DINOv3, arXiv 2508.10104), `GramLoss`: "remove" and "remove_teacher" are its
     remove_neg and remove_only_teacher_neg.
@@ -59,7 +59,7 @@ def gram_anchoring(
     if level == "batch":
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     n, width = student.shape[-2:]
-    if negatives == "keep" and width == teacher.shape[-1] and width < n:
+    if negatives == "keep" and width == teacher.shape[-1] and 4 * width <= n:
         with _checks.autocast_off(student):
             x, y = (
                 _common.unit(t, eps) if normalise else _common.full_precision(t)[0]
@@ -206,7 +206,7 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". 0 where all patches of
         x or y are zero, or there is one.
 
-    Cost: a closed form of D x D matrices, O(N D^2), where D and D2 are smaller than N; else tiles, 3/2 N^2
+    Cost: a closed form of D x D matrices, O(N D^2), where D and D2 are at most 3/4 N; else tiles, 3/2 N^2
     (D + D2) multiply-adds.
 
     Source: Kornblith et al. 2019 (arXiv 1905.00414).
@@ -216,12 +216,14 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     with _checks.autocast_off(x):
         x, y = (t - t.mean(-2, keepdim=True) for t in _common.full_precision(x, y))
-        if max(x.shape[-1], y.shape[-1]) < x.shape[-2]:
-            inner = [(a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y))]
+        if 4 * max(x.shape[-1], y.shape[-1]) <= 3 * x.shape[-2]:
+            xy, xx, yy = ((a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y)))
         else:
             options = dict(penalty="product", normalise=False, reduction="none", backend=backend)
-            inner = [two_gram(a, b, **options) for a, b in ((x, y), (x, x), (y, y))]
-        xy, xx, yy = inner
+            xy = two_gram(x, y, **options)
+            # of S T both gradients are the same where S is T: one is made, and counted twice
+            once = [two_gram(a, a.detach(), **options) for a in (x, y)]
+            xx, yy = (2 * value - value.detach() for value in once)
         tiny = torch.finfo(xy.dtype).tiny
         return _common.reduced(xy * xx.clamp_min(tiny).rsqrt() * yy.clamp_min(tiny).rsqrt(), reduction)
 
