@@ -15,7 +15,7 @@ if(NOT CMAKE_CUDA_COMPILER)
     message(FATAL_ERROR "VITDIV_CUDA=1 asks for CUDA kernels, but no nvcc that works was found: install the CUDA toolkit "
                         "and put nvcc on PATH or name it in CUDACXX, or leave VITDIV_CUDA unset for a CPU build.")
   endif()
-  message(STATUS "No nvcc: the kernels are built for CPUs only.")
+  message(STATUS "No nvcc that works: the kernels are built for CPUs only.")
   return()
 endif()
 
@@ -23,6 +23,15 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80) # for the check of the compiler
 endif()
 enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12) # which distributions still bring
+  set(too_old "${CMAKE_CUDA_COMPILER} is of CUDA ${CMAKE_CUDA_COMPILER_VERSION}, and the kernels need 12 or later (C++20)")
+  if(VITDIV_CUDA STREQUAL "1")
+    message(FATAL_ERROR "VITDIV_CUDA=1 asks for CUDA kernels, but ${too_old}: name a later nvcc in CUDACXX, or leave "
+                        "VITDIV_CUDA unset for a CPU build.")
+  endif()
+  message(STATUS "${too_old}: they are built for CPUs only.")
+  return()
+endif()
 find_package(CUDAToolkit REQUIRED)
 
 # As in torch: numbers such as 8.0 or 9.0a, separated by spaces or semicolons, +PTX for those that later GPUs can run.
@@ -33,16 +42,24 @@ foreach(item IN LISTS listed)
     message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must hold numbers such as 8.0, 9.0a or 9.0+PTX, got '${item}'.")
   endif()
   set(number ${CMAKE_MATCH_1}${CMAKE_MATCH_2})
-  if(number LESS 80)
-    message(FATAL_ERROR "The CUDA kernels need compute capability 8.0 or later (cp.async, mma of bfloat16), got "
-                        "'${item}' in TORCH_CUDA_ARCH_LIST.")
-  endif()
-  if(CMAKE_MATCH_4)
+  if(number LESS 80) # images of containers list all GPUs that torch runs on
+    message(STATUS "The CUDA kernels need compute capability 8.0 or later: '${item}' is left out.")
+  elseif(CMAKE_MATCH_4)
     list(APPEND cuda_architectures ${number}${CMAKE_MATCH_3})
   else()
     list(APPEND cuda_architectures ${number}${CMAKE_MATCH_3}-real)
   endif()
 endforeach()
+if(listed AND NOT cuda_architectures)
+  set(too_old "the CUDA kernels need compute capability 8.0 or later (cp.async, mma of bfloat16), and TORCH_CUDA_ARCH_LIST "
+              "is '${TORCH_CUDA_ARCH_LIST}'")
+  list(JOIN too_old "" too_old)
+  if(VITDIV_CUDA STREQUAL "1")
+    message(FATAL_ERROR "VITDIV_CUDA=1 asks for CUDA kernels, but ${too_old}.")
+  endif()
+  message(STATUS "Kernels are built for CPUs only: ${too_old}.")
+  return()
+endif()
 if(NOT cuda_architectures)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
     set(cuda_architectures 80-real 90) # 90: also PTX

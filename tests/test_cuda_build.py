@@ -84,11 +84,30 @@ def test_cuda_kernels_that_are_asked_for_are_not_left_out(tmp_path, monkeypatch)
 
 
 @needs_nvcc
+@pytest.mark.parametrize("asked", ["auto", "1"])
+def test_an_nvcc_that_is_too_old_is_named(tmp_path, monkeypatch, asked):
+    older = tmp_path / "older.h"
+    older.write_text("#undef __CUDACC_VER_MAJOR__\n#define __CUDACC_VER_MAJOR__ 11\n")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} --pre-include {older} "$@"\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    code, log, rules = configure(tmp_path / "build", VITDIV_CUDA=asked)
+    assert (code == 0) == (asked == "auto"), log
+    assert f"{nvcc} is of CUDA 11" in log
+    assert "12 or later" in log
+    if asked == "auto":
+        assert "attn_diversity.cpp.o" in rules
+        assert "attn_diversity.cu.o" not in rules
+
+
+@needs_nvcc
 @pytest.mark.parametrize(
     ("listed", "flags"),
     [
         ("", ["compute_80,code=[sm_80]", "compute_90,code=[sm_90]", "code=[compute_100,sm_100]"]),
         ("8.0 9.0a+PTX", ["compute_80,code=[sm_80]", "code=[compute_90a,sm_90a]"]),
+        ("7.5 8.0", ["compute_80,code=[sm_80]"]),
     ],
 )
 def test_architectures_are_those_that_are_listed(tmp_path, listed, flags):
@@ -107,3 +126,12 @@ def test_architectures_that_cannot_be_built_are_named(tmp_path, listed, words):
     assert code != 0
     assert words in log
     assert f"'{listed}'" in log
+
+
+@needs_nvcc
+def test_only_gpus_that_are_too_old_make_a_cpu_build(tmp_path):
+    code, log, rules = configure(tmp_path / "build", TORCH_CUDA_ARCH_LIST="7.0 7.5")
+    assert code == 0, log
+    assert "built for CPUs only" in log
+    assert "'7.0 7.5'" in log
+    assert "attn_diversity.cu.o" not in rules

@@ -3,9 +3,10 @@
 import re
 import subprocess
 
+import emulated_counts
 import emulated_cuda
 import pytest
-from emulated_cuda import EMULATION
+from emulated_cuda import EMULATION, ROOT
 
 DEFINITIONS = [
     *["mma.m16n8k16 f16", "mma.m16n8k16 bf16", "mma.m16n8k8 tf32", "mma.m8n8k4 f64"],
@@ -91,3 +92,15 @@ def test_planted_faults_are_named_in_every_schedule(faults, fault):
         assert {int(n) for n in re.findall(r"/faults\.cpp:(\d+)", said)} & planted, said
         assert re.search(FAULTS[fault], said), said
         assert re.search(r"\(block \d+, thread \d+\)$", said) or "deadlock" in said, said
+
+
+@pytest.mark.parametrize("operation", emulated_counts.OPERATIONS)
+def test_the_readmes_have_these_counts(operation):
+    """Their first column: that of the smallest size."""
+    readme = (ROOT / f"vitdiv_kernels/ops/{operation}/README.md").read_text()
+    column = (emulated_counts.SETS if operation == "pairwise_cosine" else emulated_counts.HEADS)[0]
+    said = dict(re.findall(r"^\| ([^|(]+?)(?: \([^|]*)? \| ([\d.]+)", readme, re.M))
+    counted = emulated_counts.table(operation, [column])
+    assert len(said.keys() & counted) >= 8
+    for name in said.keys() & counted:
+        assert said[name] == emulated_counts.rounded(counted[name][0]), name

@@ -56,6 +56,17 @@ def test_direct_calls_are_checked(operators, arguments, error, words):
         operators["attention_gram_fwd"](*arguments(torch.randn(2, 3, 5, 8)), 1.0, None, None, 1.0)
 
 
+def test_no_heads(operators):
+    """The public functions refuse them."""
+    q, mix = torch.ones(2, 0, 3, 4), torch.ones(0, 0)
+    arguments = q, q, q, 1.0, None, None, mix, None, False, None, None, 1e-5
+    out, gram = operators["reattention_fwd"](*arguments, True, True)
+    assert out.shape == q.shape
+    assert gram.shape == (2, 0, 0)
+    gradients = operators["reattention_bwd"](q, None, *arguments, [True, True, True, False, True, False])
+    assert all(x.numel() == 0 for x in gradients)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 17, 35), (1, 2, 600, 64), (3, 5, 256, 8)], ids=str)
 def test_head_dots(operators, shape, dtype):

@@ -100,7 +100,7 @@ def check(emulator, case, dtype, change=None):
 SIZES = [
     (1, 1, 1, 1, 1),
     (2, 3, 2, 3, 16),
-    (1, 6, 17, 33, 33),
+    (2, 6, 17, 33, 33),
     (1, 12, 40, 70, 35),
     (1, 16, 17, 40, 64),
     (1, 24, 5, 17, 16),
@@ -158,6 +158,19 @@ def test_rows_that_do_not_fit_are_made_in_chunks(emulator):
     ]:
         emulator.configure(architecture=89 if dtype != torch.float64 else 90)
         check(emulator, case, dtype)
+
+
+@pytest.mark.parametrize(("H", "M", "dtype"), [(12, 577, torch.float16), (6, 1025, torch.bfloat16)])
+def test_rows_of_larger_images(emulator, H, M, dtype):
+    check(emulator, Case((1, H, 17, M, 64), centred=True, given="dout dgram"), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needs", ["", "dv"])
+def test_layer_norm_without_eps(emulator, needs, dtype):
+    """Of queries and keys that are not there it divides by zero; they must add nothing."""
+    sizes = (1, 3, 18, 8, 16)  # 1/8 is exact: nothing stands beside the mixed maps
+    check(emulator, Case(sizes, bias=False, centred=True, layer=True, eps=0.0, needs=needs), dtype)
 
 
 @pytest.mark.parametrize("width", [40, 70, 128])
@@ -224,6 +237,20 @@ def test_small_and_large_cotangents(emulator, dtype):
             error = (x.double() - truth[OF[name]]).abs().max().item()
             tiny = 2.0**-24 if dtype == torch.float16 else 0  # what the outputs can hold
             assert error < tolerance * truth[OF[name]].abs().max().item() + tiny, (given, factor, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_query_with_a_large_cotangent(emulator, dtype):
+    """By key the units of float16 come from the queries of all tiles, more than a warp has lanes."""
+    case = Case((1, 2, 530, 3, 16), needs="dk dpre_mix", pre="mix")
+    inputs = inputs_of(case, dtype)
+    dout = cotangents_of(case, dtype)[0] * 2.0**-6
+    dout[:, :, -1] *= 2.0**16
+    got = run(emulator, inputs, dout, None, case.all_needs())
+    truth = plain_gradients(torch.float64, inputs, dout, None)
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-4}.get(dtype, 1e-2)
+    for name, x in got.items():
+        assert (x.double() - truth[OF[name]]).abs().max() < tolerance * truth[OF[name]].abs().max(), name
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -39,7 +39,7 @@ def _backends() -> str:
     rows = [
         ("reference", "here: plain PyTorch, every device"),
         ("native, CPU", _here_or_not("native", "cpu", _cpu_facts)),
-        ("native, CUDA", _here_or_not("native", "cuda", _cuda_facts)),
+        ("native, CUDA", _here_or_not("native", "cuda", _cuda_facts) + _cuda_build()),
         ("triton, CUDA", _here_or_not("triton", "cuda", _triton_facts)),
         ("triton, CPU", _here_or_not("triton", "cpu", lambda: "in Triton's interpreter, for tests")),
     ]
@@ -62,8 +62,15 @@ def _cpu_facts() -> str:
 
 
 def _cuda_facts() -> str:
+    return f"on {_gpu()}"
+
+
+def _cuda_build() -> str:
+    """What was compiled for GPUs, which a machine without one can tell, too."""
+    if not _native.CUDA_OPERATIONS:
+        return ""
     operations = ", ".join(_native.CUDA_OPERATIONS)
-    return f"{operations}; compiled for {_native.library().cuda_architectures}, on {_gpu()}"
+    return f"; compiled for {_native.library().cuda_architectures}: {operations}"
 
 
 def _triton_facts() -> str:

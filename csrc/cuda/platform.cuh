@@ -244,6 +244,9 @@ inline int64_t shared_memory_limit(const char* operation) {
 template <class... P, class... A>
 void launch(const char* operation, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
             void* stream, A... args) {
+  if (blocks > 0x7fffffff)
+    throw std::invalid_argument(std::string(operation) + ": the tensors are too large: " +
+                                std::to_string(blocks) + " blocks, and a launch has at most 2147483647");
   if (shared_bytes > 48 << 10)  // what a kernel may use without asking
     check(operation, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));

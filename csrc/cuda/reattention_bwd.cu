@@ -278,6 +278,7 @@ void backward(const ReattentionBackward& args, void* scratch, void* stream) {
 }  // namespace
 
 int64_t reattention_bwd_scratch(const ReattentionBackward& args) {
+  if (args.H == 0) return 0;
   return with_type(args, [&](auto number) { return plan_of<decltype(number)>(args).size; });
 }
 

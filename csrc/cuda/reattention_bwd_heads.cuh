@@ -89,6 +89,22 @@ DEVICE void mixed_maps(const B& b, typename B::Tile& y, int i, int x) {
   });
 }
 
+// The mixed maps as the layer norm leaves them, before its weight; they and their rate are 0 outside, where the rate would be
+// Inf without eps.
+template <class B>
+DEVICE void normalised_maps(const B& b, typename B::Tile& normal, typename B::A (&rate)[2][2], int i, int x,
+                            int first) {
+  mixed_maps(b, normal, i, x);
+  normalise_heads(normal, rate, b.a.heads, b.a.eps);
+  UNROLLED_FOR (int j = 0; j < 2; ++j)
+    UNROLLED_FOR (int e = 0; e < 2; ++e)
+      if (!b.inside(i, first + x + 8 * j + tile_col(e))) {
+        rate[j][e] = 0;
+        UNROLLED_FOR (int group = 0; group < B::kGroups; ++group)
+          normal[group][j][e] = normal[group][j][e + 2] = 0;
+      }
+}
+
 // Takes dY in `grads` through the layer norm to dM; `normal` is what it has normalised.
 template <class B>
 DEVICE void through_norm(const B& b, typename B::Tile& normal, VectorSums<B>& sums, int i, int x, int first) {
@@ -96,15 +112,7 @@ DEVICE void through_norm(const B& b, typename B::Tile& normal, VectorSums<B>& su
   const int heads = b.a.heads;
   const A part = A(1) / heads;
   A rate[2][2];
-  mixed_maps(b, normal, i, x);
-  normalise_heads(normal, rate, heads, b.a.eps);
-  UNROLLED_FOR (int j = 0; j < 2; ++j)
-    UNROLLED_FOR (int e = 0; e < 2; ++e)
-      if (!b.inside(i, first + x + 8 * j + tile_col(e))) {  // the rate may be Inf
-        rate[j][e] = 0;
-        UNROLLED_FOR (int group = 0; group < B::kGroups; ++group)
-          normal[group][j][e] = normal[group][j][e + 2] = 0;
-      }
+  normalised_maps(b, normal, rate, i, x, first);
   const Shared<typename B::T> grads = b.grads();
   const auto at = b.at_t();
   UNROLLED_FOR (int j = 0; j < 2; ++j) {  // half of the columns at a time: registers

@@ -43,8 +43,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKern
             through_norm(b, y, unused, i, x, first);
           } else {
             A rate[2][2];
-            mixed_maps(b, y, i, x);
-            normalise_heads(y, rate, heads, a.eps);
+            normalised_maps(b, y, rate, i, x, first);
           }
           for_each_head<GROUPS>([&](int group, int half, int g) {
             const A weight = b.vector(1, g), shift = b.vector(2, g);

@@ -2,6 +2,9 @@
 // MapNumbers::kScale, by a kernel that reads the keys once for many query rows.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "attention.cuh"
 
 namespace vitdiv::cuda {
@@ -88,8 +91,13 @@ void launch_softmax_rows(const char* operation, const ReattentionArgs& args, Acc
   a.scale = static_cast<Acc<T>>(args.scale * kLog2e);
   a.field = args.B * args.H * args.N;
   a.rows = {rows};
-  launch(operation, softmax_rows<T>, args.B * args.H * a.tiles, 32 * S::kWarps,
-         (S::kRows + 2 * S::kKeys) * a.stride * int64_t(sizeof(T)), stream, a);
+  const int64_t bytes = (S::kRows + 2 * S::kKeys) * a.stride * int64_t(sizeof(T)),
+                limit = shared_memory_limit(operation);
+  if (bytes > limit)
+    throw std::invalid_argument("reattention: heads of width " + std::to_string(a.width) +
+                                " do not fit the shared memory of this GPU, " + std::to_string(limit) +
+                                " bytes");
+  launch(operation, softmax_rows<T>, args.B * args.H * a.tiles, 32 * S::kWarps, bytes, stream, a);
 }
 
 }  // namespace vitdiv::cuda
