@@ -44,7 +44,7 @@ def gram_anchoring(
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none" and level "image".
         Detach the teacher yourself.
 
-    Cost: tiles, N^2 (D + D2) / 2 multiply-adds. "keep" with D = D2 <= N / 4 is a closed form of D x D
+    Cost: tiles, N^2 (D + D2) / 2 multiply-adds. "keep" with D = D2 <= N / 6 is a closed form of D x D
     matrices, O(N D^2), without cancellation where student and teacher are close.
 
     Source: Siméoni et al. 2025 (DINOv3, arXiv 2508.10104), `GramLoss`: "remove" and "remove_teacher" are its
@@ -59,7 +59,7 @@ def gram_anchoring(
     if level == "batch":
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     n, width = student.shape[-2:]
-    if negatives == "keep" and width == teacher.shape[-1] and 4 * width <= n:
+    if negatives == "keep" and width == teacher.shape[-1] and 6 * width <= n:
         with _checks.autocast_off(student):
             x, y = (
                 _common.unit(t, eps) if normalise else _common.full_precision(t)[0]
