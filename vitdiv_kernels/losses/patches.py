@@ -212,8 +212,8 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
     Returns:
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". Differentiable once.
 
-    Cost: where D < 3/4 N a closed form, O(N D^2), of `pairwise_cosine` with penalty "square"; else tiles, N^2
-    D / 2 multiply-adds.
+    Cost: where D <= 3/4 N a closed form, O(N D^2), of `pairwise_cosine` with penalty "square"; else tiles,
+    N^2 D / 2 multiply-adds.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_s_orth_embedding_reg`.
     """
@@ -221,7 +221,7 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     _checks.number("eps", eps, at_least=0)
     n, width = x.shape[-2:]
-    if 4 * width >= 3 * n:
+    if 4 * width > 3 * n:
         means = two_gram(x, reduction="none", eps=eps, backend=backend)
         return _common.reduced(means * n**2, reduction)
     squares = pairwise_cosine(
