@@ -3,16 +3,13 @@
 It is torch only, for the fake kernels have to know its size.
 """
 
-import math
-
-from ._layout import accumulation_dtype
+from ._layout import accumulation_dtype, items
 
 _ALIGN = 16  # every section starts where kernels may load 16 bytes at once, whatever N is
 
 
 def _sizes(x, y):
-    items = math.prod(x.shape[:-2])
-    return [items * rows.shape[-2] for rows in (x, y) if rows is not None]
+    return [items(x) * rows.shape[-2] for rows in (x, y) if rows is not None]
 
 
 def _padded(size):

@@ -20,16 +20,23 @@ def items_of(x):
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
+def slice_width(config, *rows):
+    """Columns of the vectors that a program of this row of a table multiplies at a time."""
+    return config.width if all(map(_aligned, rows)) else max(16, config.width // 2)
+
+
 def out_width(config, width, *rows):
     """Columns of the gradient, [items, N, width], that a program of this row of a table makes."""
     # no wider than the gradient: narrow rows would be mostly padding
     out = min(config.out, max(16, triton.next_power_of_2(width)))
-    # loads of one element each need a register for every address
     return out if all(map(_aligned, rows)) else min(out, 32)
 
 
 def _aligned(x):
-    """Whether Triton, too, can tell that its rows start at multiples of 16 bytes."""
+    """Whether Triton, too, can tell that its rows start at multiples of 16 bytes.
+
+    Otherwise every load is of one element, and needs a register for every address.
+    """
     return x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
 
 

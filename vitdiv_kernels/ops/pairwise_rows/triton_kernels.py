@@ -16,6 +16,7 @@ from .._triton_pairs import (
     out_width,
     products,
     read_rows,
+    slice_width,
     through_norm,
     tile_of,
     weight_types,
@@ -88,7 +89,7 @@ def _tiles(x, y, saved, eps, scale):
         x_norms, x_norms if one_set else y_norms, parts, indices, rows, columns, width,
         *split(1.0 if scale is None else scale),
         ONE_SET=one_set, TRIANGLE=triangle, BOUNDED=scale is not None and scale <= _BOUNDED_SCALE,
-        BR=config.rows, BC=config.rows, BD=config.width,
+        BR=config.rows, BC=config.rows, BD=slice_width(config, x, other),
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return parts, indices
@@ -114,7 +115,7 @@ def _gradient(own, own_norms, other, other_norms, statistics, of, scale, eps):
         own, own.stride(0), own.stride(1), other, other.stride(0), other.stride(1), own_norms, other_norms,
         *statistics, gradient, rows, other.shape[1], width, *split(scale),
         OF=of, BOUNDED=scale <= _BOUNDED_SCALE, INVERSE_EPS=inverse(eps),
-        BR=config.rows, BC=config.columns, BD=config.width, BO=out,
+        BR=config.rows, BC=config.columns, BD=slice_width(config, own, other), BO=out,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient

@@ -15,6 +15,7 @@ from .._triton_pairs import (
     out_width,
     products,
     read_rows,
+    slice_width,
     through_norm,
     tile_of,
     weight_types,
@@ -39,7 +40,7 @@ def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
     launch(
         _tiles_kernel, (parts.numel(),),
         *_set(x, x_norms), *_set(y, y_norms), parts, rows, *split(margin),
-        PENALTY=penalty, BR=config.rows, BD=config.width,
+        PENALTY=penalty, BR=config.rows, BD=slice_width(config, x, x if y is None else y),
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return parts.sum(1), saved if normalise and (needs_dx or needs_dy) else nothing(x)
@@ -65,17 +66,18 @@ def _set(x, norms):
 
 
 def _gradient(of, own_set, other_set, dsums, penalty, margin, eps):
-    own, other = own_set[0], other_set[0]
+    own = own_set[0]
+    vectors = [x for x in (own, other_set[0]) if x is not None]
     items, rows, width = own.shape
     config = row_for(configs.BACKWARD, own, capability(own))
-    out = out_width(config, width, own, own if other is None else other)
+    out = out_width(config, width, *vectors)
     gradient = own.new_empty(own.shape)
     launch(
         _gradient_kernel,
         (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, out),),
         *_set(*own_set), *_set(*other_set), dsums, gradient, rows, *split(margin),
         OF=of, PENALTY=penalty, INVERSE_EPS=inverse(eps),
-        BR=config.rows, BC=config.columns, BD=config.width, BO=out,
+        BR=config.rows, BC=config.columns, BD=slice_width(config, *vectors), BO=out,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient
