@@ -14,7 +14,6 @@ from . import _native
 
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
-NO_TRITON = ("pairwise_rows", "two_gram")  # operations that have no Triton kernels so far
 
 # Conditions of a call that some backend cannot meet; at most one is given, dropout before the others.
 DROPOUT = "dropout"
@@ -66,8 +65,6 @@ def _absent(backend, device, operation):
     if backend == "reference":
         return None
     if backend == "triton":
-        if operation in NO_TRITON:
-            return f"there are no Triton kernels for {operation} so far"
         # the device first: where there is no GPU, to install Triton does not help
         return _triton_absent_on(device) or _TRITON_MISSING
     kind = _type(device)

@@ -4,6 +4,7 @@ import torch
 
 from .._autograd import once_differentiable
 from .._layout import accumulation_dtype, items, nothing, when
+from .._norms import new_norms
 from .._operators import define
 
 
@@ -19,6 +20,11 @@ def _fwd_fake(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
     return x.new_empty(items(x), dtype=accumulation_dtype(x)), new_saved(x, y, needs_dx, needs_dy)
 
 
+def _fwd_triton_fake(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
+    sums = x.new_empty(items(x), dtype=accumulation_dtype(x))
+    return sums, new_norms(x, y) if normalise and (needs_dx or needs_dy) else nothing(x)
+
+
 def _bwd_fake(dsums, x, y, saved, penalty, margin, normalise, eps, needs_dx, needs_dy):
     dx = x.new_empty(x.shape) if needs_dx else nothing(x)
     dy = x.new_empty(y.shape) if needs_dy else nothing(x)
@@ -30,6 +36,7 @@ _fwd = define(
     "(Tensor x, Tensor? y, str penalty, float margin, bool normalise, float eps, bool needs_dx,"
     " bool needs_dy) -> (Tensor sums, Tensor saved)",
     _fwd_fake,
+    _fwd_triton_fake,
 )
 _bwd = define(
     "two_gram_bwd",
