@@ -291,6 +291,9 @@ def test_the_first_of_equal_vectors_is_nearest(backend, interpreted, n, distinct
     if interpreted and n > 200:
         pytest.skip("slow")
     base = draw(2, distinct, 24, dtype=dtype)
+    if interpreted and backend == "triton":
+        # numpy's products of equal vectors differ in their last bits, unless they are exact
+        base = (4 * base).round()
     i = torch.arange(n)
     x = base[:, i % distinct]
     expected = torch.where(i < distinct, i + distinct, i % distinct)

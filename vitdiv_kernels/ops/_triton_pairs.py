@@ -20,9 +20,12 @@ def items_of(x):
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-def slice_width(config, *rows):
-    """Columns of the vectors that a program of this row of a table multiplies at a time."""
-    return config.width if all(map(_aligned, rows)) else max(16, config.width // 2)
+def slices(config, *rows):
+    """How many columns of the vectors a program of this row of a table multiplies at a time, and in what."""
+    if all(map(_aligned, rows)):
+        return dict(BD=config.width, maxnreg=None)
+    # without a limit ptxas aims at 128 registers, and spills a little to get there
+    return dict(BD=max(16, config.width // 2), maxnreg=255)
 
 
 def out_width(config, width, *rows):
@@ -74,8 +77,9 @@ def weight_types(x):
     return dict(WT=types["DT"], WPREC=types["PREC"])
 
 
-# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
-@triton.jit(do_not_specialize=["N"])
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Norms are
+# loaded one by one, and where those of y start depends on the number of rows.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["NORMS"])
 def rows_kernel(
     X, x_item, x_row, NORMS, SQUARES, SUMS, UNIT, N, D,
     EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,

@@ -17,6 +17,7 @@ from .._triton_pairs import (
     out_width,
     products,
     read_rows,
+    slices,
     through_norm,
     tile_of,
 )
@@ -68,7 +69,8 @@ def _tiles_forward(x, y, parts, penalty, include_self, eps, for_backward):
         x, x.stride(0), x.stride(1), other, other.stride(0), other.stride(1),
         parts["rx"], parts["rx" if one_set else "ry"], px, py, parts.get("signs") if for_backward else None,
         rows, columns, width,
-        PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BR=config.rows, BC=config.rows, BD=config.width,
+        PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BR=config.rows, BC=config.rows,
+        **slices(config, x, other),
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if not for_backward:

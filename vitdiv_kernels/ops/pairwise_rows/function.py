@@ -18,12 +18,8 @@ def _fwd_fake(x, y, scale, eps, for_backward):
 
 
 def _fwd_triton_fake(x, y, scale, eps, for_backward):
-    return x.new_empty((items(x), x.shape[-2]), dtype=accumulation_dtype(x)), nothing(x)
-
-
-def _fwd_triton_fake(x, y, scale, eps, for_backward):
-    rows, saved = _fwd_fake(x, y, scale, eps, for_backward)
-    return rows, new_norms(x, y) if for_backward else saved
+    rows = x.new_empty((items(x), x.shape[-2]), dtype=accumulation_dtype(x))
+    return rows, new_norms(x, y) if for_backward else nothing(x)
 
 
 def _bwd_fake(drows, rows, x, y, saved, scale, eps, needs_dx, needs_dy):

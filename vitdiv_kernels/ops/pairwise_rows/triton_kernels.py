@@ -16,7 +16,7 @@ from .._triton_pairs import (
     out_width,
     products,
     read_rows,
-    slice_width,
+    slices,
     through_norm,
     tile_of,
     weight_types,
@@ -89,7 +89,7 @@ def _tiles(x, y, saved, eps, scale):
         x_norms, x_norms if one_set else y_norms, parts, indices, rows, columns, width,
         *split(1.0 if scale is None else scale),
         ONE_SET=one_set, TRIANGLE=triangle, BOUNDED=scale is not None and scale <= _BOUNDED_SCALE,
-        BR=config.rows, BC=config.rows, BD=slice_width(config, x, other),
+        BR=config.rows, BC=config.rows, **slices(config, x, other),
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return parts, indices
@@ -115,7 +115,7 @@ def _gradient(own, own_norms, other, other_norms, statistics, of, scale, eps):
         own, own.stride(0), own.stride(1), other, other.stride(0), other.stride(1), own_norms, other_norms,
         *statistics, gradient, rows, other.shape[1], width, *split(scale),
         OF=of, BOUNDED=scale <= _BOUNDED_SCALE, INVERSE_EPS=inverse(eps),
-        BR=config.rows, BC=config.columns, BD=slice_width(config, own, other), BO=out,
+        BR=config.rows, BC=config.columns, **slices(config, own, other), BO=out,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient
@@ -142,7 +142,7 @@ def _largest(s, places, AXIS: tl.constexpr):
 
 
 # Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
 def _tiles_kernel(
     X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, PARTS, INDICES, N, M, D, scale_high, scale_low,
     ONE_SET: tl.constexpr, TRIANGLE: tl.constexpr, BOUNDED: tl.constexpr,
@@ -225,7 +225,7 @@ def _join_nearest_kernel(PARTS, INDICES, NEAREST, N, tiles, BN: tl.constexpr, AC
     tl.store(NEAREST + item * N + n, nearest.to(tl.int64), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
 def _gradient_kernel(
     X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, DROWS, ROWS, DX, N, M, D, scale_high, scale_low,
     OF: tl.constexpr, BOUNDED: tl.constexpr, INVERSE_EPS: tl.constexpr,

@@ -16,7 +16,7 @@ FORWARD = {
 
 # S and T are made again: three products, the first two of them for every `out` columns of dx.
 BACKWARD = {
-    (2, 8): Backward(64, 64, 128, 64, 8, 2, "aot"),
+    (2, 8): Backward(64, 64, 256, 32, 8, 2, "aot"),
     (2, 9): Backward(64, 64, 256, 64, 8, 2, "aot"),
     (2, 10): Backward(64, 64, 256, 64, 8, 2, "aot"),
     (4, 8): Backward(32, 32, 64, 32, 8, 2, "aot"),

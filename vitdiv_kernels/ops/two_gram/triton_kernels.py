@@ -15,7 +15,7 @@ from .._triton_pairs import (
     out_width,
     products,
     read_rows,
-    slice_width,
+    slices,
     through_norm,
     tile_of,
     weight_types,
@@ -40,7 +40,7 @@ def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
     launch(
         _tiles_kernel, (parts.numel(),),
         *_set(x, x_norms), *_set(y, y_norms), parts, rows, *split(margin),
-        PENALTY=penalty, BR=config.rows, BD=slice_width(config, x, x if y is None else y),
+        PENALTY=penalty, BR=config.rows, **slices(config, x, x if y is None else y),
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return parts.sum(1), saved if normalise and (needs_dx or needs_dy) else nothing(x)
@@ -77,7 +77,7 @@ def _gradient(of, own_set, other_set, dsums, penalty, margin, eps):
         (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, out),),
         *_set(*own_set), *_set(*other_set), dsums, gradient, rows, *split(margin),
         OF=of, PENALTY=penalty, INVERSE_EPS=inverse(eps),
-        BR=config.rows, BC=config.columns, BD=slice_width(config, *vectors), BO=out,
+        BR=config.rows, BC=config.columns, **slices(config, *vectors), BO=out,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient
@@ -155,7 +155,7 @@ def _gram(
 
 
 # Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
 def _tiles_kernel(
     X, x_item, x_row, D, X_NORMS, Y, y_item, y_row, E, Y_NORMS, PARTS, N, margin_high, margin_low,
     PENALTY: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
@@ -173,7 +173,7 @@ def _tiles_kernel(
     tl.store(PARTS + tl.program_id(0), tl.where(row_tile == column_tile, total, 2.0 * total))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
 def _gradient_kernel(
     X, x_item, x_row, D, X_NORMS, Y, y_item, y_row, E, Y_NORMS, DSUMS, DX, N, margin_high, margin_low,
     OF: tl.constexpr, PENALTY: tl.constexpr, INVERSE_EPS: tl.constexpr,
