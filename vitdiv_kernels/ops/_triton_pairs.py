@@ -12,6 +12,9 @@ import triton.language as tl
 from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch
 
 BLOCK_ROWS, BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
+# Of variants that the tables' rows were not chosen for. Without a limit ptxas aims at 128, and may spill a
+# little to get there.
+_ALL_REGISTERS = 255
 
 
 def items_of(x):
@@ -21,18 +24,20 @@ def items_of(x):
 
 
 def slices(config, *rows):
-    """How many columns of the vectors a program of this row of a table multiplies at a time, and in what."""
+    """What a program of this row of a table takes of the vectors at a time, and registers at most."""
     if all(map(_aligned, rows)):
         return dict(BD=config.width, maxnreg=None)
-    # without a limit ptxas aims at 128 registers, and spills a little to get there
-    return dict(BD=max(16, config.width // 2), maxnreg=255)
+    return dict(BD=max(16, config.width // 2), maxnreg=_ALL_REGISTERS)
 
 
-def out_width(config, width, *rows):
-    """Columns of the gradient, [items, N, width], that a program of this row of a table makes."""
+def gradient_slices(config, width, *rows):
+    """`slices` of a program that makes some columns of the gradient, [items, N, width]."""
     # no wider than the gradient: narrow rows would be mostly padding
     out = min(config.out, max(16, triton.next_power_of_2(width)))
-    return out if all(map(_aligned, rows)) else min(out, 32)
+    if not all(map(_aligned, rows)):
+        out = min(out, 32)
+    options = slices(config, *rows) | dict(BO=out)
+    return options if out == config.out else options | dict(maxnreg=_ALL_REGISTERS)
 
 
 def _aligned(x):

@@ -12,9 +12,9 @@ from .._triton_pairs import (
     BLOCK_ROWS,
     BLOCK_WIDTH,
     dot_types,
+    gradient_slices,
     inverse,
     items_of,
-    out_width,
     products,
     read_rows,
     slices,
@@ -89,16 +89,16 @@ def _tiles_backward(of, dsums, x, y, parts, penalty, include_self, eps):
     columns = other.shape[1]
     signs = parts.get("signs")
     config = row_for(configs.FROM_ROWS if signs is None else configs.FROM_SIGNS, x, capability(x))
-    out = out_width(config, width, this, other)
+    sizes = gradient_slices(config, width, this, other)
     gradient = this.new_empty(this.shape)
     launch(
         _tiles_backward_kernel,
-        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, out),),
+        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
         this, this.stride(0), this.stride(1), other, other.stride(0), other.stride(1),
         parts[f"r{of}"], parts[f"r{other_name}"], parts[f"p{of}"], signs, dsums, gradient,
         rows, columns, width,
         PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BY_COLUMN=of == "y", INVERSE_EPS=inverse(eps),
-        BR=config.rows, BC=config.columns, BD=config.width, BO=out,
+        BR=config.rows, BC=config.columns, **sizes,
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient

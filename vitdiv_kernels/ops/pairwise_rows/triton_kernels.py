@@ -11,9 +11,9 @@ from .._triton import accumulator, capability, double, launch, split
 from .._triton_pairs import (
     add_rows,
     dot_types,
+    gradient_slices,
     inverse,
     items_of,
-    out_width,
     products,
     read_rows,
     slices,
@@ -107,15 +107,15 @@ def _gradient(own, own_norms, other, other_norms, statistics, of, scale, eps):
     """The gradient of `own`; the statistics belong to its rows, to the other set's, or to both, one set."""
     items, rows, width = own.shape
     config = row_for(configs.BACKWARD, own, capability(own))
-    out = out_width(config, width, own, other)
+    sizes = gradient_slices(config, width, own, other)
     gradient = own.new_empty(own.shape)
     launch(
         _gradient_kernel,
-        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, out),),
+        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
         own, own.stride(0), own.stride(1), other, other.stride(0), other.stride(1), own_norms, other_norms,
         *statistics, gradient, rows, other.shape[1], width, *split(scale),
         OF=of, BOUNDED=scale <= _BOUNDED_SCALE, INVERSE_EPS=inverse(eps),
-        BR=config.rows, BC=config.columns, **slices(config, own, other), BO=out,
+        BR=config.rows, BC=config.columns, **sizes,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient

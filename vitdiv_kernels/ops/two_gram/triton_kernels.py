@@ -10,9 +10,9 @@ from .._triton import capability, double, launch, split
 from .._triton_pairs import (
     add_rows,
     dot_types,
+    gradient_slices,
     inverse,
     items_of,
-    out_width,
     products,
     read_rows,
     slices,
@@ -67,17 +67,16 @@ def _set(x, norms):
 
 def _gradient(of, own_set, other_set, dsums, penalty, margin, eps):
     own = own_set[0]
-    vectors = [x for x in (own, other_set[0]) if x is not None]
     items, rows, width = own.shape
     config = row_for(configs.BACKWARD, own, capability(own))
-    out = out_width(config, width, *vectors)
+    sizes = gradient_slices(config, width, *(x for x in (own, other_set[0]) if x is not None))
     gradient = own.new_empty(own.shape)
     launch(
         _gradient_kernel,
-        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, out),),
+        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
         *_set(*own_set), *_set(*other_set), dsums, gradient, rows, *split(margin),
         OF=of, PENALTY=penalty, INVERSE_EPS=inverse(eps),
-        BR=config.rows, BC=config.columns, **slices(config, *vectors), BO=out,
+        BR=config.rows, BC=config.columns, **sizes,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient
