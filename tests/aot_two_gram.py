@@ -12,6 +12,9 @@ def calls():
     _call(_x(196, 384, torch.bfloat16), None, "square")
     _call(_x(196, 384, torch.bfloat16), _x(196, 384, torch.bfloat16), "hinge", normalise=False)
     _call(_x(196, 384, torch.float32), _x(196, 384, torch.float32), "product", normalise=False)
+    # a narrower gradient than the tables' rows make
+    for dtype in (torch.float16, torch.float32):
+        _call(_x(196, 64, dtype), _x(196, 128, dtype), "hinge")
     # no stride is a multiple of 16
     _call(_x(197, 35, torch.bfloat16), _x(197, 1535, torch.bfloat16), "relu_square")
     _call(_x(197, 1536, torch.float32)[:, :, 1:], _x(197, 33, torch.float32), "clamped_teacher_square")
