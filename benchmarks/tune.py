@@ -1,9 +1,9 @@
 """Finds the fastest rows of a table of the Triton kernels on the GPU that is here, and writes them into it.
 
 It knows the tables of pairwise_cosine, pairwise_rows and two_gram, dicts in their triton_configs.py, a row a
-line, whose last field says where the row comes from. TILES of ops/_triton_tiles.py, and SCHEDULES, ROWS and WORKSPACE_BYTES of
-reattention, are changed by hand. Candidates that do not fit the GPU are passed over. Run the ahead-of-time
-test afterwards: a row has to compile for every GPU of its generation. Example:
+line, whose last field says where the row comes from. TILES of ops/_triton_tiles.py, and SCHEDULES, ROWS and
+WORKSPACE_BYTES of reattention, are changed by hand. Candidates that do not fit the GPU are passed over. Run
+the ahead-of-time test afterwards: a row has to compile for every GPU of its generation. Example:
 
     python benchmarks/tune.py pairwise_cosine.FORWARD --dtype bfloat16 --seconds 120
 """
@@ -43,9 +43,8 @@ def _from_signs(**choices: Iterable) -> list[dict]:
 
 
 def _call(operation: Callable, backward: bool, shape, dtype, device) -> Callable[[], object]:
-    x = (
-        torch.randn(shape, device=device).to(dtype).requires_grad_()
-    )  # so that the forward keeps what it would
+    # it requires a gradient, so that the forward keeps what a backward needs
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     forward = partial(operation, x, backend="triton")
     if not backward:
         return forward
