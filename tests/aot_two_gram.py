@@ -10,6 +10,7 @@ def calls():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         _call(_x(196, 384, dtype), _x(196, 768, dtype), "relu_teacher_square")
     _call(_x(196, 384, torch.bfloat16), None, "square")
+    _call(_x(196, 384, torch.float64), None, "hinge")
     _call(_x(196, 384, torch.bfloat16), _x(196, 384, torch.bfloat16), "hinge", normalise=False)
     _call(_x(196, 384, torch.float32), _x(196, 384, torch.float32), "product", normalise=False)
     # a narrower gradient than the tables' rows make

@@ -10,7 +10,7 @@ FORWARD = {
     (4, 9): Forward(64, 32, 4, 3, "aot"),
     (4, 10): Forward(64, 32, 4, 3, "aot"),
     (8, 8): Forward(32, 16, 4, 2, "aot"),
-    (8, 9): Forward(32, 16, 4, 2, "aot"),
+    (8, 9): Forward(32, 16, 8, 2, "aot"),
     (8, 10): Forward(32, 16, 4, 1, "aot"),
 }
 
