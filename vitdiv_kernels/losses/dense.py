@@ -264,7 +264,7 @@ def vf_loss(
         z, f, penalty="hinge", margin=distance_margin, reduction="none", eps=eps, backend=backend
     )
     with _checks.autocast_off(z):
-        cosines = torch.linalg.vecdot(_common.unit(z, eps), _common.unit(f, eps))
+        cosines = _own_cosines(z, f, eps, backend)
         hinges = (1 - cosine_margin - cosines).relu().mean(-1)
         return _common.reduced(distance_weight * distances + cosine_weight * hinges, reduction)
 
@@ -298,5 +298,36 @@ def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e
     if symmetric:
         rows = (rows + pairwise_logsumexp(y, x, **options)) / 2
     with _checks.autocast_off(x):
-        own = torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps)) / temperature
+        own = _own_cosines(x, y, eps, backend) / temperature
         return _common.reduced((rows - own).mean(-1), reduction)
+
+
+def _own_cosines(x, y, eps, backend):
+    """S_ii, [..., N]."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps))
+    return _OwnCosines.apply(*_common.full_precision(x, y), eps)
+
+
+class _OwnCosines(torch.autograd.Function):
+    """The gradient of a cosine is a combination of its two vectors: a fourth of autograd's passes."""
+
+    @staticmethod
+    def forward(ctx, x, y, eps):
+        scale_x, scale_y = _common.inverse_norm(x, eps), _common.inverse_norm(y, eps)
+        own = torch.linalg.vecdot(x, y).unsqueeze(-1) * scale_x * scale_y
+        ctx.save_for_backward(x, y, scale_x, scale_y, own)
+        ctx.eps = eps
+        return own.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, down):
+        x, y, scale_x, scale_y, own = ctx.saved_tensors
+        both, along = down.unsqueeze(-1) * scale_x * scale_y, down.unsqueeze(-1) * own
+        dx = dy = None
+        if ctx.needs_input_grad[0]:
+            dx = (y * both).addcmul_(x, along * scale_x * _common.projected(scale_x, ctx.eps), value=-1)
+        if ctx.needs_input_grad[1]:
+            dy = (x * both).addcmul_(y, along * scale_y * _common.projected(scale_y, ctx.eps), value=-1)
+        return dx, dy, None
