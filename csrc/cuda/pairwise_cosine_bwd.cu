@@ -56,6 +56,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (sizeof(T) == 2 ? 2 : 1)) gradient
 template <class A>
 struct SquareWeights {
   static constexpr int kGrams = 1;
+  static constexpr bool kNarrow = false;
   struct Side {};
   Global<const A> dsums;
   A twice;

@@ -157,8 +157,8 @@ DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const Cosin
   }
 }
 
-// Weights that are functions of the pairs' products, which are made again. `Weights` says how many products there are, of
-// one or two kinds: x with y, whose unit vectors are multiplied by the weights, and z with itself.
+// Weights that are functions of the pairs' products, which are made again. `Weights` says how many kinds of products there
+// are, 1 or 2: x with y, whose unit vectors are multiplied by the weights, and z with itself; and whether tiles are narrow.
 //   begin(item)                     before the others
 //   row(at), column(at)             what a weight takes from the row's and from the column's side: a Side
 //   weight(row, column, s, t, itself)
@@ -171,16 +171,16 @@ struct WeightedKernel : Gradient<T> {
   Weights weights;
 };
 
-// With two kinds of products the first to be made wait in shared memory; tiles are then half as wide, so that they find
-// room there with the little shared memory of sm_89.
-template <class T, int GRAMS>
+// With two kinds of products the first to be made wait in shared memory. Narrow tiles find room there with the little shared
+// memory of sm_89, and registers for weights that take more of them.
+template <class T, class Weights>
 struct WeightedLayout : GradientLayout<T, CosineTile<T>::kSize, CosineTile<T>::kSize> {
   using Tile = CosineTile<T>;
   using Gradient = GradientLayout<T, Tile::kSize, Tile::kSize>;
-  static constexpr int kGroups = GRAMS == 2 ? 1 : Tile::kGroups, kColumns = 64 * kGroups;
+  static constexpr int kGroups = Weights::kNarrow ? 1 : Tile::kGroups, kColumns = 64 * kGroups;
   static constexpr int kStage = (Tile::kSize + kColumns) * Tile::kStride;
   static constexpr int kWeightStride = row_stride<T>(kColumns), kWeights = Tile::kSize * kWeightStride;
-  static constexpr int kWaiting = GRAMS == 2 ? 32 * kGroups * Tile::kThreads : 0;
+  static constexpr int kWaiting = Weights::kGrams == 2 ? 32 * kGroups * Tile::kThreads : 0;
   // first the products' ring, then in the same place weights and unit vectors, at last the gradient
   static constexpr int kMemory =
       std::max(std::max(2 * kStage, kWeights + Gradient::kUnit), Gradient::kAllTurned);
@@ -191,7 +191,7 @@ struct WeightedLayout : GradientLayout<T, CosineTile<T>::kSize, CosineTile<T>::k
 template <class T, class Weights>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T, Weights> a) {
   using Tile = CosineTile<T>;
-  using Layout = WeightedLayout<T, Weights::kGrams>;
+  using Layout = WeightedLayout<T, Weights>;
   using A = Acc<T>;
   constexpr int groups = Layout::kGroups;
   const bool waits = Weights::kGrams == 2 && a.z.width > 0;
@@ -233,7 +233,6 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
     sync_block();
 
     UNROLLED_FOR (int r = 0; r < 2; ++r) {
-      sync_warp();  // keeps the compiler from loading what the other rows need, too
       const int first = row + 16 * r;
       A along[2] = {}, row_rate[2], z_row_rate[2];
       typename Weights::Side row_side[2];
@@ -247,6 +246,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
       UNROLLED_FOR (int g = 0; g < groups; ++g)
         UNROLLED_FOR (int h = 0; h < 2; ++h)
           UNROLLED_FOR (int j = 0; j < 2; ++j) {
+            sync_warp();  // keeps the compiler from loading what other columns need, too
             const int bit = 32 * g + 16 * h + 8 * j + tile_col(0), to = column + bit;
             typename Weights::Side column_side[2];
             A rate[2], z_rate[2];
@@ -306,7 +306,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
 template <class T, class Weights>
 void launch_weighted(const char* operation, WeightedKernel<T, Weights>& a, const char* name,
                      const BatchView& dx, int64_t items, void* stream) {
-  using Layout = WeightedLayout<T, Weights::kGrams>;
+  using Layout = WeightedLayout<T, Weights>;
   set_gradient<T, Layout>(a, name, dx, items);
   launch(operation, weighted_tile<T, Weights>, items * a.row_tiles * a.width_tiles, CosineTile<T>::kThreads,
          Layout::kBytes, stream, a);

@@ -25,9 +25,11 @@ KERNEL LAUNCH_BOUNDS(kRangeThreads, 1) slope_ranges(Global<const A> drows, Globa
 }
 
 // drows_i exp(scale S_ij - rows_i) of the row i or the column j that S was summed along; of pairs within x, of both.
-template <class A>
+template <class T>
 struct SoftmaxWeights {
+  using A = Acc<T>;
   static constexpr int kGrams = 1;
+  static constexpr bool kNarrow = sizeof(T) == 4;  // operands in two parts leave few registers
   struct Side {
     A slope, rows;
   };
@@ -76,7 +78,7 @@ void backward(const LogSumExpBackward& args, void* scratch, void* stream) {
   const CosineArgs sets = vectors_of(args);
   const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
   for (int s = 0; s < (within ? 1 : 2); ++s) vector_rates(kName, sets, s, place(at.rates[s]), stream);
-  SoftmaxWeights<A> weights{};
+  SoftmaxWeights<T> weights{};
   weights.drows = {static_cast<const A*>(args.drows)};
   weights.rows = {static_cast<const A*>(args.rows)};
   weights.scale = static_cast<A>(args.scale);
@@ -88,7 +90,7 @@ void backward(const LogSumExpBackward& args, void* scratch, void* stream) {
   for (int s = 0; s < 2; ++s) {
     const BatchView& dx = s ? args.dy : args.dx;
     if (!dx.data) continue;
-    WeightedKernel<T, SoftmaxWeights<A>> a{};
+    WeightedKernel<T, SoftmaxWeights<T>> a{};
     a.x = set_of<T>(sets, s);
     a.y = set_of<T>(sets, 1 - s);
     a.x_rates = {place(at.rates[s])};

@@ -117,7 +117,7 @@ void forward(const TwoGramForward& args, void* scratch, void* stream) {
                            row_tiles,
                            tiles,
                            stages,
-                           PairPenalty<A>(args)};
+                           pair_penalty<A>(args)};
   gram_rates(kName, args, rates, stream);
   launch(kName, two_gram_tile<T>, args.L * tiles, Tile::kThreads, stages * stage + others, stream, a);
   if (tiles > 1) launch_sum_parts(kName, sums, static_cast<A*>(args.sums), args.L, tiles, 1, stream);

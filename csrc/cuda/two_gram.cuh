@@ -13,15 +13,6 @@ struct PairPenalty {
   bool drops_both;          // S, where both are negative
   A margin;
 
-  explicit PairPenalty(const TwoGramArgs& args)
-      : product(args.penalty == GramPenalty::kProduct),
-        hinge(args.penalty == GramPenalty::kHinge),
-        clamps_s(args.penalty == GramPenalty::kReluSquare),
-        clamps_t(clamps_s || args.penalty == GramPenalty::kReluTeacherSquare ||
-                 args.penalty == GramPenalty::kClampedTeacherSquare),
-        drops_both(args.penalty == GramPenalty::kReluTeacherSquare),
-        margin(static_cast<A>(args.margin)) {}
-
   DEVICE bool drops_s(A s, A t) const { return clamps_s ? s <= 0 : drops_both && s < 0 && t < 0; }
   DEVICE bool drops_t(A t) const { return clamps_t && t <= 0; }
   DEVICE A value(A s, A t) const {
@@ -41,6 +32,18 @@ struct PairPenalty {
     return of_t ? -of_s : of_s;
   }
 };
+
+template <class A>
+PairPenalty<A> pair_penalty(const TwoGramArgs& args) {
+  const auto is = [&](GramPenalty penalty) { return args.penalty == penalty; };
+  const bool drops_both = is(GramPenalty::kReluTeacherSquare), clamps_s = is(GramPenalty::kReluSquare);
+  return {is(GramPenalty::kProduct),
+          is(GramPenalty::kHinge),
+          clamps_s,
+          clamps_s || drops_both || is(GramPenalty::kClampedTeacherSquare),
+          drops_both,
+          static_cast<A>(args.margin)};
+}
 
 // Of x, 0, or of y: its vectors.
 inline CosineArgs vectors_of(const TwoGramArgs& args, int set) {

@@ -31,6 +31,7 @@ KERNEL LAUNCH_BOUNDS(kRangeThreads, 1)
 template <class A>
 struct PenaltyWeights {
   static constexpr int kGrams = 2;
+  static constexpr bool kNarrow = true;
   struct Side {};
   PairPenalty<A> penalty;
   bool of_y, identity;
@@ -86,14 +87,13 @@ void backward(const TwoGramBackward& args, void* scratch, void* stream) {
   for (int s = 0; s < 2; ++s) {
     const BatchView& dx = s ? args.dy : args.dx;
     if (!dx.data) continue;
-    WeightedKernel<T, PenaltyWeights<A>> a{
-        .weights = {.penalty = PairPenalty<A>(args),
-                    .of_y = s == 1,
-                    .identity = !args.y.data,
-                    .dsums = {static_cast<const A*>(args.dsums)},
-                    .ranges = {nullptr},
-                    .range = half ? A(1024) : A(1)}};  // slopes of cosines are at most 4
-    if (at.finds_ranges) {                             // the slope of a product is the other's
+    WeightedKernel<T, PenaltyWeights<A>> a{};
+    a.weights.penalty = pair_penalty<A>(args);
+    a.weights.of_y = s == 1;
+    a.weights.identity = !args.y.data;
+    a.weights.dsums = {static_cast<const A*>(args.dsums)};
+    a.weights.range = half ? A(1024) : A(1);  // slopes of cosines are at most 4
+    if (at.finds_ranges) {                    // the slope of a product is the other's
       const auto norms = [&](int set, bool counts) {
         return Global<const A>{counts && (set == 0 || args.y.data) ? place(at.norms[set]) : nullptr};
       };
