@@ -271,6 +271,7 @@ class Emulator:
 
     def __init__(self):
         self.library = ctypes.CDLL(str(kernels()))
+        self.offsets = []
         for name, args in OPERATORS.items():
             getattr(self.library, name).restype = ctypes.c_char_p
             getattr(self.library, f"{name}_scratch").restype = ctypes.c_int64
@@ -310,6 +311,7 @@ class Emulator:
         scratch = self.scratch(getattr(self.library, f"{name}_scratch")(ctypes.byref(args)))
         error = getattr(self.library, name)(ctypes.byref(args), ctypes.c_void_p(scratch.data_ptr()))
         self.library.emulation_forbid_all()
+        self.offsets.clear()
         if error is not None:
             raise RuntimeError(error.decode())
 
@@ -352,6 +354,7 @@ class Emulator:
         self.allow(tensor, output)
         items = tensor.shape[0]
         offsets = (ctypes.c_int64 * max(items, 1))(*(item * tensor.stride(0) for item in range(items)))
+        self.offsets.append(offsets)  # a structure keeps what only some of its fields point to
         return BatchView(tensor.data_ptr(), DTYPES[tensor.dtype], offsets, tensor.stride(1))
 
     def cosine_args(self, kind, x, y, penalty, include_self, eps):
