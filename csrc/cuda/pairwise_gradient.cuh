@@ -198,7 +198,9 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
   const int n = a.x.count, m = a.y.count, tiles = a.row_tiles * a.width_tiles, tile = block_x() % tiles;
   const int64_t item = block_x() / tiles;
   const int row0 = tile / a.width_tiles * Layout::kRows, k0 = tile % a.width_tiles * Layout::kWidth;
-  const auto part = CosinePart<T>::of_tile(row0, k0, n, a.x.width, false);  // of the gradient
+  const auto part_of_gradient = [&](int k) {
+    return CosinePart<T>::of_tile(row0, renewed(k), n, a.x.width, false);
+  };
   Carver carve;
   const Shared<T> memory = carve.take<T>(Layout::kMemory);
   const Shared<A> waiting = carve.take<A>(Layout::kWaiting), sums = carve.take<A>(2 * Tile::kSize);
@@ -233,6 +235,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
     sync_block();
 
     UNROLLED_FOR (int r = 0; r < 2; ++r) {
+      sync_warp();  // as below, of other rows
       const int first = row + 16 * r;
       A along[2] = {}, row_rate[2], z_row_rate[2];
       typename Weights::Side row_side[2];
@@ -281,6 +284,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
         if ((lane_id() & 3) == 0) sums.st(at, column0 == 0 ? sum : sums.ld(at) + sum);
       }
     }
+    const auto part = part_of_gradient(k0);
     const int end = m - column0 < Layout::kColumns ? m - column0 : Layout::kColumns;
     for (int first = 0; first < end; first += 32) {
       sync_block();  // keeps the compiler from loading while the products take the registers
@@ -298,6 +302,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
   }
 
   sync_block();  // the memory may still be in use
+  const auto part = part_of_gradient(k0);
   if (part.any())
     write_gradient<T, Layout>(a, acc, part, memory, item, row0, k0, weights.factor(item),
                               [&](int at) { return sums.ld(at) + sums.ld(Tile::kSize + at); });
