@@ -99,7 +99,7 @@ def main():
     device = parser.parse_args().device
     torch.manual_seed(0)
     ran = 0
-    for operation in (pairwise_cosine, attn_diversity, reattention):
+    for operation in (pairwise_cosine, pairwise_rows, two_gram, attn_diversity, reattention):
         why_not = _dispatch.missing("native", device, operation=operation.__name__)
         if why_not is not None:
             print(f"{operation.__name__}: left out: {why_not}")
