@@ -16,7 +16,7 @@ int64_t head_dots_scratch(const HeadDots& args);
 void head_dots(const HeadDots& args, void* scratch, void* stream);
 
 // The items of a set of vectors must be at equal distances in memory. `saved` has a layout of its own, the Triton kernels'
-// (triton_saved.py): a tensor of so many int32, or null when there will be no backward; it need not be initialised.
+// (gpu_saved.py): a tensor of so many int32, or null when there will be no backward; it need not be initialised.
 int64_t pairwise_cosine_saved_words(const CosineArgs& args);
 int64_t pairwise_cosine_fwd_scratch(const CosineForward& args);
 void pairwise_cosine_fwd(const CosineForward& args, void* scratch, void* stream);

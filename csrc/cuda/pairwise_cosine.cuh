@@ -60,7 +60,7 @@ Vectors<T> vectors(const char* name, const BatchView& view, int64_t items, int64
   return {{data}, item, view.stride_n, static_cast<int>(count), static_cast<int>(width), pieces};
 }
 
-// What is saved, in words of 4 bytes; of two sets unless y is absent. triton_saved.py says the same in Python.
+// What is saved, in words of 4 bytes; of two sets unless y is absent. gpu_saved.py says the same in Python.
 //   rates  acc [L, N]             1 / max(|x|, eps)
 //   sums   acc [L, D] or [L, N]   signed: of unit vectors; else of the penalties of a vector with all others
 //   signs  [L, N, planes, ceil(M / 32)]  abs, relu: bit j % 32 of word j / 32 is set where S > 0 and, in the second plane of

@@ -5,7 +5,7 @@ import torch
 from .._autograd import once_differentiable
 from .._layout import accumulation_dtype, items, nothing, when
 from .._operators import define
-from .triton_saved import new_saved
+from .gpu_saved import new_saved
 
 
 def _saved(x, y, penalty, for_backward):

@@ -22,7 +22,7 @@ from .._triton_pairs import (
     tile_of,
 )
 from . import triton_configs as configs
-from .triton_saved import is_closed, new_saved, sections
+from .gpu_saved import is_closed, new_saved, sections
 
 
 def pairwise_cosine_fwd(x, y, penalty, include_self, eps, for_backward):
