@@ -1,8 +1,11 @@
-"""Speed and memory of losses that have a closed form, against their plain formulas with all pairs. Example:
+"""Speed and memory of losses, in closed form or by tiles, against their plain formulas. Example:
 
 python benchmarks/bench_losses.py --loss patch_contrast,signed_cosine --shapes 64x196x384
 python benchmarks/bench_losses.py --loss weight_soft_orthogonality --shapes 36x384x384
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import cli
 import torch
@@ -11,7 +14,7 @@ from torch.nn.functional import normalize
 
 from vitdiv_kernels import losses
 
-PATCHES, WEIGHTS = (64, 196, 384), (36, 384, 384)
+PATCHES, WEIGHTS, DENSE, WIDE = (64, 196, 384), (36, 384, 384), (16, 1024, 384), (16, 1024, 768)
 
 
 def unit(x):
@@ -53,35 +56,63 @@ def linear_cka(x, y):
     return (inner / (k.square().sum((-2, -1)) * m.square().sum((-2, -1))).sqrt()).mean()
 
 
-def _pairs(shape):
-    b, n, d = shape
-    return 2 * b * n * d
+def koleo(x):
+    x = unit(x)
+    own = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    nearest = (x @ x.mT).masked_fill(own, -2).argmax(-1)
+    distance = (x - x.take_along_dim(nearest.unsqueeze(-1), -2)).norm(dim=-1)
+    return -(distance + 1e-8).log().mean()
 
 
-# of each: the plain formula, the package's function, how many tensors it takes, multiply-adds of the closed
-# form, forward, as operations
+def info_nce(x, y):
+    logits = 10 * (unit(x) @ unit(y).mT)
+    return (logits.logsumexp(-1) - logits.diagonal(dim1=-2, dim2=-1)).mean()
+
+
+@dataclass(frozen=True)
+class Loss:
+    plain: Callable
+    package: Callable
+    tensors: int | None  # how many it takes; None: one for each matrix
+    # multiply-adds of the best known algorithm, forward and backward, in units of B N D
+    forward: Callable[[int, int], float]
+    backward: Callable[[int, int], float]
+    constant: int = 0  # the last of the tensors have no gradient
+
+
 LOSSES = {
-    "patch_contrast": (patch_contrast, losses.patch_contrast, 2, lambda shape: 3 * _pairs(shape)),
-    "signed_cosine": (
+    "patch_contrast": Loss(patch_contrast, losses.patch_contrast, 2, lambda n, d: 3, lambda n, d: 6),
+    "signed_cosine": Loss(
         signed_cosine,
         lambda x: losses.pairwise_cosine(x, penalty="signed"),
         1,
-        lambda shape: 2 * _pairs(shape),
+        lambda n, d: 2,
+        lambda n, d: 4,
     ),
-    "weight_soft_orthogonality": (
+    "weight_soft_orthogonality": Loss(
         weight_soft_orthogonality,
         lambda *weights: losses.weight_soft_orthogonality(weights),
-        None,  # a tensor for each matrix
-        lambda shape: _pairs(shape) * min(shape[1:]),
+        None,
+        lambda n, d: min(n, d) / 2,
+        lambda n, d: min(n, d),
     ),
-    "gram_anchoring": (gram_anchoring, losses.gram_anchoring, 2, lambda shape: 3 * _pairs(shape) * shape[2]),
-    "linear_cka": (linear_cka, losses.linear_cka, 2, lambda shape: 3 * _pairs(shape) * shape[2]),
+    "gram_anchoring": Loss(gram_anchoring, losses.gram_anchoring, 2, lambda n, d: n, lambda n, d: n, 1),
+    "gram_anchoring_both": Loss(gram_anchoring, losses.gram_anchoring, 2, lambda n, d: n, lambda n, d: 2 * n),
+    "linear_cka": Loss(
+        linear_cka, losses.linear_cka, 2, lambda n, d: 3 * min(n, d), lambda n, d: 6 * min(n, d)
+    ),
+    "koleo": Loss(koleo, losses.koleo, 1, lambda n, d: n / 2, lambda n, d: 2),
+    "info_nce": Loss(info_nce, losses.info_nce, 2, lambda n, d: n, lambda n, d: 2 * n),
 }
 SUITES = {
     "issue": [
         (PATCHES, {"loss": "signed_cosine"}),
         (PATCHES, {"loss": "patch_contrast"}),
         (WEIGHTS, {"loss": "weight_soft_orthogonality"}),
+        (WIDE, {"loss": "gram_anchoring"}),
+        (WIDE, {"loss": "gram_anchoring_both"}),
+        (DENSE, {"loss": "koleo"}),
+        (DENSE, {"loss": "info_nce"}),
     ],
     "dense": [
         ((1, 4096, 384), {"loss": "gram_anchoring"}),
@@ -92,28 +123,27 @@ SUITES = {
 
 
 def workload(shape, loss="patch_contrast"):
-    plain, package, tensors, operations = LOSSES[loss]
-    if loss in ("gram_anchoring", "linear_cka") and shape[2] >= shape[1]:
-        raise SystemExit(f"{loss} has a closed form only where D < N, got {'x'.join(map(str, shape))}")
+    terms = LOSSES[loss]
 
     def inputs(device, dtype):
-        if tensors is None:
+        if terms.tensors is None:
             made = torch.randn(shape, device=device).div(shape[2] ** 0.5).unbind()
         else:
             # Patches of one image have much in common, and so have two layers.
             shared = torch.randn(shape, device=device) + 0.5
-            made = [shared + torch.randn(shape, device=device) for _ in range(tensors)]
-        return {f"x{i}": x.to(dtype, copy=True).requires_grad_() for i, x in enumerate(made)}
+            made = [shared + torch.randn(shape, device=device) for _ in range(terms.tensors)]
+        wanted = len(made) - terms.constant
+        return {f"x{i}": x.to(dtype, copy=True).requires_grad_(i < wanted) for i, x in enumerate(made)}
 
     def in_order(function):
         return lambda **inputs: function(*inputs.values())
 
     def compiled():
-        if tensors is None:
+        if terms.tensors is None:
             raise Unavailable("it would unroll the loop over all matrices, for minutes")
-        return torch.compile(in_order(plain), fullgraph=True, dynamic=False)
+        return torch.compile(in_order(terms.plain), fullgraph=True, dynamic=False)
 
-    flops = operations(shape)
+    b, n, d = shape
     return Workload(
         op="losses",
         variant=loss,
@@ -121,11 +151,14 @@ def workload(shape, loss="patch_contrast"):
         arguments=("--shapes", "x".join(map(str, shape)), "--loss", loss),
         inputs=inputs,
         providers={
-            "eager": lambda: in_order(plain),
+            "eager": lambda: in_order(terms.plain),
             "compile": compiled,
-            "ours": lambda: in_order(package),
+            "ours": lambda: in_order(terms.package),
         },
-        flops={"fwd": flops, "bwd": 2 * flops},
+        flops={
+            "fwd": int(2 * b * n * d * terms.forward(n, d)),
+            "bwd": int(2 * b * n * d * terms.backward(n, d)),
+        },
     )
 
 

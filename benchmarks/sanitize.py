@@ -42,6 +42,27 @@ def pairwise_cosine(inputs, shape):
         OPERATORS.pairwise_cosine_bwd(dsums, x, y, saved, *options, True, y is not None)
 
 
+def pairwise_rows(inputs, shape):
+    items, _, rows, columns, width = shape
+    x = inputs(items, max(rows, 2), width)
+    for y, scale in itertools.product((None, inputs(items, columns, width)), (10.0, 1e3)):
+        logsumexp, saved = OPERATORS.pairwise_logsumexp_fwd(x, y, scale, 1e-8, True)
+        drows = inputs.wide(*logsumexp.shape)
+        OPERATORS.pairwise_logsumexp_bwd(drows, logsumexp, x, y, saved, scale, 1e-8, True, y is not None)
+        OPERATORS.pairwise_nearest(x, y, 1e-8)
+
+
+def two_gram(inputs, shape):
+    items, _, rows, other_width, width = shape
+    x = inputs(items, rows, width)
+    for y, penalty, normalise in itertools.product(
+        (None, inputs(items, rows, other_width)), ("relu_square", "hinge", "product"), (True, False)
+    ):
+        options = penalty, 0.25, normalise, 1e-8, True, y is not None
+        sums, saved = OPERATORS.two_gram_fwd(x, y, *options)
+        OPERATORS.two_gram_bwd(inputs.wide(*sums.shape), x, y, saved, *options)
+
+
 def attn_diversity(inputs, shape):
     b, h, n, m, d = shape
     q, k, q2, k2 = (inputs(b, h, rows, d) for rows in (n, m, n, m))
@@ -78,7 +99,7 @@ def main():
     device = parser.parse_args().device
     torch.manual_seed(0)
     ran = 0
-    for operation in (pairwise_cosine, attn_diversity, reattention):
+    for operation in (pairwise_cosine, pairwise_rows, two_gram, attn_diversity, reattention):
         why_not = _dispatch.missing("native", device, operation=operation.__name__)
         if why_not is not None:
             print(f"{operation.__name__}: left out: {why_not}")

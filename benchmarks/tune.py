@@ -1,9 +1,9 @@
 """Finds the fastest rows of a table of the Triton kernels on the GPU that is here, and writes them into it.
 
-It knows the three tables of pairwise_cosine, dicts in its triton_configs.py, a row a line, whose last field
-says where the row comes from. TILES of ops/_triton_tiles.py, and SCHEDULES, ROWS and WORKSPACE_BYTES of
-reattention, are changed by hand. Candidates that do not fit the GPU are passed over. Run the ahead-of-time
-test afterwards: a row has to compile for every GPU of its generation. Example:
+It knows the tables of pairwise_cosine, pairwise_rows and two_gram, dicts in their triton_configs.py, a row a
+line, whose last field says where the row comes from. TILES of ops/_triton_tiles.py, and SCHEDULES, ROWS and
+WORKSPACE_BYTES of reattention, are changed by hand. Candidates that do not fit the GPU are passed over. Run
+the ahead-of-time test afterwards: a row has to compile for every GPU of its generation. Example:
 
     python benchmarks/tune.py pairwise_cosine.FORWARD --dtype bfloat16 --seconds 120
 """
@@ -23,10 +23,14 @@ from pathlib import Path
 import torch
 
 import vitdiv_kernels
+from vitdiv_kernels.ops.pairwise_rows import pairwise_logsumexp
+from vitdiv_kernels.ops.two_gram import two_gram
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPES = {
     "pairwise_cosine": [(256, 196, 384), (32, 577, 768), (16, 1024, 768)],
+    "pairwise_rows": [(256, 196, 384), (16, 1024, 768), (1, 1024, 768)],
+    "two_gram": [(256, 196, 384), (16, 1024, 768)],
 }
 
 
@@ -38,35 +42,46 @@ def _from_signs(**choices: Iterable) -> list[dict]:
     return [row for row in _grid(**choices) if row["rows"] % row["columns"] == 0]
 
 
-def _cosine(penalty: str, backward: bool, shape, dtype, device) -> Callable[[], object]:
-    x = (
-        torch.randn(shape, device=device).to(dtype).requires_grad_()
-    )  # the forward keeps what a backward needs
-    forward = partial(vitdiv_kernels.pairwise_cosine, x, penalty=penalty, backend="triton")
+def _call(operation: Callable, backward: bool, shape, dtype, device) -> Callable[[], object]:
+    # it requires a gradient, so that the forward keeps what a backward needs
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    forward = partial(operation, x, backend="triton")
     if not backward:
         return forward
-    loss = forward()
+    loss = forward().sum()
     return lambda: torch.autograd.grad(loss, x, retain_graph=True)
 
 
+def _cosine(penalty: str) -> Callable:
+    return partial(vitdiv_kernels.pairwise_cosine, penalty=penalty)
+
+
+def _logsumexp(x: torch.Tensor, backend: str) -> torch.Tensor:
+    return pairwise_logsumexp(x, scale=10.0, backend=backend)
+
+
+def _two_gram(x: torch.Tensor, backend: str) -> torch.Tensor:
+    return two_gram(x, x.detach().flip(0), penalty="hinge", margin=0.1, backend=backend)
+
+
+_FORWARD = _grid(rows=(64, 128), width=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4))
+_FROM_ROWS = _grid(
+    rows=(64, 128), columns=(32, 64), out=(64, 128, 256), width=(32, 64), warps=(4, 8), stages=(2, 3)
+)
 # Table: the function of (shape, dtype, device) that runs its kernel, and the rows to try.
 TABLES = {
-    "pairwise_cosine.FORWARD": (
-        partial(_cosine, "abs", False),
-        _grid(rows=(64, 128), width=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4)),
-    ),
+    "pairwise_cosine.FORWARD": (partial(_call, _cosine("abs"), False), _FORWARD),
     "pairwise_cosine.FROM_SIGNS": (
-        partial(_cosine, "abs", True),
+        partial(_call, _cosine("abs"), True),
         _from_signs(
             rows=(32, 64), columns=(32, 64), out=(64, 128, 256), width=(0,), warps=(4, 8), stages=(2, 3)
         ),
     ),
-    "pairwise_cosine.FROM_ROWS": (
-        partial(_cosine, "square", True),
-        _grid(
-            rows=(64, 128), columns=(32, 64), out=(64, 128, 256), width=(32, 64), warps=(4, 8), stages=(2, 3)
-        ),
-    ),
+    "pairwise_cosine.FROM_ROWS": (partial(_call, _cosine("square"), True), _FROM_ROWS),
+    "pairwise_rows.FORWARD": (partial(_call, _logsumexp, False), _FORWARD),
+    "pairwise_rows.BACKWARD": (partial(_call, _logsumexp, True), _FROM_ROWS),
+    "two_gram.FORWARD": (partial(_call, _two_gram, False), _FORWARD),
+    "two_gram.BACKWARD": (partial(_call, _two_gram, True), _FROM_ROWS),
 }
 
 

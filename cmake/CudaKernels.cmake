@@ -72,6 +72,7 @@ message(STATUS "CUDA kernels for ${cuda_architectures}")
 add_library(cuda_kernels OBJECT
   csrc/cuda/attn_diversity.cu csrc/cuda/attn_diversity_bwd.cu csrc/cuda/head_dots.cu
   csrc/cuda/pairwise_cosine.cu csrc/cuda/pairwise_cosine_bwd.cu csrc/cuda/pairwise_cosine_signed.cu
+  csrc/cuda/pairwise_rows.cu csrc/cuda/pairwise_rows_bwd.cu csrc/cuda/two_gram.cu csrc/cuda/two_gram_bwd.cu
   csrc/cuda/reattention.cu csrc/cuda/reattention_bwd.cu csrc/cuda/reattention_bwd_keys.cu csrc/cuda/reattention_bwd_rows.cu)
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_ARCHITECTURES "${cuda_architectures}"

@@ -50,6 +50,56 @@ struct CosineBackward : CosineArgs {
   BatchView dx, dy;
 };
 
+// Reductions along the rows of S = x_hat y_hat^T; y.data is null (and M = N) for pairs within x, without those of a row with
+// itself. What is saved is the device's own affair.
+struct RowsArgs {
+  int64_t L, N, M, D;
+  BatchView x, y;
+  double scale, eps;
+  int threads;
+};
+
+struct LogSumExpForward : RowsArgs {
+  void* rows;   // [L, N]
+  void* saved;  // null: no backward will come
+};
+
+struct LogSumExpBackward : RowsArgs {
+  const void *drows, *rows;  // [L, N]
+  const void* saved;
+  BatchView dx, dy;
+};
+
+struct NearestForward : RowsArgs {
+  int64_t* nearest;  // [L, N]
+};
+
+enum class GramPenalty { kSquare, kReluSquare, kReluTeacherSquare, kClampedTeacherSquare, kHinge, kProduct };
+
+// Penalties of S = x x^T and T = y y^T, of unit rows if `normalise`. E: the width of y, whose data is null if T is the
+// identity. What is saved is the device's own affair.
+struct TwoGramArgs {
+  int64_t L, N, D, E;
+  BatchView x, y;
+  GramPenalty penalty;
+  double margin;
+  bool normalise;
+  double eps;
+  int threads;
+};
+
+struct TwoGramForward : TwoGramArgs {
+  void* sums;  // [L]
+  void* saved;
+  bool needs_dx, needs_dy;
+};
+
+struct TwoGramBackward : TwoGramArgs {
+  const void* dsums;  // [L]
+  const void* saved;
+  BatchView dx, dy;
+};
+
 // One layer's queries and keys.
 struct Layer {
   HeadsView q, k;

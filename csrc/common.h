@@ -141,6 +141,21 @@ inline std::vector<int64_t> item_offsets(const at::Tensor& t) {
   return offsets;
 }
 
+// Keeps the offsets that the kernels' views point to.
+struct BatchOffsets {
+  std::vector<int64_t> x, y, dx, dy;
+};
+
+inline BatchView batch_view(const at::Tensor& t, const char* name, const Kind& kind,
+                            std::vector<int64_t>& offsets) {
+  TORCH_CHECK_VALUE(t.dim() >= 2, name, " must have shape [..., N, D], got ", shape_text(t.sizes()));
+  check_kind(t, name, kind);
+  TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) == 1 || t.numel() == 0, name,
+                    " must have a last stride of 1, got ", t.stride(-1));
+  offsets = item_offsets(t);
+  return {t.data_ptr(), scalar_type(t, name), offsets.data(), t.stride(-2)};
+}
+
 // Threads for `work` multiply-adds: forking costs some microseconds, in which one thread does about 100,000.
 inline int threads_for(double work) {
   if (at::in_parallel_region() || work < 2e5) return 1;

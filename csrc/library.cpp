@@ -10,7 +10,9 @@
 #include "cpu/dispatch.h"
 #include "operators/attn_diversity.h"
 #include "operators/pairwise_cosine.h"
+#include "operators/pairwise_rows.h"
 #include "operators/reattention.h"
+#include "operators/two_gram.h"
 
 namespace vitdiv {
 namespace {
@@ -49,6 +51,40 @@ struct Cpu {
   static void run(const CosineBackward& args, const at::Tensor&) {
     require_memory(cpu().pairwise_cosine_bwd(args));
   }
+  // Of two sets the gradients for drows = 1.
+  static OptionalTensor new_saved(const RowsArgs& args, const at::Tensor& x, bool for_backward) {
+    if (!for_backward || !args.y.data) return std::nullopt;
+    return empty(x, {args.L * (args.N + args.M) * args.D}, accumulation_type(x));
+  }
+  static const void* check_saved(const RowsArgs& args, const at::Tensor& x, const at::Tensor& saved) {
+    if (!args.y.data) return nullptr;
+    return array(saved, "saved", {args.L * (args.N + args.M) * args.D}, accumulation_kind(x));
+  }
+  static void run(const LogSumExpForward& args, const at::Tensor&) {
+    require_memory(cpu().pairwise_logsumexp_fwd(args));
+  }
+  static void run(const LogSumExpBackward& args, const at::Tensor&) {
+    require_memory(cpu().pairwise_logsumexp_bwd(args));
+  }
+  static void run(const NearestForward& args, const at::Tensor&) {
+    require_memory(cpu().pairwise_nearest(args));
+  }
+
+  // The gradients of x and y for dsums = 1.
+  static OptionalTensor new_saved(const TwoGramArgs& args, const at::Tensor& x, bool needs_dx,
+                                  bool needs_dy) {
+    if (!needs_dx && !needs_dy) return std::nullopt;
+    return empty(x, {two_gram_gradients(args, needs_dx, needs_dy)}, accumulation_type(x));
+  }
+  static const void* check_saved(const TwoGramArgs& args, const at::Tensor& x, const at::Tensor& saved,
+                                 bool needs_dx, bool needs_dy) {
+    if (!needs_dx && !needs_dy) return nullptr;
+    return array(saved, "saved", {two_gram_gradients(args, needs_dx, needs_dy)}, accumulation_kind(x));
+  }
+  static void run(const TwoGramForward& args, const at::Tensor&) { require_memory(cpu().two_gram_fwd(args)); }
+  static void run(const TwoGramBackward& args, const at::Tensor&) {
+    require_memory(cpu().two_gram_bwd(args));
+  }
   static void run(const GramForward& args, const at::Tensor&) {
     require_memory(cpu().attention_gram_fwd(args));
   }
@@ -73,6 +109,11 @@ struct Cpu {
 TORCH_LIBRARY_IMPL(vitdiv, CPU, m) {
   m.impl("pairwise_cosine_fwd", &vitdiv::pairwise_cosine_fwd<vitdiv::Cpu>);
   m.impl("pairwise_cosine_bwd", &vitdiv::pairwise_cosine_bwd<vitdiv::Cpu>);
+  m.impl("pairwise_logsumexp_fwd", &vitdiv::pairwise_logsumexp_fwd<vitdiv::Cpu>);
+  m.impl("pairwise_logsumexp_bwd", &vitdiv::pairwise_logsumexp_bwd<vitdiv::Cpu>);
+  m.impl("pairwise_nearest", &vitdiv::pairwise_nearest<vitdiv::Cpu>);
+  m.impl("two_gram_fwd", &vitdiv::two_gram_fwd<vitdiv::Cpu>);
+  m.impl("two_gram_bwd", &vitdiv::two_gram_bwd<vitdiv::Cpu>);
   m.impl("attention_gram_fwd", &vitdiv::attention_gram_fwd<vitdiv::Cpu>);
   m.impl("attention_gram_bwd", &vitdiv::attention_gram_bwd<vitdiv::Cpu>);
   m.impl("reattention_fwd", &vitdiv::reattention_fwd<vitdiv::Cpu>);

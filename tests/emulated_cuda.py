@@ -6,6 +6,7 @@ import torch
 from emulation_build import kernels
 
 from vitdiv_kernels.ops._layout import accumulation_dtype
+from vitdiv_kernels.ops.two_gram.reference import PENALTIES as PENALTIES_OF_TWO_GRAMS
 
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 SHARED_BYTES = {
@@ -86,6 +87,61 @@ class CosineArgs(ctypes.Structure):
     ]
 
 
+class RowsArgs(ctypes.Structure):
+    _fields_ = [
+        *[(size, ctypes.c_int64) for size in "LNMD"],
+        ("x", BatchView),
+        ("y", BatchView),
+        ("scale", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("threads", ctypes.c_int),
+    ]
+
+
+class LogSumExpForward(RowsArgs):
+    _fields_ = [("rows", ctypes.c_void_p), ("saved", ctypes.c_void_p)]
+
+
+class LogSumExpBackward(RowsArgs):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("drows", "rows", "saved")],
+        ("dx", BatchView),
+        ("dy", BatchView),
+    ]
+
+
+class NearestForward(RowsArgs):
+    _fields_ = [("nearest", ctypes.c_void_p)]
+
+
+class TwoGramArgs(ctypes.Structure):
+    _fields_ = [
+        *[(size, ctypes.c_int64) for size in "LNDE"],
+        ("x", BatchView),
+        ("y", BatchView),
+        ("penalty", ctypes.c_int),
+        ("margin", ctypes.c_double),
+        ("normalise", ctypes.c_bool),
+        ("eps", ctypes.c_double),
+        ("threads", ctypes.c_int),
+    ]
+
+
+class TwoGramForward(TwoGramArgs):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("sums", "saved")],
+        *[(name, ctypes.c_bool) for name in ("needs_dx", "needs_dy")],
+    ]
+
+
+class TwoGramBackward(TwoGramArgs):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("dsums", "saved")],
+        ("dx", BatchView),
+        ("dy", BatchView),
+    ]
+
+
 class ReattentionArgs(ctypes.Structure):
     _fields_ = [
         *[(size, ctypes.c_int64) for size in ("B", "H", "N", "M", "d", "dv")],
@@ -130,6 +186,11 @@ OPERATORS = {
     "attention_gram_bwd": GramBackward,
     "pairwise_cosine_fwd": CosineForward,
     "pairwise_cosine_bwd": CosineBackward,
+    "pairwise_logsumexp_fwd": LogSumExpForward,
+    "pairwise_logsumexp_bwd": LogSumExpBackward,
+    "pairwise_nearest": NearestForward,
+    "two_gram_fwd": TwoGramForward,
+    "two_gram_bwd": TwoGramBackward,
     "reattention_fwd": ReattentionForward,
     "reattention_bwd": ReattentionBackward,
 }
@@ -140,6 +201,7 @@ class Emulator:
 
     def __init__(self):
         self.library = ctypes.CDLL(str(kernels()))
+        self.offsets = []
         for name, args in OPERATORS.items():
             getattr(self.library, name).restype = ctypes.c_char_p
             getattr(self.library, f"{name}_scratch").restype = ctypes.c_int64
@@ -179,6 +241,7 @@ class Emulator:
         scratch = self.scratch(getattr(self.library, f"{name}_scratch")(ctypes.byref(args)))
         error = getattr(self.library, name)(ctypes.byref(args), ctypes.c_void_p(scratch.data_ptr()))
         self.library.emulation_forbid_all()
+        self.offsets.clear()
         if error is not None:
             raise RuntimeError(error.decode())
 
@@ -221,6 +284,7 @@ class Emulator:
         self.allow(tensor, output)
         items = tensor.shape[0]
         offsets = (ctypes.c_int64 * max(items, 1))(*(item * tensor.stride(0) for item in range(items)))
+        self.offsets.append(offsets)  # a structure keeps what only some of its fields point to
         return BatchView(tensor.data_ptr(), DTYPES[tensor.dtype], offsets, tensor.stride(1))
 
     def cosine_args(self, kind, x, y, penalty, include_self, eps):
@@ -257,6 +321,18 @@ class Emulator:
         for name, tensor in ("dsums", dsums), ("saved", saved):
             self.allow(tensor)
             setattr(args, name, tensor.data_ptr())
+        gradients = self.vector_gradients(args, x, y, needs)
+        self.call("pairwise_cosine_bwd", args)
+        return gradients
+
+    def output(self, args, name, *shape, dtype):
+        tensor = torch.full(shape, -1 if dtype == torch.int64 else float("nan"), dtype=dtype)
+        self.allow(tensor, output=True)
+        setattr(args, name, tensor.data_ptr())
+        return tensor
+
+    def vector_gradients(self, args, x, y, needs):
+        """Outputs dx and dy; None for what is not needed."""
         gradients = [
             None if t is None or not need else torch.full(t.shape, float("nan"), dtype=t.dtype)
             for t, need in zip((x, y), needs, strict=True)
@@ -264,7 +340,58 @@ class Emulator:
         for name, gradient in zip(("dx", "dy"), gradients, strict=True):
             if gradient is not None:
                 setattr(args, name, self.batch(gradient, output=True))
-        self.call("pairwise_cosine_bwd", args)
+        return gradients
+
+    def rows_args(self, kind, x, y, scale, eps):
+        args = kind(L=x.shape[0], N=x.shape[1], M=(x if y is None else y).shape[1], D=x.shape[2])
+        args.x = self.batch(x)
+        if y is not None:
+            args.y = self.batch(y)
+        args.scale, args.eps = scale, eps
+        return args
+
+    def pairwise_logsumexp_fwd(self, x, y, scale, eps=1e-8):
+        args = self.rows_args(LogSumExpForward, x, y, scale, eps)
+        rows = self.output(args, "rows", *x.shape[:2], dtype=accumulation_dtype(x))
+        self.call("pairwise_logsumexp_fwd", args)
+        return rows
+
+    def pairwise_logsumexp_bwd(self, drows, rows, x, y, scale, eps=1e-8, needs=(True, True)):
+        args = self.rows_args(LogSumExpBackward, x, y, scale, eps)
+        for name, tensor in ("drows", drows), ("rows", rows):
+            self.allow(tensor)
+            setattr(args, name, tensor.data_ptr())
+        gradients = self.vector_gradients(args, x, y, needs)
+        self.call("pairwise_logsumexp_bwd", args)
+        return gradients
+
+    def pairwise_nearest(self, x, y, eps=1e-8):
+        args = self.rows_args(NearestForward, x, y, 1.0, eps)
+        nearest = self.output(args, "nearest", *x.shape[:2], dtype=torch.int64)
+        self.call("pairwise_nearest", args)
+        return nearest
+
+    def two_gram_args(self, kind, x, y, penalty, margin, normalise, eps):
+        args = kind(L=x.shape[0], N=x.shape[1], D=x.shape[2], E=0 if y is None else y.shape[2])
+        args.x = self.batch(x)
+        if y is not None:
+            args.y = self.batch(y)
+        args.penalty = list(PENALTIES_OF_TWO_GRAMS).index(penalty)
+        args.margin, args.normalise, args.eps = margin, normalise, eps
+        return args
+
+    def two_gram_fwd(self, x, y, penalty, margin=0.0, normalise=True, eps=1e-8):
+        args = self.two_gram_args(TwoGramForward, x, y, penalty, margin, normalise, eps)
+        sums = self.output(args, "sums", x.shape[0], dtype=accumulation_dtype(x))
+        self.call("two_gram_fwd", args)
+        return sums
+
+    def two_gram_bwd(self, dsums, x, y, penalty, margin=0.0, normalise=True, eps=1e-8, needs=(True, True)):
+        args = self.two_gram_args(TwoGramBackward, x, y, penalty, margin, normalise, eps)
+        self.allow(dsums)
+        args.dsums = dsums.data_ptr()
+        gradients = self.vector_gradients(args, x, y, needs)
+        self.call("two_gram_bwd", args)
         return gradients
 
     def reattention_args(

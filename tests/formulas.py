@@ -69,3 +69,38 @@ def reattention(
 
 def _to(parameter, like):
     return None if parameter is None else parameter.to(like.dtype)
+
+
+def pairwise_logsumexp(x, y=None, *, scale=1.0, eps=1e-8):
+    similarity = F.normalize(x, dim=-1, eps=eps) @ F.normalize(x if y is None else y, dim=-1, eps=eps).mT
+    if y is None:
+        n = x.shape[-2]
+        similarity = similarity[..., ~torch.eye(n, dtype=torch.bool)].unflatten(-1, (n, n - 1))
+    return (scale * similarity).logsumexp(-1)
+
+
+def _relu_teacher(s, t):
+    return torch.where((s < 0) & (t < 0), 0, s) - F.relu(t)
+
+
+GRAM_PENALTIES = {
+    "square": lambda s, t, margin: (s - t) ** 2,
+    "relu_square": lambda s, t, margin: (F.relu(s) - F.relu(t)) ** 2,
+    "relu_teacher_square": lambda s, t, margin: _relu_teacher(s, t) ** 2,
+    "clamped_teacher_square": lambda s, t, margin: (s - F.relu(t)) ** 2,
+    "hinge": lambda s, t, margin: F.relu((s - t).abs() - margin),
+    "product": lambda s, t, margin: s * t,
+}
+
+
+def two_gram(x, y=None, *, penalty="square", margin=0.0, normalise=True, reduction="mean", eps=1e-8):
+    def gram(x):
+        x = F.normalize(x, dim=-1, eps=eps) if normalise else x
+        return x @ x.mT
+
+    s = gram(x)
+    t = torch.eye(s.shape[-1], dtype=s.dtype).expand_as(s) if y is None else gram(y)
+    penalties = GRAM_PENALTIES[penalty](s, t, margin)
+    if reduction == "none":
+        return penalties.mean((-2, -1))
+    return penalties.mean() if reduction == "mean" else penalties.sum()

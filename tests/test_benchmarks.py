@@ -458,7 +458,7 @@ def test_the_tuner_writes_a_row(module, monkeypatch, tmp_path, capsys):
     tune.main()
     assert "of the present row's time" in capsys.readouterr().out
     assert before == configs.FROM_SIGNS
-    written = {}
+    written = {"__package__": configs.__package__}
     exec(copy.read_text(), written)
     assert written["FROM_SIGNS"].keys() == before.keys()
     assert written["FORWARD"].keys() == configs.FORWARD.keys()

@@ -174,7 +174,7 @@ def test_info_tells_what_is_here(library):
     assert f"here: compiled for torch {library.built_for_torch}; instruction set " in run.stdout
     assert re.search("native, CUDA  (absent|here): ", run.stdout)
     assert (f"; compiled for {library.cuda_architectures}: " in run.stdout) == library.with_cuda
-    for operation in ("pairwise_cosine", "attn_diversity", "reattention"):
+    for operation in ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention"):
         assert f"{operation}, cpu " in run.stdout
     overridden = python("import vitdiv_kernels.info as i; print(i.report())", VITDIV_BACKEND="reference")
     assert "were it not for VITDIV_BACKEND=reference" in overridden.stdout

@@ -10,7 +10,7 @@ import pytest
 
 CHECKS = """
 import torch
-import test_attn_diversity, test_pairwise_cosine, test_reattention
+import test_attn_diversity, test_pairwise_cosine, test_pairwise_rows, test_reattention, test_two_gram
 from test_pairwise_cosine import draw
 from test_reattention import Case
 
@@ -29,6 +29,16 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             test_pairwise_cosine.check("native", draw((2, N, width), dtype), None, dtype, penalty=penalty)
     y = draw((2, M, 37), dtype)
     test_pairwise_cosine.check("native", draw((2, N, 37), dtype, y), y, dtype, penalty="relu")
+
+    for m in (None, M):
+        x, y = test_pairwise_rows.draw_sets(((2,), N, m, d), dtype)
+        for scale in (4.0, 50.0):
+            test_pairwise_rows.check("native", x, y, dtype, scale=scale)
+        got = test_pairwise_rows.pairwise_nearest(x, y, backend="native")
+        assert torch.equal(got, test_pairwise_rows.cosines(x, y).argmax(-1))
+    for penalty in test_two_gram.PENALTIES:
+        x, y = test_two_gram.draw((2,), N, d, 37, dtype)
+        test_two_gram.check("native", x, y, dtype, penalty=penalty, margin=test_two_gram.MARGIN)
 
     one, two = (test_attn_diversity.draw((2, H, N, M, d), dtype, layers) for layers in (1, 2))
     test_attn_diversity.check("native", attention_gram, formulas.attention_gram, one, dtype)

@@ -20,9 +20,14 @@ TENSOR_CORES = {
     f"{WITH_PRODUCTS}I.*(half_t|bf16_t)": {"HMMA", "LDSM"},
     f"{WITH_PRODUCTS}If": {"HMMA"},
     f"{WITH_PRODUCTS}Id": {"DMMA"},
-    "((gram|similarity|reattention)_tile|_sweep|softmax_rows|attn_diversity.*gradient_tile)I": {"LDGSTS"},
+    "((gram|similarity|rows|weighted|reattention)_tile|_sweep|softmax_rows|attn_diversity.*gradient_tile)I": {
+        "LDGSTS"
+    },
 }
-NO_PRODUCTS = "_sums|sum_parts|head_(rows|totals)|sum_tiles|read_vectors|signed_(totals|gradient)"
+NO_PRODUCTS = (
+    "_sums|sum_parts|merge_slots|fill_ones|_ranges|head_(rows|totals)|sum_tiles|read_vectors"
+    "|signed_(totals|gradient)"
+)
 
 
 @needs_nvcc

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparing import assert_within_budget
 
-from vitdiv_kernels.ops.pairwise_cosine.triton_saved import new_saved
+from vitdiv_kernels.ops.pairwise_cosine.gpu_saved import new_saved
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PENALTIES = ["signed", "abs", "square", "relu"]

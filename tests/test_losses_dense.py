@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import need
 from loss_checks import (
     assert_autocast_has_no_influence,
     assert_finite,
@@ -21,8 +22,11 @@ B, N = 2, 6
 GENERATOR = torch.Generator().manual_seed(17)
 NARROW, NARROW2 = torch.randn(2, B, N, 4, generator=GENERATOR)
 WIDE, WIDE2 = torch.randn(2, B, N, 8, generator=GENERATOR)
+LONG, LONG2 = torch.randn(2, B, 26, 4, generator=GENERATOR)  # in closed form
 WIDTHS = pytest.mark.parametrize(
-    ("x", "y"), [(NARROW, NARROW2), (WIDE, WIDE2), (NARROW, WIDE)], ids=["D<N", "N<D", "two widths"]
+    ("x", "y"),
+    [(LONG, LONG2), (NARROW, NARROW2), (WIDE, WIDE2), (NARROW, WIDE)],
+    ids=["D<N/6", "D<N", "N<D", "two widths"],
 )
 
 
@@ -75,8 +79,8 @@ def test_gram_anchoring_of_inner_products(x, y):
 
 def test_gram_anchoring_keeps_its_digits_near_the_teacher():
     """float32 features, 1e-4 apart: the closed form is as close as the difference of the matrices."""
-    teacher = torch.randn(B, 40, 8)
-    student = teacher + 1e-4 * torch.randn(B, 40, 8)
+    teacher = torch.randn(B, 56, 8)
+    student = teacher + 1e-4 * torch.randn(B, 56, 8)
     expected = gram_loss(student.double(), teacher.double())
     torch.testing.assert_close(losses.gram_anchoring(student, teacher).double(), expected, rtol=1e-3, atol=0)
     assert losses.gram_anchoring(teacher, teacher).item() == 0
@@ -247,7 +251,7 @@ def test_nearest_takes_the_first_of_equals_but_not_itself():
     assert losses.dense.pairwise_nearest(torch.ones(4, 2)).tolist() == [1, 0, 0, 0]
 
 
-REFERENCE_ONLY = [
+WITH_KERNELS = [
     lambda **options: losses.koleo(NARROW, **options),
     lambda **options: losses.uniformity(NARROW, **options),
     lambda **options: losses.vf_loss(NARROW, NARROW2, **options),
@@ -255,13 +259,14 @@ REFERENCE_ONLY = [
 ]
 
 
-@pytest.mark.parametrize("call", REFERENCE_ONLY)
-def test_a_backend_without_kernels_is_refused(call):
-    assert torch.equal(call(), call(backend="reference"))
-    with pytest.raises(ValueError, match=r'only backend="reference" does it so far, not "native"'):
-        call(backend="native")
-    with vd.use_backend("native"), pytest.raises(ValueError, match="set by use_backend"):
-        call()
+@pytest.mark.parametrize("call", WITH_KERNELS)
+def test_the_backend_is_passed_on(call):
+    need("native")
+    torch.testing.assert_close(call(backend="native"), call(backend="reference"))
+    with vd.use_backend("native"):
+        assert torch.equal(call(), call(backend="native"))
+    with pytest.raises(RuntimeError, match=r"cannot run (two_gram|pairwise_rows)"):
+        call(backend="triton")
 
 
 BAD = [

@@ -65,7 +65,6 @@ CLOSED = {
         [lambda: torch.randn(B, N, CLASSES, requires_grad=True)],
         LOGITS,
     ),
-    "weight_soft_orthogonality": (losses.weight_soft_orthogonality, [weights], B * N * D),
     "weight_condition_orthogonality": (losses.weight_condition_orthogonality, [weights], B * N * D),
     "gram_anchoring": (losses.gram_anchoring, [tokens, tokens], B * N * D),
     "gram_anchoring of a batch": (
@@ -78,6 +77,17 @@ CLOSED = {
 SIGNS = B * N * 2 * ((N + 31) // 32)
 TILES = {
     "pairwise_cosine abs": (losses.pairwise_cosine, [tokens], SIGNS),
+    "weight_soft_orthogonality": (losses.weight_soft_orthogonality, [weights], B * N * D),
+    "patch_mhs": (losses.patch_mhs, [tokens], B * N * D),
+    "weight_mhs": (losses.weight_mhs, [weights], B * N * D),
+    "koleo": (losses.koleo, [tokens], B * N * D),
+    "uniformity": (losses.uniformity, [tokens], B * N * D),
+    # the gradients of both, made in the forward, are one tensor
+    "info_nce": (losses.info_nce, [tokens, tokens], 2 * B * N * D),
+    "vf_loss": (losses.vf_loss, [tokens, tokens], 2 * B * N * D),
+    "gram_anchoring without negatives": (
+        lambda x, y: losses.gram_anchoring(x, y, negatives="remove"), [tokens, tokens], 2 * B * N * D,
+    ),
     "attention_diversity": (losses.attention_diversity, [heads, heads], B * H * N * WIDTH),
     "head_cross_cosine": (losses.head_cross_cosine, [heads] * 4, 2 * B * H * N * WIDTH),
     "head_contrast": (losses.head_contrast, [heads] * 4, 2 * B * H * N * WIDTH),
@@ -85,7 +95,7 @@ TILES = {
     "head_mgd": (losses.head_mgd, [heads, heads], B * H * N * WIDTH),
     "head_soft_orthogonality": (losses.head_soft_orthogonality, [heads, heads], B * H * N * WIDTH),
     "head_condition_orthogonality": (losses.head_condition_orthogonality, [heads, heads], B * H * N * WIDTH),
-}
+}  # fmt: skip
 # rows in turn
 ROWS = {
     "cos_reg": (lambda *x: losses.cos_reg([x[:2], x[2:]], rows=8), [heads] * 4, B * H * N * 8),
@@ -123,7 +133,7 @@ def test_no_tile_kernel_makes_all_pairs(name):
     [
         (lambda x: losses.pairwise_cosine(x, backend="reference"), [tokens]),
         (lambda x: losses.patch_mgd(x), [tokens]),
-        (losses.koleo, [tokens]),  # until it has a kernel
+        (lambda x: losses.koleo(x, backend="reference"), [tokens]),
     ],
 )
 def test_the_mode_sees_all_pairs_where_they_are(loss, inputs):
@@ -137,6 +147,9 @@ COMPILED = [
     "patch_mixing",
     "weight_soft_orthogonality",
     "gram_anchoring",
+    "koleo",
+    "uniformity",
+    "info_nce",
     "head_condition_orthogonality",
 ]
 

@@ -1,4 +1,5 @@
-"""A kernel is compiled once for each operation, dtype and number of heads, not for each number of tokens."""
+"""A kernel is compiled once for each operation, dtype and number of heads, not for each number of tokens, for
+each scale or margin."""
 
 import importlib.util
 import os
@@ -18,7 +19,10 @@ import torch
 from aot import specialised
 from vitdiv_kernels.ops import _triton
 from vitdiv_kernels.ops.attn_diversity import triton_kernels as maps
+from vitdiv_kernels.ops.pairwise_cosine import triton_kernels as cosine
+from vitdiv_kernels.ops.pairwise_rows import triton_kernels as rows
 from vitdiv_kernels.ops.reattention import triton_kernels as mixed
+from vitdiv_kernels.ops.two_gram import triton_kernels as grams
 
 def gram(q, k, v, matrix, vector):
     maps.attention_gram_fwd(q, k, 0.125, None, None, 0.125)
@@ -34,7 +38,19 @@ def reattention(schedule):
         mixed.head_dots(q, k)
     return calls
 
-for calls in (gram, reattention("streaming"), reattention("workspace")):
+def pairs(q, k, v, matrix, vector):
+    x, y, scale = q[:, 0], k[:, 0, :-1], 1 / q.shape[2]
+    for second in (None, y):
+        sums, saved = cosine.pairwise_cosine_fwd(x, second, "abs", False, 1e-8, True)
+        cosine.pairwise_cosine_bwd(sums, x, second, saved, "abs", False, 1e-8, True, second is not None)
+        sums, saved = rows.pairwise_logsumexp_fwd(x, second, scale, 1e-8, True)
+        rows.pairwise_logsumexp_bwd(sums, sums, x, second, saved, scale, 1e-8, True, second is not None)
+        rows.pairwise_nearest(x, second, 1e-8)
+    arguments = "hinge", scale, True, 1e-8, True, True
+    sums, saved = grams.two_gram_fwd(x, k[:, 0], *arguments)
+    grams.two_gram_bwd(sums, x, k[:, 0], saved, *arguments)
+
+for calls in (pairs, gram, reattention("streaming"), reattention("workspace")):
     kinds, constants = set(), set()
     for tokens in (129, 197, 208, 209, 224, 240, 256):
         q, k, v = torch.empty(2, tokens, 3, 6, 64, dtype=torch.bfloat16, device="meta").permute(2, 0, 3, 1, 4)

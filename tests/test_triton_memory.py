@@ -16,7 +16,9 @@ from allocations import Allocations, beyond_results
 from vitdiv_kernels.ops import _triton
 from vitdiv_kernels.ops.attn_diversity import triton_kernels as gram
 from vitdiv_kernels.ops.pairwise_cosine import triton_kernels as cosine
+from vitdiv_kernels.ops.pairwise_rows import triton_kernels as rows
 from vitdiv_kernels.ops.reattention.triton_kernels import streaming
+from vitdiv_kernels.ops.two_gram import triton_kernels as grams
 
 IMAGES, HEADS, WIDTH = 8, 8, 64
 
@@ -85,3 +87,29 @@ def test_bits_a_pair_of_patches(penalty, bits, capability):
 
     few, many = forward_and_backward(1024), forward_and_backward(2048)
     assert many - 2 * few <= IMAGES * bits / 8 * (2048**2 - 2 * 1024**2)
+
+
+def logsumexp(x, y):
+    sums, saved = rows.pairwise_logsumexp_fwd(x, y, 10.0, 1e-8, True)
+    return sums, *rows.pairwise_logsumexp_bwd(sums, sums, x, y, saved, 10.0, 1e-8, True, True)
+
+
+def nearest(x, y):
+    return rows.pairwise_nearest(x, y, 1e-8)
+
+
+def two_gram(x, y):
+    options = "hinge", 0.1, True, 1e-8, True, True
+    sums, saved = grams.two_gram_fwd(x, y, *options)
+    return sums, *grams.two_gram_bwd(sums, x, y, saved, *options)
+
+
+@pytest.mark.parametrize(("operation", "bits"), [(logsumexp, 0.5), (nearest, 1), (two_gram, 0.01)])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_partial_results_of_tiles(operation, bits, capability):
+    """A float32, and an index of nearest, for each row of a tile of 64 columns; of two_gram for each tile."""
+    held = []
+    for tokens in (1024, 2048):
+        with _triton.recording(capability):
+            held.append(beyond_results(operation, meta(IMAGES, tokens, 384), meta(IMAGES, tokens, 384)))
+    assert held[1] - 2 * held[0] <= IMAGES * bits / 8 * (2048**2 - 2 * 1024**2)

@@ -13,13 +13,12 @@ import torch
 from . import _native
 
 BACKENDS = ("auto", "reference", "native", "triton")
-OPERATIONS = ("pairwise_cosine", "attn_diversity", "reattention")
+OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
 
 # Conditions of a call that some backend cannot meet; at most one is given, dropout before the others.
 DROPOUT = "dropout"
 TRITON_HEADS = 32
 MANY_HEADS = f"more than {TRITON_HEADS} heads"
-NO_KERNELS = "no kernels"  # of an operation that has only its reference so far
 _UNSUPPORTED = {
     (DROPOUT, "native"): 'attention dropout in training is done by backend="reference" only, not by "native"',
     (DROPOUT, "triton"): 'attention dropout in training is done by backend="reference" only, not by "triton"',
@@ -27,8 +26,6 @@ _UNSUPPORTED = {
         f"the Triton kernels hold the maps of at most {TRITON_HEADS} heads, of both layers together; use "
         'backend="reference" for more'
     ),
-    (NO_KERNELS, "native"): 'only backend="reference" does it so far, not "native"',
-    (NO_KERNELS, "triton"): 'only backend="reference" does it so far, not "triton"',
 }
 
 # The first row that matches the call, and whose backend is here, is taken.

@@ -63,6 +63,8 @@ def reason() -> str | None:
 # What CUDA tensors need of an operation.
 _CUDA_OPERATORS = {
     "pairwise_cosine": ("pairwise_cosine_fwd", "pairwise_cosine_bwd"),
+    "pairwise_rows": ("pairwise_logsumexp_fwd", "pairwise_logsumexp_bwd", "pairwise_nearest"),
+    "two_gram": ("two_gram_fwd", "two_gram_bwd"),
     "attn_diversity": ("attention_gram_fwd", "attention_gram_bwd"),
     "reattention": ("reattention_fwd", "reattention_bwd", "head_dots"),
 }
@@ -70,8 +72,11 @@ _CUDA_OPERATORS = {
 
 def has_kernels(operation: str, namespace: str = "vitdiv", key: str = "CUDA") -> bool:
     """Whether all operators that an operation needs are implemented for a dispatch key."""
-    names = (f"{namespace}::{name}" for name in _CUDA_OPERATORS[operation])
-    return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for name in names)
+    dispatcher = torch._C
+    return all(
+        dispatcher._dispatch_has_kernel(name) and dispatcher._dispatch_has_kernel_for_dispatch_key(name, key)
+        for name in (f"{namespace}::{name}" for name in _CUDA_OPERATORS[operation])
+    )
 
 
 # The operations that have CUDA kernels in this build.

@@ -13,6 +13,11 @@ struct CpuKernels {
   const char* capability;
   bool (*pairwise_cosine_fwd)(const CosineForward&);
   bool (*pairwise_cosine_bwd)(const CosineBackward&);
+  bool (*pairwise_logsumexp_fwd)(const LogSumExpForward&);
+  bool (*pairwise_logsumexp_bwd)(const LogSumExpBackward&);
+  bool (*pairwise_nearest)(const NearestForward&);
+  bool (*two_gram_fwd)(const TwoGramForward&);
+  bool (*two_gram_bwd)(const TwoGramBackward&);
   bool (*attention_gram_fwd)(const GramForward&);
   bool (*attention_gram_bwd)(const GramBackward&);
   bool (*reattention_fwd)(const ReattentionForward&);
@@ -21,11 +26,13 @@ struct CpuKernels {
   int (*count_threads)(int);
 };
 
-#define VITDIV_CPU_KERNELS(name)                                                                             \
-  CpuKernels {                                                                                               \
-    #name, cpu_##name::pairwise_cosine_fwd, cpu_##name::pairwise_cosine_bwd, cpu_##name::attention_gram_fwd, \
-        cpu_##name::attention_gram_bwd, cpu_##name::reattention_fwd, cpu_##name::reattention_bwd,            \
-        cpu_##name::head_dots, cpu_##name::count_threads                                                     \
+#define VITDIV_CPU_KERNELS(name)                                                                     \
+  CpuKernels {                                                                                       \
+    #name, cpu_##name::pairwise_cosine_fwd, cpu_##name::pairwise_cosine_bwd,                         \
+        cpu_##name::pairwise_logsumexp_fwd, cpu_##name::pairwise_logsumexp_bwd,                      \
+        cpu_##name::pairwise_nearest, cpu_##name::two_gram_fwd, cpu_##name::two_gram_bwd,            \
+        cpu_##name::attention_gram_fwd, cpu_##name::attention_gram_bwd, cpu_##name::reattention_fwd, \
+        cpu_##name::reattention_bwd, cpu_##name::head_dots, cpu_##name::count_threads                \
   }
 
 inline CpuKernels choose_cpu_kernels() {

@@ -25,11 +25,9 @@ template <class T, int Rows, int Vectors, bool Transposed>
 __attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, int64_t lda,
                                             const T* __restrict b, T* __restrict c, int64_t ldc,
                                             bool accumulate) {
-  Vec<T> acc[Rows][Vectors];
+  Vec<T> acc[Rows][Vectors] = {};  // c is added at the end, so that no multiplication waits for it
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; v++) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes<T>) : Vec<T>{};
+  for (int r = 0; r < Rows; r++) __builtin_prefetch(c + r * ldc, 1);
   for (int64_t k = 0; k < K; k++) {
     Vec<T> bk[Vectors];
 #pragma GCC unroll 2
@@ -46,7 +44,10 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, in
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; v++) store(c + r * ldc + v * kLanes<T>, acc[r][v]);
+    for (int v = 0; v < Vectors; v++) {
+      T* out = c + r * ldc + v * kLanes<T>;
+      store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <class T, int Vectors, bool Transposed, int Rows = kMaxRows>

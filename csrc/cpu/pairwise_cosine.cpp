@@ -5,46 +5,18 @@
 // in cache, the upper triangle only for pairs within x. abs and relu need of a similarity only its sign in the backward:
 // the forward keeps one bit for "positive" and, for abs, one for "negative", [L, N, planes, ceil(M / 32)] words, so that
 // the backward is one product and no tile is computed twice.
-#include "convert.h"
-#include "gemm.h"
-#include "scratch.h"
+#include "vectors.h"
 
 namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
-constexpr int64_t kTile = 128, kWord = 32;
-// Row stride of a tile that products also read as columns: an odd number of cache lines, so that they spread over L1.
-template <class T>
-constexpr int64_t kTileStride = kTile + 64 / int64_t(sizeof(T));
-
-struct Set {
-  BatchView view;
-  int64_t count;
-};
+constexpr int64_t kWord = 32;
 
 VITDIV_INLINE Set rows_set(const CosineArgs& a) { return {a.x, a.N}; }
 VITDIV_INLINE Set columns_set(const CosineArgs& a) { return a.y.data ? Set{a.y, a.M} : Set{a.x, a.N}; }
 
 bool closed_square(const CosineArgs& a) { return a.y.data ? (a.N + a.M) * a.D < a.N * a.M : a.D < a.N; }
-
-template <class T>
-T square_root(T x) {
-  return sizeof(T) == 8 ? T(__builtin_sqrt(double(x))) : T(__builtin_sqrtf(float(x)));
-}
-
-// 1 / max(norm, eps); NaN for NaN.
-template <class T>
-T inverse_norm(int64_t D, const T* row, T eps, T* norm) {
-  *norm = square_root(dot(D, row, row));
-  return T(1) / (*norm < eps ? eps : *norm);
-}
-
-template <class T>
-Rows<T> raw_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, T* copy) {
-  return rows_of(set.view.data, set.view.dtype, set.view.offset[item] + i * set.view.stride_n,
-                 set.view.stride_n, n, D, copy);
-}
 
 // Unit rows i ... i + n as [n, D]. `row` holds one row.
 template <class T>

@@ -7,6 +7,10 @@
 #include <omp.h>
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "simd.h"
 
 namespace vitdiv {
@@ -32,10 +36,19 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Large blocks ask for large pages: rows of a product lie a page or more apart, and the addresses of a tile's rows would not fit
+// the first level of the TLB.
 class Block {
  public:
-  explicit Block(int64_t bytes)
-      : data_(static_cast<char*>(aligned_alloc(64, size_t(round_up(max64(bytes, 64), 64))))) {}
+  static constexpr int64_t kHugePage = 2 << 20;
+
+  explicit Block(int64_t bytes) {
+    const int64_t alignment = bytes < kHugePage ? 64 : kHugePage, size = round_up(max64(bytes, 1), alignment);
+    data_ = static_cast<char*>(aligned_alloc(size_t(alignment), size_t(size)));
+#if defined(MADV_HUGEPAGE)
+    if (data_ && bytes >= kHugePage) madvise(data_, size_t(size), MADV_HUGEPAGE);
+#endif
+  }
   ~Block() { free(data_); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;

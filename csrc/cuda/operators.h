@@ -8,7 +8,9 @@
 
 #include "../operators/attn_diversity.h"
 #include "../operators/pairwise_cosine.h"
+#include "../operators/pairwise_rows.h"
 #include "../operators/reattention.h"
+#include "../operators/two_gram.h"
 #include "kernels.h"
 
 namespace vitdiv {
@@ -31,11 +33,33 @@ struct Cuda {
     return array(saved, "saved", {cuda::pairwise_cosine_saved_words(args)}, {x.device(), at::kInt});
   }
 
+  static OptionalTensor new_saved(const RowsArgs&, const at::Tensor&, bool) { return std::nullopt; }
+  static const void* check_saved(const RowsArgs&, const at::Tensor&, const at::Tensor&) { return nullptr; }
+  static OptionalTensor new_saved(const TwoGramArgs&, const at::Tensor&, bool, bool) { return std::nullopt; }
+  static const void* check_saved(const TwoGramArgs&, const at::Tensor&, const at::Tensor&, bool, bool) {
+    return nullptr;
+  }
+
   static void run(const CosineForward& args, const at::Tensor& on) {
     launch(args, on, cuda::pairwise_cosine_fwd_scratch, cuda::pairwise_cosine_fwd);
   }
   static void run(const CosineBackward& args, const at::Tensor& on) {
     launch(args, on, cuda::pairwise_cosine_bwd_scratch, cuda::pairwise_cosine_bwd);
+  }
+  static void run(const LogSumExpForward& args, const at::Tensor& on) {
+    launch(args, on, cuda::pairwise_logsumexp_fwd_scratch, cuda::pairwise_logsumexp_fwd);
+  }
+  static void run(const LogSumExpBackward& args, const at::Tensor& on) {
+    launch(args, on, cuda::pairwise_logsumexp_bwd_scratch, cuda::pairwise_logsumexp_bwd);
+  }
+  static void run(const NearestForward& args, const at::Tensor& on) {
+    launch(args, on, cuda::pairwise_nearest_scratch, cuda::pairwise_nearest);
+  }
+  static void run(const TwoGramForward& args, const at::Tensor& on) {
+    launch(args, on, cuda::two_gram_fwd_scratch, cuda::two_gram_fwd);
+  }
+  static void run(const TwoGramBackward& args, const at::Tensor& on) {
+    launch(args, on, cuda::two_gram_bwd_scratch, cuda::two_gram_bwd);
   }
   static void run(const GramForward& args, const at::Tensor& on) {
     launch(args, on, cuda::attention_gram_fwd_scratch, cuda::attention_gram_fwd);
@@ -73,6 +97,11 @@ void register_cuda_operators(torch::Library& m) {
   using Device = Cuda<Queue>;
   m.impl("pairwise_cosine_fwd", &pairwise_cosine_fwd<Device>);
   m.impl("pairwise_cosine_bwd", &pairwise_cosine_bwd<Device>);
+  m.impl("pairwise_logsumexp_fwd", &pairwise_logsumexp_fwd<Device>);
+  m.impl("pairwise_logsumexp_bwd", &pairwise_logsumexp_bwd<Device>);
+  m.impl("pairwise_nearest", &pairwise_nearest<Device>);
+  m.impl("two_gram_fwd", &two_gram_fwd<Device>);
+  m.impl("two_gram_bwd", &two_gram_bwd<Device>);
   m.impl("attention_gram_fwd", &attention_gram_fwd<Device>);
   m.impl("attention_gram_bwd", &attention_gram_bwd<Device>);
   m.impl("reattention_fwd", &reattention_fwd<Device>);

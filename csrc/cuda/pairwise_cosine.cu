@@ -52,14 +52,7 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   using Places = SumPlaces<T, WHOLE>;
   using A = Acc<T>;
   const int lane = lane_id(), n = a.x.count, m = a.y.count;
-  int row_tile = 0, column_tile = block_x() % a.tiles;
-  if (a.within) {
-    for (; column_tile >= a.row_tiles - row_tile; ++row_tile) column_tile -= a.row_tiles - row_tile;
-    column_tile += row_tile;
-  } else {
-    row_tile = column_tile / a.column_tiles;
-    column_tile %= a.column_tiles;
-  }
+  const auto [row_tile, column_tile] = tile_place(block_x() % a.tiles, a.row_tiles, a.column_tiles, a.within);
   const int64_t item = block_x() / a.tiles;
   const int row0 = row_tile * Places::kSize, column0 = column_tile * Places::kSize;
   const bool diagonal = a.within && row_tile == column_tile;
@@ -72,8 +65,8 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   const Shared<double> total = carve.take<double>(WHOLE ? threads() / 32 : 0);
 
   const auto part = WHOLE ? CosinePart<T>::of_triangle((n + 31) / 32)
-                          : CosinePart<T>::of_square(row0, column0, n, m, a.within);
-  typename Tile::Sums acc = {};
+                          : CosinePart<T>::of_tile(row0, column0, n, m, a.within);
+  CosineSums<T> acc = {};
   if constexpr (WHOLE) {
     // Two threads read each vector once more, in shared memory.
     const int mine = thread_x() / 2, from = mine * Tile::kStride + thread_x() % 2 * (Tile::kChunk / 2);
@@ -224,11 +217,6 @@ struct Places {
   }
 };
 
-// As many stages of the ring as let that many blocks share a processor; each takes 1 KiB more than it asks for.
-int stages_of(int64_t stage_bytes, int64_t others, int blocks) {
-  return blocks * (3 * stage_bytes + others + 1024) <= shared_memory_limit(kName) + 1024 ? 3 : 2;
-}
-
 template <class T>
 void forward(const CosineForward& args, void* scratch, void* stream) {
   using A = Acc<T>;
@@ -263,7 +251,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
       a.totals = {static_cast<A*>(args.sums)};
       const int64_t stage = 32 * squares * Tile::kStride * int64_t(sizeof(T)),
                     others = SumPlaces<T, true>::kNumbers * sizeof(A) + (warps + 1) / 2 * 16;
-      a.stages = stages_of(stage, others, 1);
+      a.stages = stages_of(kName, stage, others, 1);
       launch(kName, similarity_tile<T, true>, args.L, 32 * warps, a.stages * stage + others, stream, a);
       return;
     }
@@ -271,7 +259,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
   A* rates[2];
   for (int s = 0; s < sets; ++s) {
     rates[s] = args.saved ? kept(saved.rates[s]) : place(at.rates[s]);
-    vector_rates(args, s, rates[s], stream);
+    vector_rates(kName, args, s, rates[s], stream);
   }
   a.x_rates = {rates[0]};
   a.y_rates = {rates[other]};
@@ -281,7 +269,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
   a.column_tiles = static_cast<int>(ceil_div(args.M, Tile::kSize));
   a.tiles = within ? a.row_tiles * (a.row_tiles + 1) / 2 : a.row_tiles * a.column_tiles;
   const int64_t stage = Tile::kStage * int64_t(sizeof(T)), others = SumPlaces<T, false>::kNumbers * sizeof(A);
-  a.stages = stages_of(stage, others, 2);
+  a.stages = stages_of(kName, stage, others, 2);
   launch(kName, similarity_tile<T, false>, args.L * a.tiles, Tile::kThreads, a.stages * stage + others,
          stream, a);
 
@@ -302,7 +290,7 @@ int64_t pairwise_cosine_saved_words(const CosineArgs& args) { return CosineSaved
 
 int64_t pairwise_cosine_fwd_scratch(const CosineForward& args) {
   if (args.penalty == Penalty::kSigned) return signed_forward_scratch(args);
-  return with_type(args, [&](auto number) { return Places<decltype(number)>(args).size; });
+  return with_type(args.x.dtype, [&](auto number) { return Places<decltype(number)>(args).size; });
 }
 
 void pairwise_cosine_fwd(const CosineForward& args, void* scratch, void* stream) {
@@ -311,7 +299,7 @@ void pairwise_cosine_fwd(const CosineForward& args, void* scratch, void* stream)
     throw std::invalid_argument(
         "pairwise_cosine: the CUDA kernels need at least one vector of at least one feature");
   if (args.penalty == Penalty::kSigned) return signed_forward(args, scratch, stream);
-  with_type(args, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+  with_type(args.x.dtype, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
 }
 
 }  // namespace vitdiv::cuda

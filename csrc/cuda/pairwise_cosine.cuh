@@ -1,5 +1,5 @@
-// What the forward and the backward of pairwise_cosine share: sets of vectors, the places in what is saved, and raw
-// products of a tile of rows with a tile of columns.
+// What kernels of all pairs of vectors share: sets of vectors, and raw products of a tile of rows with a tile of columns.
+// And the places in what pairwise_cosine saves.
 #pragma once
 
 #include <cmath>
@@ -24,9 +24,11 @@ struct CosineTile {
   // The largest set of vectors whose pairs one block makes, in squares of 32: a warp for each two squares of a row of the
   // upper triangle, 16 in all. Only for 16 bits; sums of others need more registers than 512 threads may have.
   static constexpr int kWhole = sizeof(T) == 2 ? 7 : 0;
-  using Sums =
-      Acc<T>[kGroups][2][2][2][4];  // [32 columns][16 columns][16 rows][8 columns][tile_row, tile_col]
 };
+
+// A lane's part of a warp's products: [32 columns][16 columns][16 rows][8 columns][tile_row, tile_col]
+template <class T, int GROUPS = CosineTile<T>::kGroups>
+using CosineSums = Acc<T>[GROUPS][2][2][2][4];
 
 // Vectors [items, count, width] in device memory; the last stride is 1.
 template <class T>
@@ -43,7 +45,7 @@ inline int64_t item_stride(const char* name, const BatchView& view, int64_t item
   const int64_t stride = items > 1 ? view.offset[1] - view.offset[0] : 0;
   for (int64_t l = 0; l < items; ++l)
     if (view.offset[l] != view.offset[0] + l * stride)
-      throw std::invalid_argument(std::string("pairwise_cosine: the items of ") + name +
+      throw std::invalid_argument(std::string("the items of ") + name +
                                   " must be at equal distances in memory for the CUDA kernels");
   return stride;
 }
@@ -58,7 +60,7 @@ Vectors<T> vectors(const char* name, const BatchView& view, int64_t items, int64
   return {{data}, item, view.stride_n, static_cast<int>(count), static_cast<int>(width), pieces};
 }
 
-// What is saved, in words of 4 bytes; of two sets unless y is absent. triton_saved.py says the same in Python.
+// What is saved, in words of 4 bytes; of two sets unless y is absent. gpu_saved.py says the same in Python.
 //   rates  acc [L, N]             1 / max(|x|, eps)
 //   sums   acc [L, D] or [L, N]   signed: of unit vectors; else of the penalties of a vector with all others
 //   signs  [L, N, planes, ceil(M / 32)]  abs, relu: bit j % 32 of word j / 32 is set where S > 0 and, in the second plane of
@@ -96,8 +98,8 @@ T* in_words(const void* memory, int64_t word) {
 
 // call(T()) with the type of the vectors
 template <class Call>
-auto with_type(const CosineArgs& args, Call call) {
-  switch (args.x.dtype) {
+auto with_type(ScalarType dtype, Call call) {
+  switch (dtype) {
     case ScalarType::kHalf: return call(half_t());
     case ScalarType::kBFloat16: return call(bf16_t());
     case ScalarType::kFloat: return call(float());
@@ -133,13 +135,15 @@ template <class T>
 struct CosinePart {
   int row, column, first, end;
 
-  // Of a square tile. With `triangle` the groups that reach the diagonal or lie above it.
-  DEVICE static CosinePart of_square(int row0, int column0, int rows, int columns, bool triangle) {
+  // Of a tile of kSize rows by 64 GROUPS columns, by default a square. With `triangle` the groups that reach the diagonal
+  // or lie above it.
+  template <int GROUPS = CosineTile<T>::kGroups>
+  DEVICE static CosinePart of_tile(int row0, int column0, int rows, int columns, bool triangle) {
     using Tile = CosineTile<T>;
     const int warp = thread_x() >> 5;
-    const int row = 32 * (warp % Tile::kDown), column = 32 * Tile::kGroups * (warp / Tile::kDown);
+    const int row = 32 * (warp % Tile::kDown), column = 32 * GROUPS * (warp / Tile::kDown);
     const int below = (row0 + row - column0 - column) / 32, present = (columns - column0 - column + 31) / 32;
-    const int end = present < Tile::kGroups ? present : Tile::kGroups;
+    const int end = present < GROUPS ? present : GROUPS;
     return {row, column, triangle && below > 0 ? below : 0, row0 + row < rows ? end : 0};
   }
   // Of a column of warps, one under another.
@@ -164,6 +168,17 @@ struct CosinePart {
   DEVICE bool any() const { return first < end; }
 };
 
+// Where a tile is among an item's tiles; with `triangle` only those that reach the diagonal or lie above it are counted.
+struct TilePlace {
+  int row, column;
+};
+DEVICE TilePlace tile_place(int tile, int row_tiles, int column_tiles, bool triangle) {
+  if (!triangle) return {tile / column_tiles, tile % column_tiles};
+  int row = 0;
+  for (; tile >= row_tiles - row; ++row) tile -= row_tiles - row;
+  return {row, row + tile};
+}
+
 // step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are registers for.
 template <class T, class Step>
 DEVICE void for_each_step(int depth, Step step) {
@@ -174,15 +189,16 @@ DEVICE void for_each_step(int depth, Step step) {
 }
 
 // Products of raw vectors. Chunks of their width stream through a ring in shared memory.
-template <class T>
+template <class T, int GROUPS = CosineTile<T>::kGroups>
 struct CosineProducts {
   using Tile = CosineTile<T>;
+  using Sums = CosineSums<T, GROUPS>;
   Shared<T> memory;   // stages * stage
   int stages, stage;  // 2 or 3; elements of one
-  int most;           // rows of a tile, a multiple of 32
+  int most;           // rows of a tile, a multiple of 32; and its columns, if they are not fewer
 
   // Vectors first ... of one item, as far as there are any, with zeros up to a multiple of 32.
-  DEVICE void fetch(int to, const Vectors<T>& x, int64_t item, int first, int k0) const {
+  DEVICE void fetch(int to, const Vectors<T>& x, int64_t item, int first, int k0, int most) const {
     const int left = (x.count - first + 31) / 32 * 32, rows = left < most ? left : most;
     constexpr int pieces = Tile::kChunk / kPiece<T>;
     if (x.pieces) {
@@ -200,18 +216,20 @@ struct CosineProducts {
     }
   }
 
-  // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are its rows. see(at): a chunk of
-  // the rows has come, at that place in the memory.
+  // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows. see(at): a
+  // chunk of the rows has come, at that place in the memory.
   template <class See>
-  DEVICE void add(typename Tile::Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item,
-                  int row0, const Vectors<T>& y, int64_t y_item, int column0, bool same, See see) const {
+  DEVICE void add(Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
+                  const Vectors<T>& y, int64_t y_item, int column0, bool same, See see) const {
     const int chunks = (x.width + Tile::kChunk - 1) / Tile::kChunk;
-    const int columns = same ? 0 : most * Tile::kStride;  // behind the rows
+    const int columns = (same ? column0 - row0 : most) * Tile::kStride;  // behind the rows
     const auto fetch_chunk = [&](int t) {
       const int to = t % stages * stage;
       if (t < chunks) {
-        fetch(to, x, item, row0, t * Tile::kChunk);
-        if (!same) fetch(to + columns, y, y_item, column0, t * Tile::kChunk);
+        fetch(to, x, item, row0, t * Tile::kChunk, most);
+        if (!same)
+          fetch(to + columns, y, y_item, column0, t * Tile::kChunk,
+                GROUPS < Tile::kGroups ? 64 * GROUPS : most);
       }
       copy_commit();
     };
@@ -234,7 +252,7 @@ struct CosineProducts {
         UNROLLED_FOR (int r = 0; r < 2; ++r)
           load_a(a[r], memory,
                  [&](int row, int i) { return rows_at + (16 * r + row) * Tile::kStride + k + i; });
-        UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
+        UNROLLED_FOR (int g = 0; g < GROUPS; ++g) {
           if (g < part.first || g >= part.end) continue;
           UNROLLED_FOR (int h = 0; h < 2; ++h) {
             FragmentB<T> b[2];
@@ -259,8 +277,13 @@ inline double inverse_of(double eps) { return eps > 0 ? 1 / eps : HUGE_VAL; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t whole_pieces(int64_t bytes) { return ceil_div(bytes, 256) * 256; }  // of scratch
 
+// As many stages of the ring as let that many blocks share a processor; each takes 1 KiB more than it asks for.
+inline int stages_of(const char* operation, int64_t stage_bytes, int64_t others, int blocks) {
+  return blocks * (3 * stage_bytes + others + 1024) <= shared_memory_limit(operation) + 1024 ? 3 : 2;
+}
+
 // Inverse norms of the vectors of one set (0: x, 1: y), acc [L, count].
-void vector_rates(const CosineArgs& args, int set, void* rates, void* stream);
+void vector_rates(const char* operation, const CosineArgs& args, int set, void* rates, void* stream);
 
 int64_t signed_forward_scratch(const CosineForward& args);
 void signed_forward(const CosineForward& args, void* scratch, void* stream);

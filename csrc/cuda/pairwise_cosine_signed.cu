@@ -116,11 +116,11 @@ KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_gradient(SignedKernel<T> a) {
 }
 
 template <class T>
-void read(const CosineArgs& args, int set, Acc<T>* rates, Acc<T>* sums, Acc<T>* squares, void* stream) {
+void read(const char* operation, const CosineArgs& args, int set, Acc<T>* rates, Acc<T>* sums,
+          Acc<T>* squares, void* stream) {
   const Vectors<T> x = set_of<T>(args, set);
   const int blocks = static_cast<int>(ceil_div(x.count, kBlockRows));
-  launch("pairwise_cosine_fwd", read_vectors<T>, args.L * blocks, kThreads, 2 * kBlockRows * sizeof(Acc<T>),
-         stream,
+  launch(operation, read_vectors<T>, args.L * blocks, kThreads, 2 * kBlockRows * sizeof(Acc<T>), stream,
          RatesKernel<T>{x,
                         blocks,
                         static_cast<Acc<T>>(args.eps),
@@ -167,7 +167,8 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
     const int blocks = static_cast<int>(ceil_div(counts[s], kBlockRows));
     sums[s] = keep(saved.sums[s], at.sums[s]);
     A* parts = blocks > 1 ? place(at.parts[s]) : sums[s];
-    read<T>(args, s, keep(saved.rates[s], at.rates[s]), parts, place(at.squares[s]), stream);
+    read<T>("pairwise_cosine_fwd", args, s, keep(saved.rates[s], at.rates[s]), parts, place(at.squares[s]),
+            stream);
     if (blocks > 1)
       launch_sum_parts("pairwise_cosine_fwd", parts, sums[s], args.L, blocks, int(args.D), stream);
   }
@@ -201,21 +202,21 @@ void backward(const CosineBackward& args, int set, const BatchView& dx, void* st
 
 }  // namespace
 
-void vector_rates(const CosineArgs& args, int set, void* rates, void* stream) {
-  with_type(args, [&](auto number) {
+void vector_rates(const char* operation, const CosineArgs& args, int set, void* rates, void* stream) {
+  with_type(args.x.dtype, [&](auto number) {
     using T = decltype(number);
-    read<T>(args, set, static_cast<Acc<T>*>(rates), nullptr, nullptr, stream);
+    read<T>(operation, args, set, static_cast<Acc<T>*>(rates), nullptr, nullptr, stream);
   });
 }
 
 int64_t signed_forward_scratch(const CosineForward& args) { return Places(args).size; }
 
 void signed_forward(const CosineForward& args, void* scratch, void* stream) {
-  with_type(args, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+  with_type(args.x.dtype, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
 }
 
 void signed_backward(const CosineBackward& args, void* stream) {
-  with_type(args, [&](auto number) {
+  with_type(args.x.dtype, [&](auto number) {
     using T = decltype(number);
     if (args.dx.data) backward<T>(args, 0, args.dx, stream);
     if (args.dy.data) backward<T>(args, 1, args.dy, stream);

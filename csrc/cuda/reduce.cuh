@@ -1,4 +1,4 @@
-// Sums and maxima over the lanes of a warp, and sums over blocks.
+// Sums and maxima over the lanes of a warp and over blocks.
 #pragma once
 
 #include "platform.cuh"
@@ -33,6 +33,18 @@ template <class T>
 DEVICE T warp_sum(T x) {
   UNROLLED_FOR (int mask = 16; mask > 0; mask /= 2) x += warp_shuffle_xor(x, mask);
   return x;
+}
+
+// Over all threads of the block, of numbers not below 0; every thread gets the result. `memory` holds a number for each warp.
+template <class T>
+DEVICE T block_max(T x, Shared<T> memory) {
+  x = warp_max(x);
+  sync_block();  // the memory may still be in use
+  if ((thread_x() & 31) == 0) memory.st(thread_x() >> 5, x);
+  sync_block();
+  T top = 0;
+  for (int w = 0; w < threads() >> 5; ++w) top = larger(top, memory.ld(w));
+  return top;
 }
 
 // Over all threads of the block, in float64; the result is thread 0's. `memory` holds a number for each warp.

@@ -14,22 +14,7 @@ inline Penalty penalty_of(const std::string& name) {
   return Penalty::kRelu;
 }
 
-// Keeps the offsets that the kernels' views point to.
-struct CosineOffsets {
-  std::vector<int64_t> x, y, dx, dy;
-};
-
-inline BatchView batch_view(const at::Tensor& t, const char* name, const Kind& kind,
-                            std::vector<int64_t>& offsets) {
-  TORCH_CHECK_VALUE(t.dim() >= 2, name, " must have shape [..., N, D], got ", shape_text(t.sizes()));
-  check_kind(t, name, kind);
-  TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) == 1 || t.numel() == 0, name,
-                    " must have a last stride of 1, got ", t.stride(-1));
-  offsets = item_offsets(t);
-  return {t.data_ptr(), scalar_type(t, name), offsets.data(), t.stride(-2)};
-}
-
-inline Kind fill_cosine(c10::DeviceType device, CosineArgs& args, CosineOffsets& offsets, const at::Tensor& x,
+inline Kind fill_cosine(c10::DeviceType device, CosineArgs& args, BatchOffsets& offsets, const at::Tensor& x,
                         const OptionalTensor& y, const std::string& penalty, bool include_self, double eps) {
   const Kind kind = kind_of(x, "x", device);
   args.x = batch_view(x, "x", kind, offsets.x);
@@ -61,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x_given
   const at::Tensor x = Device::items(x_given);
   const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
   CosineForward args{};
-  CosineOffsets offsets;
+  BatchOffsets offsets;
   fill_cosine(Device::kType, args, offsets, x, y, penalty, include_self, eps);
   const at::Tensor sums = empty(x, {args.L}, accumulation_type(x));
   const OptionalTensor saved = Device::new_saved(args, x, for_backward);
@@ -79,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, 
   const at::Tensor x = Device::items(x_given);
   const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
   CosineBackward args{};
-  CosineOffsets offsets;
+  BatchOffsets offsets;
   const Kind kind = fill_cosine(Device::kType, args, offsets, x, y, penalty, include_self, eps);
   const at::Tensor dsums_row = dsums.contiguous();
   args.dsums = array(dsums_row, "dsums", {args.L}, accumulation_kind(x));

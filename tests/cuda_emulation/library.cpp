@@ -74,6 +74,46 @@ const char* pairwise_cosine_bwd(const vitdiv::CosineBackward* args, void* scratc
   return guarded([&] { vitdiv::cuda::pairwise_cosine_bwd(*args, scratch, nullptr); });
 }
 
+int64_t pairwise_logsumexp_fwd_size() { return sizeof(vitdiv::LogSumExpForward); }
+int64_t pairwise_logsumexp_fwd_scratch(const vitdiv::LogSumExpForward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::pairwise_logsumexp_fwd_scratch(*args); });
+}
+const char* pairwise_logsumexp_fwd(const vitdiv::LogSumExpForward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::pairwise_logsumexp_fwd(*args, scratch, nullptr); });
+}
+
+int64_t pairwise_logsumexp_bwd_size() { return sizeof(vitdiv::LogSumExpBackward); }
+int64_t pairwise_logsumexp_bwd_scratch(const vitdiv::LogSumExpBackward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::pairwise_logsumexp_bwd_scratch(*args); });
+}
+const char* pairwise_logsumexp_bwd(const vitdiv::LogSumExpBackward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::pairwise_logsumexp_bwd(*args, scratch, nullptr); });
+}
+
+int64_t pairwise_nearest_size() { return sizeof(vitdiv::NearestForward); }
+int64_t pairwise_nearest_scratch(const vitdiv::NearestForward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::pairwise_nearest_scratch(*args); });
+}
+const char* pairwise_nearest(const vitdiv::NearestForward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::pairwise_nearest(*args, scratch, nullptr); });
+}
+
+int64_t two_gram_fwd_size() { return sizeof(vitdiv::TwoGramForward); }
+int64_t two_gram_fwd_scratch(const vitdiv::TwoGramForward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::two_gram_fwd_scratch(*args); });
+}
+const char* two_gram_fwd(const vitdiv::TwoGramForward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::two_gram_fwd(*args, scratch, nullptr); });
+}
+
+int64_t two_gram_bwd_size() { return sizeof(vitdiv::TwoGramBackward); }
+int64_t two_gram_bwd_scratch(const vitdiv::TwoGramBackward* args) {
+  return guarded_bytes([&] { return vitdiv::cuda::two_gram_bwd_scratch(*args); });
+}
+const char* two_gram_bwd(const vitdiv::TwoGramBackward* args, void* scratch) {
+  return guarded([&] { vitdiv::cuda::two_gram_bwd(*args, scratch, nullptr); });
+}
+
 int64_t reattention_fwd_size() { return sizeof(vitdiv::ReattentionForward); }
 int64_t reattention_fwd_scratch(const vitdiv::ReattentionForward* args) {
   return guarded_bytes([&] { return vitdiv::cuda::reattention_fwd_scratch(*args); });

@@ -23,15 +23,15 @@ void allow(const HeadsView& x, int64_t B, int64_t H, int64_t rows, int64_t width
   allow(x.data, elements * bytes_of(x.dtype), output);
 }
 
-void allow(const BatchView& x, const CosineArgs& args, int64_t rows, bool output) {
-  if (x.data == nullptr || rows * args.D == 0) return;
-  for (int64_t l = 0; l < args.L; ++l)
+void allow(const BatchView& x, int64_t items, int64_t rows, int64_t width, bool output) {
+  if (x.data == nullptr || rows * width == 0) return;
+  for (int64_t l = 0; l < items; ++l)
     allow(static_cast<const char*>(x.data) + x.offset[l] * bytes_of(x.dtype),
-          (1 + (rows - 1) * x.stride_n + args.D - 1) * bytes_of(x.dtype), output);
+          (1 + (rows - 1) * x.stride_n + width - 1) * bytes_of(x.dtype), output);
 }
 void allow_inputs(const CosineArgs& args) {
-  allow(args.x, args, args.N, false);
-  allow(args.y, args, args.M, false);
+  allow(args.x, args.L, args.N, args.D, false);
+  allow(args.y, args.L, args.M, args.D, false);
 }
 void allow_all(const CosineForward& args) {
   allow_inputs(args);
@@ -42,8 +42,43 @@ void allow_all(const CosineBackward& args) {
   allow_inputs(args);
   allow(args.dsums, args.L * accumulator_bytes(args.x.dtype), false);
   allow(args.saved, 4 * cuda::pairwise_cosine_saved_words(args), false);
-  allow(args.dx, args, args.N, true);
-  allow(args.dy, args, args.M, true);
+  allow(args.dx, args.L, args.N, args.D, true);
+  allow(args.dy, args.L, args.M, args.D, true);
+}
+
+void allow_inputs(const RowsArgs& args) {
+  allow(args.x, args.L, args.N, args.D, false);
+  allow(args.y, args.L, args.M, args.D, false);
+}
+void allow_all(const LogSumExpForward& args) {
+  allow_inputs(args);
+  allow(args.rows, args.L * args.N * accumulator_bytes(args.x.dtype), true);
+}
+void allow_all(const LogSumExpBackward& args) {
+  allow_inputs(args);
+  for (const void* rows : {args.drows, args.rows})
+    allow(rows, args.L * args.N * accumulator_bytes(args.x.dtype), false);
+  allow(args.dx, args.L, args.N, args.D, true);
+  allow(args.dy, args.L, args.M, args.D, true);
+}
+void allow_all(const NearestForward& args) {
+  allow_inputs(args);
+  allow(args.nearest, args.L * args.N * sizeof(int64_t), true);
+}
+
+void allow_inputs(const TwoGramArgs& args) {
+  allow(args.x, args.L, args.N, args.D, false);
+  allow(args.y, args.L, args.N, args.E, false);
+}
+void allow_all(const TwoGramForward& args) {
+  allow_inputs(args);
+  allow(args.sums, args.L * accumulator_bytes(args.x.dtype), true);
+}
+void allow_all(const TwoGramBackward& args) {
+  allow_inputs(args);
+  allow(args.dsums, args.L * accumulator_bytes(args.x.dtype), false);
+  allow(args.dx, args.L, args.N, args.D, true);
+  allow(args.dy, args.L, args.N, args.E, true);
 }
 
 void allow_inputs(const GramArgs& args) {

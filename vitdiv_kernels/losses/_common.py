@@ -5,6 +5,7 @@ import torch
 from ..ops import _checks
 from ..ops._layout import accumulation_dtype
 from ..ops.pairwise_cosine.reference import normalise
+from ..ops.pairwise_rows import pairwise_nearest
 
 MHS_VARIANTS = ("paper", "released")
 
@@ -17,6 +18,20 @@ def full_precision(*tensors):
 def unit(x, eps):
     """`x / max(|x|, eps)` in float32 or float64."""
     return normalise(full_precision(x)[0], eps)
+
+
+def inverse_norm(x, eps):
+    """1 / max(|x|, eps), [..., 1]; 1 with an eps of None."""
+    if eps is None:
+        return x.new_ones(()).expand(*x.shape[:-1], 1)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
+
+
+def projected(scale, eps):
+    """The scale of the part along x that the normalisation takes out: none where eps stands for the norm."""
+    if eps is None:
+        return torch.zeros_like(scale)
+    return scale.masked_fill(scale == torch.full_like(scale, eps).reciprocal(), 0)
 
 
 def reduced(values, reduction):
@@ -42,6 +57,20 @@ def minimum_separation(cosine, variant):
     chosen = distance.detach()
     smallest = chosen.masked_fill(chosen == 0, torch.inf).amin((-2, -1), keepdim=True)
     return -(distance * (chosen == smallest)).sum((-2, -1))
+
+
+def separation(x, variant, eps, backend="auto"):
+    """MHS of the cosines of each set of vectors x [..., n, D], n > 1: [...]. "paper" makes tiles of them."""
+    x_hat = unit(x, eps)
+    if variant == "released":
+        return minimum_separation(x_hat @ x_hat.mT, variant)
+    nearest = pairwise_nearest(x, eps=eps, backend=backend)
+    with torch.no_grad():
+        cosines = torch.linalg.vecdot(x_hat, x_hat.take_along_dim(nearest.unsqueeze(-1), -2))
+        one = cosines.argmax(-1, keepdim=True)
+        pair = torch.cat([one, nearest.take_along_dim(one, -1)], -1)
+    a, b = x_hat.take_along_dim(pair.unsqueeze(-1), -2).unbind(-2)
+    return 2 * torch.linalg.vecdot(a, b) - 2
 
 
 def gram_determinant(cosine, ridge):

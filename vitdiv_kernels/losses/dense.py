@@ -8,6 +8,7 @@ import math
 import torch
 
 from ..ops import _checks
+from ..ops._autograd import once_differentiable
 from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from ..ops.two_gram import two_gram
 from . import _common
@@ -43,8 +44,8 @@ def gram_anchoring(
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none" and level "image".
         Detach the teacher yourself.
 
-    Cost: "keep" with D = D2 < N is a closed form of D x D matrices, O(N D^2), without cancellation where
-    student and teacher are close; else tiles, N^2 (D + D2) / 2 multiply-adds.
+    Cost: tiles, N^2 (D + D2) / 2 multiply-adds. "keep" with D = D2 <= N / 6 is a closed form of D x D
+    matrices, O(N D^2), without cancellation where student and teacher are close.
 
     Source: Siméoni et al. 2025 (DINOv3, arXiv 2508.10104), `GramLoss`: "remove" and "remove_teacher" are its
     remove_neg and remove_only_teacher_neg.
@@ -58,7 +59,7 @@ def gram_anchoring(
     if level == "batch":
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     n, width = student.shape[-2:]
-    if negatives == "keep" and width == teacher.shape[-1] and width < n:
+    if negatives == "keep" and width == teacher.shape[-1] and 6 * width <= n:
         with _checks.autocast_off(student):
             x, y = (
                 _common.unit(t, eps) if normalise else _common.full_precision(t)[0]
@@ -95,7 +96,7 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
 
     Returns:
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". A duplicate adds
-        -log(eps) and has no gradient.
+        -log(eps) and has no gradient. Differentiable once.
 
     Cost: tiles, N^2 D / 2 multiply-adds for the index of each nearest vector, then O(N D).
 
@@ -106,9 +107,62 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
     _checks.positive("eps", eps)
     nearest = pairwise_nearest(x, eps=eps, backend=backend)
     with _checks.autocast_off(x):
-        x_hat = _common.unit(x, eps)
-        distance = torch.linalg.vector_norm(x_hat - x_hat.take_along_dim(nearest.unsqueeze(-1), -2), dim=-1)
+        if backend == "reference" or torch.compiler.is_compiling():  # which fuses it
+            x_hat = _common.unit(x, eps)
+            chosen = x_hat.take_along_dim(nearest.unsqueeze(-1), -2)
+            distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
+        else:
+            distance = _DistanceToOne.apply(*_common.full_precision(x), nearest, eps)
         return _common.reduced(-(distance + eps).log().mean(-1), reduction)
+
+
+class _DistanceToOne(torch.autograd.Function):
+    """x [..., N, D] and indices [..., N] to |x_hat_i - x_hat_index(i)|, [..., N].
+
+    On CPUs some items at a time, so that the passes over them find them in cache; only numbers per vector are
+    kept. Autograd would make twice the passes, over memory, which take longer than the search of the indices.
+    """
+
+    CHUNK = 2**19  # elements
+
+    @staticmethod
+    def forward(ctx, x, index, eps):
+        inverse, distance = _common.inverse_norm(x, eps), x.new_empty(x.shape[:-1])
+        for at, chosen in _chunks(index, x.shape[-1]):
+            unit = x.reshape(-1, x.shape[-1])[at] * inverse.view(-1, 1)[at]
+            apart = unit - unit.index_select(0, chosen)
+            distance.view(-1)[at] = torch.linalg.vector_norm(apart, dim=-1)
+        ctx.save_for_backward(x, index, inverse, distance)
+        ctx.eps = eps
+        return distance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddistance):
+        x, index, inverse, distance = ctx.saved_tensors
+        width = x.shape[-1]
+        rate = torch.where(distance == 0, 0, ddistance / distance).reshape(-1, 1)
+        projected = _common.projected(inverse, ctx.eps).view(-1, 1)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for at, chosen in _chunks(index, width):
+            scale = inverse.view(-1, 1)[at]
+            unit = x.reshape(-1, width)[at] * scale
+            apart = (unit - unit.index_select(0, chosen)).mul_(rate[at])
+            apart = apart.index_add(0, chosen, apart, alpha=-1)
+            along = torch.linalg.vecdot(unit, apart).unsqueeze(-1) * projected[at]
+            torch.mul(apart, scale, out=dx.view(-1, width)[at]).addcmul_(unit, along, value=-1)
+        return dx, None, None
+
+
+def _chunks(index, width):
+    """The vectors of some items at a time, as a slice of all vectors, and their indices within it."""
+    n = index.shape[-1]
+    index = index.reshape(-1, n)
+    step = _DistanceToOne.CHUNK // (n * width) if index.device.type == "cpu" else len(index)
+    for i in range(0, len(index), max(1, step)):
+        part = index[i : i + max(1, step)]
+        first = n * torch.arange(len(part), device=index.device).unsqueeze(-1)
+        yield slice(i * n, (i + len(part)) * n), (part + first).flatten()
 
 
 def uniformity(x, *, t=2.0, reduction="mean", eps=1e-8, backend="auto"):
@@ -152,7 +206,7 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". 0 where all patches of
         x or y are zero, or there is one.
 
-    Cost: a closed form of D x D matrices, O(N D^2), where D and D2 are smaller than N; else tiles, 3/2 N^2
+    Cost: a closed form of D x D matrices, O(N D^2), where D and D2 are at most 3/4 N; else tiles, 3/2 N^2
     (D + D2) multiply-adds.
 
     Source: Kornblith et al. 2019 (arXiv 1905.00414).
@@ -162,12 +216,14 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     with _checks.autocast_off(x):
         x, y = (t - t.mean(-2, keepdim=True) for t in _common.full_precision(x, y))
-        if max(x.shape[-1], y.shape[-1]) < x.shape[-2]:
-            inner = [(a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y))]
+        if 4 * max(x.shape[-1], y.shape[-1]) <= 3 * x.shape[-2]:
+            xy, xx, yy = ((a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y)))
         else:
             options = dict(penalty="product", normalise=False, reduction="none", backend=backend)
-            inner = [two_gram(a, b, **options) for a, b in ((x, y), (x, x), (y, y))]
-        xy, xx, yy = inner
+            xy = two_gram(x, y, **options)
+            # of S T both gradients are the same where S is T: one is made, and counted twice
+            once = [two_gram(a, a.detach(), **options) for a in (x, y)]
+            xx, yy = (2 * value - value.detach() for value in once)
         tiny = torch.finfo(xy.dtype).tiny
         return _common.reduced(xy * xx.clamp_min(tiny).rsqrt() * yy.clamp_min(tiny).rsqrt(), reduction)
 
@@ -208,7 +264,7 @@ def vf_loss(
         z, f, penalty="hinge", margin=distance_margin, reduction="none", eps=eps, backend=backend
     )
     with _checks.autocast_off(z):
-        cosines = torch.linalg.vecdot(_common.unit(z, eps), _common.unit(f, eps))
+        cosines = _own_cosines(z, f, eps, backend)
         hinges = (1 - cosine_margin - cosines).relu().mean(-1)
         return _common.reduced(distance_weight * distances + cosine_weight * hinges, reduction)
 
@@ -242,5 +298,36 @@ def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e
     if symmetric:
         rows = (rows + pairwise_logsumexp(y, x, **options)) / 2
     with _checks.autocast_off(x):
-        own = torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps)) / temperature
+        own = _own_cosines(x, y, eps, backend) / temperature
         return _common.reduced((rows - own).mean(-1), reduction)
+
+
+def _own_cosines(x, y, eps, backend):
+    """S_ii, [..., N]."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps))
+    return _OwnCosines.apply(*_common.full_precision(x, y), eps)
+
+
+class _OwnCosines(torch.autograd.Function):
+    """The gradient of a cosine is a combination of its two vectors: a fourth of autograd's passes."""
+
+    @staticmethod
+    def forward(ctx, x, y, eps):
+        scale_x, scale_y = _common.inverse_norm(x, eps), _common.inverse_norm(y, eps)
+        own = torch.linalg.vecdot(x, y).unsqueeze(-1) * scale_x * scale_y
+        ctx.save_for_backward(x, y, scale_x, scale_y, own)
+        ctx.eps = eps
+        return own.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, down):
+        x, y, scale_x, scale_y, own = ctx.saved_tensors
+        both, along = down.unsqueeze(-1) * scale_x * scale_y, down.unsqueeze(-1) * own
+        dx = dy = None
+        if ctx.needs_input_grad[0]:
+            dx = (y * both).addcmul_(x, along * scale_x * _common.projected(scale_x, ctx.eps), value=-1)
+        if ctx.needs_input_grad[1]:
+            dy = (x * both).addcmul_(y, along * scale_y * _common.projected(scale_y, ctx.eps), value=-1)
+        return dx, dy, None

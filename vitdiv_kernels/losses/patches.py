@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..ops import _checks
 from ..ops._autograd import once_differentiable
 from ..ops.pairwise_cosine import pairwise_cosine
-from ..ops.pairwise_rows import pairwise_nearest
+from ..ops.two_gram import two_gram
 from . import _common
 from ._spectral import GramDeterminant, GramGap
 
@@ -58,7 +58,7 @@ class _OwnAndOthers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, eps):
-        scale_x, scale_y = _inverse_norm(x, eps), _inverse_norm(y, eps)
+        scale_x, scale_y = _common.inverse_norm(x, eps), _common.inverse_norm(y, eps)
         total = scale_y.mT @ y  # sum of the unit vectors y, [..., 1, D]
         own = torch.linalg.vecdot(x, y).unsqueeze(-1) * scale_x * scale_y
         rows = (x @ total.mT) * scale_x
@@ -76,26 +76,15 @@ class _OwnAndOthers(torch.autograd.Function):
         dx = dy = None
         with _checks.autocast_off(x):
             if ctx.needs_input_grad[0]:
-                along = (down * own + drows * rows) * scale_x * _projected(scale_x, ctx.eps)
+                along = (down * own + drows * rows) * scale_x * _common.projected(scale_x, ctx.eps)
                 dx = (x * -along).addcmul_(y, both).addcmul_(total, drows * scale_x)
             if ctx.needs_input_grad[1]:
                 dtotal = (drows * scale_x).mT @ x
-                along = (down * own + (y @ dtotal.mT) * scale_y) * scale_y * _projected(scale_y, ctx.eps)
+                along = (
+                    (down * own + (y @ dtotal.mT) * scale_y) * scale_y * _common.projected(scale_y, ctx.eps)
+                )
                 dy = (y * -along).addcmul_(x, both).addcmul_(dtotal, scale_y)
         return dx, dy, None
-
-
-def _inverse_norm(x, eps):
-    if eps is None:
-        return x.new_ones(()).expand(*x.shape[:-1], 1)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
-
-
-def _projected(scale, eps):
-    """The scale of the part along x that the normalisation takes out: none where eps stands for the norm."""
-    if eps is None:
-        return torch.zeros_like(scale)
-    return scale.masked_fill(scale == torch.full_like(scale, eps).reciprocal(), 0)
 
 
 def neighbourhood_contrast(
@@ -185,16 +174,7 @@ def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto")
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     _checks.number("eps", eps, at_least=0)
     with _checks.autocast_off(x):
-        x_hat = _common.unit(x, eps)
-        if variant == "released":
-            return _common.reduced(_common.minimum_separation(x_hat @ x_hat.mT, variant), reduction)
-        nearest = pairwise_nearest(x, eps=eps, backend=backend)
-        with torch.no_grad():
-            cosines = torch.linalg.vecdot(x_hat, x_hat.take_along_dim(nearest.unsqueeze(-1), -2))
-            one = cosines.argmax(-1, keepdim=True)
-            pair = torch.cat([one, nearest.take_along_dim(one, -1)], -1)
-        a, b = x_hat.take_along_dim(pair.unsqueeze(-1), -2).unbind(-2)
-        return _common.reduced(2 * torch.linalg.vecdot(a, b) - 2, reduction)
+        return _common.reduced(_common.separation(x, variant, eps, backend), reduction)
 
 
 def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
@@ -227,22 +207,27 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
     Args:
         x: vectors, [..., N, D].
         reduction, eps: as for `patch_mhs`.
-        backend: of `pairwise_cosine`.
+        backend: of `pairwise_cosine` or `two_gram`.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". Differentiable once.
 
-    Cost: that of `pairwise_cosine` with penalty "square": a closed form, O(N D^2), where D < N, else tiles.
+    Cost: where D <= 3/4 N a closed form, O(N D^2), of `pairwise_cosine` with penalty "square"; else tiles,
+    N^2 D / 2 multiply-adds.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_s_orth_embedding_reg`.
     """
     _checks.vectors("x", x)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    _checks.number("eps", eps, at_least=0)
+    n, width = x.shape[-2:]
+    if 4 * width > 3 * n:
+        means = two_gram(x, reduction="none", eps=eps, backend=backend)
+        return _common.reduced(means * n**2, reduction)
     squares = pairwise_cosine(
         x, penalty="square", include_self=True, reduction="none", eps=eps, backend=backend
     )
     with _checks.autocast_off(x):
-        n = x.shape[-2]
         norm = torch.linalg.vector_norm(_common.full_precision(x)[0], dim=-1)
         own = (norm / norm.clamp_min(eps)).square().sum(-1)  # N, but for vectors shorter than eps
         return _common.reduced(squares * n**2 - 2 * own + n, reduction)

@@ -14,6 +14,14 @@ def heads_like(tensor):
     return tensor.new_empty(b, h, n, d)
 
 
+def items(tensor):
+    """The product of the leading axes of [..., N, D]; symbolic under torch.compile."""
+    count = 1
+    for size in tensor.shape[:-2]:
+        count = count * size
+    return count
+
+
 def accumulation_dtype(tensor):
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 

@@ -4,6 +4,8 @@ Imports Triton: only `triton_kernels` modules import this one.
 """
 
 import contextlib
+import ctypes
+import math
 from typing import NamedTuple
 
 import torch
@@ -83,3 +85,15 @@ def input_precision(dtype):
 def accumulator(dtype):
     """The tl dtype that sums and softmax statistics are kept in."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def split(number):
+    """(high, low) for `double`."""
+    high = ctypes.c_float(number).value
+    return high, number - high if math.isfinite(high) else 0.0
+
+
+@triton.jit
+def double(high, low, ACC: tl.constexpr):
+    """A number passed as two float32: Triton rounds float arguments to float32, also for float64 kernels."""
+    return tl.full((), high, ACC) + tl.full((), low, ACC)

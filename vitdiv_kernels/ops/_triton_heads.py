@@ -4,7 +4,6 @@ Heads past H, rows past N and columns past M of a tile are zero where they are l
 sum.
 """
 
-import ctypes
 import math
 
 import torch
@@ -12,14 +11,9 @@ import triton
 import triton.language as tl
 
 from ._layout import heads_like
+from ._triton import double
 
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def double(high, low, ACC: tl.constexpr):
-    """A number passed as two float32: Triton rounds float arguments to float32, also for float64 kernels."""
-    return tl.full((), high, ACC) + tl.full((), low, ACC)
 
 
 @triton.jit
@@ -218,12 +212,6 @@ def factors(
     first = double(first_high, first_low, ACC)
     second = double(second_high, second_low, ACC)
     return tl.where(tl.arange(0, HP) < H1, first, second)[:, None, None]
-
-
-def split(number):
-    """(high, low) for `double`."""
-    high = ctypes.c_float(number).value
-    return high, number - high if math.isfinite(high) else 0.0
 
 
 def aligned(x):

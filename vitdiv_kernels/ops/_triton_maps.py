@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from ._triton import double
 from ._triton_heads import (
     couple,
-    double,
     factors,
     head_values,
     hold_heads,

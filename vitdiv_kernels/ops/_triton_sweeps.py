@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from ._layout import accumulation_dtype
-from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch
-from ._triton_heads import LOG2_E, aligned, aligned_empty, deliver, padded_heads, split, uncouple
+from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch, split
+from ._triton_heads import LOG2_E, aligned, aligned_empty, deliver, padded_heads, uncouple
 from ._triton_maps import key_gradient, query_gradient, softmax_sweep
 from ._triton_tiles import tile
 

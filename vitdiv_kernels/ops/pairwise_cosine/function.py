@@ -3,38 +3,31 @@
 import torch
 
 from .._autograd import once_differentiable
-from .._layout import accumulation_dtype, nothing, when
+from .._layout import accumulation_dtype, items, nothing, when
 from .._operators import define
-from .triton_saved import new_saved
-
-
-def _items(x):
-    items = 1
-    for size in x.shape[:-2]:
-        items = items * size
-    return items
+from .gpu_saved import new_saved
 
 
 def _saved(x, y, penalty, for_backward):
     """What the compiled backward needs beside x and y; on CPUs sums of unit rows, or signs, or nothing."""
     if x.device.type == "cuda":
         return new_saved(x, y, penalty) if for_backward else nothing(x)
-    items, rows, columns = _items(x), x.shape[-2], (x if y is None else y).shape[-2]
+    rows, columns = x.shape[-2], (x if y is None else y).shape[-2]
     if penalty == "signed":
-        return x.new_empty((1 if y is None else 2, items, x.shape[-1]), dtype=accumulation_dtype(x))
+        return x.new_empty((1 if y is None else 2, items(x), x.shape[-1]), dtype=accumulation_dtype(x))
     if for_backward and penalty in ("abs", "relu"):
         planes = 2 if penalty == "abs" else 1
-        return x.new_zeros((items, rows, planes, (columns + 31) // 32), dtype=torch.int32)
+        return x.new_zeros((items(x), rows, planes, (columns + 31) // 32), dtype=torch.int32)
     return nothing(x)
 
 
 def _fwd_fake(x, y, penalty, include_self, eps, for_backward):
-    sums = x.new_empty(_items(x), dtype=accumulation_dtype(x))
+    sums = x.new_empty(items(x), dtype=accumulation_dtype(x))
     return sums, _saved(x, y, penalty, for_backward)
 
 
 def _fwd_triton_fake(x, y, penalty, include_self, eps, for_backward):
-    sums = x.new_empty(_items(x), dtype=accumulation_dtype(x))
+    sums = x.new_empty(items(x), dtype=accumulation_dtype(x))
     return sums, new_saved(x, y, penalty) if for_backward else nothing(x)
 
 

@@ -1,33 +1,9 @@
 """Tile sizes of the Triton kernels of pairwise_cosine, by bytes of an element and compute capability major.
 
-Other capabilities take the row of 8. `source` says where a row comes from: "aot" rows compile without spills
-and were chosen by instruction counts and bytes; no GPU has measured them yet. benchmarks/tune.py does.
+benchmarks/tune.py measures them.
 """
 
-from typing import NamedTuple
-
-
-class Forward(NamedTuple):
-    """Tiles of S, rows x rows, from slices of the width."""
-
-    rows: int
-    width: int
-    warps: int
-    stages: int
-    source: str
-
-
-class Backward(NamedTuple):
-    """A program holds rows x out of dx and walks the columns of S; width slices S where it is made again."""
-
-    rows: int
-    columns: int
-    out: int
-    width: int
-    warps: int
-    stages: int
-    source: str
-
+from .._pair_tiles import Backward, Forward
 
 FORWARD = {
     (2, 8): Forward(64, 64, 4, 3, "aot"),
@@ -67,9 +43,3 @@ FROM_ROWS = {
     (8, 9): Backward(32, 16, 32, 16, 4, 2, "aot"),
     (8, 10): Backward(32, 16, 32, 16, 4, 1, "aot"),
 }
-
-
-def row(table, tensor, capability):
-    """The table's row for tensors like this one."""
-    size = tensor.element_size()
-    return table.get((size, capability[0]), table[size, 8])

@@ -1,22 +1,32 @@
 """pairwise_cosine on NVIDIA GPUs: the operators' functions, then the kernels; the maths is in README.md."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from .._checks import autocast_off
 from .._layout import accumulation_dtype, nothing
-from .._triton import DTYPES, INTERPRETED, accumulator, capability, input_precision, launch
+from .._pair_tiles import row_for
+from .._triton import accumulator, capability, launch
+from .._triton_pairs import (
+    BLOCK_ROWS,
+    BLOCK_WIDTH,
+    dot_types,
+    gradient_slices,
+    inverse,
+    items_of,
+    products,
+    read_rows,
+    slices,
+    through_norm,
+    tile_of,
+)
 from . import triton_configs as configs
-from .triton_saved import is_closed, new_saved, sections
-
-_BLOCK_ROWS, _BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
+from .gpu_saved import is_closed, new_saved, sections
 
 
 def pairwise_cosine_fwd(x, y, penalty, include_self, eps, for_backward):
-    x, y = _items(x), None if y is None else _items(y)
+    x, y = items_of(x), None if y is None else items_of(y)
     saved = new_saved(x, y, penalty)
     parts = sections(saved, x, y, penalty)
     if not is_closed(x, y, penalty):
@@ -30,7 +40,7 @@ def pairwise_cosine_fwd(x, y, penalty, include_self, eps, for_backward):
 
 def pairwise_cosine_bwd(dsums, x, y, saved, penalty, include_self, eps, needs_dx, needs_dy):
     x_shape, y_shape = x.shape, None if y is None else y.shape
-    x, y, dsums = _items(x), None if y is None else _items(y), dsums.contiguous()
+    x, y, dsums = items_of(x), None if y is None else items_of(y), dsums.contiguous()
     parts = sections(saved, x, y, penalty)
     backward = _tiles_backward
     if is_closed(x, y, penalty):
@@ -41,51 +51,14 @@ def pairwise_cosine_bwd(dsums, x, y, saved, penalty, include_self, eps, needs_dx
     return dx, dy
 
 
-def _items(x):
-    """[items, N, D] with a last stride of 1; a view where the leading axes are one in memory."""
-    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
-def _aligned(x):
-    """Whether Triton, too, can tell that its rows start at multiples of 16 bytes."""
-    return x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
-
-
-def _rows(x, norms, eps, *, squares=None, sums=None, unit=None):
-    """Inverse norms and what else is asked for: |x_hat|^2, sums of x_hat over blocks of rows, x_hat."""
-    items, rows, width = x.shape
-    launch(
-        _rows_kernel, (items * triton.cdiv(rows, _BLOCK_ROWS),),
-        x, x.stride(0), x.stride(1), norms, squares, sums, unit, rows, width,
-        EPS=eps, INVERSE_EPS=_inverse(eps), BN=_BLOCK_ROWS, BD=_BLOCK_WIDTH, ACC=accumulator(x.dtype),
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-
-
-def _inverse(eps):
-    return 1 / eps if eps else math.inf
-
-
-def _dot_types(x):
-    """Element type of the products' operands, precision and accumulator."""
-    # The interpreter holds bfloat16 as integers and gets its arithmetic wrong.
-    wide = INTERPRETED and x.dtype == torch.bfloat16
-    return dict(
-        DT=tl.float32 if wide else DTYPES[x.dtype],
-        PREC=input_precision(x.dtype),
-        ACC=accumulator(x.dtype),
-    )
-
-
 def _tiles_forward(x, y, parts, penalty, include_self, eps, for_backward):
     items, rows, width = x.shape
     one_set, other = y is None, x if y is None else y
     columns = other.shape[1]
-    _rows(x, parts["rx"], eps)
+    read_rows(x, parts["rx"], eps)
     if not one_set:
-        _rows(y, parts["ry"], eps)
-    config = configs.row(configs.FORWARD, x, capability(x))
+        read_rows(y, parts["ry"], eps)
+    config = row_for(configs.FORWARD, x, capability(x))
     row_tiles, column_tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.rows)
     tiles = row_tiles * (row_tiles + 1) // 2 if one_set else row_tiles * column_tiles
     # a slot for each tile of columns (rows), which one program writes
@@ -96,8 +69,9 @@ def _tiles_forward(x, y, parts, penalty, include_self, eps, for_backward):
         x, x.stride(0), x.stride(1), other, other.stride(0), other.stride(1),
         parts["rx"], parts["rx" if one_set else "ry"], px, py, parts.get("signs") if for_backward else None,
         rows, columns, width,
-        PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BR=config.rows, BC=config.rows, BD=config.width,
-        **_dot_types(x), num_warps=config.warps, num_stages=config.stages,
+        PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BR=config.rows, BC=config.rows,
+        **slices(config, x, other),
+        **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if not for_backward:
         return px.sum((1, 2))
@@ -114,21 +88,18 @@ def _tiles_backward(of, dsums, x, y, parts, penalty, include_self, eps):
     items, rows, width = this.shape
     columns = other.shape[1]
     signs = parts.get("signs")
-    config = configs.row(configs.FROM_ROWS if signs is None else configs.FROM_SIGNS, x, capability(x))
-    # no wider than the gradient: narrow rows would be mostly padding
-    out = min(config.out, max(16, triton.next_power_of_2(width)))
-    if not _aligned(this) or not _aligned(other):
-        out = min(out, 32)  # loads of one element each need a register for every address
+    config = row_for(configs.FROM_ROWS if signs is None else configs.FROM_SIGNS, x, capability(x))
+    sizes = gradient_slices(config, width, this, other)
     gradient = this.new_empty(this.shape)
     launch(
         _tiles_backward_kernel,
-        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, out),),
+        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
         this, this.stride(0), this.stride(1), other, other.stride(0), other.stride(1),
         parts[f"r{of}"], parts[f"r{other_name}"], parts[f"p{of}"], signs, dsums, gradient,
         rows, columns, width,
-        PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BY_COLUMN=of == "y", INVERSE_EPS=_inverse(eps),
-        BR=config.rows, BC=config.columns, BD=config.width, BO=out,
-        **_dot_types(x), num_warps=config.warps, num_stages=config.stages,
+        PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BY_COLUMN=of == "y", INVERSE_EPS=inverse(eps),
+        BR=config.rows, BC=config.columns, **sizes,
+        **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient
 
@@ -139,9 +110,9 @@ def _signed_forward(x, y, parts, include_self, eps):
         if rows is None:
             continue
         items, n, width = rows.shape
-        blocks = parts["rx"].new_empty(items, triton.cdiv(n, _BLOCK_ROWS), width)
+        blocks = parts["rx"].new_empty(items, triton.cdiv(n, BLOCK_ROWS), width)
         squares = parts["rx"].new_empty(items, n) if y is None and not include_self else None
-        _rows(rows, parts[f"r{name}"], eps, squares=squares, sums=blocks)
+        read_rows(rows, parts[f"r{name}"], eps, squares=squares, sums=blocks)
         sums.append(torch.sum(blocks, 1, out=parts[f"u{name}"]))
     total = (sums[0] * sums[-1]).sum(1)
     return total if squares is None else total - squares.sum(1)
@@ -179,7 +150,7 @@ def _square_backward(of, dsums, x, y, parts, penalty, include_self, eps):
 
 def _unit_rows(x, norms, eps, squares=None):
     unit = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _rows(x, norms, eps, squares=squares, unit=unit)
+    read_rows(x, norms, eps, squares=squares, unit=unit)
     return unit
 
 
@@ -198,52 +169,12 @@ def _closed_backward(dsums, x, norms, along, factor, less, eps):
     along_row = along.stride(1) if along.shape[1] > 1 else 0
     gradient = x.new_empty(x.shape)
     launch(
-        _closed_backward_kernel, (items * triton.cdiv(rows, _BLOCK_ROWS),),
+        _closed_backward_kernel, (items * triton.cdiv(rows, BLOCK_ROWS),),
         x, x.stride(0), x.stride(1), norms, along, along.stride(0), along_row, dsums, gradient, rows, width,
-        FACTOR=factor, LESS=less, INVERSE_EPS=_inverse(eps), BN=_BLOCK_ROWS, BD=_BLOCK_WIDTH,
+        FACTOR=factor, LESS=less, INVERSE_EPS=inverse(eps), BN=BLOCK_ROWS, BD=BLOCK_WIDTH,
         ACC=accumulator(x.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     return gradient
-
-
-# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
-@triton.jit(do_not_specialize=["N"])
-def _rows_kernel(
-    X, x_item, x_row, NORMS, SQUARES, SUMS, UNIT, N, D,
-    EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A block of BN rows: 1 / max(|x|, eps), and from it, in a second reading, what has a pointer."""
-    blocks = tl.cdiv(N, BN)
-    item = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    n = block * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    row_mask = (n < N)[:, None]
-    rows = X + item * x_item + n.to(tl.int64)[:, None] * x_row
-    squares = tl.zeros((BN, BD), ACC)
-    for d0 in tl.range(0, D, BD):
-        mask = row_mask & (d0 + d < D)[None, :]
-        x = tl.load(rows + (d0 + d)[None, :], mask=mask, other=0.0).to(ACC)
-        squares += x * x
-    length = tl.sqrt(tl.sum(squares, 1))
-    # of a NaN stays NaN
-    short = length <= tl.full((BN,), EPS, ACC)
-    norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), 1.0 / tl.where(short, 1.0, length))
-    tl.store(NORMS + item * N + n, norm, mask=n < N)
-    if SQUARES is not None:
-        tl.store(SQUARES + item * N + n, (length * norm) * (length * norm), mask=n < N)
-    if (SUMS is not None) or (UNIT is not None):
-        for e0 in tl.range(0, D, BD):
-            width_mask = e0 + d < D
-            row = tl.load(rows + (e0 + d)[None, :], mask=row_mask & width_mask[None, :], other=0.0).to(ACC)
-            unit = row * norm[:, None]
-            if SUMS is not None:
-                # rows past the last have the inverse norm of a zero row: 0 * 1e8, but 0 * inf when eps is 0
-                sums = tl.sum(tl.where(row_mask, unit, 0.0), 0)
-                tl.store(SUMS + (item * blocks + block) * D + e0 + d, sums, mask=width_mask)
-            if UNIT is not None:
-                place = UNIT + (item * N + n)[:, None] * D + (e0 + d)[None, :]
-                tl.store(place, unit.to(UNIT.dtype.element_ty), mask=row_mask & width_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -256,30 +187,12 @@ def _tiles_kernel(
     """A tile of S: sums of the penalty along its rows and columns, and the signs of S."""
     row_tiles = tl.cdiv(N, BR)
     column_tiles = tl.cdiv(M, BC)
-    if ONE_SET:  # the upper triangle, row by row
-        tiles = row_tiles * (row_tiles + 1) // 2
-        left = tl.program_id(0) % tiles
-        row_tile = 0
-        while left >= row_tiles - row_tile:
-            left -= row_tiles - row_tile
-            row_tile += 1
-        column_tile = row_tile + left
-    else:
-        tiles = row_tiles * column_tiles
-        row_tile = tl.program_id(0) % tiles // column_tiles
-        column_tile = tl.program_id(0) % column_tiles
-    item = (tl.program_id(0) // tiles).to(tl.int64)
+    item, row_tile, column_tile = tile_of(row_tiles, column_tiles, ONE_SET)
     i = row_tile * BR + tl.arange(0, BR)
     j = column_tile * BC + tl.arange(0, BC)
-    d = tl.arange(0, BD)
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
     y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
-    s = tl.zeros((BR, BC), ACC)
-    for d0 in tl.range(0, D, BD):
-        width_mask = (d0 + d < D)[None, :]
-        x = tl.load(x_rows + (d0 + d)[None, :], mask=(i < N)[:, None] & width_mask, other=0.0).to(DT)
-        y = tl.load(y_rows + (d0 + d)[None, :], mask=(j < M)[:, None] & width_mask, other=0.0).to(DT)
-        s = tl.dot(x, tl.trans(y), s, input_precision=PREC, out_dtype=ACC)
+    s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
     x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
     y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
     s = s * x_norm[:, None] * y_norm[None, :]
@@ -374,13 +287,7 @@ def _tiles_backward_kernel(
             j = j0 + columns
             y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
             y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-            d = tl.arange(0, BD)
-            s = tl.zeros((BR, BC), ACC)
-            for d0 in tl.range(0, D, BD):
-                width_mask = (d0 + d < D)[None, :]
-                x = tl.load(x_rows + (d0 + d)[None, :], mask=(i < N)[:, None] & width_mask, other=0.0).to(DT)
-                y = tl.load(y_rows + (d0 + d)[None, :], mask=(j < M)[:, None] & width_mask, other=0.0).to(DT)
-                s = tl.dot(x, tl.trans(y), s, input_precision=PREC, out_dtype=ACC)
+            s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
             slope = 2.0 * s * norm[:, None] * y_norm[None, :]
             if ONE_SET and not SELF:
                 slope = tl.where(i[:, None] == j[None, :], 0.0, slope)
@@ -409,13 +316,11 @@ def _tiles_backward_kernel(
     along = tl.load(X_SUMS + item * N + i, mask=i < N, other=0.0)
     if PENALTY == "square":
         along = 2.0 * along
-    # a row that was divided by eps has no part taken out
-    along = tl.where(norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
     out = tl.load(x_rows + o[None, :], mask=(i < N)[:, None] & out_mask, other=0.0).to(ACC)
     dsum = tl.load(DSUMS + item)
     if ONE_SET:
         dsum = 2.0 * dsum
-    out = dsum * norm[:, None] * (dx - out * (norm * along)[:, None])
+    out = dsum * through_norm(dx, out, norm, along, INVERSE_EPS, BR, ACC)
     place_out = DX + (item * N + i)[:, None] * D + o[None, :]
     tl.store(place_out, out.to(DX.dtype.element_ty), mask=(i < N)[:, None] & out_mask)
 

@@ -1,7 +1,7 @@
 """The specification of penalties on two Gram matrices, in plain PyTorch: any float dtype, any device, plain
 autograd.
 
-    S = x_hat x_hat^T,   T = y_hat y_hat^T,   sum over all pairs of penalty(S, T)
+    S = x_hat x_hat^T,   T = y_hat y_hat^T, or I without y,   sum over all pairs of penalty(S, T)
 
 float16 and bfloat16 are computed in float32. Holds several [*leading, N, N] maps.
 """
@@ -23,7 +23,11 @@ PENALTIES = {
 def two_gram_sums(x, y, *, penalty, margin, normalise, eps):
     """Sum of the penalty over the N^2 pairs of each leading index: [*leading], float32 or float64."""
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
-    x, y = x.to(compute_dtype), y.to(compute_dtype)
-    if normalise:
-        x, y = unit_vectors(x, eps), unit_vectors(y, eps)
-    return PENALTIES[penalty](x @ x.mT, y @ y.mT, margin).sum((-2, -1))
+
+    def gram(x):
+        x = x.to(compute_dtype)
+        x = unit_vectors(x, eps) if normalise else x
+        return x @ x.mT
+
+    t = torch.eye(x.shape[-2], dtype=compute_dtype, device=x.device) if y is None else gram(y)
+    return PENALTIES[penalty](gram(x), t, margin).sum((-2, -1))

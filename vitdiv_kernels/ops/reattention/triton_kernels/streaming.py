@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 
 from ..._layout import accumulation_dtype, nothing
-from ..._triton import launch
+from ..._triton import double, launch, split
 from ..._triton_heads import (
     aligned,
     aligned_empty,
     couple,
     deliver,
-    double,
     factors,
     head_values,
     hold_heads,
@@ -27,7 +26,6 @@ from ..._triton_heads import (
     products,
     row_values,
     scaled_kronecker,
-    split,
     store_coupled,
     store_heads,
     uncouple,

@@ -1,0 +1,92 @@
+// The operators pairwise_logsumexp_{fwd,bwd} and pairwise_nearest, for the kernels of any device. What is saved for the backward
+// is the device's own affair.
+#pragma once
+
+#include "../common.h"
+
+namespace vitdiv {
+
+inline Kind fill_rows(c10::DeviceType device, RowsArgs& args, BatchOffsets& offsets, const at::Tensor& x,
+                      const OptionalTensor& y, double scale, double eps) {
+  const Kind kind = kind_of(x, "x", device);
+  args.x = batch_view(x, "x", kind, offsets.x);
+  args.y = {};
+  if (y) {
+    args.y = batch_view(*y, "y", kind, offsets.y);
+    TORCH_CHECK_VALUE(
+        y->dim() == x.dim() && y->size(-1) == x.size(-1) && offsets.y.size() == offsets.x.size(),
+        "y must have x's shape but for its rows, got ", shape_text(y->sizes()), " beside ",
+        shape_text(x.sizes()));
+  }
+  TORCH_CHECK_VALUE(scale > 0, "scale must be positive, got ", scale);
+  args.L = int64_t(offsets.x.size());
+  args.N = x.size(-2);
+  args.M = y ? y->size(-2) : args.N;
+  args.D = x.size(-1);
+  args.scale = scale;
+  args.eps = eps;
+  args.threads = threads_for(double(args.L) * double(args.N) * double(args.M) * double(args.D));
+  return kind;
+}
+
+template <class Device>
+OptionalTensor optional_items(const OptionalTensor& y) {
+  return y ? OptionalTensor(Device::items(*y)) : y;
+}
+
+template <class Device>
+std::tuple<at::Tensor, at::Tensor> pairwise_logsumexp_fwd(const at::Tensor& x_given,
+                                                          const OptionalTensor& y_given, double scale,
+                                                          double eps, bool for_backward) {
+  const at::Tensor x = Device::items(x_given);
+  const OptionalTensor y = optional_items<Device>(y_given);
+  LogSumExpForward args{};
+  BatchOffsets offsets;
+  fill_rows(Device::kType, args, offsets, x, y, scale, eps);
+  const at::Tensor rows = empty(x, {args.L, args.N}, accumulation_type(x));
+  const OptionalTensor saved = Device::new_saved(args, x, for_backward);
+  args.rows = rows.data_ptr();
+  args.saved = saved ? saved->data_ptr() : nullptr;
+  Device::run(args, x);
+  return {rows, saved ? *saved : empty(x, {0}, x.scalar_type())};
+}
+
+template <class Device>
+std::tuple<at::Tensor, at::Tensor> pairwise_logsumexp_bwd(const at::Tensor& drows, const at::Tensor& rows,
+                                                          const at::Tensor& x_given,
+                                                          const OptionalTensor& y_given,
+                                                          const at::Tensor& saved, double scale, double eps,
+                                                          bool needs_dx, bool needs_dy) {
+  const at::Tensor x = Device::items(x_given);
+  const OptionalTensor y = optional_items<Device>(y_given);
+  LogSumExpBackward args{};
+  BatchOffsets offsets;
+  const Kind kind = fill_rows(Device::kType, args, offsets, x, y, scale, eps);
+  const at::Tensor dense_drows = drows.contiguous();
+  args.drows = array(dense_drows, "drows", {args.L, args.N}, accumulation_kind(x));
+  args.rows = array(rows, "rows", {args.L, args.N}, accumulation_kind(x));
+  args.saved = Device::check_saved(args, x, saved);
+  TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
+  const at::Tensor dx = empty(x, x_given.sizes(), x.scalar_type(), needs_dx);
+  const at::Tensor dy =
+      empty(x, y_given ? y_given->sizes() : at::IntArrayRef({0}), x.scalar_type(), needs_dy);
+  if (needs_dx) args.dx = batch_view(dx, "dx", kind, offsets.dx);
+  if (needs_dy) args.dy = batch_view(dy, "dy", kind, offsets.dy);
+  Device::run(args, x);
+  return {dx, dy};
+}
+
+template <class Device>
+at::Tensor pairwise_nearest(const at::Tensor& x_given, const OptionalTensor& y_given, double eps) {
+  const at::Tensor x = Device::items(x_given);
+  const OptionalTensor y = optional_items<Device>(y_given);
+  NearestForward args{};
+  BatchOffsets offsets;
+  fill_rows(Device::kType, args, offsets, x, y, 1, eps);
+  const at::Tensor nearest = empty(x, {args.L, args.N}, at::kLong);
+  args.nearest = nearest.mutable_data_ptr<int64_t>();
+  Device::run(args, x);
+  return nearest;
+}
+
+}  // namespace vitdiv

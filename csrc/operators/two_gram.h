@@ -1,0 +1,94 @@
+// The operators two_gram_{fwd,bwd}, for the kernels of any device. What is saved for the backward is the device's own affair.
+#pragma once
+
+#include "../common.h"
+
+namespace vitdiv {
+
+inline GramPenalty gram_penalty_of(const std::string& name) {
+  if (name == "square") return GramPenalty::kSquare;
+  if (name == "relu_square") return GramPenalty::kReluSquare;
+  if (name == "relu_teacher_square") return GramPenalty::kReluTeacherSquare;
+  if (name == "clamped_teacher_square") return GramPenalty::kClampedTeacherSquare;
+  if (name == "hinge") return GramPenalty::kHinge;
+  TORCH_CHECK_VALUE(name == "product",
+                    "penalty must be square, relu_square, relu_teacher_square, clamped_teacher_square, hinge "
+                    "or product, got ",
+                    name);
+  return GramPenalty::kProduct;
+}
+
+// Numbers in the gradients that are wanted, x's before y's.
+inline int64_t two_gram_gradients(const TwoGramArgs& args, bool needs_dx, bool needs_dy) {
+  return args.L * args.N * ((needs_dx ? args.D : 0) + (needs_dy ? args.E : 0));
+}
+
+inline Kind fill_two_gram(c10::DeviceType device, TwoGramArgs& args, BatchOffsets& offsets,
+                          const at::Tensor& x, const OptionalTensor& y, const std::string& penalty,
+                          double margin, bool normalise, double eps, bool needs_dy) {
+  const Kind kind = kind_of(x, "x", device);
+  args.x = batch_view(x, "x", kind, offsets.x);
+  args.y = {};
+  args.E = 0;
+  if (y) {
+    args.y = batch_view(*y, "y", kind, offsets.y);
+    TORCH_CHECK_VALUE(y->sizes().slice(0, y->dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+                      "y must have x's shape but for its width, got ", shape_text(y->sizes()), " beside ",
+                      shape_text(x.sizes()));
+    args.E = y->size(-1);
+  }
+  TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
+  args.L = int64_t(offsets.x.size());
+  args.N = x.size(-2);
+  args.D = x.size(-1);
+  args.penalty = gram_penalty_of(penalty);
+  args.margin = margin;
+  args.normalise = normalise;
+  args.eps = eps;
+  args.threads = threads_for(double(args.L) * double(args.N) * double(args.N) * double(args.D + args.E));
+  return kind;
+}
+
+template <class Device>
+std::tuple<at::Tensor, at::Tensor> two_gram_fwd(const at::Tensor& x_given, const OptionalTensor& y_given,
+                                                std::string penalty, double margin, bool normalise,
+                                                double eps, bool needs_dx, bool needs_dy) {
+  const at::Tensor x = Device::items(x_given);
+  const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
+  TwoGramForward args{};
+  BatchOffsets offsets;
+  fill_two_gram(Device::kType, args, offsets, x, y, penalty, margin, normalise, eps, needs_dy);
+  const at::Tensor sums = empty(x, {args.L}, accumulation_type(x));
+  const OptionalTensor saved = Device::new_saved(args, x, needs_dx, needs_dy);
+  args.sums = sums.data_ptr();
+  args.saved = saved ? saved->data_ptr() : nullptr;
+  args.needs_dx = needs_dx;
+  args.needs_dy = needs_dy;
+  Device::run(args, x);
+  return {sums, saved ? *saved : empty(x, {0}, x.scalar_type())};
+}
+
+template <class Device>
+std::tuple<at::Tensor, at::Tensor> two_gram_bwd(const at::Tensor& dsums, const at::Tensor& x_given,
+                                                const OptionalTensor& y_given, const at::Tensor& saved,
+                                                std::string penalty, double margin, bool normalise,
+                                                double eps, bool needs_dx, bool needs_dy) {
+  const at::Tensor x = Device::items(x_given);
+  const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
+  TwoGramBackward args{};
+  BatchOffsets offsets;
+  const Kind kind =
+      fill_two_gram(Device::kType, args, offsets, x, y, penalty, margin, normalise, eps, needs_dy);
+  const at::Tensor dense_dsums = dsums.contiguous();
+  args.dsums = array(dense_dsums, "dsums", {args.L}, accumulation_kind(x));
+  args.saved = Device::check_saved(args, x, saved, needs_dx, needs_dy);
+  const at::Tensor dx = empty(x, x_given.sizes(), x.scalar_type(), needs_dx);
+  const at::Tensor dy =
+      empty(x, y_given ? y_given->sizes() : at::IntArrayRef({0}), x.scalar_type(), needs_dy);
+  if (needs_dx) args.dx = batch_view(dx, "dx", kind, offsets.dx);
+  if (needs_dy) args.dy = batch_view(dy, "dy", kind, offsets.dy);
+  Device::run(args, x);
+  return {dx, dy};
+}
+
+}  // namespace vitdiv
