@@ -62,7 +62,7 @@ def test_deit_small_is_its_losses_with_the_published_weights():
     total, parts, tokens, _ = evaluate(
         "diverse_vit_deit_small", model, x, mixing=(labels, others, shares), generator=start
     )
-    first, last = tokens[1][:, 1:], tokens[-1][:, 1:]
+    first, last = tokens[0][:, 1:], tokens[-1][:, 1:]  # what enters the first block, as released
     unit = F.normalize(last, dim=-1)
     torch.testing.assert_close(parts["cosine"], (unit @ unit.mT).mean())
     torch.testing.assert_close(parts["contrast"], losses.patch_contrast(first, last))
@@ -341,8 +341,10 @@ def tuples():
         (ValueError, "unknown loss 'kolea': the objective has pairwise_cosine", lambda: Term("kolea")),
         (TypeError, "the weight of koleo must be a number, got str", lambda: Term("koleo", "1")),
         (ValueError, "the weight of koleo must be finite, got nan", lambda: Term("koleo", float("nan"))),
-        (ValueError, "layers of koleo must be block numbers or 'all', got 'last'",
+        (ValueError, "layers of koleo must be block numbers or 'embeddings' or 'all', got 'last'",
          lambda: Term("koleo", layers="last")),
+        (ValueError, "layers of head_mhs must be block numbers or .all., got",
+         lambda: Term("head_mhs", layers=["embeddings"])),
         (ValueError, "layers of patch_contrast must be two blocks",
          lambda: Term("patch_contrast", layers=[1])),
         (ValueError, "layers of patch_contrast must be two blocks",

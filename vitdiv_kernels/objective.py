@@ -36,6 +36,7 @@ LOSSES = {
     "weight_soft_orthogonality": ("weights", None, "all"),
     "weight_condition_orthogonality": ("weights", None, "all"),
 }
+EMBEDDINGS = "embeddings"  # among layers: the tokens that enter block 0
 # patch_cross_cosine is pairwise_cosine of two sets: a name of its own tells how many layers are meant
 _FUNCTIONS = {"patch_cross_cosine": losses.pairwise_cosine}
 
@@ -47,8 +48,9 @@ class Term:
     Args:
         loss: a name in `LOSSES`; patch_cross_cosine is `pairwise_cosine` between two layers.
         weight: the factor in the total.
-        layers: blocks, negative ones from the end, or "all"; None is the loss's own choice, as published. A
-            loss of one layer is averaged over them; a loss of two takes exactly two.
+        layers: blocks, negative ones from the end, or "all"; None is the loss's own choice. For losses on
+            patches "embeddings" among them is the tokens that enter block 0, with their positions. A loss of
+            one layer is averaged over them; a loss of two takes exactly two.
         options: of the function of that name in `vitdiv_kernels.losses`.
 
     Raises ValueError or TypeError, with a sentence, for what does not fit.
@@ -56,7 +58,7 @@ class Term:
 
     loss: str
     weight: float = 1.0
-    layers: tuple[int, ...] | str | None = None
+    layers: tuple[int | str, ...] | str | None = None
     options: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
@@ -65,11 +67,13 @@ class Term:
         _checks.number(f"the weight of {self.loss}", self.weight)
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of {self.loss} must be finite, got {self.weight}")
-        _, count, default = LOSSES[self.loss]
+        kind, count, default = LOSSES[self.loss]
         layers = default if self.layers is None else self.layers
         if layers != "all":
-            if isinstance(layers, str) or not all(isinstance(i, int) for i in layers) or not layers:
-                raise ValueError(f"layers of {self.loss} must be block numbers or 'all', got {layers!r}")
+            named = (EMBEDDINGS,) if kind == "patches" else ()
+            if isinstance(layers, str) or not layers or any(_unknown_layer(i, named) for i in layers):
+                known = " or ".join(["block numbers", *map(repr, (*named, "all"))])
+                raise ValueError(f"layers of {self.loss} must be {known}, got {layers!r}")
             layers = tuple(layers)
         if count == 2 and (layers == "all" or len(layers) != 2):
             raise ValueError(f"layers of {self.loss} must be two blocks, got {layers!r}")
@@ -86,15 +90,21 @@ class Term:
         return _FUNCTIONS.get(self.loss) or getattr(losses, self.loss)
 
 
+def _unknown_layer(layer, named):
+    return not isinstance(layer, int) and layer not in named
+
+
 def _options(function):
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 # Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1; its training code is
-# not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of DeiT-S in the released code; its mixing
-# loss is a sum that the caller divides by the number of patches, a mean here. Zhou et al. 2021 (arXiv
-# 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
+# not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of DeiT-S in the released code, whose contrast
+# is between the tokens that enter the first block and those that leave the last. There the sum of mixing
+# losses and the class token's cross-entropy are divided by N + 1 together: mixing is a mean here, and the
+# caller divides the cross-entropy. Zhou et al. 2021 (arXiv 2103.11886): the released
+# SoftTargetCrossEntropyCosReg with its defaults.
 PRESETS = {
     "gong2021": {
         "cosine": Term("pairwise_cosine"),
@@ -103,7 +113,7 @@ PRESETS = {
     },
     "diverse_vit_deit_small": {
         "cosine": Term("pairwise_cosine", 0.5, options={"penalty": "signed", "include_self": True}),
-        "contrast": Term("patch_contrast", 0.5),
+        "contrast": Term("patch_contrast", 0.5, (EMBEDDINGS, -1)),
         "heads": Term("attention_diversity", 1e-4),
         "weights": Term("weight_condition_orthogonality", 5e-4),
         "mixing": Term("patch_mixing"),
@@ -185,7 +195,8 @@ class DiversityObjective:
                 raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
         self.model, self.layers = model, layers
         self.prefix = _blocks.prefix_tokens_of(model, self.num_prefix_tokens)
-        self.recorder = _blocks.Recorder(model, sorted(tokens), sorted(heads), embeddings)
+        embeddings |= -1 in tokens
+        self.recorder = _blocks.Recorder(model, sorted(tokens - {-1}), sorted(heads), embeddings)
         self.expected = len(self.recorder.handles)
         return self
 
@@ -228,11 +239,12 @@ class DiversityObjective:
         return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
 
     def _layers(self, term, depth):
+        """Block numbers from 0, and -1 for the embeddings, as the recorder has them."""
         layers = range(depth) if term.layers == "all" else term.layers
         for i in layers:
-            if not -depth <= i < depth:
+            if i != EMBEDDINGS and not -depth <= i < depth:
                 raise ValueError(f"{term.loss} takes block {i}, but the model has {depth} blocks")
-        return [i % depth for i in layers]
+        return [-1 if i == EMBEDDINGS else i % depth for i in layers]
 
     def _part(self, name, kept, mixing, generator):
         term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks

@@ -33,8 +33,8 @@ def gram_anchoring(
         student, teacher: patches, [..., N, D] and [..., N, D2].
         level: "image" compares the patches of one image (each leading index), "batch" all of the batch.
         negatives: "keep"; "remove" takes max(S, 0) and max(T, 0); "remove_teacher" takes max(T, 0), and 0 for
-            S where both are negative; "remove_teacher_released" is the same in the code as first released,
-            which clamps T before it looks for its sign, so that S keeps all its negatives.
+            S where both are negative; "remove_teacher_released" is what the released code does, which
+            clamps T before it looks for its sign, so that S keeps all its negatives.
         normalise: False takes inner products instead of cosines.
         reduction: "mean" or "sum" over leading axes, or "none", of the mean over pairs.
         eps: patches shorter than this are divided by eps instead of by their norm.
@@ -47,8 +47,8 @@ def gram_anchoring(
     Cost: tiles, N^2 (D + D2) / 2 multiply-adds. "keep" with D = D2 <= N / 6 is a closed form of D x D
     matrices, O(N D^2), without cancellation where student and teacher are close.
 
-    Source: Siméoni et al. 2025 (DINOv3, arXiv 2508.10104), `GramLoss`: "remove" and "remove_teacher" are its
-    remove_neg and remove_only_teacher_neg.
+    Source: Siméoni et al. 2025 (DINOv3, arXiv 2508.10104), `GramLoss`: "remove" is its remove_neg,
+    "remove_teacher" what its remove_only_teacher_neg says.
     """
     _checks.vectors("student", student)
     _checks.second_vectors("teacher", teacher, "student", student, same_number=True, any_width=True)
