@@ -101,11 +101,20 @@ def test_scales(backend, scale, m):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("scale", [40.0, 1e4])
+@pytest.mark.parametrize("scale", [40.0, 100.0, 1e4])
 def test_opposite_vectors(backend, scale, dtype):
     """All cosines are -1: exp(-2e4) is 0, in float64 too."""
     x = draw(1, 1, 8, dtype=dtype).expand(2, 5, 8)
     check(backend, x, -2 * x[:, :3], dtype, scale=scale)
+
+
+def test_small_cotangents_of_float16(backend):
+    """The weights of the vectors, 1e-7 and less, are no normal numbers of float16; the gradients are."""
+    x = (0.01 * draw(2, 40, 48)).half().requires_grad_()
+    (got,) = torch.autograd.grad(1e-6 * pairwise_logsumexp(x, scale=10.0, backend=backend).sum(), x)
+    truth = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(1e-6 * formulas.pairwise_logsumexp(truth, scale=10.0).sum(), truth)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-3 * expected.abs().max().item())
 
 
 def test_equal_vectors(backend):

@@ -109,6 +109,16 @@ def test_low_precision(backend, width2, dtype, penalty):
     check(backend, *draw((2,), 40, 48, width2, dtype), dtype, penalty=penalty, margin=MARGIN)
 
 
+def test_inner_products_that_float16_does_not_hold(backend):
+    """S_ii is 43000, its slope 86000; the gradients of the mean are finite."""
+    x, y = (t.half() for t in draw((2,), 40, 48, 33))
+    x = (30 * x).requires_grad_()
+    (got,) = torch.autograd.grad(two_gram(x, y, normalise=False, backend=backend), x)
+    truth = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(formulas.two_gram(truth, y.double(), normalise=False), truth)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-3 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(("n", "width", "width2"), [(4, 3, 3), (5, 7, 2), (3, 4, None), (1, 3, 2)])
 @NORMALISE
