@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "mma.cuh"
 #include "reduce.cuh"
+#include "with_type.cuh"
 
 namespace vitdiv::cuda {
 
@@ -94,17 +95,6 @@ Vectors<T> set_of(const CosineArgs& args, int set) {
 template <class T>
 T* in_words(const void* memory, int64_t word) {
   return reinterpret_cast<T*>(static_cast<uint32_t*>(const_cast<void*>(memory)) + word);
-}
-
-// call(T()) with the type of the vectors
-template <class Call>
-auto with_type(ScalarType dtype, Call call) {
-  switch (dtype) {
-    case ScalarType::kHalf: return call(half_t());
-    case ScalarType::kBFloat16: return call(bf16_t());
-    case ScalarType::kFloat: return call(float());
-    default: return call(double());
-  }
 }
 
 // A piece of 16 bytes of a vector, as numbers to compute with; and back.
