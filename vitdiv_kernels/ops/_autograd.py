@@ -11,7 +11,8 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, count, *gradients_and_others):
-        return tuple(gradient.detach() for gradient in gradients_and_others[:count])
+        # copies: a view of an input could not be changed in place
+        return tuple(gradient.clone() for gradient in gradients_and_others[:count])
 
     @staticmethod
     def backward(ctx, *_):
