@@ -245,6 +245,18 @@ def test_collapsed_patches_are_finite(loss, x):
     assert_finite(loss, x)
 
 
+@pytest.mark.parametrize("loss", ONE_SET)
+def test_one_image_without_a_batch(loss):
+    x = torch.randn(9, D)
+    torch.manual_seed(1)
+    value, (grad,) = value_and_gradients(loss, [x])
+    torch.manual_seed(1)
+    expected, (expected_grad,) = value_and_gradients(loss, [x[None]])
+    assert value.shape == ()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, expected_grad[0])
+
+
 def test_what_collapsed_patches_give():
     equal = torch.ones(B, N, D, dtype=torch.float64)
     log2 = torch.tensor(2.0, dtype=torch.float64).log()

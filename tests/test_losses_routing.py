@@ -105,6 +105,11 @@ ROWS = {
 }  # fmt: skip
 
 
+def with_shares(logits):
+    labels = torch.zeros(B).long()
+    return losses.patch_mixing(logits, labels, labels + 1, torch.linspace(0, 1, logits.shape[1]))
+
+
 def largest(loss, inputs):
     with Largest() as mode:
         loss(*(make() for make in inputs)).sum().backward()
@@ -172,6 +177,23 @@ def test_losses_compile_whole(loss, inputs):
         results.append((value, *torch.autograd.grad(value, x, allow_unused=True)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", CLOSED | TILES | ROWS)
+def test_a_second_derivative_raises_or_is_right(name):
+    """Also where only a part of a loss is differentiable once, and another way leads around that."""
+    loss, inputs, _ = (CLOSED | TILES | ROWS)[name]
+    x = [make()[..., :12, :].detach().double().requires_grad_() for make in inputs]
+    if name == "neighbourhood_contrast":
+        x = [each.detach()[:, :9].requires_grad_() for each in x]
+        x[1].requires_grad_(False)  # a target
+    if name == "patch_mixing":
+        loss = with_shares
+    try:
+        assert torch.autograd.gradgradcheck(loss, x, fast_mode=True)
+    except RuntimeError as error:
+        if "differentiable once" not in str(error):
+            raise
 
 
 def test_the_table_has_every_loss():

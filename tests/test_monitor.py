@@ -116,6 +116,14 @@ def test_extremes():
     assert monitor.attention_entropy(sharp, sharp).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_a_model_that_diverged_is_measured():
+    x = images()
+    x[0, 0, 0, 0] = math.inf
+    watch = CollapseMonitor(a_model())
+    last = watch.measure(x)[-1]
+    assert all(math.isnan(last[name]) for name in monitor.MEASURES)
+
+
 def hooks_of(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 

@@ -88,6 +88,11 @@ def test_gong_is_the_sum_of_its_three_losses():
     cosines = (unit @ unit.mT).abs()
     torch.testing.assert_close(parts["cosine"], (cosines.sum() / 3 - 16) / (16 * 15))
     torch.testing.assert_close(total, parts["cosine"] + parts["contrast"] + parts["mixing"])
+    first, last = tokens[1], tokens[-1]
+    expected = losses.patch_contrast(first.detach()[:, 1:], last[:, 1:])  # the first layer is a target
+    torch.testing.assert_close(parts["contrast"], expected)
+    gradients = [torch.autograd.grad(x, first, retain_graph=True)[0] for x in (parts["contrast"], expected)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -9,7 +9,7 @@ import torch
 from vitdiv_kernels import CollapseMonitor
 from vitdiv_kernels.monitor import read_records
 from vitdiv_kernels.vit import CONFIGS, ViT, report
-from vitdiv_kernels.vit.data import Augment, Data, Tensors
+from vitdiv_kernels.vit.data import Augment, Data, DataError, Tensors
 from vitdiv_kernels.vit.trainer import Recipe, Trainer, TrainError
 
 CONFIG = replace(CONFIGS["digits24"], depth=3, dim=16, heads=2, reattention=(2,))
@@ -71,7 +71,7 @@ def test_the_report_prints_the_measures_and_draws_them(run, tmp_path, capsys):
     out = tmp_path / "figure.png"
     assert report.main([str(run), "--images", "5", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    model, step = report.load_model(run / "checkpoint.pt")
+    model, step, _ = report.load_model(run / "checkpoint.pt")
     assert step == 6
     data = report.load("digits", 8, 1)
     records = CollapseMonitor(model).measure(data.val.images[:5], 6)
@@ -100,6 +100,22 @@ def test_a_checkpoint_alone_has_no_history(run, tmp_path, capsys):
     assert image.imread(tmp_path / "report.png").shape[0] < 600
 
 
+def test_a_folder_is_split_as_in_training(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    state = torch.load(run / "checkpoint.pt")
+    state["recipe"]["seed"] = 5
+    torch.save(state, tmp_path / "checkpoint.pt")
+    given = []
+
+    def load(*args):
+        given.append(args)
+        raise DataError("enough")
+
+    monkeypatch.setattr(report, "load", load)
+    assert report.main([str(tmp_path), "--data", "imagefolder:here"]) == 2
+    assert given == [("imagefolder:here", 8, 1, 5)]
+
+
 def test_similar_blocks_are_counted_against_the_block_before():
     rows = [[1.0, 0.95, 0.1], [0.95, 1.0, 0.3], [0.1, 0.3, 1.0]]
     assert report.similar_blocks([{"attention_cosine": row} for row in rows]) == 1
@@ -110,7 +126,7 @@ def test_similar_blocks_are_counted_against_the_block_before():
     [
         (None, [], "there is no checkpoint"),
         (b"no checkpoint", [], "is no checkpoint or a damaged one"),
-        ({"model": {}}, [], "it must have model, config and step"),
+        ({"model": {}}, [], "it must have model, config, recipe, step"),
         ("run", ["--data", "cifar"], "unknown data 'cifar': give digits or imagefolder:PATH"),
         ("run", ["--device", "abacus"], "the device 'abacus' can't be used"),
     ],

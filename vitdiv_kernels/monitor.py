@@ -1,6 +1,7 @@
 """Is a ViT collapsing? Likeness of patches, heads and layers, entropy, rank and residual, block by block."""
 
 import csv
+import math
 from pathlib import Path
 
 import torch
@@ -34,12 +35,15 @@ def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
         rows: vectors whose cosines are held at a time.
 
     Returns:
-        a list of numbers, one per level, from a histogram of 4096 bins with interpolation.
+        a list of numbers, one per level, from a histogram of 4096 bins with interpolation; nan where x has
+        an entry that is not finite.
 
     Cost: rows in turn, N^2 D / 2 multiply-adds per set; B `rows` N numbers at a time.
     """
     _checks.vectors("x", x, at_least=2)
     x_hat = _common.unit(x.detach(), 1e-8)
+    if not x_hat.isfinite().all():
+        return [math.nan] * len(levels)
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
     for start in range(0, x.shape[-2], rows):
         cosine = x_hat[:, start : start + rows] @ x_hat[:, start:].mT
@@ -76,8 +80,12 @@ def attention_entropy(q, k, *, rows=64):
 
 
 def effective_rank(tokens):
-    """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images."""
-    values = torch.linalg.svdvals(_common.unit(tokens, 1e-12)) ** 2
+    """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images; nan
+    where an entry is not finite."""
+    x_hat = _common.unit(tokens, 1e-12)
+    if not x_hat.isfinite().all():  # svdvals raises
+        return x_hat.new_full((), math.nan)
+    values = torch.linalg.svdvals(x_hat) ** 2
     share = values / values.sum(-1, keepdim=True)
     return torch.special.entr(share).sum(-1).exp().mean()
 

@@ -99,16 +99,15 @@ def _options(function):
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
-# Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1; its training code is
-# not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of DeiT-S in the released code, whose contrast
-# is between the tokens that enter the first block and those that leave the last. There the sum of mixing
-# losses and the class token's cross-entropy are divided by N + 1 together: mixing is a mean here, and the
-# caller divides the cross-entropy. Zhou et al. 2021 (arXiv 2103.11886): the released
-# SoftTargetCrossEntropyCosReg with its defaults.
+# Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1, the first layer of
+# the contrast a target; its training code is not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of
+# DeiT-S in the released code, whose contrast is between the tokens that enter the first block and those that
+# leave the last; its sum of mixing losses is divided by N + 1, a mean here. Zhou et al. 2021 (arXiv
+# 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
 PRESETS = {
     "gong2021": {
         "cosine": Term("pairwise_cosine"),
-        "contrast": Term("patch_contrast"),
+        "contrast": Term("patch_contrast", options={"detach_first": True}),
         "mixing": Term("patch_mixing"),
     },
     "diverse_vit_deit_small": {
@@ -143,8 +142,11 @@ class DiversityObjective:
     checkpointing of whole blocks runs them without gradients or twice: exclude hooked blocks from it.
 
     Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
-    cos_reg takes the mixed and normalised maps, as published. Losses that need a teacher or the gradients of
-    patches are not here: see `vitdiv_kernels.losses`.
+    cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes patches before the
+    final norm and embeddings with their positions; the released code normalises those and leaves out these.
+    The recipe of "diverse_vit_deit_small" also divides the class token's cross-entropy by N + 1, with that of
+    the patches: the caller's to do. Losses that need a teacher or the gradients of patches are not here: see
+    `vitdiv_kernels.losses`.
 
     Example:
         >>> import torch

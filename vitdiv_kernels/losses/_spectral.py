@@ -29,7 +29,7 @@ class GramGap(torch.autograd.Function):
         rest = _dot(p, q) / (_dot(p, p) + eps)
         ctx.save_for_backward(x, start, u, s, us, t, top, p, up, q, rest)
         ctx.eps = eps
-        return rest.square().flatten(-3)
+        return rest.square().reshape(x.shape[:-2])
 
     @staticmethod
     @once_differentiable

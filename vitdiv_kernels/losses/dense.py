@@ -144,13 +144,14 @@ class _DistanceToOne(torch.autograd.Function):
         rate = torch.where(distance == 0, 0, ddistance / distance).reshape(-1, 1)
         projected = _common.projected(inverse, ctx.eps).view(-1, 1)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for at, chosen in _chunks(index, width):
-            scale = inverse.view(-1, 1)[at]
-            unit = x.reshape(-1, width)[at] * scale
-            apart = (unit - unit.index_select(0, chosen)).mul_(rate[at])
-            apart = apart.index_add(0, chosen, apart, alpha=-1)
-            along = torch.linalg.vecdot(unit, apart).unsqueeze(-1) * projected[at]
-            torch.mul(apart, scale, out=dx.view(-1, width)[at]).addcmul_(unit, along, value=-1)
+        with _checks.autocast_off(x):
+            for at, chosen in _chunks(index, width):
+                scale = inverse.view(-1, 1)[at]
+                unit = x.reshape(-1, width)[at] * scale
+                apart = (unit - unit.index_select(0, chosen)).mul_(rate[at])
+                apart = apart.index_add(0, chosen, apart, alpha=-1)
+                along = torch.linalg.vecdot(unit, apart).unsqueeze(-1) * projected[at]
+                torch.mul(apart, scale, out=dx.view(-1, width)[at]).addcmul_(unit, along, value=-1)
         return dx, None, None
 
 

@@ -24,7 +24,8 @@ def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction
     Args:
         first, last: patches of two layers, [..., N, D], N > 1.
         normalise: False takes inner products instead of cosines.
-        detach_first: no gradient to the first layer. The released code of Chen et al. has a gradient to both.
+        detach_first: no gradient to the first layer, as Gong et al. have it. The released code of Chen et al.
+            has a gradient to both.
         reduction: "mean" over patches and leading axes, "sum" over leading axes of the mean over patches, or
             "none" for one value per leading index.
         eps: patches shorter than this are divided by eps instead of by their norm.

@@ -5,11 +5,28 @@ import functools
 import torch
 
 
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are; to differentiate them, with respect to anything that `others` depends on,
+    raises."""
+
+    @staticmethod
+    def forward(ctx, count, *gradients_and_others):
+        # copies: a view of an input could not be changed in place
+        return tuple(gradient.clone() for gradient in gradients_and_others[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "vitdiv_kernels is differentiable once: use backend='reference' for second derivatives"
+        )
+
+
 def once_differentiable(backward):
     """Makes a second derivative through `backward` raise, where it would silently be left out.
 
     torch's decorator of this name does so only if the incoming gradients require grad, and that of a scalar
-    loss does not.
+    loss does not; and what it returns hangs on no input, so that `torch.autograd.grad` of it with respect to
+    an input passes it by, and returns what other paths give.
     """
 
     @functools.wraps(backward)
@@ -20,10 +37,8 @@ def once_differentiable(backward):
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # no create_graph
             return outputs
-        raise_later = torch._C._functions.DelayedError(
-            b"vitdiv_kernels is differentiable once: use backend='reference' for second derivatives",
-            len(outputs),
-        )
-        return raise_later(*(None if x is None else x.detach().requires_grad_() for x in outputs))
+        made = [x for x in outputs if x is not None]
+        refused = iter(_Refusal.apply(len(made), *made, *ctx.saved_tensors, *grads))
+        return tuple(None if x is None else next(refused) for x in outputs)
 
     return wrapper

@@ -107,7 +107,7 @@ def load(spec: str, image_size: int, channels: int, seed: int = 0) -> Data:
         if (channels, image_size) != (1, 8):
             raise DataError(
                 f"the digits are 1x8x8 images but the model takes {channels}x{image_size}x{image_size}: "
-                "use --model digits24 or digits24_reattention, or other data"
+                "use other data, --data imagefolder:PATH, or a model for digits, such as digits24"
             )
         return load_digits()
     if kind == "imagefolder" and path:

@@ -26,19 +26,19 @@ COLUMNS = {
 }
 
 
-def load_model(path: Path) -> tuple[ViT, int]:
-    """The ViT of a checkpoint of the trainer and its step. Raises TrainError with a sentence."""
+def load_model(path: Path) -> tuple[ViT, int, int]:
+    """The ViT of a checkpoint of the trainer, its step, and its recipe's seed. Raises TrainError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise TrainError(f"there is no checkpoint {path}: give a folder of the trainer or its file") from None
     except Exception as error:
         raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not {"model", "config", "step"} <= set(state):
-        raise TrainError(f"{path} is no checkpoint of the trainer: it must have model, config and step")
+    if not isinstance(state, dict) or not {"model", "config", "recipe", "step"} <= set(state):
+        raise TrainError(f"{path} is no checkpoint of the trainer: it must have model, config, recipe, step")
     model = ViT(ViTConfig(**state["config"]))
     model.load_state_dict(state["model"])
-    return model, state["step"]
+    return model, state["step"], state["recipe"]["seed"]
 
 
 def table(records: list[dict]) -> str:
@@ -142,8 +142,9 @@ def run(args: argparse.Namespace) -> None:
             "the report draws with matplotlib, which is absent: pip install 'vitdiv-kernels[demo]'"
         ) from None
     checkpoint = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    model, step = load_model(checkpoint)
-    data = load(args.data, model.config.image_size, model.config.channels)
+    model, step, seed = load_model(checkpoint)
+    # the seed splits a folder as it was split in training: no image is measured that was trained on
+    data = load(args.data, model.config.image_size, model.config.channels, seed)
     images, _ = data.val.__getitems__(list(range(min(args.images, len(data.val)))))
     try:
         model = model.to(args.device)

@@ -61,8 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--losses",
         type=losses,
         default="none",
-        help="none, diversity, or such as cosine=0.5,contrast=0.5,heads=0.01; also presets (gong2021, "
-        "diverse_vit_deit_small, deepvit_cos_reg) and losses by name, such as koleo=0.1",
+        help="none, diversity, or such as cosine=0.5,contrast=0.5,heads=0.01; also losses by "
+        "name, such as koleo=0.1, and the presets gong2021, diverse_vit_deit_small, deepvit_cos_reg, without "
+        "their mixing loss: images are not mixed here",
     )
     what.add_argument(
         "--image-size", type=number(int, 1), help="resize images to this (default: the model's)"
