@@ -126,13 +126,14 @@ def test_vectors_that_are_zero_or_shorter_than_eps(emulator, penalty, dtype):
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("margin", [0.0, MARGIN])
-def test_at_the_kinks(emulator, margin, penalty):
-    """Orthogonal and equal vectors: S and T are 0, 1 or -1, exactly."""
+@pytest.mark.parametrize("normalise", [False, True])
+def test_at_the_kinks(emulator, normalise, margin, penalty):
+    """Orthogonal and equal vectors: S and T are 0, 1, -1 or MARGIN, exactly."""
     x = torch.tensor([[0.0, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0], [-1, 0, 0, 0], [1, 0, 0, 0]]).double()
     y = torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 1, 0, 0], [0.25, 0, 0, 0]]).double()
     for first, second in ((x, y), (y, x), (x, x), (x, None)):
         first, second = (None if t is None else t[None].clone() for t in (first, second))
-        options = dict(penalty=penalty, margin=margin, eps=0.5)
+        options = dict(penalty=penalty, margin=margin, normalise=normalise, eps=0.5)
         got = emulator.two_gram_bwd(torch.ones(1, dtype=torch.float64), first, second, **options)
         leaves = [None if t is None else t.requires_grad_() for t in (first, second)]
         formulas.two_gram(*leaves, **options, reduction="sum").backward()
