@@ -1,6 +1,7 @@
 """What all tests share: a seed, memory poisoned with NaN, and the backends that one test body runs over."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections import defaultdict
@@ -17,6 +18,7 @@ else:
     # Triton reads it when it is imported and when a kernel is defined; torch alone does not import Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_cuda  # noqa: E402
 import emulated_operators  # noqa: E402
 import emulation_build  # noqa: E402
 
@@ -95,6 +97,20 @@ def backend(request, monkeypatch):
         emulated_operators.take_the_place_of_native(monkeypatch)
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
+
+
+@functools.cache
+def one_emulator():
+    return emulated_cuda.Emulator()
+
+
+@pytest.fixture
+def emulator():
+    """The emulated CUDA kernels, in the usual order of threads and for the usual GPU."""
+    if emulation_build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    one_emulator().configure()
+    return one_emulator()
 
 
 def pytest_addoption(parser):

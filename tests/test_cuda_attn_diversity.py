@@ -1,7 +1,5 @@
 """The CUDA kernels of attn_diversity, emulated, against the plain formula in float64."""
 
-import emulated_cuda
-import emulation_build
 import formulas
 import pytest
 import torch
@@ -10,18 +8,6 @@ from comparing import assert_within_budget
 from vitdiv_kernels.ops._layout import accumulation_dtype
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    return emulated_cuda.Emulator()
-
-
-@pytest.fixture(autouse=True)
-def usual_schedule(emulator):
-    emulator.configure()
 
 
 def packed(B, H, N, d, dtype, parts=3):

@@ -1,7 +1,6 @@
 """The CUDA kernels of pairwise_cosine, emulated, against the plain formula in float64."""
 
 import emulated_cuda
-import emulation_build
 import formulas
 import pytest
 import torch
@@ -11,18 +10,6 @@ from vitdiv_kernels.ops.pairwise_cosine.gpu_saved import new_saved
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PENALTIES = ["signed", "abs", "square", "relu"]
-
-pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    return emulated_cuda.Emulator()
-
-
-@pytest.fixture(autouse=True)
-def usual_schedule(emulator):
-    emulator.configure()
 
 
 def draw(*shape, dtype, other=None):

@@ -1,7 +1,5 @@
 """The CUDA kernels of pairwise_rows, emulated, against the plain formula in float64."""
 
-import emulated_cuda
-import emulation_build
 import formulas
 import pytest
 import torch
@@ -10,18 +8,6 @@ from comparing import assert_within_budget
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # items, N, M (None: pairs within x), D; a tile is 128 x 128 (double: 64 x 64)
 SHAPES = [(2, 3, None, 16), (1, 130, None, 40), (1, 40, 17, 150), (1, 17, 140, 24), (2, 1, 1, 3)]
-
-pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    return emulated_cuda.Emulator()
-
-
-@pytest.fixture(autouse=True)
-def usual_schedule(emulator):
-    emulator.configure()
 
 
 def draw(L, N, M, D, dtype):

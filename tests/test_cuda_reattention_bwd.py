@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import emulated_cuda
-import emulation_build
 import pytest
 import torch
 from comparing import assert_within_budget
@@ -14,18 +12,6 @@ from vitdiv_kernels.ops._layout import accumulation_dtype
 
 LOW = [torch.float16, torch.bfloat16]
 DTYPES = [*LOW, torch.float32, torch.float64]
-
-pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    return emulated_cuda.Emulator()
-
-
-@pytest.fixture(autouse=True)
-def usual_schedule(emulator):
-    emulator.configure()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The CUDA kernels of two_gram, emulated, against the plain formula in float64."""
 
-import emulated_cuda
-import emulation_build
 import formulas
 import pytest
 import torch
@@ -11,18 +9,6 @@ from vitdiv_kernels.ops.two_gram.reference import PENALTIES
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MARGIN = 0.25
-
-pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    return emulated_cuda.Emulator()
-
-
-@pytest.fixture(autouse=True)
-def usual_schedule(emulator):
-    emulator.configure()
 
 
 def gram(x, normalise):

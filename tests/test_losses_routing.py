@@ -10,7 +10,7 @@ from conftest import need
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitdiv_kernels import losses
+from vitdiv_kernels import losses, use_backend
 
 # Sizes apart from each other, so that a number of elements tells what a tensor is.
 B, N, D, H, WIDTH, CLASSES = 2, 211, 13, 3, 7, 17
@@ -194,6 +194,14 @@ def test_a_second_derivative_raises_or_is_right(name):
     except RuntimeError as error:
         if "differentiable once" not in str(error):
             raise
+
+
+@pytest.mark.parametrize("name", ["koleo", "uniformity", "info_nce", "vf_loss"])
+def test_the_reference_may_be_differentiated_twice(name):
+    loss, inputs, _ = TILES[name]
+    x = [make()[..., :12, :].detach().double().requires_grad_() for make in inputs]
+    with use_backend("reference"):
+        assert torch.autograd.gradgradcheck(loss, x, fast_mode=True)
 
 
 def test_the_table_has_every_loss():

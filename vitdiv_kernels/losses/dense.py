@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from .. import _dispatch
 from ..ops import _checks
 from ..ops._autograd import once_differentiable
 from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
@@ -107,13 +108,21 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
     _checks.positive("eps", eps)
     nearest = pairwise_nearest(x, eps=eps, backend=backend)
     with _checks.autocast_off(x):
-        if backend == "reference" or torch.compiler.is_compiling():  # which fuses it
+        if _plain(x, backend):
             x_hat = _common.unit(x, eps)
             chosen = x_hat.take_along_dim(nearest.unsqueeze(-1), -2)
             distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
         else:
             distance = _DistanceToOne.apply(*_common.full_precision(x), nearest, eps)
         return _common.reduced(-(distance + eps).log().mean(-1), reduction)
+
+
+def _plain(x, backend):
+    """Whether autograd differentiates what stands beside the tiles: torch.compile fuses that, and the
+    reference may be differentiated twice."""
+    return (
+        torch.compiler.is_compiling() or _dispatch.resolve("pairwise_rows", x.device, backend) == "reference"
+    )
 
 
 class _DistanceToOne(torch.autograd.Function):
@@ -305,7 +314,7 @@ def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e
 
 def _own_cosines(x, y, eps, backend):
     """S_ii, [..., N]."""
-    if backend == "reference" or torch.compiler.is_compiling():
+    if _plain(x, backend):
         return torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps))
     return _OwnCosines.apply(*_common.full_precision(x, y), eps)
 

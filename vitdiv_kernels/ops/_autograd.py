@@ -17,7 +17,8 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "vitdiv_kernels is differentiable once: use backend='reference' for second derivatives"
+            "vitdiv_kernels is differentiable once: for second derivatives use backend='reference', if the "
+            "function has a backend"
         )
 
 
