@@ -156,6 +156,33 @@ inline BatchView batch_view(const at::Tensor& t, const char* name, const Kind& k
   return {t.data_ptr(), scalar_type(t, name), offsets.data(), t.stride(-2)};
 }
 
+// One set of vectors, or two of one width, and their sizes.
+template <class Args>
+Kind fill_sets(c10::DeviceType device, Args& args, BatchOffsets& offsets, const at::Tensor& x,
+               const OptionalTensor& y) {
+  const Kind kind = kind_of(x, "x", device);
+  args.x = batch_view(x, "x", kind, offsets.x);
+  args.y = {};
+  if (y) {
+    args.y = batch_view(*y, "y", kind, offsets.y);
+    TORCH_CHECK_VALUE(
+        y->dim() == x.dim() && y->size(-1) == x.size(-1) && offsets.y.size() == offsets.x.size(),
+        "y must have x's shape but for its rows, got ", shape_text(y->sizes()), " beside ",
+        shape_text(x.sizes()));
+  }
+  args.L = int64_t(offsets.x.size());
+  args.N = x.size(-2);
+  args.M = y ? y->size(-2) : args.N;
+  args.D = x.size(-1);
+  return kind;
+}
+
+// As the kernels of a device step through them.
+template <class Device>
+OptionalTensor optional_items(const OptionalTensor& y) {
+  return y ? OptionalTensor(Device::items(*y)) : y;
+}
+
 // Threads for `work` multiply-adds: forking costs some microseconds, in which one thread does about 100,000.
 inline int threads_for(double work) {
   if (at::in_parallel_region() || work < 2e5) return 1;

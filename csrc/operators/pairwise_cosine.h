@@ -16,20 +16,7 @@ inline Penalty penalty_of(const std::string& name) {
 
 inline Kind fill_cosine(c10::DeviceType device, CosineArgs& args, BatchOffsets& offsets, const at::Tensor& x,
                         const OptionalTensor& y, const std::string& penalty, bool include_self, double eps) {
-  const Kind kind = kind_of(x, "x", device);
-  args.x = batch_view(x, "x", kind, offsets.x);
-  args.y = {};
-  if (y) {
-    args.y = batch_view(*y, "y", kind, offsets.y);
-    TORCH_CHECK_VALUE(
-        y->dim() == x.dim() && y->size(-1) == x.size(-1) && offsets.y.size() == offsets.x.size(),
-        "y must have x's shape but for its rows, got ", shape_text(y->sizes()), " beside ",
-        shape_text(x.sizes()));
-  }
-  args.L = int64_t(offsets.x.size());
-  args.N = x.size(-2);
-  args.M = y ? y->size(-2) : args.N;
-  args.D = x.size(-1);
+  const Kind kind = fill_sets(device, args, offsets, x, y);
   args.penalty = penalty_of(penalty);
   args.include_self = include_self;
   args.eps = eps;
@@ -44,7 +31,7 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x_given
                                                        const OptionalTensor& y_given, std::string penalty,
                                                        bool include_self, double eps, bool for_backward) {
   const at::Tensor x = Device::items(x_given);
-  const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
+  const OptionalTensor y = optional_items<Device>(y_given);
   CosineForward args{};
   BatchOffsets offsets;
   fill_cosine(Device::kType, args, offsets, x, y, penalty, include_self, eps);
@@ -62,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, 
                                                        std::string penalty, bool include_self, double eps,
                                                        bool needs_dx, bool needs_dy) {
   const at::Tensor x = Device::items(x_given);
-  const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
+  const OptionalTensor y = optional_items<Device>(y_given);
   CosineBackward args{};
   BatchOffsets offsets;
   const Kind kind = fill_cosine(Device::kType, args, offsets, x, y, penalty, include_self, eps);

@@ -8,30 +8,12 @@ namespace vitdiv {
 
 inline Kind fill_rows(c10::DeviceType device, RowsArgs& args, BatchOffsets& offsets, const at::Tensor& x,
                       const OptionalTensor& y, double scale, double eps) {
-  const Kind kind = kind_of(x, "x", device);
-  args.x = batch_view(x, "x", kind, offsets.x);
-  args.y = {};
-  if (y) {
-    args.y = batch_view(*y, "y", kind, offsets.y);
-    TORCH_CHECK_VALUE(
-        y->dim() == x.dim() && y->size(-1) == x.size(-1) && offsets.y.size() == offsets.x.size(),
-        "y must have x's shape but for its rows, got ", shape_text(y->sizes()), " beside ",
-        shape_text(x.sizes()));
-  }
+  const Kind kind = fill_sets(device, args, offsets, x, y);
   TORCH_CHECK_VALUE(scale > 0, "scale must be positive, got ", scale);
-  args.L = int64_t(offsets.x.size());
-  args.N = x.size(-2);
-  args.M = y ? y->size(-2) : args.N;
-  args.D = x.size(-1);
   args.scale = scale;
   args.eps = eps;
   args.threads = threads_for(double(args.L) * double(args.N) * double(args.M) * double(args.D));
   return kind;
-}
-
-template <class Device>
-OptionalTensor optional_items(const OptionalTensor& y) {
-  return y ? OptionalTensor(Device::items(*y)) : y;
 }
 
 template <class Device>

@@ -54,7 +54,7 @@ std::tuple<at::Tensor, at::Tensor> two_gram_fwd(const at::Tensor& x_given, const
                                                 std::string penalty, double margin, bool normalise,
                                                 double eps, bool needs_dx, bool needs_dy) {
   const at::Tensor x = Device::items(x_given);
-  const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
+  const OptionalTensor y = optional_items<Device>(y_given);
   TwoGramForward args{};
   BatchOffsets offsets;
   fill_two_gram(Device::kType, args, offsets, x, y, penalty, margin, normalise, eps, needs_dy);
@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor> two_gram_bwd(const at::Tensor& dsums, const a
                                                 std::string penalty, double margin, bool normalise,
                                                 double eps, bool needs_dx, bool needs_dy) {
   const at::Tensor x = Device::items(x_given);
-  const OptionalTensor y = y_given ? OptionalTensor(Device::items(*y_given)) : y_given;
+  const OptionalTensor y = optional_items<Device>(y_given);
   TwoGramBackward args{};
   BatchOffsets offsets;
   const Kind kind =
