@@ -237,6 +237,9 @@ class DiversityObjective:
                 "no forward pass was recorded since the last call: run the model with gradients first, and "
                 "attach before the first call of a compiled model"
             )
+        for key in [key for key in kept if key[0] == "tokens"]:
+            # cut once: the gradient of each cut is a copy of all tokens
+            kept[key] = kept[key][:, self.prefix :]
         parts = {name: self._part(name, kept, mixing, generator) for name in self.terms}
         return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
 
@@ -259,10 +262,9 @@ class DiversityObjective:
         if kind == "logits":
             return self._mixing(term, kept["tokens", layers[-1]], mixing, options)
         if kind in ("patches", "embeddings"):
-            inputs = [(kept["tokens", i][:, self.prefix :],) for i in layers]
+            inputs = [(kept["tokens", i],) for i in layers]
             if kind == "embeddings":
-                context = kept["tokens", -1][:, self.prefix :]
-                inputs = [(patches, context) for (patches,) in inputs]
+                inputs = [(*patches, kept["tokens", -1]) for patches in inputs]
         else:
             inputs = [_blocks.query_key(blocks[i].attn, kept["heads", i]) for i in layers]
         if kind == "maps":
@@ -273,13 +275,13 @@ class DiversityObjective:
         values = [term.function(*each, **options) for each in inputs]
         return values[0] if len(values) == 1 else sum(values) / len(values)
 
-    def _mixing(self, term, tokens, mixing, options):
+    def _mixing(self, term, patches, mixing, options):
         if mixing is None:
             raise ValueError(
                 "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
                 "(labels, labels, ones)"
             )
-        x = self.model.norm(tokens)
+        x = self.model.norm(patches)
         if hasattr(self.model, "fc_norm"):
             x = self.model.fc_norm(x)
-        return term.function(self.model.head(x)[:, self.prefix :], *mixing, **options)
+        return term.function(self.model.head(x), *mixing, **options)

@@ -17,15 +17,16 @@ class GramGap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, start, eps):
-        start = start.mT  # [..., n, 2]
-        u = x.mT @ start
-        s, gb = (x @ u).split(1, -1)
-        us = x.mT @ s
-        t = x @ us
+        # Vectors are rows: row times matrix is up to 9 times as fast as matrix times column in the batched
+        # product of MKL, 0.5 against 3.8 and 5.0 ms (transposed) for 36 matrices 384 x 384 on two threads.
+        u = start @ x
+        s, gb = (u @ x.mT).split(1, -2)
+        us = s @ x
+        t = us @ x.mT
         top = _dot(s, t) / (_dot(s, s) + eps)
-        p = gb - top * start[..., 1:]
-        up = x.mT @ p
-        q = x @ up - top * p
+        p = gb - top * start[..., 1:, :]
+        up = p @ x
+        q = up @ x.mT - top * p
         rest = _dot(p, q) / (_dot(p, p) + eps)
         ctx.save_for_backward(x, start, u, s, us, t, top, p, up, q, rest)
         ctx.eps = eps
@@ -38,18 +39,18 @@ class GramGap(torch.autograd.Function):
         with _checks.autocast_off(x):
             drest = 2 * dgap[..., None, None] * rest / (_dot(p, p) + ctx.eps)
             dp = 2 * drest * (q - rest * p)
-            dtop = -drest * _dot(p, p) - _dot(dp, start[..., 1:])
+            dtop = -drest * _dot(p, p) - _dot(dp, start[..., 1:, :])
             dtop = dtop / (_dot(s, s) + ctx.eps)
             ds = 2 * dtop * (t - top * s)
-            pair = torch.cat([ds, dp], -1)
+            pair = torch.cat([ds, dp], -2)
             # of y = G v: dy (x^T v)^T + v (x^T dy)^T
-            left = torch.cat([2 * dtop * s, 2 * drest * p, pair, start], -1)
-            right = torch.cat([us, up, u, x.mT @ pair], -1)
-            return left @ right.mT, None, None
+            left = torch.cat([2 * dtop * s, 2 * drest * p, pair, start], -2)
+            right = torch.cat([us, up, u, pair @ x], -2)
+            return left.mT @ right, None, None
 
 
 def _dot(a, b):
-    return (a * b).sum(-2, keepdim=True)
+    return (a * b).sum(-1, keepdim=True)
 
 
 class GramDeterminant(torch.autograd.Function):

@@ -90,13 +90,14 @@ def patch_mixing(logits, labels, others, shares, *, smoothing=0.0, reduction="me
 
 
 def _patch_mixing(logits, labels, others, shares, smoothing, reduction):
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    shares = shares.to(z.dtype)
-    first, second = (z.take_along_dim(y.view(-1, 1, 1), -1).squeeze(-1) for y in (labels, others))
-    labelled = (1 - smoothing) * (shares * first + (1 - shares) * second)
-    losses = z.logsumexp(-1) - labelled
+    log_p = logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
+    shares = shares.to(log_p.dtype)
+    # both labels at once: the gradient of each gather is a tensor as large as the logits
+    classes = torch.stack([labels, others], -1).unsqueeze(1).expand(-1, logits.shape[1], -1)
+    first, second = log_p.gather(-1, classes).unbind(-1)
+    losses = (smoothing - 1) * (shares * first + (1 - shares) * second)
     if smoothing:
-        losses = losses - smoothing * z.mean(-1)
+        losses = losses - smoothing * log_p.mean(-1)
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.mean(0).sum()
