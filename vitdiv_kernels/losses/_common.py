@@ -61,16 +61,25 @@ def minimum_separation(cosine, variant):
 
 def separation(x, variant, eps, backend="auto"):
     """MHS of the cosines of each set of vectors x [..., n, D], n > 1: [...]. "paper" makes tiles of them."""
-    x_hat = unit(x, eps)
     if variant == "released":
+        x_hat = unit(x, eps)
         return minimum_separation(x_hat @ x_hat.mT, variant)
     nearest = pairwise_nearest(x, eps=eps, backend=backend)
+    (x,) = full_precision(x)
     with torch.no_grad():
-        cosines = torch.linalg.vecdot(x_hat, x_hat.take_along_dim(nearest.unsqueeze(-1), -2))
+        x_hat = normalise(x, eps)
+        cosines = torch.linalg.vecdot(x_hat, rows(x_hat, nearest))
         one = cosines.argmax(-1, keepdim=True)
         pair = torch.cat([one, nearest.take_along_dim(one, -1)], -1)
-    a, b = x_hat.take_along_dim(pair.unsqueeze(-1), -2).unbind(-2)
+    a, b = normalise(rows(x, pair), eps).unbind(-2)
     return 2 * torch.linalg.vecdot(a, b) - 2
+
+
+def rows(x, index):
+    """x [..., n, D] and index [..., m] to [..., m, D]; whole rows, 10 times as fast as a gather of elements."""
+    sets = torch.arange(index[..., 0].numel(), device=x.device).view(*index.shape[:-1], 1)
+    chosen = (index + x.shape[-2] * sets).flatten()
+    return x.flatten(0, -2).index_select(0, chosen).view(*index.shape, x.shape[-1])
 
 
 def gram_determinant(cosine, ridge):
