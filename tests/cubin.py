@@ -1,34 +1,40 @@
-"""What nvcc made of the CUDA kernels: their resources, as ptxas reports them, and their instructions."""
+"""What nvcc made of the CUDA kernels: their resources and their instructions, read from the built library."""
 
 import collections
+import importlib.util
 import re
+import shutil
 import struct
 import subprocess
+from pathlib import Path
 
 # The low 12 bits of an instruction of 16 bytes, the same from sm_80 to sm_100.
 OPCODES = {0x23C: "HMMA", 0x23F: "DMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS"}
-RESOURCES = {
-    "stack": r"(\d+) bytes stack frame",
-    "spilled": r"(\d+) bytes spill stores",
-    "registers": r"Used (\d+) registers",
-    "static shared": r"(\d+) bytes smem",
-}
+RESOURCES = {"registers": r"REG:(\d+)", "stack": r"STACK:(\d+)", "static shared": r"SHARED:(\d+)"}
 
 
-def compile_for(architecture, source, folder):
-    """Resources and instructions of each kernel of a source, by its mangled name."""
-    cubin = folder / f"{source.stem}_{architecture}.cubin"
-    command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin"]
-    run = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    instructions = count_instructions(cubin.read_bytes())
-    kernels = {}
-    for part in re.split(r"Compiling entry function '", run.stderr)[1:]:
-        found = {key: re.search(pattern, part) for key, pattern in RESOURCES.items()}
-        name = part.split("'")[0]
-        kernels[name] = {key: int(match[1]) if match else 0 for key, match in found.items()}
-        kernels[name]["instructions"] = instructions[name]
-    return kernels
+def cuobjdump():
+    """The program of the CUDA toolkit, of which Triton brings a copy; None where there is neither."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    brought = triton and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return str(brought) if brought and brought.exists() else None
+
+
+def kernels_of(library, folder):
+    """Resources and instructions of each kernel, by its mangled name: {architecture: {name: {..}}}."""
+    subprocess.run([cuobjdump(), "-xelf", "all", library], cwd=folder, check=True, capture_output=True)
+    architectures = {}
+    for file in sorted(folder.glob("*.cubin")):
+        kernels = architectures.setdefault(int(re.search(r"sm_(\d+)", file.name)[1]), {})
+        instructions = count_instructions(file.read_bytes())
+        command = [cuobjdump(), "--dump-resource-usage", file]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for name, found in re.findall(r"Function (\S+):\s+(.*)", usage):
+            resources = {key: int(re.search(pattern, found)[1]) for key, pattern in RESOURCES.items()}
+            kernels[name] = resources | {"instructions": instructions[name]}
+    return architectures
 
 
 def count_instructions(elf):

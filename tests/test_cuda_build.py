@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc compiles them, and the build with and without nvcc. No GPU is needed."""
+"""The CUDA kernels as nvcc compiled them, and the build with and without nvcc. No GPU is needed."""
 
 import re
 import shutil
@@ -11,6 +11,8 @@ import cubin
 import pytest
 import torch
 from emulation_build import KERNELS, ROOT
+
+from vitdiv_kernels import _native
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
@@ -30,14 +32,29 @@ NO_PRODUCTS = (
 )
 
 
-@needs_nvcc
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The kernels of the extension, by architecture."""
+    if cubin.cuobjdump() is None:
+        pytest.skip("there is no cuobjdump, which comes with CUDA and with Triton")
+    library = _native.library()
+    if library is None or not _native.CUDA_OPERATIONS:
+        pytest.skip("the extension was built without CUDA kernels")
+    return cubin.kernels_of(library.__file__, tmp_path_factory.mktemp("cubins"))
+
+
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.stem)
-def test_kernels_neither_spill_nor_miss_tensor_cores(tmp_path, source, architecture):
-    kernels = cubin.compile_for(architecture, source, tmp_path)
+def test_kernels_neither_spill_nor_miss_tensor_cores(built, source, architecture):
+    if architecture not in built:
+        pytest.skip(f"the extension was built for {', '.join(f'sm_{each}' for each in built)} alone")
+    # mangled: the length of the file's name, and the name, stand in that of its anonymous namespace
+    file = f"_{len(source.name)}_{source.stem}_cu_"
+    kernels = {name: found for name, found in built[architecture].items() if file in name}
     assert kernels
     for name, found in kernels.items():
-        assert found["stack"] == found["spilled"] == 0, (name, found)
+        # a spill is to the stack
+        assert found["stack"] == 0, (name, found)
         assert found["static shared"] <= 48 << 10, (name, found)
         assert 0 < found["registers"] <= 255, (name, found)
         needed = [instructions for pattern, instructions in TENSOR_CORES.items() if re.search(pattern, name)]
