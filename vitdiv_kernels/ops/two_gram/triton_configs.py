@@ -11,7 +11,7 @@ FORWARD = {
     (4, 10): Forward(64, 32, 4, 3, "aot"),
     (8, 8): Forward(32, 16, 4, 2, "aot"),
     (8, 9): Forward(32, 16, 8, 2, "aot"),
-    (8, 10): Forward(32, 16, 4, 1, "aot"),
+    (8, 10): Forward(32, 16, 8, 1, "aot"),
 }
 
 # S and T are made again: three products, the first two of them for every `out` columns of dx.
