@@ -7,6 +7,8 @@ import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitdiv_kernels as vd
+from vitdiv_kernels.ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
+from vitdiv_kernels.ops.two_gram import two_gram
 
 B, H, N, D = 2, 4, 17, 16
 
@@ -27,11 +29,32 @@ def reattention_with(norm, pre=False, training=True):
     return operation
 
 
+def distance_to_nearest(x, _, backend):
+    return (x - x.take_along_dim(pairwise_nearest(x, backend=backend).unsqueeze(-1), -2)).square().mean()
+
+
 OPERATIONS = {
     "cosine abs": lambda x, _, backend: vd.pairwise_cosine(x, backend=backend),
     "cosine signed": lambda x, _, backend: vd.pairwise_cosine(x, penalty="signed", backend=backend),
     "cosine square": lambda x, _, backend: vd.pairwise_cosine(x, penalty="square", backend=backend),
     "cosine of two sets": lambda x, _, backend: vd.pairwise_cosine(x[:, 1:], x[:, :9] * 2, backend=backend),
+    "logsumexp": lambda x, _, backend: pairwise_logsumexp(x, scale=3.0, backend=backend).square().mean(),
+    "logsumexp of two sets": lambda x, _, backend: pairwise_logsumexp(
+        x[:, 1:], x[:, :9] * 2, scale=3.0, backend=backend
+    ).mean(),
+    "nearest": distance_to_nearest,
+    "two grams": lambda x, _, backend: two_gram(
+        x, 2 * x[..., 3:], penalty="hinge", margin=0.1, backend=backend
+    ),
+    "two grams, identity": lambda x, _, backend: (
+        two_gram(x, normalise=False, reduction="none", backend=backend).square().sum()
+    ),
+    "two grams, the first's gradient": lambda x, _, backend: two_gram(
+        x, x.detach()[..., 5:], backend=backend
+    ),
+    "two grams, the second's gradient": lambda x, _, backend: two_gram(
+        x.detach()[..., 5:], x, backend=backend
+    ),
     "gram": lambda x, _, backend: vd.attention_gram(*qkv_views(x)[:2], backend=backend).square().sum(),
     "diversity": lambda x, _, backend: vd.attention_diversity(*qkv_views(x)[:2], backend=backend),
     "two layers": lambda x, _, backend: (
@@ -141,7 +164,7 @@ def test_operators_pass_opcheck(backend, interpreted):
         for operation in OPERATIONS.values():
             operation(*arguments(), backend).backward()
     names = {operator.name() for operator in recorder.calls}
-    assert len(names) >= 10, f"each operation has a forward and a backward operator, found {sorted(names)}"
+    assert len(names) >= 15, f"each operation has a forward and a backward operator, found {sorted(names)}"
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for operator, calls in recorder.calls.items():
         for args, kwargs in calls[: 1 if interpreted else 4]:

@@ -6,7 +6,6 @@ import torch
 from comparing import FLOOR, assert_within_budget, gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_compile import Recorder
 from test_determinism import assert_same_bits
 from test_pairwise_cosine import LAYOUTS
 
@@ -375,46 +374,6 @@ def test_compiled_kernels_give_the_same_bits_on_any_number_of_threads(backend, m
         results.append([rows.detach(), a.grad] + ([] if b is None else [b.grad]))
     torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-
-
-OPERATIONS = {
-    "logsumexp": lambda x, backend: pairwise_logsumexp(x, scale=3.0, backend=backend).square().mean(),
-    "logsumexp of two sets": lambda x, backend: pairwise_logsumexp(
-        x[:, 1:], 2 * x[:, :9], scale=3.0, backend=backend
-    ).mean(),
-    "nearest": lambda x, backend: (
-        x.take_along_dim(pairwise_nearest(x, backend=backend).unsqueeze(-1), -2).square().mean()
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_compiles_whole(backend, emulated, name):
-    if emulated:
-        pytest.skip("the emulated operators have no fake kernels")
-    torch.compiler.reset()
-    operation = OPERATIONS[name]
-    compiled = torch.compile(operation, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 17, 24, requires_grad=True)
-    results = [
-        (value, *torch.autograd.grad(value, x)) for value in (f(x, backend) for f in (compiled, operation))
-    ]
-    torch.testing.assert_close(*results)
-
-
-def test_operators_pass_opcheck(backend, emulated):
-    if emulated:
-        pytest.skip("the emulated operators have no fake kernels")
-    if backend == "reference":
-        pytest.skip("the reference has no operators")
-    with Recorder() as recorder:
-        for operation in OPERATIONS.values():
-            operation(torch.randn(2, 11, 24, requires_grad=True), backend).backward()
-    assert len(recorder.calls) == 3
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for operator, calls in recorder.calls.items():
-        for args, kwargs in calls:
-            torch.library.opcheck(operator, args, kwargs, test_utils=checks)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -6,7 +6,6 @@ import torch
 from comparing import assert_within_budget, gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_compile import Recorder
 from test_determinism import assert_same_bits
 from test_pairwise_cosine import LAYOUTS
 
@@ -321,45 +320,6 @@ def test_compiled_kernels_give_the_same_bits_on_any_number_of_threads(backend, i
         results.append(value_and_leaves(lambda *a: two_gram(*a, backend=backend), x, y))
     torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-
-
-OPERATIONS = {
-    "two sets": lambda x, backend: two_gram(x, 2 * x[..., 3:], penalty="hinge", margin=0.1, backend=backend),
-    "one set": lambda x, backend: (
-        two_gram(x, normalise=False, reduction="none", backend=backend).square().sum()
-    ),
-    "the first's gradient": lambda x, backend: two_gram(x, x.detach()[..., 5:], backend=backend),
-    "the second's gradient": lambda x, backend: two_gram(x.detach()[..., 5:], x, backend=backend),
-}
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_compiles_whole(backend, emulated, name):
-    if emulated:
-        pytest.skip("the emulated operators have no fake kernels")
-    torch.compiler.reset()
-    operation = OPERATIONS[name]
-    compiled = torch.compile(operation, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 17, 24, requires_grad=True)
-    results = [
-        (value, *torch.autograd.grad(value, x)) for value in (f(x, backend) for f in (compiled, operation))
-    ]
-    torch.testing.assert_close(*results)
-
-
-def test_operators_pass_opcheck(backend, emulated):
-    if emulated:
-        pytest.skip("the emulated operators have no fake kernels")
-    if backend == "reference":
-        pytest.skip("the reference has no operators")
-    with Recorder() as recorder:
-        for operation in OPERATIONS.values():
-            operation(torch.randn(2, 11, 24, requires_grad=True), backend).backward()
-    assert len(recorder.calls) == 2
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for operator, calls in recorder.calls.items():
-        for args, kwargs in calls:
-            torch.library.opcheck(operator, args, kwargs, test_utils=checks)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

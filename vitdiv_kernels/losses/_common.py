@@ -76,7 +76,7 @@ def separation(x, variant, eps, backend="auto"):
 
 
 def rows(x, index):
-    """x [..., n, D] and index [..., m] to [..., m, D]; whole rows, 10 times as fast as a gather of elements."""
+    """x [..., n, D], index [..., m] to [..., m, D]: whole rows, 10 times as fast as a gather of elements."""
     sets = torch.arange(index[..., 0].numel(), device=x.device).view(*index.shape[:-1], 1)
     chosen = (index + x.shape[-2] * sets).flatten()
     return x.flatten(0, -2).index_select(0, chosen).view(*index.shape, x.shape[-1])
