@@ -45,28 +45,26 @@ def draw(count, alpha, size=(24, 48), seed=0):
 
 
 def test_boxes_have_the_image_s_proportions_and_lie_in_it():
-    for top, bottom, left, right in draw(300, 1000.0):  # the areas are near a half
-        assert 0 <= top <= bottom <= 24
-        assert 0 <= left <= right <= 48
-        if top > 0 and bottom < 24:
-            assert bottom - top == 16
-        if left > 0 and right < 48:
-            assert right - left in (32, 34)
-    boxes = draw(300, 1000.0)
+    boxes = draw(1000, 1000.0)  # the areas are near a half
+    assert all(0 <= top <= bottom <= 24 and 0 <= left <= right <= 48 for top, bottom, left, right in boxes)
+    whole = [box for box in boxes if box[0] > 0 and box[1] < 24 and box[2] > 0 and box[3] < 48]
+    assert {bottom - top for top, bottom, _, _ in whole} == {16, 17}
+    assert {right - left for _, _, left, right in whole} >= {33, 34}
+    assert all(abs(2 * (box[1] - box[0]) - (box[3] - box[2])) <= 1 for box in whole)
     assert {box[0] for box in boxes} == set(range(24 - 8))
     assert {box[3] for box in boxes} >= set(range(20, 48))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 3.0])
+@pytest.mark.parametrize("alpha", [1.0, 20.0])
 def test_areas_are_those_of_the_beta_distribution(alpha):
     """The mean area over a grid of lambdas, weighted by their density, and over all centres."""
     lambdas = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     density = (lambdas * (1 - lambdas)) ** (alpha - 1)
     sides = []
     for pixels in (24, 48):
-        half = ((1 - lambdas).sqrt() * pixels).long().unsqueeze(1) // 2
-        centre = torch.arange(pixels)
-        sides.append(((centre + half).clamp_max(pixels) - (centre - half).clamp_min(0)).double() / pixels)
+        side = ((1 - lambdas).sqrt() * pixels).long().unsqueeze(1)
+        first = torch.arange(pixels) - side // 2
+        sides.append(((first + side).clamp_max(pixels) - first.clamp_min(0)).double() / pixels)
     areas = [1 - cutmix.share_left(box, 24, 48) for box in draw(3000, alpha)]
     for power in (1, 2):
         each = (sides[0] ** power).mean(1) * (sides[1] ** power).mean(1)

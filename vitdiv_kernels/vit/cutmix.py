@@ -23,8 +23,9 @@ def draw_box(height: int, width: int, alpha: float, generator: torch.Generator) 
     ratio = math.sqrt(1 - draw.betavariate(alpha, alpha))
     edges = ()
     for pixels in (height, width):
-        centre, half = draw.randrange(pixels), int(ratio * pixels) // 2
-        edges += max(0, centre - half), min(pixels, centre + half)
+        side = int(ratio * pixels)
+        first = draw.randrange(pixels) - side // 2
+        edges += max(0, first), min(pixels, first + side)
     return edges
 
 
