@@ -47,9 +47,9 @@ def objective_terms(weights: Mapping[str, float], label_smoothing: float = 0.0) 
     """The configuration of a `DiversityObjective` for what `parse_losses` gave.
 
     A preset becomes its losses, as PRESET.NAME, each with the preset's weight times its own. patch_mixing
-    smooths the labels of patches as the task does those of images, which is how Chen et al. train; they also
-    divide the class token's cross-entropy by N + 1, which keeps its weight of 1 here. Raises ValueError for a
-    weight that is not finite.
+    smooths the labels of patches as the task does those of images, which is how Chen et al. train. (They also
+    divide the class token's cross-entropy by N + 1; here its weight stays 1.) Raises ValueError for a weight
+    that is not finite.
     """
     terms = {}
     for name, weight in weights.items():
@@ -75,7 +75,7 @@ def listing() -> str:
     sets |= {name: list(terms.values()) for name, terms in PRESETS.items()}
     lines = {
         name: textwrap.fill(
-            f"{name:24}" + " + ".join(f"{term.weight:g} {term.loss}" for term in terms),
+            f"{name:24}" + " + ".join(f"{term.weight:g}*{term.loss}" for term in terms),
             initial_indent="  ",
             subsequent_indent=" " * 26,
             width=80,
