@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from vitdiv_kernels import DiversityObjective
 from vitdiv_kernels.losses import patch_contrast
+from vitdiv_kernels.objective import PRESETS
 from vitdiv_kernels.vit import losses, metrics
 from vitdiv_kernels.vit.data import Tensors
 from vitdiv_kernels.vit.model import CONFIGS, ViT, ViTConfig
@@ -110,21 +111,29 @@ def test_parse_losses():
     assert losses.parse_losses("koleo=0.1,gong2021") == {"koleo": 0.1, "gong2021": 1.0}
     with pytest.raises(ValueError, match="unknown loss 'cosines'"):
         losses.parse_losses("cosines=1")
-    with pytest.raises(ValueError, match="unknown loss 'patch_mixing'"):
-        losses.parse_losses("patch_mixing=1")
+    with pytest.raises(ValueError, match="unknown loss 'diversity': give none or diversity alone, or"):
+        losses.parse_losses("koleo=0.1,diversity")
+    with pytest.raises(ValueError, match="the loss 'cosine' is given twice"):
+        losses.parse_losses("cosine=1,koleo,cosine=2")
     with pytest.raises(ValueError, match="the weight of the loss 'heads' must be a number, got 'x'"):
         losses.parse_losses("heads=x")
 
 
-def test_a_preset_becomes_its_losses_without_mixing():
-    terms = losses.objective_terms({"diverse_vit_deit_small": 2.0, "koleo": 0.1})
+def test_a_preset_becomes_its_losses():
+    terms = losses.objective_terms({"diverse_vit_deit_small": 2.0, "koleo": 0.1}, 0.1)
     assert {name: term.weight for name, term in terms.items()} == {
         "diverse_vit_deit_small.cosine": 1.0,
         "diverse_vit_deit_small.contrast": 1.0,
         "diverse_vit_deit_small.heads": 2e-4,
         "diverse_vit_deit_small.weights": 1e-3,
+        "diverse_vit_deit_small.mixing": 2.0,
         "koleo": 0.1,
     }
+    assert terms["diverse_vit_deit_small.mixing"].options == {"smoothing": 0.1}
+    assert terms["koleo"].options == {}
+    assert (
+        terms["diverse_vit_deit_small.cosine"].options == PRESETS["diverse_vit_deit_small"]["cosine"].options
+    )
 
 
 def test_effective_rank_counts_directions():

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 import vitdiv_kernels as vd
 from vitdiv_kernels import _dispatch
+from vitdiv_kernels.objective import LOSSES, PRESETS
 from vitdiv_kernels.vit import train
 from vitdiv_kernels.vit.data import Augment, Data, Tensors
 from vitdiv_kernels.vit.losses import DIVERSITY
@@ -316,6 +318,10 @@ def test_bad_arguments_get_a_sentence(options, sentence, tmp_path, capsys):
         (["--steps", "0"], "must be a whole number at least 1, got '0'"),
         (["--lr", "-1"], "must be a number at least 0, got '-1'"),
         (["--losses", "entropy=1"], "unknown loss 'entropy'"),
+        (["--losses", "cosine=1,cosine=2"], "the loss 'cosine' is given twice"),
+        (["--cutmix", "-1"], "must be a number from 0 to 1000, got '-1'"),
+        (["--cutmix", "inf"], "must be a number from 0 to 1000, got 'inf'"),
+        (["--cutmix", "yes"], "must be a number from 0 to 1000, got 'yes'"),
         (["--reattention", "a-b"], "must be none, all, or blocks such as 8-11,15"),
         (["--steps", "3", "--epochs", "1"], "not allowed with argument"),
     ],
@@ -333,6 +339,7 @@ def test_help_names_every_option():
         "--data",
         "--model",
         "--losses",
+        "--cutmix",
         "--amp",
         "--resume",
         "--seed",
@@ -341,6 +348,10 @@ def test_help_names_every_option():
         "--epochs",
     ):
         assert option in out
+    below = out[out.index("losses by short name") :]
+    for names, part in zip((DIVERSITY, PRESETS, LOSSES), below.split("\n\n"), strict=True):
+        assert all(re.search(rf"\b{name}\b", part) for name in names)
+    assert max(map(len, below.splitlines())) <= 80
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

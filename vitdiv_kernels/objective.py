@@ -102,8 +102,9 @@ def _options(function):
 # Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1, the first layer of
 # the contrast a target; its training code is not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of
 # DeiT-S in the released code, whose contrast is between the tokens that enter the first block and those that
-# leave the last; its sum of mixing losses is divided by N + 1, a mean here. Zhou et al. 2021 (arXiv
-# 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
+# leave the last; its sum of mixing losses is divided by N + 1, a mean here, and its labels of patches are
+# smoothed by 0.1, as those of images, not at all here: the reference trainer gives its own label smoothing.
+# Zhou et al. 2021 (arXiv 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
 PRESETS = {
     "gong2021": {
         "cosine": Term("pairwise_cosine"),
@@ -144,8 +145,9 @@ class DiversityObjective:
     Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
     cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes patches before the
     final norm and embeddings with their positions; the released code normalises those and leaves out these.
-    The recipe of "diverse_vit_deit_small" also divides the class token's cross-entropy by N + 1, with that of
-    the patches: the caller's to do. Losses that need a teacher or the gradients of patches are not here: see
+    The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1, patch_mixing's option
+    `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the patches: both the
+    caller's to do. Losses that need a teacher or the gradients of patches are not here: see
     `vitdiv_kernels.losses`.
 
     Example:

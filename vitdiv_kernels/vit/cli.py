@@ -1,4 +1,4 @@
-"""What the two command lines share."""
+"""What the command lines share."""
 
 import argparse
 

@@ -1,5 +1,6 @@
 """The trainer's diversity losses: short names, presets and losses of `DiversityObjective`, with weights."""
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,9 +14,7 @@ TERMS = {
     "heads": Term("attention_diversity", 0.01, options={"include_self": False}),
 }
 DIVERSITY = {name: term.weight for name, term in TERMS.items()}
-# The trainer mixes no images, so a patch has no label of its own.
-UNMIXED = [name for name in LOSSES if name != "patch_mixing"]
-WEIGHTS = {name: 1.0 for name in (*PRESETS, *UNMIXED)} | DIVERSITY
+WEIGHTS = DIVERSITY | {name: 1.0 for name in (*PRESETS, *LOSSES)}
 
 
 def parse_losses(text: str) -> dict[str, float]:
@@ -32,9 +31,11 @@ def parse_losses(text: str) -> dict[str, float]:
         name, _, value = item.partition("=")
         if name not in WEIGHTS:
             raise ValueError(
-                f"unknown loss {name!r}: give none, diversity, or NAME=WEIGHT,... of {', '.join(DIVERSITY)}, "
-                f"{', '.join(PRESETS)} (without patch_mixing), {', '.join(UNMIXED)}"
+                f"unknown loss {name!r}: give none or diversity alone, or NAME=WEIGHT,... of "
+                f"{', '.join(WEIGHTS)}"
             )
+        if name in weights:
+            raise ValueError(f"the loss {name!r} is given twice: give it one weight")
         try:
             weights[name] = float(value) if value else WEIGHTS[name]
         except ValueError:
@@ -42,18 +43,53 @@ def parse_losses(text: str) -> dict[str, float]:
     return weights
 
 
-def objective_terms(weights: Mapping[str, float]) -> dict[str, Term]:
+def objective_terms(weights: Mapping[str, float], label_smoothing: float = 0.0) -> dict[str, Term]:
     """The configuration of a `DiversityObjective` for what `parse_losses` gave.
 
-    A preset becomes its losses except patch_mixing, as PRESET.NAME, each with the preset's weight times its
-    own. Raises ValueError for a weight that is not finite.
+    A preset becomes its losses, as PRESET.NAME, each with the preset's weight times its own. patch_mixing
+    smooths the labels of patches as the task does those of images, which is how Chen et al. train. (They also
+    divide the class token's cross-entropy by N + 1; here its weight stays 1.) Raises ValueError for a weight
+    that is not finite.
     """
     terms = {}
     for name, weight in weights.items():
         if name in PRESETS:
             for part, term in PRESETS[name].items():
-                if term.loss in UNMIXED:
-                    terms[f"{name}.{part}"] = replace(term, weight=weight * term.weight)
+                terms[f"{name}.{part}"] = replace(term, weight=weight * term.weight)
         else:
             terms[name] = replace(TERMS[name], weight=weight) if name in TERMS else Term(name, weight)
-    return terms
+    return {
+        name: replace(term, options={"smoothing": label_smoothing, **term.options}) if mixes(term) else term
+        for name, term in terms.items()
+    }
+
+
+def mixes(term: Term) -> bool:
+    """Whether the loss is made for mixed images."""
+    return term.loss == "patch_mixing"
+
+
+def listing() -> str:
+    """The names for `--losses`, for its help."""
+    sets = {name: [term] for name, term in TERMS.items()}
+    sets |= {name: list(terms.values()) for name, terms in PRESETS.items()}
+    lines = {
+        name: textwrap.fill(
+            f"{name:24}" + " + ".join(f"{term.weight:g}*{term.loss}" for term in terms),
+            initial_indent="  ",
+            subsequent_indent=" " * 26,
+            width=80,
+        )
+        for name, terms in sets.items()
+    }
+    names = textwrap.fill(", ".join(LOSSES), initial_indent="  ", subsequent_indent="  ", width=80)
+    return "\n".join(
+        [
+            "losses by short name (diversity is all three; NAME=WEIGHT sets another weight):",
+            *(lines[name] for name in TERMS),
+            "\npublished recipes (a weight multiplies the whole):",
+            *(lines[name] for name in PRESETS),
+            "\nlosses by name (weight 1 unless given):",
+            names,
+        ]
+    )

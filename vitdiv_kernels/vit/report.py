@@ -6,13 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..monitor import CollapseMonitor, read_records
 from .cli import HelpFormatter, number
 from .data import DataError, load
 from .model import ViT, ViTConfig
-from .trainer import TrainError
+from .trainer import TrainError, read_checkpoint
 
 COLUMNS = {
     "patch cosine": "patch_cosine",
@@ -28,14 +26,7 @@ COLUMNS = {
 
 def load_model(path: Path) -> tuple[ViT, int, int]:
     """The ViT of a checkpoint of the trainer, its step, and its recipe's seed. Raises TrainError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TrainError(f"there is no checkpoint {path}: give a folder of the trainer or its file") from None
-    except Exception as error:
-        raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not {"model", "config", "recipe", "step"} <= set(state):
-        raise TrainError(f"{path} is no checkpoint of the trainer: it must have model, config, recipe, step")
+    state = read_checkpoint(path, ("model", "config", "recipe", "step"))
     model = ViT(ViTConfig(**state["config"]))
     model.load_state_dict(state["model"])
     return model, state["step"], state["recipe"]["seed"]

@@ -11,7 +11,7 @@ import torch
 
 from .cli import HelpFormatter, number
 from .data import DataError, load
-from .losses import parse_losses
+from .losses import listing, parse_losses
 from .metrics import accuracy
 from .model import CONFIGS, ViT
 from .progress import Progress
@@ -38,12 +38,17 @@ def losses(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+class ListingFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the lines of the epilog as they are."""
+
+
 def make_parser() -> argparse.ArgumentParser:
     recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m vitdiv_kernels.vit.train",
         description="Train a vision transformer with re-attention, diversity losses, both or neither.",
-        formatter_class=HelpFormatter,
+        formatter_class=ListingFormatter,
+        epilog=listing(),
     )
     what = parser.add_argument_group("what to train")
     what.add_argument(
@@ -59,11 +64,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--losses",
+        metavar="NAME=WEIGHT,...",
         type=losses,
         default="none",
-        help="none, diversity, or such as cosine=0.5,contrast=0.5,heads=0.01; also losses by "
-        "name, such as koleo=0.1, and the presets gong2021, diverse_vit_deit_small, deepvit_cos_reg, without "
-        "their mixing loss: images are not mixed here",
+        help="none, diversity, or names and weights, such as cosine=0.5,koleo=0.1 or gong2021; "
+        "the names are below",
     )
     what.add_argument(
         "--image-size", type=number(int, 1), help="resize images to this (default: the model's)"
@@ -91,7 +96,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--clip", type=number(float, 0), default=recipe.clip, help="largest gradient norm; 0 for no limit"
     )
     how.add_argument(
-        "--label-smoothing", type=number(float, 0, 1), default=recipe.label_smoothing, help="label smoothing"
+        "--label-smoothing",
+        type=number(float, 0, 1),
+        default=recipe.label_smoothing,
+        help="label smoothing, of patch_mixing's labels too",
+    )
+    how.add_argument(
+        "--cutmix",
+        metavar="ALPHA",
+        type=number(float, 0, 1000),
+        help="mix the images of each batch by CutMix, with areas from Beta(ALPHA, ALPHA); 0 for none "
+        "(default: 1 where patch_mixing is among the losses, else 0)",
     )
     how.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     how.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -151,6 +166,7 @@ def build(args: argparse.Namespace) -> Trainer:
         weight_decay=args.weight_decay,
         clip=args.clip,
         label_smoothing=args.label_smoothing,
+        cutmix=args.cutmix,
         losses=args.losses,
         amp=args.amp,
         seed=args.seed,

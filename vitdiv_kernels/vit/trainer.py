@@ -1,11 +1,11 @@
-"""The training loop: AdamW, cosine schedule, clipping, label smoothing, bf16 autocast, log, exact resume."""
+"""The training loop: AdamW, cosine schedule, clipping, label smoothing, CutMix, bf16, log, exact resume."""
 
 import contextlib
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _dispatch, use_backend
+from ..losses import cutmix_shares
 from ..monitor import CollapseMonitor, read_records, write_records
 from ..objective import DiversityObjective
+from . import cutmix
 from .data import Data, DataError
-from .losses import objective_terms
+from .losses import mixes, objective_terms
 from .metrics import accuracy
 from .model import ViT
 
@@ -41,7 +43,11 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; all of it is kept in checkpoints, and a resumed run must have the same."""
+    """How to train; all of it is kept in checkpoints, and a resumed run must have the same.
+
+    `cutmix` is the alpha of CutMix's Beta distribution, at most 1000; 0 mixes no images. None is 1 where
+    patch_mixing is among the losses, by itself or in a preset, as its papers train, and else 0.
+    """
 
     steps: int = 1200
     batch: int = 32
@@ -51,6 +57,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
     label_smoothing: float = 0.1
+    cutmix: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
     amp: bool = False
     seed: int = 0
@@ -141,6 +148,8 @@ class Trainer:
             raise TrainError(
                 f"the batch ({recipe.batch}) is larger than the training set ({len(data.train)} images)"
             )
+        if recipe.cutmix is not None and not 0 <= recipe.cutmix <= 1000:
+            raise TrainError(f"cutmix must be a number from 0 to 1000, got {recipe.cutmix}")
         if recipe.losses and model.patch_embed.num_patches < 2:
             raise TrainError("diversity losses need at least two patches, but the model has one")
         self.device, self.backend, self.workers = torch.device(device), backend, workers
@@ -150,14 +159,17 @@ class Trainer:
                     _dispatch.resolve(operation, self.device, "auto")
                 except (RuntimeError, ValueError) as error:
                     raise TrainError(str(error)) from None
-        self.model, self.data, self.recipe = model.to(device), data, recipe
+        self.model, self.data = model.to(device), data
         self.objective = None
         if recipe.losses:
             try:
                 # for good, and before the model is compiled: forward passes without gradients leave no trace
-                self.objective = DiversityObjective(objective_terms(recipe.losses)).attach(self.model)
+                terms = objective_terms(recipe.losses, recipe.label_smoothing)
+                self.objective = DiversityObjective(terms).attach(self.model)
             except (TypeError, ValueError) as error:
                 raise TrainError(str(error)) from None
+        self.patches_mix = self.objective is not None and any(map(mixes, self.objective.terms.values()))
+        self.recipe = recipe if recipe.cutmix is not None else replace(recipe, cutmix=float(self.patches_mix))
         self.monitor = None
         if monitor_every:
             csv_path = None if log_path is None else log_path.with_name("collapse.csv")
@@ -186,16 +198,34 @@ class Trainer:
             "val_accuracy",
         ]
 
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum."""
+    def losses(self, images: Tensor, labels: Tensor, box: cutmix.Box | None = None) -> dict[str, Tensor]:
+        """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum.
+
+        Of images that CutMix has mixed at `box` the cross-entropies with the labels of both are weighted by
+        their shares of the area.
+        """
+        size = images.shape[-2:]
+        mixing = self._patch_labels(labels, box, size) if self.patches_mix else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
             logits = self.run(images)
-            total, terms = self.objective() if self.objective else (0.0, {})
-        terms["cross_entropy"] = F.cross_entropy(
-            logits.float(), labels, label_smoothing=self.recipe.label_smoothing
-        )
-        terms["loss"] = terms["cross_entropy"] + total
+            total, terms = self.objective(mixing=mixing) if self.objective else (0.0, {})
+        cross_entropy = self._cross_entropy(logits, labels)
+        if box:
+            share = cutmix.share_left(box, *size)
+            others = self._cross_entropy(logits, labels.flip(0))
+            cross_entropy = share * cross_entropy + (1 - share) * others
+        terms["cross_entropy"] = cross_entropy
+        terms["loss"] = cross_entropy + total
         return terms
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+
+    def _patch_labels(self, labels: Tensor, box: cutmix.Box | None, size: Sequence[int]) -> tuple:
+        """labels, others and shares for patch_mixing; images that are not mixed have an empty box."""
+        grid = [pixels // self.model.config.patch for pixels in size]
+        shares = cutmix_shares(box or (0, 0, 0, 0), image_size=size, grid=grid)
+        return labels, labels.flip(0), shares.to(self.device, non_blocking=True)
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update; returns the losses and the gradient norm before clipping, as detached scalars."""
@@ -203,7 +233,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         images = self.data.augment(images.to(self.device, non_blocking=True), self.augment_rng)
-        terms = self.losses(images, labels.to(self.device, non_blocking=True))
+        box = None
+        if self.recipe.cutmix:
+            box = cutmix.draw_box(*images.shape[-2:], self.recipe.cutmix, self.augment_rng)
+            images = cutmix.mix(images, box)
+        terms = self.losses(images, labels.to(self.device, non_blocking=True), box)
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)
@@ -300,15 +334,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Restores a checkpoint of the same model, recipe and classes; otherwise raises TrainError."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise TrainError(f"there is no checkpoint {path} to resume from") from None
-        except Exception as error:
-            raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
-        absent = [name for name in CHECKPOINT if not isinstance(state, dict) or name not in state]
-        if absent:
-            raise TrainError(f"{path} is no checkpoint of this trainer: it has no {', '.join(absent)}")
+        state = read_checkpoint(path, CHECKPOINT)
         now = asdict(self.recipe) | _plain(asdict(self.model.config)) | {"classes": list(self.data.classes)}
         then = state["recipe"] | state["config"] | {"classes": state["classes"]}
         changed = [
@@ -331,6 +357,20 @@ class Trainer:
             except ValueError as error:
                 raise TrainError(str(error)) from None
             self.monitor.records = [record for record in records if record["step"] <= self.step]
+
+
+def read_checkpoint(path: Path, parts: Sequence[str]) -> dict:
+    """What `Trainer.save` wrote, on the CPU. Raises TrainError where a part is not there."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise TrainError(f"there is no checkpoint {path}") from None
+    except Exception as error:
+        raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
+    absent = [name for name in parts if not isinstance(state, dict) or name not in state]
+    if absent:
+        raise TrainError(f"{path} is no checkpoint of this trainer: it has no {', '.join(absent)}")
+    return state
 
 
 def _plain(config: dict) -> dict:
