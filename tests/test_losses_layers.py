@@ -78,6 +78,11 @@ def test_cos_reg_is_the_released_code():
     torch.testing.assert_close(losses.cos_reg(layers), total.mean() / 2)
 
 
+def test_columns_are_compared_unless_asked_otherwise():
+    layers = layers_of(*TENSORS)
+    assert torch.equal(losses.layer_similarity(layers), losses.layer_similarity(layers, along="columns"))
+
+
 def test_a_gradient_of_similarity_reaches_one_layer_only():
     def loss(*tensors):
         return losses.layer_similarity(layers_of(*tensors), rows=2)[0, 1]
@@ -122,6 +127,10 @@ def test_similar_blocks():
     assert losses.similar_block_ratio(similarity, token_ratio=0.7)[0].item() == 0.5
     assert losses.similar_block_ratio(similarity, threshold=0.8, token_ratio=0.7)[0].item() == 0.75
     assert losses.similar_block_ratio(torch.full((2, 2), 0.8))[0].item() == 0
+    # larger, not as large
+    half = torch.full((2, 2), 0.5)
+    assert losses.similar_block_ratio(half, threshold=0.5)[1].item() == 0
+    assert losses.similar_block_ratio(half, threshold=0.4, token_ratio=1.0)[0].item() == 0
 
 
 LAYERS = [(Q[0], K[0]), (Q[1], K[1])]

@@ -20,18 +20,18 @@ SQUARE = torch.randn(4, 4, generator=GENERATOR)
 START = torch.rand(2, 4, generator=GENERATOR, dtype=torch.float64)
 
 
-def cosines(w):
-    w = normalize(w, dim=-1, eps=1e-8)
+def cosines(w, eps=1e-8):
+    w = normalize(w, dim=-1, eps=eps)
     return w @ w.mT
 
 
-def mhs(w):
-    s = cosines(w)
+def mhs(w, eps=1e-8):
+    s = cosines(w, eps)
     return -(2 - 2 * s[~torch.eye(len(s), dtype=torch.bool)]).min()
 
 
-def mgd(w):
-    return -torch.logdet(torch.exp(2 * cosines(w) - 2) + 1e-6 * torch.eye(len(w)))
+def mgd(w, ridge=1e-6, eps=1e-8):
+    return -torch.logdet(torch.exp(2 * cosines(w, eps) - 2) + ridge * torch.eye(len(w), dtype=w.dtype))
 
 
 def soft_orthogonality(w):
@@ -88,6 +88,16 @@ def test_of_packed_and_single_matrices_together(name):
 def test_of_tall_matrices(name):
     loss, formula = LOSSES[name]
     assert_is_its_formula(loss, formula, TALL)
+
+
+def test_ridge_and_eps():
+    """Some rows are shorter than eps."""
+    norms = TALL.norm(dim=-1)
+    assert norms.min() < 2 < norms.max()
+    assert_is_its_formula(lambda w: losses.weight_mhs(w, eps=2.0), lambda w: mhs(w, 2.0), TALL)
+    assert_is_its_formula(
+        lambda w: losses.weight_mgd(w, ridge=0.1, eps=2.0), lambda w: mgd(w, 0.1, 2.0), TALL
+    )
 
 
 @ALL

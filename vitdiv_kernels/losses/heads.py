@@ -102,6 +102,9 @@ def head_mgd(q, k, *, ridge=1e-6, reduction="mean", scale=None, backend="auto"):
     Returns:
         float32 (float64 for float64 input): a scalar, or [B] with reduction "none". Differentiable once.
 
+        Maps are compared in float32 (for float64 input in float64): whose cosine is 1 up to its rounding
+        count as equal, with a gradient that is rounding, of the size of 0.01.
+
     Cost: tiles, those of `attention_gram`; the determinant of an H x H matrix in float64.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_feature_reg` on attention maps.

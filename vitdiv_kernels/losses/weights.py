@@ -11,7 +11,7 @@ import torch
 from ..ops import _checks
 from ..ops.two_gram import two_gram
 from . import _common
-from ._spectral import GramDeterminant, GramGap
+from ._spectral import GramGap
 
 
 def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
@@ -57,7 +57,7 @@ def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
     _checks.number("eps", eps, at_least=0)
 
     def loss(w):
-        return GramDeterminant.apply(_common.unit(w, eps), ridge)
+        return _common.determinant(w, ridge, eps)
 
     return _over_shapes(loss, weights, reduction)
 
