@@ -102,8 +102,8 @@ def head_mgd(q, k, *, ridge=1e-6, reduction="mean", scale=None, backend="auto"):
     Returns:
         float32 (float64 for float64 input): a scalar, or [B] with reduction "none". Differentiable once.
 
-        Maps are compared in float32 (for float64 input in float64): whose cosine is 1 up to its rounding
-        count as equal, with a gradient that is rounding, of the size of 0.01.
+        Cosines are float32: maps that are equal up to its rounding count as equal, and the gradient between
+        them is rounding, 0.01 at most where it should be 0.
 
     Cost: tiles, those of `attention_gram`; the determinant of an H x H matrix in float64.
 
