@@ -136,6 +136,8 @@ def test_similar_blocks():
 LAYERS = [(Q[0], K[0]), (Q[1], K[1])]
 BAD = [
     (lambda: losses.layer_similarity([]), ValueError, ["layers"]),
+    (lambda: losses.layer_similarity(5), TypeError, ["layers must be a list of tuples", "int"]),
+    (lambda: losses.cos_reg([LAYERS[0], None]), TypeError, ["layers[1] must be a tuple", "NoneType"]),
     (lambda: losses.layer_similarity([(Q[0],)]), ValueError, ["layers", "(q, k, mix)", "[1] tensors"]),
     (lambda: losses.layer_similarity([LAYERS[0], (Q[1], 2)]), TypeError, ["k of layers[1]", "int"]),
     (

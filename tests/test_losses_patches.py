@@ -334,6 +334,9 @@ BAD = [
         ValueError,
         ["grid", "N = 9", "(2, 4)"],
     ),
+    (lambda: losses.neighbourhood_contrast(FIRST, LAST, grid=3), ValueError, ["grid", "N = 9", "got 3"]),
+    (lambda: losses.neighbourhood_contrast(FIRST, LAST, grid=(-3, -3)), ValueError, ["grid", "(-3, -3)"]),
+    (lambda: losses.neighbourhood_contrast(FIRST, LAST, grid=(9,)), ValueError, ["grid", "(9,)"]),
     (
         lambda: losses.neighbourhood_contrast(FIRST[:, 1:], LAST[:, 1:]),
         ValueError,

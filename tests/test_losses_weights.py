@@ -164,6 +164,7 @@ def test_soft_orthogonality_refuses_a_second_derivative():
 
 BAD = [
     (lambda: losses.weight_mhs([]), ValueError, ["weights", "empty"]),
+    (lambda: losses.weight_mhs(5), TypeError, ["weights must be a tensor or a list", "int"]),
     (lambda: losses.weight_mhs([WIDE, "w"]), TypeError, ["weights[1] must be a torch.Tensor", "str"]),
     (lambda: losses.weight_mhs([WIDE, WIDE[0, 0]]), ValueError, ["weights[1]", "[..., N, D]", "[6]"]),
     (lambda: losses.weight_mhs(WIDE[:, :1]), ValueError, ["weights must hold N >= 2", "[3, 1, 6]"]),

@@ -147,6 +147,16 @@ def test_neighbourhood_contrast_takes_what_the_released_code_takes():
     torch.testing.assert_close(total, sum(values) / 2, rtol=0.05, atol=0.05)
 
 
+def test_the_logits_of_patches_are_those_of_both_norms():
+    model, x = a_model(), images()
+    model.fc_norm = nn.LayerNorm(16)
+    nn.init.normal_(model.fc_norm.weight)
+    mixing = torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.rand(3, 16)
+    _, parts, tokens, _ = evaluate({"patch_mixing": 1.0}, model, x, mixing=mixing)
+    logits = model.head(model.fc_norm(model.norm(tokens[-1])))[:, 1:]
+    torch.testing.assert_close(parts["patch_mixing"], losses.patch_mixing(logits, *mixing))
+
+
 def by_hand(name, model, tokens):
     """The value of each loss with its default layers, from tokens taken by the model itself."""
     patches = [t[:, 1:] for t in tokens]

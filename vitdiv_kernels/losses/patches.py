@@ -140,13 +140,13 @@ def neighbourhood_contrast(
 
 
 def _grid(grid, n):
-    if grid is None:
-        side = round(n**0.5)
-        grid = side, side
-    if len(grid) != 2 or grid[0] * grid[1] != n:
-        given = "a square" if grid[0] == grid[1] else f"{tuple(grid)}"
+    side = round(n**0.5)
+    sizes = (side, side) if grid is None else grid
+    sized = isinstance(sizes, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in sizes)
+    if not sized or len(sizes) != 2 or sizes[0] * sizes[1] != n:
+        given = "a square" if grid is None else f"{grid!r}"
         raise ValueError(f"grid must be rows and columns of N = {n} patches, got {given}")
-    return grid
+    return sizes
 
 
 def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto"):

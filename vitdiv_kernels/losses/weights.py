@@ -6,6 +6,8 @@ together in one call. The q, k and v of a packed projection are `block.attn.qkv.
 the order given.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from ..ops import _checks
@@ -124,6 +126,8 @@ def weight_condition_orthogonality(weights, *, start=None, generator=None, of="r
 def _over_shapes(loss, weights, reduction, at_least=1):
     """`loss` takes [L, N, D] to [L]; it is called once for each shape, and the values put in order again."""
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    if not isinstance(weights, (torch.Tensor, Iterable)):
+        raise TypeError(f"weights must be a tensor or a list of tensors, got {type(weights).__name__}")
     given = [weights] if isinstance(weights, torch.Tensor) else list(weights)
     if not given:
         raise ValueError("weights must hold at least one matrix, got an empty list")
