@@ -152,9 +152,14 @@ def test_the_logits_of_patches_are_those_of_both_norms():
     model.fc_norm = nn.LayerNorm(16)
     nn.init.normal_(model.fc_norm.weight)
     mixing = torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.rand(3, 16)
-    _, parts, tokens, _ = evaluate({"patch_mixing": 1.0}, model, x, mixing=mixing)
-    logits = model.head(model.fc_norm(model.norm(tokens[-1])))[:, 1:]
-    torch.testing.assert_close(parts["patch_mixing"], losses.patch_mixing(logits, *mixing))
+    config = {"last": Term("patch_mixing"), "two": Term("patch_mixing", layers=(1, -1))}
+    _, parts, tokens, _ = evaluate(config, model, x, mixing=mixing)
+    middle, last = (
+        losses.patch_mixing(model.head(model.fc_norm(model.norm(t)))[:, 1:], *mixing)
+        for t in (tokens[2], tokens[4])
+    )
+    torch.testing.assert_close(parts["last"], last)
+    torch.testing.assert_close(parts["two"], (middle + last) / 2)
 
 
 def by_hand(name, model, tokens):

@@ -264,7 +264,7 @@ class DiversityObjective:
         if kind == "weights":
             return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
         if kind == "logits":
-            return self._mixing(term, kept["tokens", layers[-1]], mixing, options)
+            return _mean([self._mixing(term, kept["tokens", i], mixing, options) for i in layers])
         if kind == "patches":
             inputs = [(kept["tokens", i],) for i in layers]
         elif kind == "embeddings":
@@ -278,8 +278,7 @@ class DiversityObjective:
             return term.function(mixed, **options)
         if count == 2:
             return term.function(*inputs[0], *inputs[1], **options)
-        values = [term.function(*each, **options) for each in inputs]
-        return values[0] if len(values) == 1 else sum(values) / len(values)
+        return _mean([term.function(*each, **options) for each in inputs])
 
     def _normed(self, patches):
         x = self.model.norm(patches)
@@ -295,3 +294,7 @@ class DiversityObjective:
         if hasattr(self.model, "fc_norm"):
             x = self.model.fc_norm(x)
         return term.function(self.model.head(x), *mixing, **options)
+
+
+def _mean(values):
+    return values[0] if len(values) == 1 else sum(values) / len(values)
