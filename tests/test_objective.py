@@ -273,6 +273,8 @@ def test_hooks_cost_no_operator_and_leave_no_trace():
     assert list(model.state_dict()) == keys
     objective()
     objective.detach()
+    with DiversityObjective({"koleo": 1.0}).attach(model):
+        assert hooks_of(model) == 1
     objective.detach()
     assert hooks_of(model) == 0
     model(x)
@@ -402,6 +404,23 @@ def talking():
     return model
 
 
+class Rotating(nn.Module):
+    """Rotary embeddings, as timm's EvaAttention takes them."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.qkv, self.num_heads = attn.qkv, attn.num_heads
+
+    def forward(self, x, rope=None):
+        return x
+
+
+def rotating():
+    model = a_model()
+    model.blocks[0].attn = Rotating(model.blocks[0].attn)
+    return model
+
+
 def tuples():
     model = a_model()
     model.blocks.append(Tuples())
@@ -425,6 +444,8 @@ def headless():
         (ValueError, "the weight of koleo must be finite, got nan", lambda: Term("koleo", float("nan"))),
         (ValueError, "layers of koleo must be block numbers or 'embeddings' or 'all', got 'last'",
          lambda: Term("koleo", layers="last")),
+        (ValueError, r"layers of koleo must be block numbers or 'embeddings' or 'all', got \(\)",
+         lambda: Term("koleo", layers=())),
         (ValueError, "layers of head_mhs must be block numbers or .all., got",
          lambda: Term("head_mhs", layers=["embeddings"])),
         (ValueError, "layers of patch_contrast must be two blocks",
@@ -445,6 +466,8 @@ def headless():
          lambda: DiversityObjective({"koleo": 1}).attach(nn.Linear(2, 2))),
         (TypeError, r"blocks\[0\].attn, TalkingHeadsAttention, mixes or rotates",
          lambda: DiversityObjective({"head_mhs": 1}).attach(talking())),
+        (TypeError, r"blocks\[0\].attn, Rotating, mixes or rotates",
+         lambda: DiversityObjective({"head_mhs": 1}).attach(rotating())),
         (TypeError, r"blocks\[4\].attn must have qkv",
          lambda: DiversityObjective({"weight_mhs": 1}).attach(tuples())),
         (RuntimeError, "attached already: detach it first",
