@@ -57,6 +57,21 @@ def assert_takes_halves(loss, *inputs, tolerance=3e-2):
         close(a, b, tolerance)
 
 
+def assert_reductions(loss, *inputs):
+    """Without a reduction each image has its own value and gradient; "mean" and "sum" are those of the
+    values."""
+    each = loss(*inputs, reduction="none")
+    weights = torch.arange(1.0, 1 + len(each), dtype=each.dtype)
+    assert len(each) == len(inputs[0]) > 1
+    torch.testing.assert_close(loss(*inputs), each.mean())
+    value, plain = value_and_gradients(lambda *x: loss(*x, reduction="sum"), inputs)
+    torch.testing.assert_close(value, each.sum())
+    _, grads = value_and_gradients(lambda *x: loss(*x, reduction="none") * weights, inputs)
+    for a, b in zip(grads, plain, strict=True):
+        torch.testing.assert_close(a, b * weights.view(-1, *(b.dim() - 1) * [1]))
+    torch.testing.assert_close(loss(*(x[1:] for x in inputs), reduction="none"), each[1:])
+
+
 def assert_finite(loss, *inputs):
     value, grads = value_and_gradients(loss, inputs)
     assert bool(value.isfinite().all())

@@ -10,6 +10,7 @@ from loss_checks import (
     assert_autocast_has_no_influence,
     assert_finite,
     assert_is_its_formula,
+    assert_reductions,
     assert_takes_halves,
     value_and_gradients,
 )
@@ -34,10 +35,10 @@ def unit(x, eps=1e-8):
     return normalize(x, dim=-1, eps=eps)
 
 
-def gram_loss(x, y, level="image", negatives="keep", normalise=True):
+def gram_loss(x, y, level="image", negatives="keep", normalise=True, eps=1e-12):
     """As published, with masks instead of writes."""
     if normalise:
-        x, y = unit(x, 1e-12), unit(y, 1e-12)
+        x, y = unit(x, eps), unit(y, eps)
     if level == "batch":
         x, y = x.flatten(0, 1), y.flatten(0, 1)
     student, teacher = x @ x.mT, y @ y.mT
@@ -87,7 +88,7 @@ def test_gram_anchoring_keeps_its_digits_near_the_teacher():
 
 
 def koleo(x, eps=1e-8):
-    x = unit(x)
+    x = unit(x, eps)
     n = x.shape[-2]
     nearest = (x @ x.mT - 3 * torch.eye(n)).argmax(-1)
     chosen = torch.stack([a[i] for a, i in zip(x, nearest, strict=True)])
@@ -111,6 +112,16 @@ def test_koleo_of_duplicates_is_finite(dtype):
     assert not grad[1].any()
     assert grad[0, 0].any()
     assert grad.abs().max() < 1e3
+
+
+def test_koleo_takes_some_images_at_a_time(monkeypatch):
+    x = torch.randn(5, N, 4, dtype=torch.float64)
+    expected = value_and_gradients(losses.koleo, [x])
+    for chunk in (1, 2 * N * 4):  # one image, two images
+        monkeypatch.setattr(losses.dense._DistanceToOne, "CHUNK", chunk)
+        value, (grad,) = value_and_gradients(losses.koleo, [x])
+        assert torch.equal(value, expected[0])
+        assert torch.equal(grad, expected[1][0])
 
 
 def uniformity(x, t=2.0):
@@ -141,10 +152,11 @@ def test_linear_cka(x, y):
     rotation = torch.linalg.qr(torch.randn(x.shape[-1], x.shape[-1], dtype=torch.float64))[0]
     turned = 3 * x.double() @ rotation + 5
     torch.testing.assert_close(losses.linear_cka(turned, x.double()).item(), 1.0)
+    torch.testing.assert_close(losses.linear_cka(1e-3 * x, y), losses.linear_cka(x, y))
 
 
-def vf(z, f, distance_margin, cosine_margin, distance_weight=1.0, cosine_weight=1.0):
-    z, f = unit(z), unit(f)
+def vf(z, f, distance_margin=0.25, cosine_margin=0.5, distance_weight=1.0, cosine_weight=1.0, eps=1e-8):
+    z, f = unit(z, eps), unit(f, eps)
     distance = ((z @ z.mT - f @ f.mT).abs() - distance_margin).relu().mean()
     cosine = (1 - cosine_margin - (z * f).sum(-1)).relu().mean()
     return distance_weight * distance + cosine_weight * cosine
@@ -161,11 +173,11 @@ def test_vf_loss(margins, weights):
 
     assert_is_its_formula(loss, lambda z, f: vf(z, f, *margins, *weights), NARROW, NARROW2)
     assert_autocast_has_no_influence(loss, NARROW, NARROW2)
-    torch.testing.assert_close(losses.vf_loss(WIDE, WIDE2), vf(WIDE, WIDE2, 0.25, 0.5))
+    torch.testing.assert_close(losses.vf_loss(WIDE, WIDE2), vf(WIDE, WIDE2))
 
 
-def info_nce(x, y, temperature=0.1):
-    logits = unit(x) @ unit(y).mT / temperature
+def info_nce(x, y, temperature=0.1, eps=1e-8):
+    logits = unit(x, eps) @ unit(y, eps).mT / temperature
     return cross_entropy(logits.flatten(0, 1), torch.arange(N).repeat(B))
 
 
@@ -182,6 +194,29 @@ def test_info_nce():
     assert_autocast_has_no_influence(loss, NARROW, NARROW2)
     assert_takes_halves(loss, NARROW, NARROW2)
     assert losses.info_nce(NARROW, NARROW2, temperature=1e-4).isfinite()
+
+
+def uniformity_of_cosines(x, eps):
+    s = unit(x, eps) @ unit(x, eps).mT
+    counted = (4 * s - 4)[:, ~torch.eye(s.shape[-1], dtype=torch.bool)]
+    return counted.exp().mean(-1).log().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula", "inputs"),
+    [
+        (losses.koleo, koleo, [NARROW]),
+        (losses.uniformity, uniformity_of_cosines, [NARROW]),
+        (losses.gram_anchoring, gram_loss, [NARROW, NARROW2]),
+        (losses.gram_anchoring, gram_loss, [LONG, LONG2]),
+        (losses.vf_loss, vf, [NARROW, NARROW2]),
+        (losses.info_nce, info_nce, [NARROW, NARROW2]),
+    ],
+)
+def test_eps(loss, formula, inputs):
+    """Some vectors are shorter than eps."""
+    assert all(x.norm(dim=-1).min() < 1.5 < x.norm(dim=-1).max() for x in inputs)
+    assert_is_its_formula(lambda *x: loss(*x, eps=1.5), lambda *x: formula(*x, eps=1.5), *inputs)
 
 
 TWO_SETS = [losses.gram_anchoring, losses.linear_cka, losses.vf_loss, losses.info_nce]
@@ -205,6 +240,17 @@ def test_what_collapsed_features_give():
     assert losses.gram_anchoring(equal, zero).item() == pytest.approx(1, abs=1e-6)
 
 
+def test_a_similarity_of_zero_has_no_gradient_where_negatives_are_removed():
+    x = NARROW.double().clone()
+    x[0, 1] = 0
+    value, (grad, _) = value_and_gradients(
+        lambda x, y: losses.gram_anchoring(x, y, negatives="remove"), [x, NARROW2.double()]
+    )
+    torch.testing.assert_close(value, gram_loss(x, NARROW2.double(), negatives="remove"))
+    assert not grad[0, 1].any()
+    assert grad[0, 0].any()
+
+
 def test_one_patch():
     x, y = NARROW[:, :1], NARROW2[:, :1]
     for loss in TWO_SETS:
@@ -219,12 +265,9 @@ def test_one_patch():
 @pytest.mark.parametrize("loss", TWO_SETS + ONE_SET)
 def test_reductions(loss):
     x = [NARROW, NARROW2] if loss in TWO_SETS else [NARROW]
-    each = loss(*x, reduction="none")
-    assert each.shape == (B,)
-    torch.testing.assert_close(loss(*x, reduction="sum"), each.sum())
-    torch.testing.assert_close(loss(*x), each.mean())
+    assert_reductions(loss, *x)
     second = loss(*(t[1] for t in x))  # no leading axis
-    torch.testing.assert_close(second, each[1])
+    torch.testing.assert_close(second, loss(*x, reduction="none")[1])
 
 
 def test_two_backward_passes_through_one_graph():

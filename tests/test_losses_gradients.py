@@ -1,5 +1,7 @@
 """Gradient diversity against its formula."""
 
+import math
+
 import pytest
 import torch
 from loss_checks import (
@@ -26,6 +28,7 @@ def test_gradient_diversity():
     each = losses.gradient_diversity(G, reduction="none")
     torch.testing.assert_close(each[1], formula(G[1:]))
     torch.testing.assert_close(losses.gradient_diversity(G, reduction="sum"), each.sum())
+    torch.testing.assert_close(losses.gradient_diversity(1e-4 * G), formula(G))  # of a small loss
 
 
 def test_equal_opposite_zero_and_single_gradients():
@@ -39,11 +42,15 @@ def test_equal_opposite_zero_and_single_gradients():
 
 def test_nan_is_kept_unless_asked():
     g = G.clone()
-    g[0, 0, 0] = float("nan")
+    g[0, 0, 0] = math.nan
     assert losses.gradient_diversity(g).isnan()
     torch.testing.assert_close(
         losses.gradient_diversity(g, replace_nan=True), formula(torch.where(g.isnan(), 1e-8, g))
     )
+    nan = torch.full((4, 3), math.nan)
+    assert losses.gradient_diversity(nan, replace_nan=True, eps=1e-20).item() == pytest.approx(-1 / 4)
+    g[0, 0, 0] = math.inf
+    assert losses.gradient_diversity(g, replace_nan=True).isnan()
 
 
 def test_it_can_be_trained_on():

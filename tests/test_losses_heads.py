@@ -1,9 +1,11 @@
 """Losses on attention maps against their formulas on the maps themselves, in float64."""
 
+import math
+
 import pytest
 import torch
 from formulas import softmax_maps
-from loss_checks import assert_finite, assert_is_its_formula, value_and_gradients
+from loss_checks import assert_finite, assert_is_its_formula, assert_reductions, value_and_gradients
 from torch.nn.functional import normalize
 
 from vitdiv_kernels import losses
@@ -35,8 +37,8 @@ def mhs(q, k):
     return -(2 - 2 * cosines(q, k))[:, OFF].amin(-1).mean()
 
 
-def mgd(q, k):
-    return -torch.logdet(torch.exp(2 * cosines(q, k) - 2) + 1e-6 * torch.eye(H)).mean()
+def mgd(q, k, ridge=1e-6):
+    return -torch.logdet(torch.exp(2 * cosines(q, k) - 2) + ridge * torch.eye(H, dtype=q.dtype)).mean()
 
 
 def soft_orthogonality(q, k):
@@ -67,8 +69,12 @@ def head_condition_orthogonality(q, k, **options):
 TWO = [(losses.head_cross_cosine, lambda *x: cosines(*x).abs().mean()), (losses.head_contrast, contrast)]
 ONE = [
     (losses.head_mhs, mhs),
-    (lambda q, k: losses.head_mhs(q, k, variant="released"), mhs),
+    (lambda q, k, **options: losses.head_mhs(q, k, variant="released", **options), mhs),
     (losses.head_mgd, mgd),
+    (
+        lambda q, k, ridge=0.1, **options: losses.head_mgd(q, k, ridge=ridge, **options),
+        lambda q, k: mgd(q, k, 0.1),
+    ),
     (losses.head_soft_orthogonality, soft_orthogonality),
     (head_condition_orthogonality, condition_orthogonality),
 ]
@@ -100,9 +106,16 @@ def test_layers_may_differ_in_heads():
     torch.testing.assert_close(got, cosines(Q, K, Q2[:, :2], K2[:, :2]).mean())
 
 
-def test_scale_and_backend_reach_the_maps():
-    got = losses.head_soft_orthogonality(Q, K, scale=2.0, backend="reference")
-    torch.testing.assert_close(got, soft_orthogonality(2 * d**0.5 * Q, K))
+@pytest.mark.parametrize(
+    ("loss", "inputs"), [(loss, (Q, K)) for loss, _ in ONE] + [(loss, (Q, K, Q2, K2)) for loss, _ in TWO]
+)
+def test_options_reach_the_maps(loss, inputs):
+    scaled = [2 * d**0.5 * x if x is Q or x is Q2 else x for x in inputs]
+    torch.testing.assert_close(loss(*inputs, scale=2.0, backend="reference"), loss(*scaled))
+    with pytest.raises(RuntimeError, match="cannot run attn_diversity"):
+        loss(*inputs, backend="triton")
+    if loss is not losses.head_cross_cosine:  # its sum is that of all pairs
+        assert_reductions(loss, *inputs)
 
 
 def test_the_draw_repeats():
@@ -111,6 +124,8 @@ def test_the_draw_repeats():
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+    start = torch.randn(B, 2, H, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(draw(1), losses.head_condition_orthogonality(Q, K, start=start))
 
 
 @pytest.mark.parametrize(("loss", "formula"), ONE)
@@ -130,9 +145,12 @@ def test_equal_heads_and_uniform_maps_are_finite(loss, formula):
     assert_finite(loss, 1e4 * Q, K)
 
 
-def test_equal_heads_have_no_separation():
-    value = losses.head_mhs(Q[:, :1].expand(B, H, N, d), K[:, :1].expand(B, H, M, d))
-    assert value.item() == pytest.approx(0, abs=1e-6)
+def test_what_equal_heads_give():
+    equal = Q[:, :1].expand(B, H, N, d), K[:, :1].expand(B, H, M, d)
+    assert losses.head_mhs(*equal).item() == pytest.approx(0, abs=1e-6)
+    # H - 1 eigenvalues are the ridge, one is H + ridge
+    expected = -(H - 1) * math.log(1e-6) - math.log(H + 1e-6)
+    assert losses.head_mgd(*equal).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_head():

@@ -78,6 +78,11 @@ def test_cos_reg_is_the_released_code():
     torch.testing.assert_close(losses.cos_reg(layers), total.mean() / 2)
 
 
+def test_columns_are_compared_unless_asked_otherwise():
+    layers = layers_of(*TENSORS)
+    assert torch.equal(losses.layer_similarity(layers), losses.layer_similarity(layers, along="columns"))
+
+
 def test_a_gradient_of_similarity_reaches_one_layer_only():
     def loss(*tensors):
         return losses.layer_similarity(layers_of(*tensors), rows=2)[0, 1]
@@ -122,11 +127,17 @@ def test_similar_blocks():
     assert losses.similar_block_ratio(similarity, token_ratio=0.7)[0].item() == 0.5
     assert losses.similar_block_ratio(similarity, threshold=0.8, token_ratio=0.7)[0].item() == 0.75
     assert losses.similar_block_ratio(torch.full((2, 2), 0.8))[0].item() == 0
+    # larger, not as large
+    half = torch.full((2, 2), 0.5)
+    assert losses.similar_block_ratio(half, threshold=0.5)[1].item() == 0
+    assert losses.similar_block_ratio(half, threshold=0.4, token_ratio=1.0)[0].item() == 0
 
 
 LAYERS = [(Q[0], K[0]), (Q[1], K[1])]
 BAD = [
     (lambda: losses.layer_similarity([]), ValueError, ["layers"]),
+    (lambda: losses.layer_similarity(5), TypeError, ["layers must be a list of tuples", "int"]),
+    (lambda: losses.cos_reg([LAYERS[0], None]), TypeError, ["layers[1] must be a tuple", "NoneType"]),
     (lambda: losses.layer_similarity([(Q[0],)]), ValueError, ["layers", "(q, k, mix)", "[1] tensors"]),
     (lambda: losses.layer_similarity([LAYERS[0], (Q[1], 2)]), TypeError, ["k of layers[1]", "int"]),
     (

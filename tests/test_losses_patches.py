@@ -6,6 +6,7 @@ from loss_checks import (
     assert_autocast_has_no_influence,
     assert_finite,
     assert_is_its_formula,
+    assert_reductions,
     assert_takes_halves,
     value_and_gradients,
 )
@@ -25,9 +26,9 @@ def off_diagonal(matrix):
     return matrix[..., ~torch.eye(n, dtype=torch.bool)].unflatten(-1, (n, n - 1))
 
 
-def contrast(first, last, normalise=True):
+def contrast(first, last, normalise=True, eps=1e-8):
     if normalise:
-        first, last = normalize(first, dim=-1, eps=1e-8), normalize(last, dim=-1, eps=1e-8)
+        first, last = normalize(first, dim=-1, eps=eps), normalize(last, dim=-1, eps=eps)
     s = first @ last.mT
     own, others = s.diagonal(dim1=-2, dim2=-1), off_diagonal(s).mean(-1)
     return -(own.exp() / (own.exp() + others.exp())).log().mean()
@@ -114,6 +115,10 @@ def test_neighbourhood_contrast(grid, window, border):
 
     assert_is_its_formula(loss, formula, patches)
     assert_autocast_has_no_influence(loss, patches)
+    got = losses.neighbourhood_contrast(patches, context, grid=grid, window=window, border=border, eps=0.1)
+    torch.testing.assert_close(
+        got, neighbourhood(patches, context, rows, columns, window, border == "inside", eps=0.1)
+    )
 
 
 def test_neighbourhood_contrast_is_the_released_code():
@@ -132,13 +137,13 @@ def test_the_context_is_a_target():
     assert not dcontext.any()
 
 
-def cosines(x):
-    x = normalize(x, dim=-1, eps=1e-8)
+def cosines(x, eps=1e-8):
+    x = normalize(x, dim=-1, eps=eps)
     return x @ x.mT
 
 
-def mhs(x):
-    return -(2 - 2 * off_diagonal(cosines(x))).flatten(1).amin(-1).mean()
+def mhs(x, eps=1e-8):
+    return -(2 - 2 * off_diagonal(cosines(x, eps))).flatten(1).amin(-1).mean()
 
 
 def test_mhs():
@@ -167,29 +172,43 @@ def test_mhs_as_released():
     torch.testing.assert_close(values.mean(), released_mhs(x))
     paper = losses.patch_mhs(x, reduction="none")
     torch.testing.assert_close(paper, torch.tensor([-2.0, 0.0, 0.0], dtype=torch.float64))
+    near = torch.tensor([[1.0, 0], [1, 1e-3], [-1, 0]], dtype=torch.float64)  # near is not equal
+    assert losses.patch_mhs(near, variant="released").item() == pytest.approx(-1e-6, rel=1e-3)
 
 
-def mgd(x):
-    s = cosines(x)
-    return -torch.logdet(torch.exp(-(2 - 2 * s)) + 1e-6 * torch.eye(s.shape[-1])).mean()
+def mgd(x, ridge=1e-6, eps=1e-8):
+    s = cosines(x, eps)
+    return -torch.logdet(torch.exp(-(2 - 2 * s)) + ridge * torch.eye(s.shape[-1], dtype=s.dtype)).mean()
 
 
 def test_mgd():
     assert_is_its_formula(losses.patch_mgd, mgd, WIDE)
     assert_autocast_has_no_influence(losses.patch_mgd, FIRST)
+    assert_takes_halves(losses.patch_mgd, WIDE)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1e-3])
+def test_mgd_of_nearly_equal_patches(spread):
+    """Their float32 cosines are 1 up to rounding, which is larger than the ridge."""
+    x = torch.randn(1, 1, 64) + spread * torch.randn(B, 49, 64)
+    value, (grad,) = value_and_gradients(losses.patch_mgd, [x])
+    expected, (expected_grad,) = value_and_gradients(mgd, [x.double()])
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def soft_orthogonality(x, eps=1e-8):
+    s = cosines(x, eps)
+    return (s - torch.eye(s.shape[-1])).square().sum((-2, -1)).mean()
 
 
 @pytest.mark.parametrize("x", [FIRST, WIDE], ids=["D<N", "N<D"])
 def test_soft_orthogonality(x):
-    def formula(x):
-        s = cosines(x)
-        return (s - torch.eye(s.shape[-1])).square().sum((-2, -1)).mean()
-
-    assert_is_its_formula(losses.patch_soft_orthogonality, formula, x)
+    assert_is_its_formula(losses.patch_soft_orthogonality, soft_orthogonality, x)
     assert_autocast_has_no_influence(losses.patch_soft_orthogonality, x)
     short = x.double().clone()
     short[0, 1] = 0
-    torch.testing.assert_close(losses.patch_soft_orthogonality(short), formula(short))
+    torch.testing.assert_close(losses.patch_soft_orthogonality(short), soft_orthogonality(short))
 
 
 def condition(gram, start):
@@ -204,14 +223,15 @@ def condition(gram, start):
     return (largest - smallest) ** 2
 
 
+def condition_orthogonality(x, eps=1e-8):
+    return torch.stack([condition(s, START) for s in cosines(x, eps)]).mean()
+
+
 def test_condition_orthogonality():
     def loss(x):
         return losses.patch_condition_orthogonality(x, start=START)
 
-    def formula(x):
-        return torch.stack([condition(s, START) for s in cosines(x)]).mean()
-
-    assert_is_its_formula(loss, formula, FIRST)
+    assert_is_its_formula(loss, condition_orthogonality, FIRST)
     assert_autocast_has_no_influence(loss, FIRST)
     per_image = START.expand(B, 2, N) * torch.tensor([1.0, 2.0]).view(B, 1, 1)
     both = losses.patch_condition_orthogonality(FIRST.double(), start=per_image, reduction="none")
@@ -227,6 +247,30 @@ def test_condition_orthogonality_repeats():
     assert not torch.equal(draw(1), draw(2))
     start = torch.randn(B, 2, N, generator=torch.Generator().manual_seed(1))
     assert torch.equal(draw(1), losses.patch_condition_orthogonality(FIRST, start=start))
+
+
+def contrast_with_next(x, **options):
+    return losses.patch_contrast(x, x + 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula", "options"),
+    [
+        (contrast_with_next, lambda x, eps: contrast(x, x + 1, eps=eps), {}),
+        (losses.patch_mhs, mhs, {}),
+        (losses.patch_mhs, mhs, {"variant": "released"}),
+        (losses.patch_mgd, lambda x, eps: mgd(x, 0.1, eps), {"ridge": 0.1}),
+        (losses.patch_soft_orthogonality, soft_orthogonality, {}),
+        (losses.patch_condition_orthogonality, condition_orthogonality, {"start": START}),
+    ],
+)
+def test_eps_and_reductions(loss, formula, options):
+    """Some patches are shorter than eps."""
+    x = FIRST[:, :, :4]
+    norms = x.norm(dim=-1)
+    assert norms.min() < 2 < norms.max()
+    assert_is_its_formula(lambda x: loss(x, eps=2.0, **options), lambda x: formula(x, eps=2.0), x)
+    assert_reductions(lambda x, **given: loss(x, **options, **given), FIRST)
 
 
 ONE_SET = [
@@ -290,6 +334,9 @@ BAD = [
         ValueError,
         ["grid", "N = 9", "(2, 4)"],
     ),
+    (lambda: losses.neighbourhood_contrast(FIRST, LAST, grid=3), ValueError, ["grid", "N = 9", "got 3"]),
+    (lambda: losses.neighbourhood_contrast(FIRST, LAST, grid=(-3, -3)), ValueError, ["grid", "(-3, -3)"]),
+    (lambda: losses.neighbourhood_contrast(FIRST, LAST, grid=(9,)), ValueError, ["grid", "(9,)"]),
     (
         lambda: losses.neighbourhood_contrast(FIRST[:, 1:], LAST[:, 1:]),
         ValueError,

@@ -133,6 +133,23 @@ def test_no_tile_kernel_makes_all_pairs(name):
     assert mode.elements <= elements < N * N * B, f"an intermediate of shape {mode.shape}"
 
 
+def test_linear_cka_counts_the_wider_features():
+    """In tiles where the features of either are wider than three quarters of the patches are many."""
+    need("native")
+    x = torch.randn(B, 64, 8, requires_grad=True), torch.randn(B, 64, 256, requires_grad=True)
+    for inputs in (x, x[::-1]):
+        assert largest(losses.linear_cka, [lambda a=a: a for a in inputs]).elements <= B * 64 * (256 + 8)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_in_turn_are_not_kept_for_the_backward(name):
+    saved = []
+    loss, inputs, elements = ROWS[name]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        loss(*(make() for make in inputs)).sum()
+    assert 0 < max(saved) < elements
+
+
 @pytest.mark.parametrize(
     ("loss", "inputs"),
     [

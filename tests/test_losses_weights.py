@@ -20,18 +20,18 @@ SQUARE = torch.randn(4, 4, generator=GENERATOR)
 START = torch.rand(2, 4, generator=GENERATOR, dtype=torch.float64)
 
 
-def cosines(w):
-    w = normalize(w, dim=-1, eps=1e-8)
+def cosines(w, eps=1e-8):
+    w = normalize(w, dim=-1, eps=eps)
     return w @ w.mT
 
 
-def mhs(w):
-    s = cosines(w)
+def mhs(w, eps=1e-8):
+    s = cosines(w, eps)
     return -(2 - 2 * s[~torch.eye(len(s), dtype=torch.bool)]).min()
 
 
-def mgd(w):
-    return -torch.logdet(torch.exp(2 * cosines(w) - 2) + 1e-6 * torch.eye(len(w)))
+def mgd(w, ridge=1e-6, eps=1e-8):
+    return -torch.logdet(torch.exp(2 * cosines(w, eps) - 2) + ridge * torch.eye(len(w), dtype=w.dtype))
 
 
 def soft_orthogonality(w):
@@ -88,6 +88,16 @@ def test_of_packed_and_single_matrices_together(name):
 def test_of_tall_matrices(name):
     loss, formula = LOSSES[name]
     assert_is_its_formula(loss, formula, TALL)
+
+
+def test_ridge_and_eps():
+    """Some rows are shorter than eps, or all."""
+    norms = TALL.norm(dim=-1)
+    assert norms.min() < 2 < norms.max() < 9
+    assert_is_its_formula(lambda w: losses.weight_mhs(w, eps=9.0), lambda w: mhs(w, 9.0), TALL)
+    assert_is_its_formula(
+        lambda w: losses.weight_mgd(w, ridge=0.1, eps=2.0), lambda w: mgd(w, 0.1, 2.0), TALL
+    )
 
 
 @ALL
@@ -154,6 +164,7 @@ def test_soft_orthogonality_refuses_a_second_derivative():
 
 BAD = [
     (lambda: losses.weight_mhs([]), ValueError, ["weights", "empty"]),
+    (lambda: losses.weight_mhs(5), TypeError, ["weights must be a tensor or a list", "int"]),
     (lambda: losses.weight_mhs([WIDE, "w"]), TypeError, ["weights[1] must be a torch.Tensor", "str"]),
     (lambda: losses.weight_mhs([WIDE, WIDE[0, 0]]), ValueError, ["weights[1]", "[..., N, D]", "[6]"]),
     (lambda: losses.weight_mhs(WIDE[:, :1]), ValueError, ["weights must hold N >= 2", "[3, 1, 6]"]),

@@ -99,6 +99,16 @@ def test_quantiles_are_those_of_all_pairs(n):
         assert low - 5e-4 <= found <= high + 5e-4
 
 
+def test_quantiles_are_interpolated_within_a_bin():
+    x = torch.randn(3, 150, 64)
+    unit = F.normalize(x, dim=-1)
+    i, j = torch.triu_indices(150, 150, 1)
+    levels = torch.linspace(0.1, 0.9, 9)
+    exact = (unit @ unit.mT)[:, i, j].flatten().quantile(levels)
+    found = torch.tensor(monitor.cosine_quantiles(x, levels.tolist()))
+    assert abs((found - exact).mean()) < 0.2 * 2 / monitor.BINS
+
+
 def test_quantiles_of_equal_vectors_are_one():
     assert monitor.cosine_quantiles(torch.ones(2, 9, 3)) == pytest.approx([1, 1, 1], abs=5e-4)
 
@@ -107,13 +117,43 @@ def test_extremes():
     equal = torch.ones(2, 9, 3) * torch.tensor([1.0, 2.0, 3.0])
     assert monitor.residual(equal).item() == pytest.approx(0, abs=1e-6)
     assert monitor.residual(torch.zeros(2, 9, 3)).item() == 0
+    assert monitor.effective_rank(torch.zeros(2, 9, 3)).item() == 0
+    assert monitor.effective_rank(torch.stack([0 * equal[0], equal[0]])).item() == pytest.approx(0.5)
     away = equal - equal.flip(1) + torch.randn(2, 9, 3)
     assert monitor.residual(away - away.mean(1, keepdim=True)).item() == pytest.approx(1)
     assert monitor.effective_rank(equal).item() == pytest.approx(1, abs=1e-3)
     q = torch.zeros(1, 2, 70, 4)
     assert monitor.attention_entropy(q, q).item() == pytest.approx(math.log(70), rel=1e-6)
+    assert monitor.attention_entropy(q[:, :, :3], q).item() == pytest.approx(math.log(70), rel=1e-6)
     sharp = 1e3 * torch.eye(70)[None, None]
     assert monitor.attention_entropy(sharp, sharp).item() == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_model_of_zeros_is_measured():
+    model = a_model(())
+    for parameter in model.parameters():
+        parameter.zero_()
+    for record in CollapseMonitor(model).measure(images()):
+        expected = dict.fromkeys(monitor.MEASURES, 0.0)
+        expected |= {"head_cosine": 1.0, "attention_entropy": math.log(17)}
+        assert {name: record[name] for name in expected} == pytest.approx(expected, abs=5e-4)
+        assert record["attention_cosine"] == pytest.approx([1.0] * 3)
+
+
+@torch.no_grad()
+def test_register_tokens_are_dropped():
+    model, x = a_model(()).eval(), images()
+    tokens = model(x, return_tokens=True)[1]
+    expected = monitor.residual(tokens[1][:, 5:]).item()
+    assert CollapseMonitor(model, num_prefix_tokens=5).measure(x)[0]["residual"] == pytest.approx(expected)
+    model.num_prefix_tokens = 5
+    assert CollapseMonitor(model).measure(x)[0]["residual"] == pytest.approx(expected)
+
+
+def test_at_most_so_many_images_are_measured():
+    model, x = a_model(), images(5)
+    assert CollapseMonitor(model, images=2).measure(x) == CollapseMonitor(model).measure(x[:2])
 
 
 def test_a_model_that_diverged_is_measured():
@@ -166,6 +206,17 @@ def test_a_compiled_model_is_measured_without_compiling():
     assert CollapseMonitor(torch.compile(model)).measure(x) == expected
 
 
+def test_autocast_has_no_influence_on_a_measure():
+    x, q = torch.randn(2, 9, 8), torch.randn(2, 3, 9, 8)
+    for measure, inputs in (
+        (monitor.cosine_quantiles, (x,)), (monitor.effective_rank, (x,)), (monitor.residual, (x,)),
+        (monitor.attention_entropy, (q, q)),
+    ):  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16):
+            got = measure(*inputs)
+        assert got == measure(*inputs)
+
+
 def test_autocast_has_no_influence():
     model, x = a_model().eval(), images()
     expected = CollapseMonitor(model).measure(x)
@@ -197,6 +248,9 @@ def test_steps_between_samples_run_no_operator():
             assert watch.step(x) is None
     assert seen.operators == 0
     assert len(watch.step(x)) == 3
+    # a number of its own
+    assert watch.step(x, step=51) is None
+    assert [record["step"] for record in watch.step(x, step=150)] == [150] * 3
 
 
 def test_no_matrix_of_all_tokens_is_made():
@@ -237,6 +291,12 @@ def test_records_are_read_as_they_were_written(tmp_path):
     assert monitor.read_records(path) == watch.records
     monitor.write_records(path, watch.records[:3])
     assert monitor.read_records(path) == watch.records[:3]
+    deep = [record | {"attention_cosine": [i / 10 for i in range(12)]} for record in watch.records]
+    monitor.write_records(path, deep)
+    assert monitor.read_records(path) == deep
+    for _ in range(2):
+        monitor.write_records(path, [])
+        assert not path.exists()
     path.write_text("step,loss\n1,2\n")
     with pytest.raises(ValueError, match="is no file of CollapseMonitor: it has no attention_entropy, block"):
         monitor.read_records(path)
@@ -267,6 +327,8 @@ def layer_norm():
          lambda: CollapseMonitor(a_model()).measure([1])),
         (ValueError, r"images must have shape \[B, C, S, S\], B > 0, got \[1, 8, 8\]",
          lambda: CollapseMonitor(a_model()).measure(torch.ones(1, 8, 8))),
+        (ValueError, "patches need two at least, but the model has 2 tokens, the first 1 of which",
+         lambda: CollapseMonitor(a_model(patch=8)).measure(images())),
         (TypeError, "norm 'layer' are no fixed mix", lambda: CollapseMonitor(layer_norm()).measure(images())),
         (ValueError, "x must have shape", lambda: monitor.cosine_quantiles(torch.ones(3))),
         (ValueError, "q must have shape", lambda: monitor.attention_entropy(torch.ones(3), torch.ones(3))),

@@ -153,6 +153,11 @@ def test_losses(backend):
     loss = vd.nn.AttentionDiversityLoss("square", include_self=False, backend=backend)
     expected = formulas.attention_diversity(q, k, penalty="square", include_self=False)
     torch.testing.assert_close(loss(q, k), expected)
+    # one prefix token, eps and scale
+    loss = vd.nn.PatchCosineLoss(eps=3.0, backend=backend)
+    torch.testing.assert_close(loss(x), formulas.pairwise_cosine(x[:, 1:], eps=3.0))
+    loss = vd.nn.AttentionDiversityLoss(scale=0.1, backend=backend)
+    torch.testing.assert_close(loss(q, k), formulas.attention_diversity(q, k, scale=0.1))
 
 
 TOKENS, OTHERS = torch.randn(2, 2, 11, 6, generator=torch.Generator().manual_seed(1))
@@ -205,6 +210,7 @@ def test_loss_modules_are_their_functions_without_prefix_tokens(module, function
     on_patches = [x[:, 2:] if x is TOKENS or x is OTHERS else x for x in inputs]
     on_tokens = "num_prefix_tokens" in repr(module(**options))
     tokens = dict(num_prefix_tokens=2) if on_tokens else {}
+    assert not on_tokens or module(**options).num_prefix_tokens == 1
     got = module(**options, **tokens)(*inputs)
     expected = function(*(on_patches if on_tokens else inputs), **options)
     torch.testing.assert_close(got, 1 - expected if module is vd.nn.LinearCKALoss else expected)

@@ -48,10 +48,9 @@ def maps_of(model, tokens, i):
     if hasattr(attn, "reatten_matrix"):
         norm = attn.var_norm
         maps = attn.reatten_matrix(maps)
-        maps = F.batch_norm(
-            maps, None if norm.training else norm.running_mean, None if norm.training else norm.running_var,
-            norm.weight, norm.bias, norm.training, eps=norm.eps,
-        )  # fmt: skip
+        of_batch = norm.training or norm.running_mean is None
+        mean, variance = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        maps = F.batch_norm(maps, mean, variance, norm.weight, norm.bias, of_batch, eps=norm.eps)
     return maps
 
 
@@ -97,17 +96,70 @@ def test_gong_is_the_sum_of_its_three_losses():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reattention", [(), (1, 2)])
-def test_cos_reg_takes_the_published_maps(reattention, training):
+@pytest.mark.parametrize("tracked", [True, False])
+def test_cos_reg_takes_the_published_maps(reattention, training, tracked):
     model, x = a_model(reattention).train(training), images()
     for block in model.blocks:
         if hasattr(block.attn, "var_norm"):
+            if not tracked:
+                block.attn.var_norm = nn.BatchNorm2d(2, track_running_stats=False).train(training)
+            else:
+                block.attn.var_norm.running_mean.fill_(0.1)
+                block.attn.var_norm.running_var.fill_(0.3)
+            nn.init.normal_(block.attn.var_norm.weight)
             nn.init.normal_(block.attn.var_norm.bias)
-            block.attn.var_norm.running_mean.fill_(0.1)
+            nn.init.normal_(block.attn.reatten_matrix.bias)
     total, parts, tokens, _ = evaluate("deepvit_cos_reg", model, x)
     maps = [maps_of(model, tokens, i) for i in range(3)]
     cosines = [F.cosine_similarity(maps[i], maps[i + 1], dim=1).mean() for i in range(2)]
     torch.testing.assert_close(parts["cos_reg"], sum(cosines) / 2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(total, 0.1 * parts["cos_reg"])
+
+
+def test_cos_reg_takes_mixed_maps_without_a_norm():
+    model = a_model((1,))
+    attn = model.blocks[1].attn = ReAttention(16, 2, norm="none")
+    nn.init.normal_(attn.reatten_matrix.bias)
+    _, parts, tokens, _ = evaluate({"cos_reg": Term("cos_reg", layers=(0, 1))}, model, images())
+    qkv = attn.qkv(model.blocks[1].norm1(tokens[1])).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    mixed = attn.reatten_matrix((qkv[0] @ qkv[1].mT * 8**-0.5).softmax(-1))
+    expected = F.cosine_similarity(maps_of(model, tokens, 0), mixed, dim=1).mean()
+    torch.testing.assert_close(parts["cos_reg"], expected)
+
+
+def test_neighbourhood_contrast_takes_what_the_released_code_takes():
+    """Patches after the final norm, and embeddings without positions; also under autocast."""
+    model, x = a_model(), images()
+    nn.init.normal_(model.norm.bias)
+    model.fc_norm = nn.LayerNorm(16)
+    nn.init.normal_(model.fc_norm.weight)
+    term = Term("neighbourhood_contrast", layers=(1, -1), options={"window": 3})
+    _, parts, tokens, _ = evaluate({"mine": term}, model, x)
+    values = [
+        losses.neighbourhood_contrast(model.fc_norm(model.norm(t))[:, 1:], model.patch_embed(x), window=3)
+        for t in (tokens[2], tokens[4])
+    ]
+    torch.testing.assert_close(parts["mine"], sum(values) / 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _, _, _ = evaluate({"mine": term}, model, x)
+    total.backward()
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, sum(values) / 2, rtol=0.05, atol=0.05)
+
+
+def test_the_logits_of_patches_are_those_of_both_norms():
+    model, x = a_model(), images()
+    model.fc_norm = nn.LayerNorm(16)
+    nn.init.normal_(model.fc_norm.weight)
+    mixing = torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.rand(3, 16)
+    config = {"last": Term("patch_mixing"), "two": Term("patch_mixing", layers=(1, -1))}
+    _, parts, tokens, _ = evaluate(config, model, x, mixing=mixing)
+    middle, last = (
+        losses.patch_mixing(model.head(model.fc_norm(model.norm(t)))[:, 1:], *mixing)
+        for t in (tokens[2], tokens[4])
+    )
+    torch.testing.assert_close(parts["last"], last)
+    torch.testing.assert_close(parts["two"], (middle + last) / 2)
 
 
 def by_hand(name, model, tokens):
@@ -125,7 +177,8 @@ def by_hand(name, model, tokens):
     if name == "patch_cross_cosine":
         return losses.pairwise_cosine(patches[1], patches[-1])
     if kind == "embeddings":
-        return getattr(losses, name)(patches[-1], patches[0])
+        embedded = patches[0] - model.pos_embed[:, 1:]
+        return getattr(losses, name)(model.norm(tokens[-1])[:, 1:], embedded)
     return getattr(losses, name)(*((patches[-1],) if count == 1 else (patches[1], patches[-1])))
 
 
@@ -160,6 +213,21 @@ def test_prefix_tokens_are_those_of_the_model_or_as_given():
     for given, dropped in ((None, 1), (0, 0), (4, 4)):
         _, parts, tokens, _ = evaluate({"koleo": 1.0}, model, images(), num_prefix_tokens=given)
         torch.testing.assert_close(parts["koleo"], losses.koleo(tokens[-1][:, dropped:]))
+    model.num_prefix_tokens = 3
+    _, parts, tokens, _ = evaluate({"koleo": 1.0}, model, images())
+    torch.testing.assert_close(parts["koleo"], losses.koleo(tokens[-1][:, 3:]))
+
+
+def test_a_start_of_its_own_needs_no_generator():
+    start = torch.randn(2, 16)
+    term = Term("patch_condition_orthogonality", options={"start": start})
+    config = {"start": term, "drawn": Term("patch_condition_orthogonality")}
+    model, x, generator = a_model(), images(), torch.Generator().manual_seed(5)
+    _, parts, tokens, _ = evaluate(config, model, x, generator=generator)
+    last = tokens[-1][:, 1:]
+    torch.testing.assert_close(parts["start"], losses.patch_condition_orthogonality(last, start=start))
+    expected = losses.patch_condition_orthogonality(last, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(parts["drawn"], expected)
 
 
 def test_a_scale_of_its_own_and_norms_of_q_and_k_count():
@@ -168,6 +236,8 @@ def test_a_scale_of_its_own_and_norms_of_q_and_k_count():
     attn = ReAttention(16, 2, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm)
     attn.qkv = old.qkv
     attn.scale = 0.7
+    for norm in (attn.q_norm, attn.k_norm):
+        nn.init.normal_(norm.weight)
     model.blocks[0].attn = attn
     _, parts, tokens, _ = evaluate({"attention_diversity": 1.0}, model, x)
     q, k = model.query_key(tokens[0], 0)
@@ -203,6 +273,8 @@ def test_hooks_cost_no_operator_and_leave_no_trace():
     assert list(model.state_dict()) == keys
     objective()
     objective.detach()
+    with DiversityObjective({"koleo": 1.0}).attach(model):
+        assert hooks_of(model) == 1
     objective.detach()
     assert hooks_of(model) == 0
     model(x)
@@ -216,10 +288,11 @@ def test_hooks_cost_no_operator_and_leave_no_trace():
 def test_validation_leaves_no_trace_and_nothing_is_counted_twice():
     model = a_model()
     with DiversityObjective({"koleo": 1.0}).attach(model) as objective:
-        model(images())
+        _, tokens = model(images(), return_tokens=True)
         with torch.no_grad():
             model(images(7))
-        objective()
+        _, parts = objective()
+        torch.testing.assert_close(parts["koleo"], losses.koleo(tokens[-1][:, 1:]))
         assert objective.recorder.kept == {}
         with pytest.raises(RuntimeError, match="no forward pass was recorded since the last call"):
             objective()
@@ -331,9 +404,32 @@ def talking():
     return model
 
 
+class Rotating(nn.Module):
+    """Rotary embeddings, as timm's EvaAttention takes them."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.qkv, self.num_heads = attn.qkv, attn.num_heads
+
+    def forward(self, x, rope=None):
+        return x
+
+
+def rotating():
+    model = a_model()
+    model.blocks[0].attn = Rotating(model.blocks[0].attn)
+    return model
+
+
 def tuples():
     model = a_model()
     model.blocks.append(Tuples())
+    return model
+
+
+def headless():
+    model = a_model()
+    del model.norm
     return model
 
 
@@ -348,6 +444,8 @@ def tuples():
         (ValueError, "the weight of koleo must be finite, got nan", lambda: Term("koleo", float("nan"))),
         (ValueError, "layers of koleo must be block numbers or 'embeddings' or 'all', got 'last'",
          lambda: Term("koleo", layers="last")),
+        (ValueError, r"layers of koleo must be block numbers or 'embeddings' or 'all', got \(\)",
+         lambda: Term("koleo", layers=())),
         (ValueError, "layers of head_mhs must be block numbers or .all., got",
          lambda: Term("head_mhs", layers=["embeddings"])),
         (ValueError, "layers of patch_contrast must be two blocks",
@@ -360,10 +458,16 @@ def tuples():
          lambda: Term("koleo", options={"reduction": "none"})),
         (ValueError, "koleo takes block 4, but the model has 4 blocks",
          lambda: DiversityObjective({"k": Term("koleo", layers=[4])}).attach(a_model())),
+        (ValueError, "koleo takes block -5, but the model has 4 blocks",
+         lambda: DiversityObjective({"k": Term("koleo", layers=[-5])}).attach(a_model())),
+        (TypeError, "neighbourhood_contrast needs model.patch_embed and model.norm",
+         lambda: DiversityObjective({"neighbourhood_contrast": 1}).attach(headless())),
         (TypeError, "model must have its blocks in model.blocks",
          lambda: DiversityObjective({"koleo": 1}).attach(nn.Linear(2, 2))),
         (TypeError, r"blocks\[0\].attn, TalkingHeadsAttention, mixes or rotates",
          lambda: DiversityObjective({"head_mhs": 1}).attach(talking())),
+        (TypeError, r"blocks\[0\].attn, Rotating, mixes or rotates",
+         lambda: DiversityObjective({"head_mhs": 1}).attach(rotating())),
         (TypeError, r"blocks\[4\].attn must have qkv",
          lambda: DiversityObjective({"weight_mhs": 1}).attach(tuples())),
         (RuntimeError, "attached already: detach it first",
@@ -383,6 +487,18 @@ def test_blocks_that_give_no_tokens_get_a_sentence():
         model.blocks[4](torch.randn(1, 5, 16))
         with pytest.raises(
             TypeError, match=r"blocks\[4\] must give tokens \[B, N, D\], its tokens are tuple"
+        ):
+            objective()
+
+
+def test_a_patch_embedding_that_gives_no_tokens_gets_a_sentence():
+    model = a_model()
+    model.patch_embed = nn.Identity()
+    with DiversityObjective({"neighbourhood_contrast": 1}).attach(model) as objective:
+        model.patch_embed(torch.randn(1, 16, 4, 4))
+        model.blocks[3](torch.randn(1, 17, 16))
+        with pytest.raises(
+            TypeError, match=r"model.patch_embed must give tokens \[B, N, D\], they are \[1, 16, 4, 4\]"
         ):
             objective()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitdiv_kernels import CollapseMonitor
-from vitdiv_kernels.monitor import read_records
+from vitdiv_kernels.monitor import MEASURES, read_records
 from vitdiv_kernels.vit import CONFIGS, ViT, report
 from vitdiv_kernels.vit.data import Augment, Data, DataError, Tensors
 from vitdiv_kernels.vit.trainer import Recipe, Trainer, TrainError
@@ -69,25 +69,71 @@ def test_the_report_prints_the_measures_and_draws_them(run, tmp_path, capsys):
     pytest.importorskip("sklearn")
     image = pytest.importorskip("matplotlib.image")
     out = tmp_path / "figure.png"
-    assert report.main([str(run), "--images", "5", "--out", str(out)]) == 0
+    assert report.main([str(run), "--images", "12", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     model, step, _ = report.load_model(run / "checkpoint.pt")
     assert step == 6
     data = report.load("digits", 8, 1)
-    records = CollapseMonitor(model).measure(data.val.images[:5], 6)
+    records = CollapseMonitor(model, images=12).measure(data.val.images[:12], 6)
     assert report.table(records) in printed
     rows = report.table(records).splitlines()[1:]
     assert [int(row.split()[0]) for row in rows] == [1, 2, 3]
     for row, record in zip(rows, records, strict=True):
         cells = row.split()
-        assert float(cells[1]) == pytest.approx(record["patch_cosine"], abs=6e-4)
-        assert float(cells[5]) == pytest.approx(record["head_cosine"], abs=6e-4)
+        shown = [
+            record[name]
+            for name in (
+                "patch_cosine", "patch_cosine_q05", "patch_cosine_q95", "patch_abs_cosine", "head_cosine",
+                "attention_entropy", "effective_rank", "residual",
+            )
+        ]  # fmt: skip
+        assert list(map(float, cells[1:9])) == pytest.approx(shown, abs=6e-4)
     assert float(rows[2].split()[-1]) == pytest.approx(records[2]["attention_cosine"][1], abs=6e-4)
     assert "of 3 blocks have maps whose mean cosine" in printed
     assert "--monitor-every" not in printed
     with_history = image.imread(out)
     assert with_history.shape[0] > 600
     assert with_history[..., :3].std() > 0.1
+
+
+def test_the_figure_shows_each_measure_of_each_block_and_step(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+
+    def records(step):
+        return [
+            {"step": step, "block": i, "attention_cosine": torch.rand(3).tolist()}
+            | dict(zip(MEASURES, torch.rand(len(MEASURES)).tolist(), strict=True))
+            for i in range(3)
+        ]
+
+    first, now = records(10), records(20)
+    report.draw(now, now + first, "a run", tmp_path / "figure.png")
+    monkeypatch.undo()
+    figure = plt.gcf()
+    plt.close(figure)
+    axes = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    layers, heads, patches, *over_time = axes.values()
+    maps = layers.images[0]
+    assert maps.get_array().tolist() == [r["attention_cosine"] for r in now]
+    assert tuple(maps.get_extent()) == (0.5, 3.5, 3.5, 0.5)  # block 1 at the top
+    for axis, name in ((heads, "head_cosine"), (patches, "patch_cosine")):
+        assert axis.lines[0].get_xdata().tolist() == [1, 2, 3]
+        assert axis.lines[0].get_ydata().tolist() == pytest.approx([r[name] for r in now])
+    corners = {tuple(corner) for corner in patches.collections[0].get_paths()[0].vertices.tolist()}
+    assert corners == {(i + 1.0, r[f"patch_cosine_q{q}"]) for i, r in enumerate(now) for q in ("05", "95")}
+    expected = [
+        lambda i, r: r["attention_cosine"][i - 1] if i else float("nan"),
+        lambda i, r: r["head_cosine"],
+        lambda i, r: r["patch_cosine"],
+    ]
+    for axis, value in zip(over_time, expected, strict=True):
+        image = [[value(i, step[i]) for step in (first, now)] for i in range(3)]
+        found = axis.collections[0].get_array().filled(float("nan")).reshape(3, 2).tolist()
+        assert found == [pytest.approx(row, nan_ok=True) for row in image]
+        assert axis.yaxis_inverted()
+    subjects = ["attention maps", "heads", "patches", "maps", "heads", "patches"]
+    assert [title.split(":")[0] for title in axes] == subjects
 
 
 def test_a_checkpoint_alone_has_no_history(run, tmp_path, capsys):

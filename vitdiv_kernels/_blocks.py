@@ -113,10 +113,11 @@ class Recorder:
         model: made of timm-like blocks.
         tokens: blocks whose output [B, N, D] is kept; heads: blocks whose q, k and v [B, N, 3 H d] are.
         embeddings: whether the tokens that enter block 0 are kept.
+        patch_embed: whether the output of model.patch_embed [B, N, D] is kept.
         without_grad: keep also what is made without gradients.
     """
 
-    def __init__(self, model, tokens=(), heads=(), embeddings=False, without_grad=False):
+    def __init__(self, model, tokens=(), heads=(), embeddings=False, patch_embed=False, without_grad=False):
         blocks = blocks_of(model)
         self.kept = kept = {}
         self.handles = []
@@ -130,19 +131,23 @@ class Recorder:
 
         if embeddings:
             self.handles.append(blocks[0].register_forward_pre_hook(keep(("tokens", -1))))
+        if patch_embed:
+            self.handles.append(model.patch_embed.register_forward_hook(keep(("patch_embed", 0))))
         for i in tokens:
             self.handles.append(blocks[i].register_forward_hook(keep(("tokens", i))))
         for i in heads:
             self.handles.append(projection_of(blocks[i], i).register_forward_hook(keep(("heads", i))))
 
     def take(self):
-        """What was kept, {("tokens" or "heads", block): tensor}, the embeddings as block -1; keeps it no
-        longer."""
+        """What was kept, {("tokens" or "heads", block): tensor}, the embeddings as block -1, the output of
+        patch_embed as ("patch_embed", 0); keeps it no longer."""
         taken = dict(self.kept)
         self.kept.clear()
         for (kind, i), value in taken.items():
             if not isinstance(value, torch.Tensor) or value.dim() != 3:
-                raise TypeError(f"blocks[{i}] must give tokens [B, N, D], its {kind} are {_given(value)}")
+                where = "model.patch_embed" if kind == "patch_embed" else f"blocks[{i}]"
+                what = "they" if kind == "patch_embed" else f"its {kind}"
+                raise TypeError(f"{where} must give tokens [B, N, D], {what} are {_given(value)}")
         return taken
 
     def remove(self):

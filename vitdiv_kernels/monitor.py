@@ -46,7 +46,8 @@ def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
         return [math.nan] * len(levels)
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
     for start in range(0, x.shape[-2], rows):
-        cosine = x_hat[:, start : start + rows] @ x_hat[:, start:].mT
+        with _checks.autocast_off(x):
+            cosine = x_hat[:, start : start + rows] @ x_hat[:, start:].mT
         later = torch.ones(cosine.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         bins = ((cosine[:, later] + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
         counts += torch.bincount(bins.flatten(), minlength=BINS)
@@ -74,25 +75,27 @@ def attention_entropy(q, k, *, rows=64):
     q, k = _common.full_precision(q, k)
     total = 0
     for start in range(0, q.shape[2], rows):
-        maps = (q[:, :, start : start + rows] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
+        with _checks.autocast_off(q):
+            maps = (q[:, :, start : start + rows] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
         total = total + torch.special.entr(maps).sum()
     return total / (q.shape[0] * q.shape[1] * q.shape[2])
 
 
 def effective_rank(tokens):
-    """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images; nan
-    where an entry is not finite."""
+    """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images: 0
+    where all are zero, a matrix of rank 0; nan where an entry is not finite."""
     x_hat = _common.unit(tokens, 1e-12)
     if not x_hat.isfinite().all():  # svdvals raises
         return x_hat.new_full((), math.nan)
     values = torch.linalg.svdvals(x_hat) ** 2
-    share = values / values.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp().mean()
+    total = values.sum(-1)
+    share = values / total.clamp_min(torch.finfo(values.dtype).tiny).unsqueeze(-1)
+    return (torch.special.entr(share).sum(-1).exp() * (total > 0)).mean()
 
 
 def residual(x):
     """|X - 1 mean(X)^T| / |X| of the vectors [B, N, D] of each image, mean over images: 0 where all are
-    equal. Source: Dong et al. 2021 (arXiv 2103.03404), in the Frobenius norm."""
+    equal, also where they are zero. Source: Dong et al. 2021 (arXiv 2103.03404), in the Frobenius norm."""
     (x,) = _common.full_precision(x)
     away = torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1))
     return (away / torch.linalg.vector_norm(x, dim=(-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)).mean()
@@ -185,6 +188,12 @@ class CollapseMonitor:
     def _records(self, images, step):
         blocks = self.model.blocks
         kept = self._forward(images)
+        tokens = kept["tokens", 0].shape[1]
+        if tokens - self.prefix < 2:
+            raise ValueError(
+                f"measures of patches need two at least, but the model has {tokens} tokens, the first "
+                f"{self.prefix} of which are dropped (num_prefix_tokens)"
+            )
         layers = [_blocks.query_key(block.attn, kept["heads", i]) for i, block in enumerate(blocks)]
         new = [
             {"step": step, "block": i} | self._block(kept["tokens", i][:, self.prefix :], *layers[i])

@@ -9,8 +9,8 @@ from . import _blocks, losses
 from .ops import _checks
 
 # loss: what it looks at, how many layers it takes (None: any number at once), and the layers by default.
-# "patches" are the tokens that leave a block, without prefix tokens; "embeddings" are patches and, second,
-# those that enter block 0; "heads" are q and k.
+# "patches" are the tokens that leave a block, without prefix tokens; "embeddings" are those after the final
+# norm and, second, the output of patch_embed; "heads" are q and k.
 LOSSES = {
     "pairwise_cosine": ("patches", 1, (-1,)),
     "patch_cross_cosine": ("patches", 2, (0, -1)),
@@ -143,11 +143,11 @@ class DiversityObjective:
     checkpointing of whole blocks runs them without gradients or twice: exclude hooked blocks from it.
 
     Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
-    cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes patches before the
-    final norm and embeddings with their positions; the released code normalises those and leaves out these.
-    The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1, patch_mixing's option
-    `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the patches: both the
-    caller's to do. Losses that need a teacher or the gradients of patches are not here: see
+    cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes, as released,
+    patches after the final norm (model.norm, and fc_norm) and embeddings without their positions, the output
+    of model.patch_embed. The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1,
+    patch_mixing's option `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the
+    patches: both the caller's to do. Losses that need a teacher or the gradients of patches are not here: see
     `vitdiv_kernels.losses`.
 
     Example:
@@ -185,22 +185,26 @@ class DiversityObjective:
         model = _blocks.plain_model(model)
         blocks = _blocks.blocks_of(model)
         layers = {name: self._layers(term, len(blocks)) for name, term in self.terms.items()}
-        tokens, heads, embeddings = set(), set(), False
+        tokens, heads, patch_embed = set(), set(), False
         for name, term in self.terms.items():
             kind = LOSSES[term.loss][0]
             if kind in ("patches", "embeddings", "logits"):
                 tokens |= set(layers[name])
-                embeddings |= kind == "embeddings"
             elif kind in ("heads", "maps"):
                 heads |= set(layers[name])
             for i in layers[name] if kind in ("heads", "maps", "weights") else ():
                 (_blocks.projection_of if kind == "weights" else _blocks.check_maps)(blocks[i], i)
             if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
                 raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
+            if kind == "embeddings":
+                if not all(hasattr(model, part) for part in ("patch_embed", "norm")):
+                    raise TypeError(f"{term.loss} needs model.patch_embed and model.norm, the final norm")
+                patch_embed = True
         self.model, self.layers = model, layers
         self.prefix = _blocks.prefix_tokens_of(model, self.num_prefix_tokens)
-        embeddings |= -1 in tokens
-        self.recorder = _blocks.Recorder(model, sorted(tokens - {-1}), sorted(heads), embeddings)
+        self.recorder = _blocks.Recorder(
+            model, sorted(tokens - {-1}), sorted(heads), embeddings=-1 in tokens, patch_embed=patch_embed
+        )
         self.expected = len(self.recorder.handles)
         return self
 
@@ -262,11 +266,13 @@ class DiversityObjective:
         if kind == "weights":
             return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
         if kind == "logits":
-            return self._mixing(term, kept["tokens", layers[-1]], mixing, options)
-        if kind in ("patches", "embeddings"):
+            return _mean([self._mixing(term, kept["tokens", i], mixing, options) for i in layers])
+        if kind == "patches":
             inputs = [(kept["tokens", i],) for i in layers]
-            if kind == "embeddings":
-                inputs = [(*patches, kept["tokens", -1]) for patches in inputs]
+        elif kind == "embeddings":
+            patches = [self._normed(kept["tokens", i]) for i in layers]
+            # under autocast the embedding is a convolution in half precision, the norm is not
+            inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
         else:
             inputs = [_blocks.query_key(blocks[i].attn, kept["heads", i]) for i in layers]
         if kind == "maps":
@@ -274,8 +280,11 @@ class DiversityObjective:
             return term.function(mixed, **options)
         if count == 2:
             return term.function(*inputs[0], *inputs[1], **options)
-        values = [term.function(*each, **options) for each in inputs]
-        return values[0] if len(values) == 1 else sum(values) / len(values)
+        return _mean([term.function(*each, **options) for each in inputs])
+
+    def _normed(self, patches):
+        x = self.model.norm(patches)
+        return self.model.fc_norm(x) if hasattr(self.model, "fc_norm") else x
 
     def _mixing(self, term, patches, mixing, options):
         if mixing is None:
@@ -283,7 +292,8 @@ class DiversityObjective:
                 "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
                 "(labels, labels, ones)"
             )
-        x = self.model.norm(patches)
-        if hasattr(self.model, "fc_norm"):
-            x = self.model.fc_norm(x)
-        return term.function(self.model.head(x), *mixing, **options)
+        return term.function(self.model.head(self._normed(patches)), *mixing, **options)
+
+
+def _mean(values):
+    return values[0] if len(values) == 1 else sum(values) / len(values)

@@ -6,6 +6,7 @@ from ..ops import _checks
 from ..ops._layout import accumulation_dtype
 from ..ops.pairwise_cosine.reference import normalise
 from ..ops.pairwise_rows import pairwise_nearest
+from ._spectral import GramDeterminant
 
 MHS_VARIANTS = ("paper", "released")
 
@@ -89,6 +90,11 @@ def gram_determinant(cosine, ridge):
     kernel = kernel + ridge * torch.eye(cosine.shape[-1], dtype=kernel.dtype, device=kernel.device)
     factor, _ = torch.linalg.cholesky_ex(kernel)
     return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(cosine.dtype)
+
+
+def determinant(x, ridge, eps):
+    """MGD of the cosines of each set of vectors x [..., n, D]: [...]."""
+    return GramDeterminant.apply(unit(x.double(), eps), ridge).to(accumulation_dtype(x))
 
 
 def starts(x, start, generator, draw):

@@ -54,22 +54,25 @@ def _dot(a, b):
 
 
 class GramDeterminant(torch.autograd.Function):
-    """`_common.gram_determinant` of x x^T: [...]. The gradient needs the inverse of the kernel matrix only, a
-    third of the operations of the derivative of the Cholesky factor."""
+    """`_common.gram_determinant` of x x^T, of float64 x: [...]. The gradient needs the inverse of the kernel
+    matrix only, a third of the operations of the derivative of the Cholesky factor.
+
+    All of it is float64: for vectors that are nearly equal the rounding of float32 cosines is larger than the
+    ridge, so that the matrix would not be positive definite.
+    """
 
     @staticmethod
     def forward(ctx, x, ridge):
-        kernel = (2 * (x @ x.mT).double() - 2).exp_()
+        kernel = (2 * (x @ x.mT) - 2).exp_()
         regular = kernel.clone()
         regular.diagonal(dim1=-2, dim2=-1).add_(ridge)
         factor, _ = torch.linalg.cholesky_ex(regular)
         ctx.save_for_backward(x, kernel, factor)
-        return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(x.dtype)
+        return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dvalue):
         x, kernel, factor = ctx.saved_tensors
-        with _checks.autocast_off(x):
-            slope = torch.cholesky_inverse(factor).mul_(kernel).to(x.dtype)
-            return (slope @ x).mul_(-4 * dvalue[..., None, None]), None
+        slope = torch.cholesky_inverse(factor).mul_(kernel)
+        return (slope @ x).mul_(-4 * dvalue[..., None, None]), None

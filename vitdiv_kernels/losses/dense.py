@@ -43,7 +43,8 @@ def gram_anchoring(
 
     Returns:
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none" and level "image".
-        Detach the teacher yourself.
+        Detach the teacher yourself. Where negatives are removed a similarity of exactly 0 (a patch of zeros)
+        has no gradient; the released code passes it on, divided by eps.
 
     Cost: tiles, N^2 (D + D2) / 2 multiply-adds. "keep" with D = D2 <= N / 6 is a closed form of D x D
     matrices, O(N D^2), without cancellation where student and teacher are close.

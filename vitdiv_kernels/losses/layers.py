@@ -6,6 +6,8 @@ sum_h mix[g, h] A_h + bias[g] (re-attention; of batch norm the folded mix). B, H
 layers.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -104,6 +106,12 @@ def cos_reg(layers, *, along="heads", scale=None, rows=64):
 
 
 def _checked(layers, scale, rows):
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of tuples (q, k, ...), got {type(layers).__name__}")
+    layers = list(layers)
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Iterable):
+            raise TypeError(f"layers[{i}] must be a tuple (q, k, ...), got {type(layer).__name__}")
     layers = [tuple(layer) for layer in layers]
     if not layers or not all(2 <= len(layer) <= 4 for layer in layers):
         raise ValueError(

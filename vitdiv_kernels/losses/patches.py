@@ -11,7 +11,7 @@ from ..ops._autograd import once_differentiable
 from ..ops.pairwise_cosine import pairwise_cosine
 from ..ops.two_gram import two_gram
 from . import _common
-from ._spectral import GramDeterminant, GramGap
+from ._spectral import GramGap
 
 
 def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction="mean", eps=1e-8):
@@ -140,13 +140,13 @@ def neighbourhood_contrast(
 
 
 def _grid(grid, n):
-    if grid is None:
-        side = round(n**0.5)
-        grid = side, side
-    if len(grid) != 2 or grid[0] * grid[1] != n:
-        given = "a square" if grid[0] == grid[1] else f"{tuple(grid)}"
+    side = round(n**0.5)
+    sizes = (side, side) if grid is None else grid
+    sized = isinstance(sizes, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in sizes)
+    if not sized or len(sizes) != 2 or sizes[0] * sizes[1] != n:
+        given = "a square" if grid is None else f"{grid!r}"
         raise ValueError(f"grid must be rows and columns of N = {n} patches, got {given}")
-    return grid
+    return sizes
 
 
 def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto"):
@@ -189,8 +189,8 @@ def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
     Returns:
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". Differentiable once.
 
-    Cost: O(N^2 D + N^3). It holds N x N matrices, in float64: the exponential of a Gram matrix has full rank,
-    so its determinant needs all of it.
+    Cost: O(N^2 D + N^3), in float64: else patches that are nearly equal give nan. It holds N x N matrices:
+    the exponential of a Gram matrix has full rank, so its determinant needs all of it.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_feature_reg`.
     """
@@ -199,7 +199,7 @@ def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     _checks.number("eps", eps, at_least=0)
     with _checks.autocast_off(x):
-        return _common.reduced(GramDeterminant.apply(_common.unit(x, eps), ridge), reduction)
+        return _common.reduced(_common.determinant(x, ridge, eps), reduction)
 
 
 def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):

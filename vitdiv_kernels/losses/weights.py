@@ -6,12 +6,14 @@ together in one call. The q, k and v of a packed projection are `block.attn.qkv.
 the order given.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from ..ops import _checks
 from ..ops.two_gram import two_gram
 from . import _common
-from ._spectral import GramDeterminant, GramGap
+from ._spectral import GramGap
 
 
 def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
@@ -57,7 +59,7 @@ def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
     _checks.number("eps", eps, at_least=0)
 
     def loss(w):
-        return GramDeterminant.apply(_common.unit(w, eps), ridge)
+        return _common.determinant(w, ridge, eps)
 
     return _over_shapes(loss, weights, reduction)
 
@@ -124,6 +126,8 @@ def weight_condition_orthogonality(weights, *, start=None, generator=None, of="r
 def _over_shapes(loss, weights, reduction, at_least=1):
     """`loss` takes [L, N, D] to [L]; it is called once for each shape, and the values put in order again."""
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    if not isinstance(weights, (torch.Tensor, Iterable)):
+        raise TypeError(f"weights must be a tensor or a list of tensors, got {type(weights).__name__}")
     given = [weights] if isinstance(weights, torch.Tensor) else list(weights)
     if not given:
         raise ValueError("weights must hold at least one matrix, got an empty list")
