@@ -125,6 +125,13 @@ BAD = [
     (vd.nn.ReAttention, dict(dim=12, num_heads=3, qk_norm=True), ValueError, ["norm_layer", "qk_norm"]),
     (vd.nn.TalkingHeadsAttention, dict(dim=10, num_heads=3), ValueError, ["num_heads", "3", "10"]),
     (vd.nn.TalkingHeadsAttention, dict(dim=12, num_heads=3, attn_drop=0.1), ValueError, ["attn_drop", "0.1"]),
+    (
+        vd.nn.PatchCosineLoss,
+        dict(num_prefix_tokens=-1),
+        ValueError,
+        ["num_prefix_tokens", "0, got -1"],
+    ),
+    (vd.nn.KoLeoLoss, dict(num_prefix_tokens=1.5), ValueError, ["num_prefix_tokens", "an integer", "1.5"]),
 ]
 
 

@@ -213,6 +213,8 @@ def test_prefix_tokens_are_those_of_the_model_or_as_given():
     for given, dropped in ((None, 1), (0, 0), (4, 4)):
         _, parts, tokens, _ = evaluate({"koleo": 1.0}, model, images(), num_prefix_tokens=given)
         torch.testing.assert_close(parts["koleo"], losses.koleo(tokens[-1][:, dropped:]))
+    with pytest.raises(ValueError, match="num_prefix_tokens must be an integer of at least 0, got -1"):
+        evaluate({"koleo": 1.0}, model, images(), num_prefix_tokens=-1)
     model.num_prefix_tokens = 3
     _, parts, tokens, _ = evaluate({"koleo": 1.0}, model, images())
     torch.testing.assert_close(parts["koleo"], losses.koleo(tokens[-1][:, 3:]))

@@ -38,7 +38,8 @@ def blocks_of(model):
 
 def prefix_tokens_of(model, given):
     """Class and register tokens at the front: those given, else model.num_prefix_tokens, else 1."""
-    return getattr(model, "num_prefix_tokens", 1) if given is None else given
+    number = getattr(model, "num_prefix_tokens", 1) if given is None else given
+    return _checks.count("num_prefix_tokens", number)
 
 
 def projection_of(block, index):

@@ -9,6 +9,7 @@ import inspect
 from torch import nn
 
 from .. import losses
+from ..ops import _checks
 from ..ops.attn_diversity import attention_diversity
 from ..ops.pairwise_cosine import pairwise_cosine
 
@@ -34,7 +35,7 @@ class PatchCosineLoss(nn.Module):
         backend="auto",
     ):
         super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
+        self.num_prefix_tokens = _checks.count("num_prefix_tokens", num_prefix_tokens)
         self.options = dict(
             penalty=penalty, include_self=include_self, reduction=reduction, eps=eps, backend=backend
         )
@@ -94,7 +95,7 @@ class _TokenLoss(_Loss):
 
     def __init__(self, *, num_prefix_tokens=1, **options):
         super().__init__(**options)
-        self.num_prefix_tokens = num_prefix_tokens
+        self.num_prefix_tokens = _checks.count("num_prefix_tokens", num_prefix_tokens)
 
     def forward(self, *tokens):
         return super().forward(*(x[..., self.num_prefix_tokens :, :] for x in tokens))

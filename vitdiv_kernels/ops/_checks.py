@@ -57,6 +57,12 @@ def positive(name, value):
         raise ValueError(f"{name} must be positive, got {value}")
 
 
+def count(name, value):
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    return value
+
+
 def vectors(name, x, at_least=1):
     """`x [..., N, D]` with N >= at_least vectors of at least one feature."""
     floating_tensor(name, x)
