@@ -1,4 +1,4 @@
-"""What the losses of Chen et al. 2022 (Diverse-ViT) add to a training step. Example:
+"""What the losses of Chen et al. 2022 (Diverse-ViT), or the monitor, add to a training step. Example:
 
 python benchmarks/bench_objective.py --threads 2
 
@@ -6,7 +6,8 @@ A step is forward and backward of a DeiT-S in training mode with cross entropy: 
 width D. The losses are those of the published recipe ("recipe"), or every loss of the paper, each at its
 default layers ("every"). Provider "ours" takes them with `DiversityObjective`, "eager" with the published
 formulas, which hold all pairs and all maps, and "plain" takes none: what losses cost is a row's time less
-that of "plain".
+that of "plain". With "monitor" there are no losses: "ours" measures 8 of the images in each step, which is to
+be divided by the steps between two measurements, 50 unless told otherwise.
 """
 
 from dataclasses import replace
@@ -18,7 +19,7 @@ from bench_losses import unit
 from harness import Workload
 from torch.nn import functional as F
 
-from vitdiv_kernels import DiversityObjective, losses
+from vitdiv_kernels import CollapseMonitor, DiversityObjective, losses
 from vitdiv_kernels.objective import LOSSES, PRESETS, Term
 from vitdiv_kernels.vit import CONFIGS, ViT
 
@@ -132,9 +133,10 @@ def terms(which, starts, kind):
     return made
 
 
+WHICH = "recipe", "every", "monitor"
 SUITES = {
-    "issue": [((16, 224, 384), {"losses": which}) for which in ("recipe", "every")],
-    "tiny": [((2, 32, 24), {"losses": which}) for which in ("recipe", "every")],
+    "issue": [((16, 224, 384), {"losses": which}) for which in WHICH],
+    "tiny": [((2, 32, 24), {"losses": which}) for which in WHICH],
 }
 
 
@@ -153,8 +155,10 @@ def workload(shape, losses="recipe"):
         starts = {name: torch.rand(2, n, device=device) for name, n in sizes.items()}
         shares = torch.ones(patches, device=device)
 
-        def step(objective):
+        def step(objective, monitor=None):
             def run(images, **parameters):
+                if monitor:
+                    monitor.measure(images)
                 with torch.enable_grad():  # the objective records nothing of a forward pass without
                     if objective is None:
                         return F.cross_entropy(model(images), labels)
@@ -164,12 +168,13 @@ def workload(shape, losses="recipe"):
 
             return run
 
-        steps = {
+        if losses == "monitor":
+            return model, {"ours": step(None, CollapseMonitor(model)), "plain": step(None)}
+        return model, {
             "eager": step(DiversityObjective(terms(losses, starts, PlainTerm))),
             "ours": step(DiversityObjective(terms(losses, starts, Term))),
             "plain": step(None),
         }
-        return model, steps
 
     def inputs(device, dtype):
         model, _ = step_of(device)
@@ -182,6 +187,7 @@ def workload(shape, losses="recipe"):
 
         return lambda: run
 
+    names = ("ours", "plain") if losses == "monitor" else ("eager", "ours", "plain")
     tokens = (size // config.patch) ** 2 + 1
     products = 12 * dim * dim + 2 * tokens * dim  # a token's multiply-adds in a block
     flops = 2 * batch * tokens * config.depth * products
@@ -191,7 +197,7 @@ def workload(shape, losses="recipe"):
         shape=shape,
         arguments=("--shapes", "x".join(map(str, shape)), "--losses", losses),
         inputs=inputs,
-        providers={name: provider(name) for name in ("eager", "ours", "plain")},
+        providers={name: provider(name) for name in names},
         flops={"fwd": flops, "bwd": 2 * flops},
         bounds=("plain",),
     )
@@ -199,7 +205,7 @@ def workload(shape, losses="recipe"):
 
 def main():
     parser = cli.parser(__doc__, providers=("eager", "ours", "plain"))
-    cli.add_shapes(parser, "BSD", SUITES, losses=("recipe", "every"))
+    cli.add_shapes(parser, "BSD", SUITES, losses=WHICH)
     parser.set_defaults(modes=["fwd+bwd"], repeats=7)
     args = parser.parse_args()
     cli.run(parser, args, cli.workloads(parser, args, workload, SUITES, "losses"))

@@ -63,6 +63,15 @@ def recorded(operations, capability):
     return launches
 
 
+def in_turn(launches):
+    """Of what several GPUs would launch alike the launch of one, of the first, the second, .. in turn."""
+    alike = {}
+    for key in launches:
+        alike.setdefault((key[0], *key[2:]), []).append(key)
+    chosen = [keys[i % len(keys)] for i, keys in enumerate(alike.values())]
+    return {key: launches[key] for key in chosen}
+
+
 def specialised(launch):
     """What Triton's JIT would compile: (kernel's name, signature, constexprs, attributes, options)."""
     signature, constexprs, attributes = [], [], []
@@ -200,12 +209,17 @@ def main():
     default = ",".join(map(str, CAPABILITIES))
     parser.add_argument("--capabilities", default=default, help=f"comma-separated; default: {default}")
     parser.add_argument("--kernels", default="", help="only kernels whose name contains this")
+    parser.add_argument(
+        "--sample", action="store_true", help="what several GPUs launch alike for one of them, in turn"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     launches, limits = to_compile(args.operations, map(int, args.capabilities.split(",")))
     launches = {key: launch for key, launch in launches.items() if args.kernels in key[2]}
+    if args.sample:
+        launches = in_turn(launches)
     rows = []
     # Nothing from an earlier run, which another version of the compiler may have made.
     with tempfile.TemporaryDirectory() as cache:

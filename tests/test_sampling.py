@@ -1,4 +1,4 @@
-"""Which cases of the slow backends run without --every-case."""
+"""Which cases of the slow backends run, and which kernels are compiled, without --every-case."""
 
 import itertools
 from pathlib import Path
@@ -38,3 +38,15 @@ def test_backends_are_sampled_apart():
     cases = [Case(backend, 3, "float32") for backend in conftest.SAMPLED]
     assert kept(list(cases)) == cases
     assert kept([Case("emulated-cuda", 3, "float32", "test_compile.py")]) == []
+
+
+def test_kernels_are_compiled_for_one_gpu_in_turn():
+    pytest.importorskip("triton")
+    import aot
+
+    keys = [("op", cc, name, options) for name in "abcd" for options in (1, 2) for cc in (80, 90, 100)]
+    keys.append(("op", 90, "of sm_90 alone", 1))
+    chosen = aot.in_turn(dict.fromkeys(keys, "launch"))
+    assert [key[0] + key[2] for key in chosen] == [f"op{name}" for name in "aabbccdd"] + ["opof sm_90 alone"]
+    assert [key[1] for key in chosen] == [80, 90, 100, 80, 90, 100, 80, 90, 90]
+    assert set(chosen.values()) == {"launch"}
