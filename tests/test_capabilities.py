@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 CHECKS = """
+import sys
+
 import torch
 import test_attn_diversity, test_pairwise_cosine, test_pairwise_rows, test_reattention, test_two_gram
 from test_pairwise_cosine import draw
@@ -18,6 +20,8 @@ import formulas
 from vitdiv_kernels import _native, attention_cosine, attention_gram
 
 print(_native.library().cpu_capability(), flush=True)
+if _native.library().cpu_capability() != sys.argv[1]:
+    sys.exit()
 torch.manual_seed(0)
 torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, as in the tests
 
@@ -56,7 +60,7 @@ def test_values_and_gradients(capability):
     here = Path(__file__).parent
     env = os.environ | {"VITDIV_CPU_CAPABILITY": capability, "PYTHONPATH": str(here)}
     run = subprocess.run(
-        [sys.executable, "-c", CHECKS], capture_output=True, text=True, env=env, cwd=here.parent
+        [sys.executable, "-c", CHECKS, capability], capture_output=True, text=True, env=env, cwd=here.parent
     )
     chosen = run.stdout.split()
     if chosen and chosen[0] != capability:
