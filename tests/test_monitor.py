@@ -300,6 +300,11 @@ def test_records_are_read_as_they_were_written(tmp_path):
     path.write_text("step,loss\n1,2\n")
     with pytest.raises(ValueError, match="is no file of CollapseMonitor: it has no attention_entropy, block"):
         monitor.read_records(path)
+    monitor.write_records(path, watch.records)
+    path.write_text(path.read_text()[:-200])  # killed while it wrote
+    lines = len(path.read_text().splitlines())
+    with pytest.raises(ValueError, match=f"line {lines} of .* is no record of CollapseMonitor, or half of"):
+        monitor.read_records(path)
 
 
 def talking():
