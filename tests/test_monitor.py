@@ -327,7 +327,7 @@ def layer_norm():
         (ValueError, "images must be a positive whole number",
          lambda: CollapseMonitor(a_model(), images=1.5)),
         (TypeError, "model must have its blocks in model.blocks", lambda: CollapseMonitor(nn.Linear(2, 2))),
-        (TypeError, "mixes or rotates between", lambda: CollapseMonitor(talking())),
+        (TypeError, "mixes, rotates or biases between", lambda: CollapseMonitor(talking())),
         (TypeError, "images must be a torch.Tensor, got list",
          lambda: CollapseMonitor(a_model()).measure([1])),
         (ValueError, r"images must have shape \[B, C, S, S\], B > 0, got \[1, 8, 8\]",

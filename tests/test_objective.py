@@ -395,6 +395,28 @@ def test_it_attaches_to_timm(torchvision):
         assert model.blocks[0].attn.qkv.weight.grad.isfinite().all()
 
 
+def test_attention_of_timm_that_is_no_softmax_of_its_projection_is_refused(torchvision):
+    """Its maps would be others than those that it has; losses on tokens and weights are free to be taken."""
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    diff_attention = pytest.importorskip("timm.layers.diff_attention")
+    from timm.models import beit, vision_transformer_relpos, xcit
+
+    size = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    models = [
+        vision_transformer.VisionTransformer(**size, attn_layer=diff_attention.DiffAttention),
+        beit.Beit(**size, use_rel_pos_bias=True),
+        xcit.Xcit(**size),
+        vision_transformer_relpos.VisionTransformerRelPos(**size),
+    ]
+    for model in models:
+        with pytest.raises(TypeError, match="biases between its projection and its softmax"):
+            DiversityObjective({"head_mhs": 1}).attach(model)
+        with DiversityObjective({"koleo": 1, "weight_mhs": 1}).attach(model.train()) as objective:
+            model(torch.randn(2, 3, 32, 32))
+            total, _ = objective()
+            total.backward()
+
+
 class Tuples(nn.Module):
     def forward(self, x):
         return x, x
@@ -466,9 +488,9 @@ def headless():
          lambda: DiversityObjective({"neighbourhood_contrast": 1}).attach(headless())),
         (TypeError, "model must have its blocks in model.blocks",
          lambda: DiversityObjective({"koleo": 1}).attach(nn.Linear(2, 2))),
-        (TypeError, r"blocks\[0\].attn, TalkingHeadsAttention, mixes or rotates",
+        (TypeError, r"blocks\[0\].attn, TalkingHeadsAttention, mixes, rotates or biases",
          lambda: DiversityObjective({"head_mhs": 1}).attach(talking())),
-        (TypeError, r"blocks\[0\].attn, Rotating, mixes or rotates",
+        (TypeError, r"blocks\[0\].attn, Rotating, mixes, rotates or biases",
          lambda: DiversityObjective({"head_mhs": 1}).attach(rotating())),
         (TypeError, r"blocks\[4\].attn must have qkv",
          lambda: DiversityObjective({"weight_mhs": 1}).attach(tuples())),

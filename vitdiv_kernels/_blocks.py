@@ -53,12 +53,22 @@ def projection_of(block, index):
 
 
 def check_maps(block, index):
-    """Raises TypeError where the softmax maps are not those of q and k as they leave the projection."""
+    """Raises TypeError where the softmax maps are not those of q and k as they leave the projection.
+
+    A parameter of the attention's own, not of a layer in it, tells that: XCiT's temperature, the lambdas of
+    differential attention, a table of relative positions.
+    """
     projection_of(block, index)
-    if hasattr(block.attn, "proj_l") or "rope" in inspect.signature(block.attn.forward).parameters:
+    attn = block.attn
+    takes = inspect.signature(attn.forward).parameters
+    if (
+        hasattr(attn, "proj_l")
+        or any("rope" in name or "rel_pos" in name for name in takes)
+        or any(True for _ in attn.parameters(recurse=False))
+    ):
         raise TypeError(
-            f"blocks[{index}].attn, {type(block.attn).__name__}, mixes or rotates between its projection and "
-            "its softmax: losses and measures of attention maps can't be taken there"
+            f"blocks[{index}].attn, {type(attn).__name__}, mixes, rotates or biases between its projection "
+            "and its softmax: losses and measures of attention maps can't be taken there"
         )
 
 
