@@ -470,6 +470,8 @@ def headless():
          lambda: Term("koleo", layers="last")),
         (ValueError, r"layers of koleo must be block numbers or 'embeddings' or 'all', got \(\)",
          lambda: Term("koleo", layers=())),
+        (ValueError, "layers of koleo must be block numbers or 'embeddings' or 'all', got -1",
+         lambda: Term("koleo", layers=-1)),
         (ValueError, "layers of head_mhs must be block numbers or .all., got",
          lambda: Term("head_mhs", layers=["embeddings"])),
         (ValueError, "layers of patch_contrast must be two blocks",

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from . import _blocks, losses
@@ -71,10 +71,12 @@ class Term:
         layers = default if self.layers is None else self.layers
         if layers != "all":
             named = (EMBEDDINGS,) if kind == "patches" else ()
-            if isinstance(layers, str) or not layers or any(_unknown_layer(i, named) for i in layers):
+            several = isinstance(layers, Iterable) and not isinstance(layers, str)
+            numbers = tuple(layers) if several else ()
+            if not numbers or any(_unknown_layer(i, named) for i in numbers):
                 known = " or ".join(["block numbers", *map(repr, (*named, "all"))])
                 raise ValueError(f"layers of {self.loss} must be {known}, got {layers!r}")
-            layers = tuple(layers)
+            layers = numbers
         if count == 2 and (layers == "all" or len(layers) != 2):
             raise ValueError(f"layers of {self.loss} must be two blocks, got {layers!r}")
         object.__setattr__(self, "layers", layers)
