@@ -1,6 +1,8 @@
 """DiversityObjective: values against losses called by hand, hooks, compile, processes, bad input."""
 
+import copy
 import os
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -338,6 +340,43 @@ def test_a_model_compiled_without_hooks_gets_a_sentence():
         run(images())
         with pytest.raises(RuntimeError, match="before the first call of a compiled model"):
             objective()
+
+
+@pytest.fixture
+def guards_on_hooks():
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("guards_on_hooks")
+def test_guards_on_hooks_tell_models_and_blocks_apart():
+    """What the docstring says to do where another model, or block, was compiled without hooks."""
+    torch.compile(a_model(), backend="eager")(images())
+    x, found = images(), []
+    for way in ("eager", "whole", "blocks"):
+        model = a_model()
+        run = torch.compile(model, backend="eager") if way == "whole" else model
+        for block in model.blocks if way == "blocks" else ():
+            block.compile(backend="eager")
+        config = {"koleo": 1.0, "heads": Term("attention_diversity", layers=[2])}
+        with DiversityObjective(config).attach(model) as objective:
+            run(x)
+            found.append(objective()[0])
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0])
+
+
+def test_copies_of_the_model_keep_nothing():
+    model = a_model()
+    with DiversityObjective(
+        {"koleo": 1.0, "patch_contrast": Term("patch_contrast", 1.0, ("embeddings", -1))}
+    ).attach(model) as objective:
+        _, tokens = model(images(), return_tokens=True)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            copied(images())  # a teacher, with gradients
+        torch.testing.assert_close(objective()[1]["koleo"], losses.koleo(tokens[-1][:, 1:]))
 
 
 def gradients(model, run, x, config):
