@@ -149,7 +149,7 @@ def _alternate(
                 call.seconds(1)
                 samples[provider, count].append(call.seconds(numbers[provider, count]))
                 bar.update()
-            order.append(order.pop(0))
+            order = order[1:] + order[:1]
     return samples
 
 

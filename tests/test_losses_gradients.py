@@ -28,7 +28,8 @@ def test_gradient_diversity():
     each = losses.gradient_diversity(G, reduction="none")
     torch.testing.assert_close(each[1], formula(G[1:]))
     torch.testing.assert_close(losses.gradient_diversity(G, reduction="sum"), each.sum())
-    torch.testing.assert_close(losses.gradient_diversity(1e-4 * G), formula(G))  # of a small loss
+    for scale in (1e-4, 1e-9, 1e9):  # of a small loss, of a mean over many images
+        torch.testing.assert_close(losses.gradient_diversity(scale * G), formula(G))
 
 
 def test_equal_opposite_zero_and_single_gradients():

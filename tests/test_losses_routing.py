@@ -117,11 +117,12 @@ def largest(loss, inputs):
 
 
 @pytest.mark.parametrize("name", CLOSED | ROWS)
-def test_no_closed_form_makes_all_pairs(name):
-    if name.startswith("pairwise_cosine") or name == "patch_soft_orthogonality":
-        need("native")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_closed_form_makes_all_pairs(name, backend):
+    need(backend)
     loss, inputs, elements = (CLOSED | ROWS)[name]
-    mode = largest(loss, inputs)
+    with use_backend(backend):
+        mode = largest(loss, inputs)
     assert mode.elements <= elements < N * N * B, f"an intermediate of shape {mode.shape}"
 
 

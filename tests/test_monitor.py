@@ -300,6 +300,11 @@ def test_records_are_read_as_they_were_written(tmp_path):
     path.write_text("step,loss\n1,2\n")
     with pytest.raises(ValueError, match="is no file of CollapseMonitor: it has no attention_entropy, block"):
         monitor.read_records(path)
+    monitor.write_records(path, watch.records)
+    path.write_text(path.read_text()[:-200])  # killed while it wrote
+    lines = len(path.read_text().splitlines())
+    with pytest.raises(ValueError, match=f"line {lines} of .* is no record of CollapseMonitor, or half of"):
+        monitor.read_records(path)
 
 
 def talking():
@@ -322,7 +327,7 @@ def layer_norm():
         (ValueError, "images must be a positive whole number",
          lambda: CollapseMonitor(a_model(), images=1.5)),
         (TypeError, "model must have its blocks in model.blocks", lambda: CollapseMonitor(nn.Linear(2, 2))),
-        (TypeError, "mixes or rotates between", lambda: CollapseMonitor(talking())),
+        (TypeError, "mixes, rotates or biases between", lambda: CollapseMonitor(talking())),
         (TypeError, "images must be a torch.Tensor, got list",
          lambda: CollapseMonitor(a_model()).measure([1])),
         (ValueError, r"images must have shape \[B, C, S, S\], B > 0, got \[1, 8, 8\]",

@@ -1,6 +1,8 @@
 """DiversityObjective: values against losses called by hand, hooks, compile, processes, bad input."""
 
+import copy
 import os
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -340,6 +342,43 @@ def test_a_model_compiled_without_hooks_gets_a_sentence():
             objective()
 
 
+@pytest.fixture
+def guards_on_hooks():
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("guards_on_hooks")
+def test_guards_on_hooks_tell_models_and_blocks_apart():
+    """What the docstring says to do where another model, or block, was compiled without hooks."""
+    torch.compile(a_model(), backend="eager")(images())
+    x, found = images(), []
+    for way in ("eager", "whole", "blocks"):
+        model = a_model()
+        run = torch.compile(model, backend="eager") if way == "whole" else model
+        for block in model.blocks if way == "blocks" else ():
+            block.compile(backend="eager")
+        config = {"koleo": 1.0, "heads": Term("attention_diversity", layers=[2])}
+        with DiversityObjective(config).attach(model) as objective:
+            run(x)
+            found.append(objective()[0])
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0])
+
+
+def test_copies_of_the_model_keep_nothing():
+    model = a_model()
+    with DiversityObjective(
+        {"koleo": 1.0, "patch_contrast": Term("patch_contrast", 1.0, ("embeddings", -1))}
+    ).attach(model) as objective:
+        _, tokens = model(images(), return_tokens=True)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            copied(images())  # a teacher, with gradients
+        torch.testing.assert_close(objective()[1]["koleo"], losses.koleo(tokens[-1][:, 1:]))
+
+
 def gradients(model, run, x, config):
     with DiversityObjective(config).attach(run) as objective:
         logits = run(x)
@@ -395,6 +434,28 @@ def test_it_attaches_to_timm(torchvision):
         assert model.blocks[0].attn.qkv.weight.grad.isfinite().all()
 
 
+def test_attention_of_timm_that_is_no_softmax_of_its_projection_is_refused(torchvision):
+    """Its maps would be others than those that it has; losses on tokens and weights are free to be taken."""
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    diff_attention = pytest.importorskip("timm.layers.diff_attention")
+    from timm.models import beit, vision_transformer_relpos, xcit
+
+    size = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    models = [
+        vision_transformer.VisionTransformer(**size, attn_layer=diff_attention.DiffAttention),
+        beit.Beit(**size, use_rel_pos_bias=True),
+        xcit.Xcit(**size),
+        vision_transformer_relpos.VisionTransformerRelPos(**size),
+    ]
+    for model in models:
+        with pytest.raises(TypeError, match="biases between its projection and its softmax"):
+            DiversityObjective({"head_mhs": 1}).attach(model)
+        with DiversityObjective({"koleo": 1, "weight_mhs": 1}).attach(model.train()) as objective:
+            model(torch.randn(2, 3, 32, 32))
+            total, _ = objective()
+            total.backward()
+
+
 class Tuples(nn.Module):
     def forward(self, x):
         return x, x
@@ -448,6 +509,8 @@ def headless():
          lambda: Term("koleo", layers="last")),
         (ValueError, r"layers of koleo must be block numbers or 'embeddings' or 'all', got \(\)",
          lambda: Term("koleo", layers=())),
+        (ValueError, "layers of koleo must be block numbers or 'embeddings' or 'all', got -1",
+         lambda: Term("koleo", layers=-1)),
         (ValueError, "layers of head_mhs must be block numbers or .all., got",
          lambda: Term("head_mhs", layers=["embeddings"])),
         (ValueError, "layers of patch_contrast must be two blocks",
@@ -466,9 +529,9 @@ def headless():
          lambda: DiversityObjective({"neighbourhood_contrast": 1}).attach(headless())),
         (TypeError, "model must have its blocks in model.blocks",
          lambda: DiversityObjective({"koleo": 1}).attach(nn.Linear(2, 2))),
-        (TypeError, r"blocks\[0\].attn, TalkingHeadsAttention, mixes or rotates",
+        (TypeError, r"blocks\[0\].attn, TalkingHeadsAttention, mixes, rotates or biases",
          lambda: DiversityObjective({"head_mhs": 1}).attach(talking())),
-        (TypeError, r"blocks\[0\].attn, Rotating, mixes or rotates",
+        (TypeError, r"blocks\[0\].attn, Rotating, mixes, rotates or biases",
          lambda: DiversityObjective({"head_mhs": 1}).attach(rotating())),
         (TypeError, r"blocks\[4\].attn must have qkv",
          lambda: DiversityObjective({"weight_mhs": 1}).attach(tuples())),

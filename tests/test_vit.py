@@ -108,7 +108,7 @@ def test_parse_losses():
     assert losses.parse_losses("none") == {}
     assert losses.parse_losses("diversity") == losses.DIVERSITY
     assert losses.parse_losses("cosine=2, heads") == {"cosine": 2.0, "heads": 0.01}
-    assert losses.parse_losses("koleo=0.1,gong2021") == {"koleo": 0.1, "gong2021": 1.0}
+    assert losses.parse_losses("koleo = 0.1,gong2021") == {"koleo": 0.1, "gong2021": 1.0}
     with pytest.raises(ValueError, match="unknown loss 'cosines'"):
         losses.parse_losses("cosines=1")
     with pytest.raises(ValueError, match="unknown loss 'diversity': give none or diversity alone, or"):

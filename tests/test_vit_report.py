@@ -192,6 +192,26 @@ def test_bad_arguments_get_a_sentence(content, options, sentence, run, tmp_path,
     assert error.count("\n") == 1
 
 
+def test_a_history_of_another_run_and_a_figure_that_cannot_be_written_get_a_sentence(run, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes((run / "checkpoint.pt").read_bytes())
+    lines = (run / "collapse.csv").read_text().splitlines(keepends=True)
+    history = tmp_path / "collapse.csv"
+    for text, sentence in (
+        ("".join(lines[:3]), "does not have every block of the 3"),
+        ("".join(lines)[:-90], "is no record of CollapseMonitor"),
+    ):
+        history.write_text(text)
+        assert report.main([str(tmp_path), "--images", "2"]) == 2
+        assert sentence in capsys.readouterr().err
+    history.unlink()
+    for out in (tmp_path / "absent" / "figure.png", tmp_path / "figure.abacus"):
+        assert report.main([str(tmp_path), "--images", "2", "--out", str(out)]) == 2
+        assert f"error: {out} can't be written" in capsys.readouterr().err
+
+
 def test_without_matplotlib_the_extra_is_named(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert report.main([str(run)]) == 2

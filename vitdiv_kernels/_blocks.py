@@ -53,12 +53,22 @@ def projection_of(block, index):
 
 
 def check_maps(block, index):
-    """Raises TypeError where the softmax maps are not those of q and k as they leave the projection."""
+    """Raises TypeError where the softmax maps are not those of q and k as they leave the projection.
+
+    A parameter of the attention's own, not of a layer in it, tells that: XCiT's temperature, the lambdas of
+    differential attention, a table of relative positions.
+    """
     projection_of(block, index)
-    if hasattr(block.attn, "proj_l") or "rope" in inspect.signature(block.attn.forward).parameters:
+    attn = block.attn
+    takes = inspect.signature(attn.forward).parameters
+    if (
+        hasattr(attn, "proj_l")
+        or any("rope" in name or "rel_pos" in name for name in takes)
+        or any(True for _ in attn.parameters(recurse=False))
+    ):
         raise TypeError(
-            f"blocks[{index}].attn, {type(block.attn).__name__}, mixes or rotates between its projection and "
-            "its softmax: losses and measures of attention maps can't be taken there"
+            f"blocks[{index}].attn, {type(attn).__name__}, mixes, rotates or biases between its projection "
+            "and its softmax: losses and measures of attention maps can't be taken there"
         )
 
 
@@ -107,6 +117,29 @@ def mixed_layer(attn, q, k):
     return q, k, gain.unsqueeze(1) * mix, gain * (bias - mean) + norm.bias
 
 
+class _Keep:
+    """A hook that keeps the output of its module; of the embeddings, the input of block 0.
+
+    In a copy of the model, or one that is pickled, it has a place of its own: what a copy makes, say a
+    teacher, is not what the model made.
+    """
+
+    def __init__(self, kept, key, without_grad):
+        self.kept, self.key, self.without_grad = kept, key, without_grad
+
+    def __call__(self, module, args, out=None):
+        if self.without_grad or torch.is_grad_enabled():
+            self.kept[self.key] = args[0] if self.key == ("tokens", -1) else out
+
+    def __reduce__(self):
+        return _KeepNothing, ()
+
+
+class _KeepNothing:
+    def __call__(self, module, args, out=None):
+        pass
+
+
 class Recorder:
     """Keeps what chosen blocks make in the last forward pass; hooks, and nothing of the model, are changed.
 
@@ -124,11 +157,7 @@ class Recorder:
         self.handles = []
 
         def keep(key):
-            def hook(module, args, out=None):
-                if without_grad or torch.is_grad_enabled():
-                    kept[key] = args[0] if key == ("tokens", -1) else out
-
-            return hook
+            return _Keep(kept, key, without_grad)
 
         if embeddings:
             self.handles.append(blocks[0].register_forward_pre_hook(keep(("tokens", -1))))

@@ -265,12 +265,20 @@ def read_records(path):
         absent = {"step", "block", *MEASURES} - set(reader.fieldnames or ())
         if absent:
             raise ValueError(f"{path} is no file of CollapseMonitor: it has no {', '.join(sorted(absent))}")
-        return [
-            {"step": int(row["step"]), "block": int(row["block"])}
-            | {name: float(row[name]) for name in MEASURES}
-            | {"attention_cosine": [float(v) for name, v in row.items() if name.startswith(_LAYER)]}
-            for row in reader
-        ]
+        try:
+            return [_record(row) for row in reader]
+        except (TypeError, ValueError):  # a cut line has no value in its last columns
+            raise ValueError(
+                f"line {reader.line_num} of {path} is no record of CollapseMonitor, or half of one: remove it"
+            ) from None
+
+
+def _record(row):
+    return (
+        {"step": int(row["step"]), "block": int(row["block"])}
+        | {name: float(row[name]) for name in MEASURES}
+        | {"attention_cosine": [float(v) for name, v in row.items() if name.startswith(_LAYER)]}
+    )
 
 
 def _flat(record):

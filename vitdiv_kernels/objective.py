@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from . import _blocks, losses
@@ -71,10 +71,12 @@ class Term:
         layers = default if self.layers is None else self.layers
         if layers != "all":
             named = (EMBEDDINGS,) if kind == "patches" else ()
-            if isinstance(layers, str) or not layers or any(_unknown_layer(i, named) for i in layers):
+            several = isinstance(layers, Iterable) and not isinstance(layers, str)
+            numbers = tuple(layers) if several else ()
+            if not numbers or any(_unknown_layer(i, named) for i in numbers):
                 known = " or ".join(["block numbers", *map(repr, (*named, "all"))])
                 raise ValueError(f"layers of {self.loss} must be {known}, got {layers!r}")
-            layers = tuple(layers)
+            layers = numbers
         if count == 2 and (layers == "all" or len(layers) != 2):
             raise ValueError(f"layers of {self.loss} must be two blocks, got {layers!r}")
         object.__setattr__(self, "layers", layers)
@@ -139,10 +141,16 @@ class DiversityObjective:
     DistributedDataParallel: attach before or after wrapping; the losses are those of the images of each
     process, and their gradients are averaged as those of the task are. torch.compile: hooks are compiled into
     the model if they are there at its first call; attach before it. A model that was compiled without them
-    runs on without them, and the objective says so with a RuntimeError when it is called. Activation
-    checkpointing of whole blocks runs them without gradients or twice: exclude hooked blocks from it.
+    runs on without them, and the objective says so with a RuntimeError when it is called. torch.compile does
+    not see the hooks of a module where it has code of another of its class, of a model without an objective
+    or, where blocks are compiled one by one, of a block that has no hook: with
+    `torch._dynamo.config.skip_nnmodule_hook_guards = False` it does. Activation checkpointing of whole blocks
+    runs them without gradients or twice: exclude hooked blocks from it.
 
-    Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
+    A copy of the model, such as that of a moving average, and one that was pickled keep nothing.
+
+    Attention maps are those of the softmax of q and k, without a mask, before dropout and before re-attention
+    mixes heads;
     cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes, as released,
     patches after the final norm (model.norm, and fc_norm) and embeddings without their positions, the output
     of model.patch_embed. The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1,
@@ -241,7 +249,8 @@ class DiversityObjective:
         if len(kept) < self.expected:
             raise RuntimeError(
                 "no forward pass was recorded since the last call: run the model with gradients first, and "
-                "attach before the first call of a compiled model"
+                "attach before the first call of a compiled model, and of another of its class (or do what "
+                "the docstring of DiversityObjective says)"
             )
         for key in [key for key in kept if key[0] == "tokens"]:
             # cut once: the gradient of each cut is a copy of all tokens

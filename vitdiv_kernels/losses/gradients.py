@@ -14,7 +14,8 @@ def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e
             `torch.autograd.grad(loss, patches, create_graph=True)`.
         replace_nan: entries that are nan become 1e-8, as in the released code, which nothing hides otherwise.
         reduction: "mean" or "sum" over leading axes, or "none".
-        eps: least value of the denominator; gradients that cancel give a large finite value.
+        eps: least value of the denominator, as a share of `sum_i |g_i|^2`: gradients that cancel give a large
+            finite value, and small ones the same as large ones.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or [...] with reduction "none". 0 where all are zero.
@@ -29,5 +30,6 @@ def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e
     (g,) = _common.full_precision(gradients)
     if replace_nan:
         g = torch.where(g.isnan(), 1e-8, g)
-    together = g.sum(-2).square().sum(-1)
-    return _common.reduced(-g.square().sum((-2, -1)) / together.clamp_min(eps), reduction)
+    each, together = g.square().sum((-2, -1)), g.sum(-2).square().sum(-1)
+    least = (eps * each).clamp_min(torch.finfo(g.dtype).tiny)
+    return _common.reduced(-each / torch.maximum(together, least), reduction)

@@ -28,7 +28,7 @@ def parse_losses(text: str) -> dict[str, float]:
         return dict(DIVERSITY)
     weights = {}
     for item in text.split(","):
-        name, _, value = item.strip().partition("=")
+        name, _, value = (part.strip() for part in item.partition("="))
         if name not in WEIGHTS:
             raise ValueError(
                 f"unknown loss {name!r}: give none or diversity alone, or NAME=WEIGHT,... of "

@@ -147,6 +147,11 @@ def run(args: argparse.Namespace) -> None:
         history = read_records(csv) if csv.exists() else []
     except ValueError as error:
         raise DataError(str(error)) from None
+    blocks = [record["block"] for record in history]
+    if blocks != list(range(len(records))) * (len(history) // len(records)):
+        raise DataError(
+            f"{csv} does not have every block of the {len(records)} of {checkpoint} at each step: remove it"
+        )
     print(f"{checkpoint}, step {step}, {len(images)} validation images\n\n{table(records)}\n")
     print(
         f"{similar_blocks(records)} of {len(records)} blocks have maps whose mean cosine with those of the "
@@ -155,7 +160,10 @@ def run(args: argparse.Namespace) -> None:
     if not history:
         print(f"There is no {csv}: train with --monitor-every to see this over time.")
     out = args.out or checkpoint.with_name("report.png")
-    draw(records, history, f"{checkpoint}, step {step}, {len(images)} images", out)
+    try:
+        draw(records, history, f"{checkpoint}, step {step}, {len(images)} images", out)
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it can't write
+        raise DataError(f"{out} can't be written: {error}") from None
     print(f"{out} shows it.")
 
 

@@ -3,7 +3,8 @@ autograd.
 
     x_hat = x / max(|x|, eps),   S = x_hat y_hat^T,   sum over pairs of penalty(S)
 
-float16 and bfloat16 are computed in float32. Holds several [*leading, N, M] maps.
+float16 and bfloat16 are computed in float32. Holds several [*leading, N, M] maps, but for the closed forms of
+signed and, where D is less than N and M, of square.
 """
 
 import torch
@@ -30,6 +31,12 @@ def pairwise_cosine_sums(x, y, *, penalty, include_self, eps):
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     x_hat = normalise(x.to(compute_dtype), eps)
     y_hat = x_hat if y is None else normalise(y.to(compute_dtype), eps)
+    if penalty == "signed":
+        sums = (x_hat.sum(-2) * y_hat.sum(-2)).sum(-1)
+        return sums if y is not None or include_self else sums - x_hat.square().sum((-2, -1))
+    if penalty == "square" and x.shape[-1] < min(x_hat.shape[-2], y_hat.shape[-2]):
+        sums = ((x_hat.mT @ x_hat) * (y_hat.mT @ y_hat)).sum((-2, -1))
+        return sums if y is not None or include_self else sums - x_hat.square().sum(-1).square().sum(-1)
     penalties = PENALTIES[penalty](x_hat @ y_hat.mT)  # [*leading, N, M]
     if y is None and not include_self:
         self_pairs = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
