@@ -314,6 +314,7 @@ def test_autocast_runs_and_gives_float32():
 
 
 def test_hooks_are_compiled_with_the_model():
+    torch.compiler.reset()
     x = images()
     config = {"pairwise_cosine": 1.0, "attention_diversity": 1.0, "weight_soft_orthogonality": 1e-3}
     found = []

@@ -150,13 +150,12 @@ class DiversityObjective:
     A copy of the model, such as that of a moving average, and one that was pickled keep nothing.
 
     Attention maps are those of the softmax of q and k, without a mask, before dropout and before re-attention
-    mixes heads;
-    cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes, as released,
-    patches after the final norm (model.norm, and fc_norm) and embeddings without their positions, the output
-    of model.patch_embed. The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1,
-    patch_mixing's option `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the
-    patches: both the caller's to do. Losses that need a teacher or the gradients of patches are not here: see
-    `vitdiv_kernels.losses`.
+    mixes heads; cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes, as
+    released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
+    the output of model.patch_embed. The recipe of "diverse_vit_deit_small" also smooths the labels of patches
+    by 0.1, patch_mixing's option `smoothing`, and divides the class token's cross-entropy by N + 1, with that
+    of the patches: both the caller's to do. Losses that need a teacher or the gradients of patches are not
+    here: see `vitdiv_kernels.losses`.
 
     Example:
         >>> import torch
