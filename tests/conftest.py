@@ -197,6 +197,15 @@ def threads(request, interpreted):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread():
+    """Small tensors gain nothing from a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # The operators that torchvision gives fake kernels to when it is imported.
 TORCHVISION_OPERATORS = [
     "_deform_conv2d_backward",

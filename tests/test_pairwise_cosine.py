@@ -6,6 +6,7 @@ import torch
 from comparing import assert_within_budget, gradients, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import draw_layout
 
 from vitdiv_kernels import pairwise_cosine
 from vitdiv_kernels.ops.pairwise_cosine import triton_configs
@@ -303,13 +304,7 @@ def test_any_shape_layout_and_options(backend, interpreted):
         width = data.draw(st.integers(2, 70), "D")
         penalty = data.draw(st.sampled_from(PENALTIES), "penalty")
         include_self = data.draw(st.booleans(), "include_self") and m is None
-        order = data.draw(st.permutations(range(len(leading) + 2)), "order of the axes in memory")
-        step = data.draw(st.integers(1, 2), "step")
-
-        def laid_out(x):
-            x = x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.dim())])
-            return x.repeat_interleave(step, -2)[..., ::step, :]
-
+        laid_out = draw_layout(data, len(leading) + 2)
         torch.manual_seed(data.draw(st.integers(0, 10**6), "seed"))
         y = None if m is None else laid_out(draw((*leading, m, width)))
         x = laid_out(draw((*leading, n, width), other=y))

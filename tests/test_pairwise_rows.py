@@ -6,6 +6,7 @@ import torch
 from comparing import FLOOR, assert_within_budget, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import draw_layout
 from test_determinism import assert_same_bits
 from test_pairwise_cosine import LAYOUTS
 
@@ -385,13 +386,7 @@ def test_any_shape_layout_and_options(backend, interpreted):
         m = data.draw(st.none() | st.integers(1, 40), "M")
         width = data.draw(st.integers(2, 70), "D")
         scale = data.draw(st.sampled_from([0.5, 10.0, 70.0]), "scale")
-        order = data.draw(st.permutations(range(len(leading) + 2)), "order of the axes in memory")
-        step = data.draw(st.integers(1, 2), "step")
-
-        def laid_out(x):
-            x = x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.dim())])
-            return x.repeat_interleave(step, -2)[..., ::step, :]
-
+        laid_out = draw_layout(data, len(leading) + 2)
         torch.manual_seed(data.draw(st.integers(0, 10**6), "seed"))
         x, y = (None if t is None else laid_out(t) for t in draw_sets((leading, n, m, width)))
         check(backend, x, y, scale=scale)

@@ -6,6 +6,7 @@ import torch
 from comparing import assert_within_budget, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import draw_layout
 from test_determinism import assert_same_bits
 from test_pairwise_cosine import LAYOUTS
 
@@ -332,13 +333,7 @@ def test_any_shape_layout_and_options(backend, interpreted):
         width2 = data.draw(st.none() | st.integers(2, 70), "D2")
         penalty = data.draw(st.sampled_from(PENALTIES), "penalty")
         normalise = data.draw(st.booleans(), "normalise")
-        order = data.draw(st.permutations(range(len(leading) + 2)), "order of the axes in memory")
-        step = data.draw(st.integers(1, 2), "step")
-
-        def laid_out(x):
-            x = x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.dim())])
-            return x.repeat_interleave(step, -2)[..., ::step, :]
-
+        laid_out = draw_layout(data, len(leading) + 2)
         torch.manual_seed(data.draw(st.integers(0, 10**6), "seed"))
         pair = draw(leading, n, width, width2, normalise=normalise)
         x, y = (None if t is None else laid_out(t) for t in pair)

@@ -11,13 +11,7 @@ from vitdiv_kernels.nn import ReAttention
 from vitdiv_kernels.vit import cost, demo
 from vitdiv_kernels.vit.trainer import TrainError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_demo_ends_with_table_figure_and_cost(tmp_path, capsys):

@@ -21,12 +21,7 @@ CONFIG = ViTConfig(
 MIXING = {"patch_mixing": 1.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(augment=None, config=CONFIG, **recipe):

@@ -15,12 +15,7 @@ from vitdiv_kernels.vit.trainer import Recipe, Trainer, TrainError
 CONFIG = replace(CONFIGS["digits24"], depth=3, dim=16, heads=2, reattention=(2,))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(folder, **options):
