@@ -93,4 +93,4 @@ endif
 	@mkdir -p $(STAMPS) && touch $@
 
 clean:
-	rm -rf .venv build *.egg-info vitdiv_kernels/_build.json vitdiv_kernels/_C.*
+	rm -rf .venv build *.egg-info vitdiv_kernels/_build.json vitdiv_kernels/_C.* vitdiv_kernels/libvitdiv.*

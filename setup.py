@@ -1,4 +1,4 @@
-"""Builds the extension vitdiv_kernels._C by CMake. Everything else is in pyproject.toml and CMakeLists.txt.
+"""Builds the library libvitdiv and the module vitdiv_kernels._C by CMake. Everything else is in pyproject.toml and CMakeLists.txt.
 
 Environment: VITDIV_SKIP_BUILD=1 installs without the extension; VITDIV_CUDA (0: no CUDA kernels, 1: not
 without them, auto: if there is an nvcc), TORCH_CUDA_ARCH_LIST, CXX, DEBUG, MAX_JOBS and CMAKE_ARGS mean what
@@ -61,7 +61,7 @@ class CMakeBuild(build_ext):
         reason = why_not_built()
         if reason is not None:
             self.warn(f"vitdiv_kernels will run on its slower reference backend: {reason}.")
-            for earlier in package.glob("_C.*"):
+            for earlier in (*package.glob("_C.*"), *package.glob("libvitdiv.*")):
                 earlier.unlink()
             (package / "_build.json").write_text(json.dumps({"torch": None, "reason": reason}) + "\n")
             return
@@ -73,7 +73,8 @@ class CMakeBuild(build_ext):
                 "package without them; it then runs on its slower reference backend."
             ) from None
         module = Path(self.get_ext_filename("_C")).name
-        for name in (module, "_build.json"):
+        library = "libvitdiv.dylib" if sys.platform == "darwin" else "libvitdiv.so"
+        for name in (library, module, "_build.json"):
             # Renamed over the old file: overwriting it would crash a process that has it loaded.
             self.copy_file(str(build / name), str(package / f"{name}.new"))
             os.replace(package / f"{name}.new", package / name)

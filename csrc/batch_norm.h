@@ -10,6 +10,20 @@
 
 namespace vitdiv {
 
+inline constexpr const char* kBatchNorm[] = {
+    "batch_norm_fwd(Tensor gram, Tensor mix, Tensor? mix_bias, Tensor? norm_weight, SymInt queries, "
+    "SymInt keys, float eps, float out_scale) -> (Tensor mean, Tensor var, Tensor unbiased_var, "
+    "Tensor mixed_covariance, Tensor gain)",
+    "batch_norm_coupling(Tensor dots, Tensor var, Tensor mix, SymInt count, float eps) -> (Tensor "
+    "dvar, Tensor coupling)",
+    "batch_norm_bwd(Tensor dweight, Tensor mix, Tensor? norm_weight, Tensor var, Tensor "
+    "mixed_covariance, Tensor? dvar, float eps, float out_scale) -> (Tensor dmix, Tensor "
+    "dnorm_weight)",
+    "batch_norm_gain_bwd(Tensor dgain, Tensor mix, Tensor? norm_weight, Tensor var, Tensor "
+    "mixed_covariance, SymInt count, float eps, float out_scale) -> (Tensor dgram, Tensor dmix, "
+    "Tensor dnorm_weight)",
+};
+
 using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 template <class T>

@@ -1,13 +1,13 @@
-// The Python module _C: registers the CPU kernels for the operators that vitdiv_kernels/ops/*/function.py define, and gives
-// facts of the build. cuda/library.cpp registers the CUDA kernels.
+// The library libvitdiv: defines the operators and registers the CPU kernels; cuda/library.cpp registers the CUDA kernels.
+// It needs torch and no Python, so that a C++ program that runs an exported model has only to load it.
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <new>
 
 #include "batch_norm.h"
 #include "cpu/dispatch.h"
+#include "facts.h"
 #include "operators/attn_diversity.h"
 #include "operators/pairwise_cosine.h"
 #include "operators/pairwise_rows.h"
@@ -104,7 +104,24 @@ struct Cpu {
 };
 
 }  // namespace
+
+std::string cpu_capability() { return cpu().capability; }
+int num_threads() { return cpu().count_threads(at::get_num_threads()); }
+
 }  // namespace vitdiv
+
+// The same as in vitdiv_kernels/ops, for the Triton kernels; tests/test_operators.py compares.
+TORCH_LIBRARY(vitdiv, m) {
+  const auto define = [&m](const auto& schemas) {
+    for (const char* schema : schemas) m.def(schema);
+  };
+  define(vitdiv::kPairwiseCosine);
+  define(vitdiv::kPairwiseRows);
+  define(vitdiv::kTwoGram);
+  define(vitdiv::kAttentionGram);
+  define(vitdiv::kReattention);
+  define(vitdiv::kBatchNorm);
+}
 
 TORCH_LIBRARY_IMPL(vitdiv, CPU, m) {
   m.impl("pairwise_cosine_fwd", &vitdiv::pairwise_cosine_fwd<vitdiv::Cpu>);
@@ -122,13 +139,4 @@ TORCH_LIBRARY_IMPL(vitdiv, CPU, m) {
   m.impl("batch_norm_fwd", &vitdiv::batch_norm_fwd);
   m.impl("batch_norm_coupling", &vitdiv::batch_norm_coupling);
   m.impl("batch_norm_bwd", &vitdiv::batch_norm_bwd);
-}
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("cpu_capability", [] { return std::string(vitdiv::cpu().capability); });
-  m.def("num_threads", [] { return vitdiv::cpu().count_threads(at::get_num_threads()); });
-  m.attr("built_for_torch") = VITDIV_TORCH_VERSION;
-  const std::string architectures = VITDIV_CUDA_ARCHITECTURES;
-  m.attr("with_cuda") = !architectures.empty();
-  m.attr("cuda_architectures") = architectures;  // as CMake has them: with -real without PTX
 }

@@ -4,14 +4,14 @@ All host code is that of csrc/cuda/operators.h; only device and stream are left 
 """
 
 import functools
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from emulation_build import EMULATION, build, kernels
 
-from vitdiv_kernels import _dispatch, _native
+from vitdiv_kernels import _native
+from vitdiv_kernels.ops import _operators
 
 NAMESPACE = "vitdiv_emulated"
 
@@ -23,11 +23,10 @@ def operators():
     libraries = [kernels(), *(folder / f"lib/lib{name}.so" for name in ("c10", "torch_cpu", "torch"))]
     includes = [folder / "include", folder / "include/torch/csrc/api/include"]
     library = build(EMULATION / "operators.cpp", libraries=libraries, includes=includes)
-    found = {}
-    for table in operator_tables():
-        name = table["native"]._schema.name.partition("::")[2]
-        torch.library.define(f"{NAMESPACE}::{name}", str(table["native"]._schema).partition(f"::{name}")[2])
-        found[name] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    found = {
+        name: _operators.declare(NAMESPACE, operator, "native")
+        for name, (operator, _) in with_kernels().items()
+    }
     torch.ops.load_library(library)
     return found
 
@@ -35,8 +34,8 @@ def operators():
 def take_the_place_of_native(monkeypatch):
     """backend="native" means the emulated kernels, as long as the monkeypatch lasts."""
     emulated = operators()
-    for table in operator_tables():
-        monkeypatch.setitem(table, "native", emulated[table["native"]._schema.name.partition("::")[2]])
+    for name, (_, table) in with_kernels().items():
+        monkeypatch.setitem(table, "native", emulated[name])
 
 
 def need(operation):
@@ -46,8 +45,6 @@ def need(operation):
         pytest.skip(f"there is no CUDA kernel for {operation}")
 
 
-def operator_tables():
-    """What the package looks its operators up in, by backend."""
-    for operation in _dispatch.OPERATIONS:
-        module = importlib.import_module(f"vitdiv_kernels.ops.{operation}.function")
-        yield from (table for table in vars(module).values() if isinstance(table, dict) and "native" in table)
+def with_kernels():
+    """What is declared of the operators that have kernels of each backend, by name."""
+    return {name: entry for name, entry in _operators.DECLARED.items() if "triton" in entry[1]}

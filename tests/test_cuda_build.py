@@ -40,7 +40,7 @@ def built(tmp_path_factory):
     library = _native.library()
     if library is None or not _native.CUDA_OPERATIONS:
         pytest.skip("the extension was built without CUDA kernels")
-    return cubin.kernels_of(library.__file__, tmp_path_factory.mktemp("cubins"))
+    return cubin.kernels_of(_native.OPERATORS, tmp_path_factory.mktemp("cubins"))
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

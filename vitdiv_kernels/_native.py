@@ -3,11 +3,15 @@
 import importlib
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
 
 import torch  # first: it loads the shared libraries that the extension is linked to
+
+# The operators and their kernels, without Python: what a C++ program that runs an exported model loads.
+OPERATORS = Path(__file__).with_name("libvitdiv.dylib" if sys.platform == "darwin" else "libvitdiv.so")
 
 
 def _minor(version: str) -> str:

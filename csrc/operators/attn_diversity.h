@@ -5,6 +5,13 @@
 
 namespace vitdiv {
 
+inline constexpr const char* kAttentionGram[] = {
+    "attention_gram_fwd(Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, float scale2) -> "
+    "Tensor",
+    "attention_gram_bwd(Tensor coupling, Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, "
+    "float scale2, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dq2, Tensor dk2)",
+};
+
 inline Layer layer_of(const at::Tensor& q, const at::Tensor& k, double scale, int64_t B, int64_t N, int64_t M,
                       const Kind& kind) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, "q and k must have shape [B, H, N, d]");

@@ -6,6 +6,13 @@
 
 namespace vitdiv {
 
+inline constexpr const char* kPairwiseCosine[] = {
+    "pairwise_cosine_fwd(Tensor x, Tensor? y, str penalty, bool include_self, float eps, bool "
+    "for_backward) -> (Tensor sums, Tensor saved)",
+    "pairwise_cosine_bwd(Tensor dsums, Tensor x, Tensor? y, Tensor saved, str penalty, bool "
+    "include_self, float eps, bool needs_dx, bool needs_dy) -> (Tensor dx, Tensor dy)",
+};
+
 inline Penalty penalty_of(const std::string& name) {
   if (name == "signed") return Penalty::kSigned;
   if (name == "abs") return Penalty::kAbs;

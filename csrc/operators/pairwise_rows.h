@@ -6,6 +6,14 @@
 
 namespace vitdiv {
 
+inline constexpr const char* kPairwiseRows[] = {
+    "pairwise_logsumexp_fwd(Tensor x, Tensor? y, float scale, float eps, bool for_backward) -> "
+    "(Tensor rows, Tensor saved)",
+    "pairwise_logsumexp_bwd(Tensor drows, Tensor rows, Tensor x, Tensor? y, Tensor saved, float "
+    "scale, float eps, bool needs_dx, bool needs_dy) -> (Tensor dx, Tensor dy)",
+    "pairwise_nearest(Tensor x, Tensor? y, float eps) -> Tensor",
+};
+
 inline Kind fill_rows(c10::DeviceType device, RowsArgs& args, BatchOffsets& offsets, const at::Tensor& x,
                       const OptionalTensor& y, double scale, double eps) {
   const Kind kind = fill_sets(device, args, offsets, x, y);

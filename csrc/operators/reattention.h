@@ -5,6 +5,17 @@
 
 namespace vitdiv {
 
+inline constexpr const char* kReattention[] = {
+    "reattention_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, "
+    "Tensor mix, Tensor? bias, bool centred, Tensor? norm_weight, Tensor? norm_bias, float eps, bool "
+    "needs_out, bool needs_gram) -> (Tensor out, Tensor gram)",
+    "reattention_bwd(Tensor? dout, Tensor? coupling, Tensor q, Tensor k, Tensor v, float scale, "
+    "Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias, bool centred, Tensor? norm_weight, "
+    "Tensor? norm_bias, float eps, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor "
+    "dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
+    "head_dots(Tensor x, Tensor y) -> Tensor",
+};
+
 inline void fill_reattention(c10::DeviceType device, ReattentionArgs& args, const at::Tensor& q,
                              const at::Tensor& k, const at::Tensor& v, double scale,
                              const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,

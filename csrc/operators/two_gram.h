@@ -5,6 +5,13 @@
 
 namespace vitdiv {
 
+inline constexpr const char* kTwoGram[] = {
+    "two_gram_fwd(Tensor x, Tensor? y, str penalty, float margin, bool normalise, float eps, bool "
+    "needs_dx, bool needs_dy) -> (Tensor sums, Tensor saved)",
+    "two_gram_bwd(Tensor dsums, Tensor x, Tensor? y, Tensor saved, str penalty, float margin, bool "
+    "normalise, float eps, bool needs_dx, bool needs_dy) -> (Tensor dx, Tensor dy)",
+};
+
 inline GramPenalty gram_penalty_of(const std::string& name) {
   if (name == "square") return GramPenalty::kSquare;
   if (name == "relu_square") return GramPenalty::kReluSquare;

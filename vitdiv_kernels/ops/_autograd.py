@@ -22,6 +22,16 @@ class _Refusal(torch.autograd.Function):
         )
 
 
+class _Read:
+    """A context whose saved tensors were read: under checkpointing that can be done once."""
+
+    def __init__(self, ctx):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name):
+        return getattr(self.ctx, name)
+
+
 def once_differentiable(backward):
     """Makes a second derivative through `backward` raise, where it would silently be left out.
 
@@ -32,12 +42,11 @@ def once_differentiable(backward):
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph
             return backward(ctx, *grads)
+        ctx = _Read(ctx)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # no create_graph
-            return outputs
         made = [x for x in outputs if x is not None]
         refused = iter(_Refusal.apply(len(made), *made, *ctx.saved_tensors, *grads))
         return tuple(None if x is None else next(refused) for x in outputs)

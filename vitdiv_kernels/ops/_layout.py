@@ -33,3 +33,8 @@ def nothing(tensor):
 
 def when(condition, tensor):
     return tensor if condition else None
+
+
+def requires_grad(*tensors):
+    """Whether a derivative with respect to any of them may be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -1,32 +1,144 @@
-"""Declares the operators, each once for the compiled kernels and once for the Triton kernels."""
+"""Declares the operators, each once for the compiled kernels and once for the Triton kernels, with what torch's tools
+ask of an operator: a fake kernel (torch.compile, export), gradients, a rule for vmap, the number of operations.
 
+The compiled extension defines the schemas of its namespace itself (csrc/operators), so that a C++ program needs no
+more than to load it; without the extension they are defined here.
+"""
+
+import contextlib
+import functools
 import importlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.utils.flop_counter import register_flop_formula
+
+from ._vmap import vmap_rule
 
 NAMESPACES = {"native": "vitdiv", "triton": "vitdiv_triton"}
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+transformed = torch._C._are_functorch_transforms_active  # within torch.func.grad, vmap, ...
 
 
-def define(name, schema, fake, triton_fake=None):
-    """Declare `vitdiv::name` and `vitdiv_triton::name`, with one schema; returns both, by backend.
+class Operator(NamedTuple):
+    """What is declared of an operator, whichever kernels run it.
 
-    The first is implemented by the compiled extension, when it is loaded. The second calls the function
-    `name` of the module `triton_kernels` beside that of `fake`, which is imported, and Triton with it, at the
-    first call; torch.compile does not look inside. `fake` is the fake kernel of both, unless the Triton
-    kernels save something else for the backward.
+    fakes: the fake kernels, by backend. setup(ctx, inputs, outputs) saves what backward(ctx, operator, needs,
+    *gradients) takes, which returns a gradient or None for each of the leading inputs; `operator` is a name to
+    the operator of the same namespace. Without them a derivative raises. folds: see `vmap_rule`. flops takes
+    the arguments, shapes for tensors.
+    """
+
+    name: str
+    schema: str
+    fakes: dict
+    setup: Callable | None
+    backward: Callable | None
+    folds: Callable | None
+    flops: Callable
+
+
+DECLARED = {}  # by name: an Operator and the table of its callables, by backend
+
+
+def define(name, schema, fake, *, flops, triton_fake=None, plain=None, setup=None, backward=None, folds=None):
+    """Declare `vitdiv::name` and `vitdiv_triton::name`, with one schema; returns callables, by backend.
+
+    The first is implemented by the compiled extension, when it is loaded. The second calls the function `name` of
+    the module `triton_kernels` beside that of `fake`, which is imported, and Triton with it, at the first call;
+    torch.compile does not look inside. `fake` is the fake kernel of both, unless the Triton kernels save something
+    else for the backward.
     """
     fakes = {"native": fake, "triton": triton_fake or fake}
+    operator, table = Operator(name, schema, fakes, setup, backward, folds, flops), {}
+    DECLARED[name] = operator, table
+    if plain is not None:
+        table["native"] = declare(NAMESPACES["native"], operator, "native")
+        _library(NAMESPACES["native"]).impl(name, plain, "CompositeExplicitAutograd")
+        return table
     for backend, namespace in NAMESPACES.items():
-        torch.library.define(f"{namespace}::{name}", schema)
-        torch.library.register_fake(f"{namespace}::{name}", fakes[backend])
+        table[backend] = declare(namespace, operator, backend)
     module = f"{fake.__module__.rpartition('.')[0]}.triton_kernels"
 
     def run(*arguments):
         return getattr(importlib.import_module(module), name)(*arguments)
 
     # The CPU key is for Triton's interpreter.
-    torch.library.impl(f"{NAMESPACES['triton']}::{name}", ("cpu", "cuda"), run)
-    return {
-        backend: getattr(getattr(torch.ops, namespace), name).default
-        for backend, namespace in NAMESPACES.items()
-    }
+    for key in ("CPU", "CUDA"):
+        _library(NAMESPACES["triton"]).impl(name, run, key)
+    return table
+
+
+@functools.cache
+def _library(namespace):
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
+def declare(namespace, operator, backend):
+    """Define `namespace::name`, where the extension has not, with everything but its kernels; returns a callable,
+    which takes a shorter way than the dispatcher where torch is in its usual, eager mode."""
+    library = _library(namespace)
+    if not hasattr(getattr(torch.ops, namespace), operator.name):
+        library.define(operator.name + operator.schema)
+    packet = getattr(getattr(torch.ops, namespace), operator.name)
+    op = packet.default
+    torch.library.register_fake(op, operator.fakes[backend], lib=library)
+    torch.library.register_vmap(op, vmap_rule(op, operator.folds), lib=library)
+    register_flop_formula(packet)(operator.flops)
+    function = _function(operator, backend)
+
+    # torch.library.register_autograd gives a Function that torch.func refuses.
+    def autograd(keyset, *arguments):
+        below = functools.partial(op.redispatch, keyset & _AFTER_AUTOGRAD)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            with _below_autograd():
+                return below(*arguments)
+        with enable_single_level_autograd_function() if transformed() else contextlib.nullcontext():
+            return function.apply(below, *arguments)
+
+    library.impl(operator.name, autograd, "Autograd", with_keyset=True)
+
+    def call(*arguments):
+        if torch.compiler.is_compiling() or transformed():
+            return op(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(op, *arguments)
+        with _below_autograd():
+            return op(*arguments)
+
+    call.op = op
+    return call
+
+
+def _function(operator, backend):
+    """The autograd.Function of one level of torch.func, or of none."""
+
+    def others(name):
+        return DECLARED[name][1][backend]
+
+    class Function(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, run, *inputs):
+            ctx.set_materialize_grads(False)
+            with _below_autograd():
+                outputs = run(*inputs)
+            if operator.setup is not None:
+                operator.setup(ctx, inputs, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            if operator.backward is None:
+                raise RuntimeError(
+                    "vitdiv_kernels is differentiable once: for second derivatives use backend='reference', if "
+                    "the function has a backend"
+                )
+            needs = ctx.needs_input_grad[1:]
+            found = operator.backward(ctx, others, needs, *gradients)
+            return None, *found, *(None,) * (len(needs) - len(found))
+
+    Function.__name__ = Function.__qualname__ = f"{operator.name}_of_{backend}"
+    return Function

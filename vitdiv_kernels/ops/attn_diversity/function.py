@@ -1,10 +1,9 @@
-"""The operators `attention_gram_{fwd,bwd}` and their autograd.Function; the maths is in README.md."""
+"""The operators `attention_gram_{fwd,bwd}`: schemas, fake kernels, derivative; the maths is in README.md."""
 
-import torch
-
-from .._autograd import once_differentiable
+from .. import _flops
 from .._layout import accumulation_dtype, heads_like, nothing, when
 from .._operators import define
+from .._vmap import JOIN
 
 
 def _fwd_fake(q, k, scale, q2, k2, scale2):
@@ -17,38 +16,72 @@ def _bwd_fake(coupling, q, k, scale, q2, k2, scale2, needs):
     return tuple(heads_like(x) if need else nothing(q) for x, need in zip(inputs, needs, strict=True))
 
 
+def _setup(ctx, inputs, output):
+    q, k, scale, q2, k2, scale2 = inputs
+    ctx.save_for_backward(q, k, q2, k2)
+    ctx.scales = scale, scale2
+
+
+def _backward(ctx, operator, needs, dgram):
+    q, k, q2, k2 = ctx.saved_tensors
+    scale, scale2 = ctx.scales
+    needs = [needs[i] for i in (0, 1, 3, 4)]
+    coupling = dgram + dgram.mT
+    found = operator("attention_gram_bwd")(coupling, q, k, scale, q2, k2, scale2, needs)
+    dq, dk, dq2, dk2 = (when(need, gradient) for need, gradient in zip(needs, found, strict=True))
+    return dq, dk, None, dq2, dk2
+
+
+def _fwd_folds(inputs, dims):
+    return (JOIN, JOIN, None, JOIN, JOIN, None), (JOIN,)
+
+
+def _bwd_folds(inputs, dims):
+    return (JOIN, JOIN, JOIN, None, JOIN, JOIN, None, None), tuple(
+        JOIN if need else None for need in inputs[-1]
+    )
+
+
+def _all_heads(q, q2):
+    return q[1] + (0 if q2 is None else q2[1])
+
+
+def _fwd_flops(q, k, scale, q2, k2, *_, **__):
+    return sum(
+        _flops.maps(a, b) + _flops.mixed(a, b, _all_heads(q, q2))
+        for a, b in ((q, k), (q2, k2))
+        if a is not None
+    )
+
+
+def _bwd_flops(coupling, q, k, scale, q2, k2, scale2, needs, **_):
+    layers = ((q, k, needs[:2]), (q2, k2, needs[2:]))
+    return sum(
+        (1 + sum(need)) * _flops.maps(a, b) + _flops.mixed(a, b, _all_heads(q, q2))
+        for a, b, need in layers
+        if a is not None
+    )
+
+
 _fwd = define(
     "attention_gram_fwd",
     "(Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, float scale2) -> Tensor",
     _fwd_fake,
+    setup=_setup,
+    backward=_backward,
+    folds=_fwd_folds,
+    flops=_fwd_flops,
 )
 _bwd = define(
     "attention_gram_bwd",
     "(Tensor coupling, Tensor q, Tensor k, float scale, Tensor? q2, Tensor? k2, float scale2, bool[] needs)"
     " -> (Tensor dq, Tensor dk, Tensor dq2, Tensor dk2)",
     _bwd_fake,
+    folds=_bwd_folds,
+    flops=_bwd_flops,
 )
-
-
-class AttentionGramFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, q2, k2, scale, scale2, backend):
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, q2, k2)
-            ctx.options = scale, scale2, backend
-        return _fwd[backend](q, k, scale, q2, k2, scale2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dgram):
-        q, k, q2, k2 = ctx.saved_tensors
-        scale, scale2, backend = ctx.options
-        needs = list(ctx.needs_input_grad[:4])
-        coupling = dgram + dgram.mT
-        gradients = _bwd[backend](coupling, q, k, scale, q2, k2, scale2, needs)
-        return *(when(need, gradient) for need, gradient in zip(needs, gradients, strict=True)), *(None,) * 3
 
 
 def head_gram(q, k, q2=None, k2=None, *, scale, scale2=None, backend):
     """Centred Gram matrix of all heads' maps, both layers' in a row: [B, H (+ H2), H (+ H2)]."""
-    return AttentionGramFunction.apply(q, k, q2, k2, scale, scale if scale2 is None else scale2, backend)
+    return _fwd[backend](q, k, scale, q2, k2, scale if scale2 is None else scale2)

@@ -1,9 +1,11 @@
-"""The operators `pairwise_cosine_{fwd,bwd}` and their autograd.Function; maths in README.md."""
+"""The operators `pairwise_cosine_{fwd,bwd}`: schemas, fake kernels, derivative; maths in README.md."""
+
+import functools
 
 import torch
 
-from .._autograd import once_differentiable
-from .._layout import accumulation_dtype, items, nothing, when
+from .. import _flops, _vmap
+from .._layout import accumulation_dtype, items, nothing, requires_grad, when
 from .._operators import define
 from .gpu_saved import new_saved
 
@@ -37,41 +39,53 @@ def _bwd_fake(dsums, x, y, saved, penalty, include_self, eps, needs_dx, needs_dy
     return dx, dy
 
 
+def _setup(ctx, inputs, outputs):
+    x, y, *ctx.options, ctx.for_backward = inputs
+    ctx.save_for_backward(x, y, outputs[1])
+    ctx.mark_non_differentiable(outputs[1])
+
+
+def _backward(ctx, operator, needs, dsums, _):
+    x, y, saved = ctx.saved_tensors
+    if not ctx.for_backward:  # an exported program, traced where nothing asked for gradients
+        saved = operator("pairwise_cosine_fwd")(x, y, *ctx.options, True)[1]
+    dx, dy = operator("pairwise_cosine_bwd")(dsums, x, y, saved, *ctx.options, *needs[:2])
+    return when(needs[0], dx), when(needs[1], dy)
+
+
+def _fwd_flops(x, y, penalty, *_, **__):
+    return _flops.closed(x, y) if penalty == "signed" else _flops.pairs(x, y)
+
+
+def _bwd_flops(dsums, x, y, saved, penalty, include_self, eps, needs_dx, needs_dy, **_):
+    if penalty == "signed":
+        return _flops.closed(x, y)
+    again = penalty == "square"
+    return (again + needs_dx + needs_dy) * _flops.pairs(x, y)
+
+
 _fwd = define(
     "pairwise_cosine_fwd",
     "(Tensor x, Tensor? y, str penalty, bool include_self, float eps, bool for_backward)"
     " -> (Tensor sums, Tensor saved)",
     _fwd_fake,
-    _fwd_triton_fake,
+    triton_fake=_fwd_triton_fake,
+    setup=_setup,
+    backward=_backward,
+    folds=_vmap.sets_forward,
+    flops=_fwd_flops,
 )
 _bwd = define(
     "pairwise_cosine_bwd",
     "(Tensor dsums, Tensor x, Tensor? y, Tensor saved, str penalty, bool include_self, float eps,"
     " bool needs_dx, bool needs_dy) -> (Tensor dx, Tensor dy)",
     _bwd_fake,
+    folds=functools.partial(_vmap.sets_backward, first=1),
+    flops=_bwd_flops,
 )
-
-
-class PairwiseCosineFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, penalty, include_self, eps, backend):
-        for_backward = any(ctx.needs_input_grad)
-        sums, saved = _fwd[backend](x, y, penalty, include_self, eps, for_backward)
-        if for_backward:
-            ctx.save_for_backward(x, y, saved)
-            ctx.options = penalty, include_self, eps
-            ctx.backend = backend
-        return sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dsums):
-        x, y, saved = ctx.saved_tensors
-        needs_dx, needs_dy = ctx.needs_input_grad[:2]
-        dx, dy = _bwd[ctx.backend](dsums, x, y, saved, *ctx.options, needs_dx, needs_dy)
-        return when(needs_dx, dx), when(needs_dy, dy), *(None,) * 4
 
 
 def pairwise_cosine_sums(x, y, *, penalty, include_self, eps, backend):
     """Sum of the penalty over the ordered pairs of each leading index: [...], float32 or float64."""
-    return PairwiseCosineFunction.apply(x, y, penalty, include_self, eps, backend).reshape(x.shape[:-2])
+    sums, _ = _fwd[backend](x, y, penalty, include_self, eps, requires_grad(x, y))
+    return sums.reshape(x.shape[:-2])

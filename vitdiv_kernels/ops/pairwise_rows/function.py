@@ -1,10 +1,12 @@
-"""The operators `pairwise_logsumexp_{fwd,bwd}`, with their autograd.Function, and `pairwise_nearest`; maths
+"""The operators `pairwise_logsumexp_{fwd,bwd}` and `pairwise_nearest`: schemas, fake kernels, derivative; maths
 in README.md."""
+
+import functools
 
 import torch
 
-from .._autograd import once_differentiable
-from .._layout import accumulation_dtype, items, nothing, when
+from .. import _flops, _vmap
+from .._layout import accumulation_dtype, items, nothing, requires_grad, when
 from .._norms import new_norms
 from .._operators import define
 
@@ -32,43 +34,59 @@ def _nearest_fake(x, y, eps):
     return x.new_empty((items(x), x.shape[-2]), dtype=torch.int64)
 
 
+def _setup(ctx, inputs, outputs):
+    x, y, *ctx.options, ctx.for_backward = inputs
+    rows, saved = outputs
+    ctx.save_for_backward(rows, x, y, saved)
+    ctx.mark_non_differentiable(saved)
+
+
+def _backward(ctx, operator, needs, drows, _):
+    rows, x, y, saved = ctx.saved_tensors
+    if not ctx.for_backward:  # an exported program, traced where nothing asked for gradients
+        saved = operator("pairwise_logsumexp_fwd")(x, y, *ctx.options, True)[1]
+    dx, dy = operator("pairwise_logsumexp_bwd")(drows, rows, x, y, saved, *ctx.options, *needs[:2])
+    return when(needs[0], dx), when(needs[1], dy)
+
+
+def _fwd_flops(x, y, *_, **__):
+    return _flops.pairs(x, y)
+
+
+def _bwd_flops(drows, rows, x, y, saved, scale, eps, needs_dx, needs_dy, **_):
+    return (1 + needs_dx + needs_dy) * _flops.pairs(x, y)
+
+
 _fwd = define(
     "pairwise_logsumexp_fwd",
     "(Tensor x, Tensor? y, float scale, float eps, bool for_backward) -> (Tensor rows, Tensor saved)",
     _fwd_fake,
-    _fwd_triton_fake,
+    triton_fake=_fwd_triton_fake,
+    setup=_setup,
+    backward=_backward,
+    folds=_vmap.sets_forward,
+    flops=_fwd_flops,
 )
 _bwd = define(
     "pairwise_logsumexp_bwd",
     "(Tensor drows, Tensor rows, Tensor x, Tensor? y, Tensor saved, float scale, float eps, bool needs_dx,"
     " bool needs_dy) -> (Tensor dx, Tensor dy)",
     _bwd_fake,
+    folds=functools.partial(_vmap.sets_backward, first=2),
+    flops=_bwd_flops,
 )
-_nearest = define("pairwise_nearest", "(Tensor x, Tensor? y, float eps) -> Tensor", _nearest_fake)
-
-
-class PairwiseLogSumExpFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, scale, eps, backend):
-        for_backward = any(ctx.needs_input_grad)
-        rows, saved = _fwd[backend](x, y, scale, eps, for_backward)
-        if for_backward:
-            ctx.save_for_backward(rows, x, y, saved)
-            ctx.options = scale, eps
-            ctx.backend = backend
-        return rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, drows):
-        needs_dx, needs_dy = ctx.needs_input_grad[:2]
-        dx, dy = _bwd[ctx.backend](drows, *ctx.saved_tensors, *ctx.options, needs_dx, needs_dy)
-        return when(needs_dx, dx), when(needs_dy, dy), *(None,) * 3
+_nearest = define(
+    "pairwise_nearest",
+    "(Tensor x, Tensor? y, float eps) -> Tensor",
+    _nearest_fake,
+    folds=_vmap.nearest,
+    flops=_fwd_flops,
+)
 
 
 def logsumexp(x, y, *, scale, eps, backend):
     """log sum_j exp(scale S_ij), [*leading, N]; without j = i when y is None."""
-    rows = PairwiseLogSumExpFunction.apply(x, y, float(scale), eps, backend)
+    rows, _ = _fwd[backend](x, y, float(scale), eps, requires_grad(x, y))
     return rows.reshape(x.shape[:-1])
 
 

@@ -10,39 +10,8 @@ by the functions here.
 
 import torch
 
-torch.library.define(
-    "vitdiv::batch_norm_fwd",
-    "(Tensor gram, Tensor mix, Tensor? mix_bias, Tensor? norm_weight, SymInt queries, SymInt keys, float eps,"
-    " float out_scale)"
-    " -> (Tensor mean, Tensor var, Tensor unbiased_var, Tensor mixed_covariance, Tensor gain)",
-)
-torch.library.define(
-    "vitdiv::batch_norm_coupling",
-    "(Tensor dots, Tensor var, Tensor mix, SymInt count, float eps) -> (Tensor dvar, Tensor coupling)",
-)
-torch.library.define(
-    "vitdiv::batch_norm_bwd",
-    "(Tensor dweight, Tensor mix, Tensor? norm_weight, Tensor var, Tensor mixed_covariance, Tensor? dvar,"
-    " float eps, float out_scale) -> (Tensor dmix, Tensor dnorm_weight)",
-)
-
-
-@torch.library.register_fake("vitdiv::batch_norm_fwd")
-def _(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale):
-    def empty():
-        return gram.new_empty(gram.shape[1])
-
-    return empty(), empty(), empty(), gram.new_empty(gram.shape[1:]), empty()
-
-
-@torch.library.register_fake("vitdiv::batch_norm_coupling")
-def _(dots, var, mix, count, eps):
-    return torch.empty_like(var), mix.new_empty((1, *mix.shape))
-
-
-@torch.library.register_fake("vitdiv::batch_norm_bwd")
-def _(dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale):
-    return torch.empty_like(mix), torch.empty_like(var)
+from .._checks import autocast_off
+from .._operators import define
 
 
 def gain_of(norm_weight, var, eps, out_scale):
@@ -86,19 +55,93 @@ def _coupling(dvar, mix, count):
     return ((mix * dvar.unsqueeze(1)).t() @ mix * 2 / count).unsqueeze(0)
 
 
-# what an operator does where it has no kernel of its own
-for _function in (batch_norm_fwd, batch_norm_coupling, batch_norm_bwd):
-    torch.library.impl(f"vitdiv::{_function.__name__}", "CompositeExplicitAutograd", _function)
-_batch_norm_fwd = torch.ops.vitdiv.batch_norm_fwd.default
-_batch_norm_coupling = torch.ops.vitdiv.batch_norm_coupling.default
-_batch_norm_bwd = torch.ops.vitdiv.batch_norm_bwd.default
+def batch_norm_gain_bwd(dgain, mix, norm_weight, var, mixed_covariance, count, eps, out_scale):
+    rstd = (var + eps).rsqrt() * out_scale
+    dnorm_weight = dgain * rstd
+    dvar = -0.5 * (dnorm_weight if norm_weight is None else dnorm_weight * norm_weight) / (var + eps)
+    with autocast_off(mix):
+        return _coupling(dvar, mix, count) / 2, (2 * dvar).unsqueeze(1) * mixed_covariance, dnorm_weight
+
+
+def _fwd_fake(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale):
+    def empty():
+        return gram.new_empty(gram.shape[1])
+
+    return empty(), empty(), empty(), gram.new_empty(gram.shape[1:]), empty()
+
+
+def _setup(ctx, inputs, outputs):
+    gram, mix, mix_bias, norm_weight, queries, keys, *ctx.options = inputs
+    mean, var, unbiased_var, mixed_covariance, _ = outputs
+    ctx.mark_non_differentiable(mean, var, unbiased_var, mixed_covariance)
+    ctx.save_for_backward(mix, mix_bias, norm_weight, var, mixed_covariance)
+    ctx.images, ctx.count = gram.shape[0], max(gram.shape[0] * queries * keys, 1)
+
+
+def _backward(ctx, operator, needs, dmean, dvar, dunbiased, dcovariance, dgain):
+    mix, mix_bias, norm_weight, var, mixed_covariance = ctx.saved_tensors
+    dgram, dmix, dnorm_weight = operator("batch_norm_gain_bwd")(
+        dgain, mix, norm_weight, var, mixed_covariance, ctx.count, *ctx.options
+    )
+    # a bias moves the mean and nothing else
+    dmix_bias = torch.zeros_like(mix_bias) if needs[2] else None
+    return dgram.expand(ctx.images, -1, -1), dmix, dmix_bias, dnorm_weight if needs[3] else None
+
+
+def _flops(*shapes, **_):
+    heads = max(shape[-1] for shape in shapes if isinstance(shape, torch.Size) and len(shape))
+    return 2 * heads**3
+
+
+# For all backends; where an operator has no kernel of its own it is the function above.
+_batch_norm_fwd = define(
+    "batch_norm_fwd",
+    "(Tensor gram, Tensor mix, Tensor? mix_bias, Tensor? norm_weight, SymInt queries, SymInt keys, float eps,"
+    " float out_scale)"
+    " -> (Tensor mean, Tensor var, Tensor unbiased_var, Tensor mixed_covariance, Tensor gain)",
+    _fwd_fake,
+    plain=batch_norm_fwd,
+    setup=_setup,
+    backward=_backward,
+    flops=_flops,
+)
+_batch_norm_coupling = define(
+    "batch_norm_coupling",
+    "(Tensor dots, Tensor var, Tensor mix, SymInt count, float eps) -> (Tensor dvar, Tensor coupling)",
+    batch_norm_coupling,
+    plain=batch_norm_coupling,
+    flops=_flops,
+)
+_batch_norm_bwd = define(
+    "batch_norm_bwd",
+    "(Tensor dweight, Tensor mix, Tensor? norm_weight, Tensor var, Tensor mixed_covariance, Tensor? dvar,"
+    " float eps, float out_scale) -> (Tensor dmix, Tensor dnorm_weight)",
+    batch_norm_bwd,
+    plain=batch_norm_bwd,
+    flops=_flops,
+)
+_batch_norm_gain_bwd = define(
+    "batch_norm_gain_bwd",
+    "(Tensor dgain, Tensor mix, Tensor? norm_weight, Tensor var, Tensor mixed_covariance, SymInt count, float eps,"
+    " float out_scale) -> (Tensor dgram, Tensor dmix, Tensor dnorm_weight)",
+    batch_norm_gain_bwd,
+    plain=batch_norm_gain_bwd,
+    flops=_flops,
+)
+
+
+def differentiable_statistics(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale):
+    """Of the mixed maps (mean, unbiased var, `gain_of`), the last with a derivative."""
+    results = _batch_norm_fwd["native"](gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale)
+    mean, _, unbiased_var, _, gain = results
+    return mean, unbiased_var, gain
 
 
 def batch_statistics(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale, process_group):
     """Of the mixed maps over (image, query, key): mean, var, unbiased var [H], the mix times the maps'
     covariance over this process's images [H, H], `gain_of`, and the number B N M over all processes."""
     if process_group is None:
-        results = _batch_norm_fwd(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale)
+        results = _batch_norm_fwd["native"](gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale)
         return *results, max(gram.shape[0] * queries * keys, 1)
     local = gram.sum(0)
     # filled on the device: a copy of a Python number would wait for it
@@ -115,7 +158,7 @@ def variance_gradient(dots, var, mix, count, eps, process_group):
     sweep over the maps and no division by the gain.
     """
     if process_group is None:
-        return _batch_norm_coupling(dots, var, mix, count, eps)
+        return _batch_norm_coupling["native"](dots, var, mix, count, eps)
     dvar = -0.5 * dots / (var + eps)
     torch.distributed.all_reduce(dvar, group=process_group)
     return dvar, _coupling(dvar, mix, count)
@@ -123,7 +166,7 @@ def variance_gradient(dots, var, mix, count, eps, process_group):
 
 def batch_norm_backward(dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale):
     """(dmix, dnorm_weight) from the gradient of gain times mix; dvar is None where dmix is not needed."""
-    return _batch_norm_bwd(dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale)
+    return _batch_norm_bwd["native"](dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale)
 
 
 def fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale):

@@ -1,9 +1,9 @@
-"""The operators `two_gram_{fwd,bwd}` and their autograd.Function; maths in README.md."""
+"""The operators `two_gram_{fwd,bwd}`: schemas, fake kernels, derivative; maths in README.md."""
 
-import torch
+import functools
 
-from .._autograd import once_differentiable
-from .._layout import accumulation_dtype, items, nothing, when
+from .. import _flops, _vmap
+from .._layout import accumulation_dtype, items, nothing, requires_grad, when
 from .._norms import new_norms
 from .._operators import define
 
@@ -32,41 +32,53 @@ def _bwd_fake(dsums, x, y, saved, penalty, margin, normalise, eps, needs_dx, nee
     return dx, dy
 
 
+def _setup(ctx, inputs, outputs):
+    x, y, *ctx.options, needs_dx, needs_dy = inputs
+    ctx.saved_for = needs_dx, needs_dy
+    ctx.save_for_backward(x, y, outputs[1])
+    ctx.mark_non_differentiable(outputs[1])
+
+
+def _backward(ctx, operator, needs, dsums, _):
+    x, y, saved = ctx.saved_tensors
+    needs = tuple(needs[:2])
+    if needs != ctx.saved_for:  # an exported program, traced where other gradients were asked for
+        saved = operator("two_gram_fwd")(x, y, *ctx.options, *needs)[1]
+    dx, dy = operator("two_gram_bwd")(dsums, x, y, saved, *ctx.options, *needs)
+    return when(needs[0], dx), when(needs[1], dy)
+
+
+def _fwd_flops(x, y, *_, **__):
+    return _flops.pairs(x) + (0 if y is None else _flops.pairs(y))
+
+
+def _bwd_flops(dsums, x, y, saved, penalty, margin, normalise, eps, needs_dx, needs_dy, **_):
+    return needs_dx * _flops.pairs(x) + (_flops.pairs(y) if needs_dy else 0)
+
+
 _fwd = define(
     "two_gram_fwd",
     "(Tensor x, Tensor? y, str penalty, float margin, bool normalise, float eps, bool needs_dx,"
     " bool needs_dy) -> (Tensor sums, Tensor saved)",
     _fwd_fake,
-    _fwd_triton_fake,
+    triton_fake=_fwd_triton_fake,
+    setup=_setup,
+    backward=_backward,
+    folds=_vmap.sets_forward,
+    flops=_fwd_flops,
 )
 _bwd = define(
     "two_gram_bwd",
     "(Tensor dsums, Tensor x, Tensor? y, Tensor saved, str penalty, float margin, bool normalise, float eps,"
     " bool needs_dx, bool needs_dy) -> (Tensor dx, Tensor dy)",
     _bwd_fake,
+    folds=functools.partial(_vmap.sets_backward, first=1),
+    flops=_bwd_flops,
 )
-
-
-class TwoGramFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, penalty, margin, normalise, eps, backend):
-        needs = ctx.needs_input_grad[:2]
-        sums, saved = _fwd[backend](x, y, penalty, margin, normalise, eps, *needs)
-        if any(needs):
-            ctx.save_for_backward(x, y, saved)
-            ctx.options = penalty, margin, normalise, eps
-            ctx.backend = backend
-        return sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dsums):
-        needs_dx, needs_dy = ctx.needs_input_grad[:2]
-        dx, dy = _bwd[ctx.backend](dsums, *ctx.saved_tensors, *ctx.options, needs_dx, needs_dy)
-        return when(needs_dx, dx), when(needs_dy, dy), *(None,) * 5
 
 
 def two_gram_sums(x, y, *, penalty, margin, normalise, eps, backend):
     """Sum of the penalty over the N^2 pairs of each leading index: [*leading], float32 or float64."""
-    sums = TwoGramFunction.apply(x, y, penalty, float(margin), normalise, eps, backend)
+    needs = requires_grad(x), requires_grad(y)
+    sums, _ = _fwd[backend](x, y, penalty, float(margin), normalise, eps, *needs)
     return sums.reshape(x.shape[:-2])

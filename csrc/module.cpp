@@ -1,0 +1,13 @@
+// The Python module _C: loads libvitdiv, which it is linked to, and gives facts of the build.
+#include <torch/csrc/utils/pybind.h>
+
+#include "facts.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("cpu_capability", &vitdiv::cpu_capability);
+  m.def("num_threads", &vitdiv::num_threads);
+  m.attr("built_for_torch") = VITDIV_TORCH_VERSION;
+  const std::string architectures = VITDIV_CUDA_ARCHITECTURES;
+  m.attr("with_cuda") = !architectures.empty();
+  m.attr("cuda_architectures") = architectures;  // as CMake has them: with -real without PTX
+}
