@@ -1,4 +1,5 @@
-"""Builds the library libvitdiv and the module vitdiv_kernels._C by CMake. Everything else is in pyproject.toml and CMakeLists.txt.
+"""Builds libvitdiv and the module vitdiv_kernels._C by CMake. Everything else is in pyproject.toml and
+CMakeLists.txt.
 
 Environment: VITDIV_SKIP_BUILD=1 installs without the extension; VITDIV_CUDA (0: no CUDA kernels, 1: not
 without them, auto: if there is an nvcc), TORCH_CUDA_ARCH_LIST, CXX, DEBUG, MAX_JOBS and CMAKE_ARGS mean what

@@ -1,5 +1,5 @@
-"""Calls of every operation, as functions (x [B, N, 3 H d], matrices [2, H, H], backend) -> a number, for the tests of
-what torch's tools make of them."""
+"""Calls of every operation, as functions (x [B, N, 3 H d], matrices [2, H, H], backend) -> a number, for the
+tests of what torch's tools make of them."""
 
 import torch
 
@@ -11,7 +11,8 @@ B, H, N, D = 2, 4, 17, 16
 
 
 def qkv_views(x):
-    return x.reshape(x.shape[0], x.shape[1], 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+    packed = x.reshape(x.shape[0], x.shape[1], 3, H, D).permute(2, 0, 3, 1, 4)
+    return [packed[i] for i in range(3)]  # with unbind, DTensor wants a gradient of all three
 
 
 def reattention_with(norm, pre=False, training=True):

@@ -1,5 +1,5 @@
-"""torch.export keeps the gradients of every operation, strict or not; programs can be saved, and run where only the
-library of operators is loaded."""
+"""torch.export keeps the gradients of every operation, strict or not; programs can be saved, and run where
+only the library of operators is loaded."""
 
 import io
 import subprocess

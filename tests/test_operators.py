@@ -103,7 +103,7 @@ def test_the_forward_counts_as_the_plain_formula(backend, tokens, name):
 
 
 def test_the_backward_counts_its_products():
-    """Re-attention: logits again, dY, dV, dQ, dK; the maps mixed again, mixed back, and multiplied for dmix."""
+    """Re-attention: logits again, dY, dV, dQ, dK; the maps mixed again, dY mixed back, and dmix."""
     batch, heads, n, width = 2, 4, 17, 16
     q, k, v = torch.randn(3, batch, heads, n, width, requires_grad=True).unbind()
     mix = torch.randn(heads, heads, requires_grad=True)

@@ -1,5 +1,5 @@
-"""Floating-point operations of the operators, as torch.utils.flop_counter counts them: two a multiply-add of a
-product, whatever symmetry leaves out; exponentials and what is O(N D) beside O(N^2 D) not at all.
+"""Floating-point operations of the operators, as torch.utils.flop_counter counts them: two a multiply-add of
+a product, whatever symmetry leaves out; exponentials and what is O(N D) beside O(N^2 D) not at all.
 
 Arguments are shapes. As for torch's scaled_dot_product_attention a backward counts the products made again.
 """

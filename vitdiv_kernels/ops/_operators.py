@@ -1,8 +1,9 @@
-"""Declares the operators, each once for the compiled kernels and once for the Triton kernels, with what torch's tools
-ask of an operator: a fake kernel (torch.compile, export), gradients, a rule for vmap, the number of operations.
+"""Declares the operators, each once for the compiled kernels and once for the Triton kernels.
 
-The compiled extension defines the schemas of its namespace itself (csrc/operators), so that a C++ program needs no
-more than to load it; without the extension they are defined here.
+With them stands what torch's tools ask of an operator: a fake kernel (torch.compile, export), the derivative,
+rules for vmap and DTensor, the number of floating-point operations. The compiled library defines the schemas
+of its namespace itself (csrc/operators), so that a C++ program has only to load it; without the library they
+are defined here.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _sharding
 from ._vmap import vmap_rule
 
 NAMESPACES = {"native": "vitdiv", "triton": "vitdiv_triton"}
@@ -27,9 +29,9 @@ class Operator(NamedTuple):
     """What is declared of an operator, whichever kernels run it.
 
     fakes: the fake kernels, by backend. setup(ctx, inputs, outputs) saves what backward(ctx, operator, needs,
-    *gradients) takes, which returns a gradient or None for each of the leading inputs; `operator` is a name to
-    the operator of the same namespace. Without them a derivative raises. folds: see `vmap_rule`. flops takes
-    the arguments, shapes for tensors.
+    *gradients) takes, which returns a gradient or None for each of the leading inputs; `operator` gives the
+    operator of a name in the same namespace. Without them a derivative raises. folds, shards: see
+    `_vmap.vmap_rule` and `_sharding.register`. flops takes the arguments, shapes for tensors.
     """
 
     name: str
@@ -38,22 +40,36 @@ class Operator(NamedTuple):
     setup: Callable | None
     backward: Callable | None
     folds: Callable | None
+    shards: Callable | None
     flops: Callable
 
 
 DECLARED = {}  # by name: an Operator and the table of its callables, by backend
 
 
-def define(name, schema, fake, *, flops, triton_fake=None, plain=None, setup=None, backward=None, folds=None):
+def define(
+    name,
+    schema,
+    fake,
+    *,
+    flops,
+    triton_fake=None,
+    plain=None,
+    setup=None,
+    backward=None,
+    folds=None,
+    shards=None,
+):
     """Declare `vitdiv::name` and `vitdiv_triton::name`, with one schema; returns callables, by backend.
 
-    The first is implemented by the compiled extension, when it is loaded. The second calls the function `name` of
-    the module `triton_kernels` beside that of `fake`, which is imported, and Triton with it, at the first call;
-    torch.compile does not look inside. `fake` is the fake kernel of both, unless the Triton kernels save something
-    else for the backward.
+    The first is implemented by the compiled library, when it is loaded. The second calls the function `name`
+    of the module `triton_kernels` beside that of `fake`, which is imported, and Triton with it, at the first
+    call; torch.compile does not look inside. `fake` is the fake kernel of both, unless the Triton kernels
+    save something else for the backward. An operator that is a `plain` function of torch's, on devices for
+    which there is no kernel, is declared once.
     """
     fakes = {"native": fake, "triton": triton_fake or fake}
-    operator, table = Operator(name, schema, fakes, setup, backward, folds, flops), {}
+    operator, table = Operator(name, schema, fakes, setup, backward, folds, shards, flops), {}
     DECLARED[name] = operator, table
     if plain is not None:
         table["native"] = declare(NAMESPACES["native"], operator, "native")
@@ -78,8 +94,8 @@ def _library(namespace):
 
 
 def declare(namespace, operator, backend):
-    """Define `namespace::name`, where the extension has not, with everything but its kernels; returns a callable,
-    which takes a shorter way than the dispatcher where torch is in its usual, eager mode."""
+    """Define `namespace::name`, where the library has not, with everything but its kernels. Returns a
+    callable, which in eager mode takes a shorter way than the dispatcher."""
     library = _library(namespace)
     if not hasattr(getattr(torch.ops, namespace), operator.name):
         library.define(operator.name + operator.schema)
@@ -102,6 +118,7 @@ def declare(namespace, operator, backend):
     library.impl(operator.name, autograd, "Autograd", with_keyset=True)
 
     def call(*arguments):
+        _sharding.register_if_needed()
         if torch.compiler.is_compiling() or transformed():
             return op(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -123,7 +140,9 @@ def _function(operator, backend):
         @staticmethod
         def forward(ctx, run, *inputs):
             ctx.set_materialize_grads(False)
-            with _below_autograd():
+            # forward is called without grad mode, which the levels below have to have
+            grad_mode = torch.enable_grad() if transformed() else contextlib.nullcontext()
+            with grad_mode, _below_autograd():
                 outputs = run(*inputs)
             if operator.setup is not None:
                 operator.setup(ctx, inputs, outputs)
@@ -133,8 +152,8 @@ def _function(operator, backend):
         def backward(ctx, *gradients):
             if operator.backward is None:
                 raise RuntimeError(
-                    "vitdiv_kernels is differentiable once: for second derivatives use backend='reference', if "
-                    "the function has a backend"
+                    "vitdiv_kernels is differentiable once: for second derivatives use "
+                    "backend='reference', if the function has a backend"
                 )
             needs = ctx.needs_input_grad[1:]
             found = operator.backward(ctx, others, needs, *gradients)

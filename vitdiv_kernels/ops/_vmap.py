@@ -1,4 +1,4 @@
-"""How the operators run under torch.vmap: as one call of a larger batch where they can, else one call an item."""
+"""How the operators run under torch.vmap: as one call of a larger batch where they can, else item by item."""
 
 import torch
 
@@ -9,10 +9,10 @@ FRONT = "front"  # the batch axis is a first one more
 def vmap_rule(op, folds):
     """The rule of an operator, as torch.library.register_vmap takes it.
 
-    folds(inputs, dims) is asked with the inputs and the batch axis of each (None: it has none). It returns None
-    where items have to be taken one by one; else how each input takes the batch and how each output has it: JOIN,
-    FRONT, or None for not at all. An output that is an affair of the operator's own, such as what it saves for its
-    backward, is then not split.
+    folds(inputs, dims) is asked with the inputs and the batch axis of each (None: it has none). It returns
+    None where items have to be taken one by one; else how each input takes the batch and how each output has
+    it: JOIN, FRONT, or None for not at all. What a forward saves for its backward is the kernels' own affair, and
+    not split.
     """
 
     def rule(info, dims, *inputs):
@@ -42,7 +42,7 @@ def _unfold(x, how, size):
 
 def _one_by_one(op, size, dims, inputs):
     def item(x, dim, i):
-        if dim is None:
+        if not isinstance(dim, int):  # None, or a list of them
             return x
         x = x.select(dim, i)
         return x.contiguous() if x.dim() <= 2 else x  # of a matrix the kernels want the usual strides

@@ -3,6 +3,7 @@
 from .. import _flops
 from .._layout import accumulation_dtype, heads_like, nothing, when
 from .._operators import define
+from .._sharding import BATCH, WHOLE, batch_where, by_items
 from .._vmap import JOIN
 
 
@@ -42,6 +43,19 @@ def _bwd_folds(inputs, dims):
     )
 
 
+def _fwd_shards(inputs):
+    if not by_items(inputs[0]):
+        return None
+    return (BATCH, BATCH, WHOLE, BATCH, BATCH, WHOLE), (BATCH,)
+
+
+def _bwd_shards(inputs):
+    if not by_items(inputs[1]):
+        return None
+    into = (BATCH, BATCH, BATCH, WHOLE, BATCH, BATCH, WHOLE, WHOLE)
+    return into, tuple(map(batch_where, inputs[-1]))
+
+
 def _all_heads(q, q2):
     return q[1] + (0 if q2 is None else q2[1])
 
@@ -70,6 +84,7 @@ _fwd = define(
     setup=_setup,
     backward=_backward,
     folds=_fwd_folds,
+    shards=_fwd_shards,
     flops=_fwd_flops,
 )
 _bwd = define(
@@ -78,6 +93,7 @@ _bwd = define(
     " -> (Tensor dq, Tensor dk, Tensor dq2, Tensor dk2)",
     _bwd_fake,
     folds=_bwd_folds,
+    shards=_bwd_shards,
     flops=_bwd_flops,
 )
 

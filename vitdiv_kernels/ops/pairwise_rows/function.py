@@ -1,11 +1,11 @@
-"""The operators `pairwise_logsumexp_{fwd,bwd}` and `pairwise_nearest`: schemas, fake kernels, derivative; maths
-in README.md."""
+"""The operators `pairwise_logsumexp_{fwd,bwd}` and `pairwise_nearest`: schemas, fake kernels, derivative;
+maths in README.md."""
 
 import functools
 
 import torch
 
-from .. import _flops, _vmap
+from .. import _flops, _sharding, _vmap
 from .._layout import accumulation_dtype, items, nothing, requires_grad, when
 from .._norms import new_norms
 from .._operators import define
@@ -57,6 +57,11 @@ def _bwd_flops(drows, rows, x, y, saved, scale, eps, needs_dx, needs_dy, **_):
     return (1 + needs_dx + needs_dy) * _flops.pairs(x, y)
 
 
+def _nearest_shards(inputs):
+    plan = _sharding.sets_forward(inputs)
+    return plan and (plan[0], plan[1][:1])
+
+
 _fwd = define(
     "pairwise_logsumexp_fwd",
     "(Tensor x, Tensor? y, float scale, float eps, bool for_backward) -> (Tensor rows, Tensor saved)",
@@ -65,6 +70,7 @@ _fwd = define(
     setup=_setup,
     backward=_backward,
     folds=_vmap.sets_forward,
+    shards=_sharding.sets_forward,
     flops=_fwd_flops,
 )
 _bwd = define(
@@ -73,6 +79,7 @@ _bwd = define(
     " bool needs_dy) -> (Tensor dx, Tensor dy)",
     _bwd_fake,
     folds=functools.partial(_vmap.sets_backward, first=2),
+    shards=functools.partial(_sharding.sets_backward, first=2),
     flops=_bwd_flops,
 )
 _nearest = define(
@@ -80,6 +87,7 @@ _nearest = define(
     "(Tensor x, Tensor? y, float eps) -> Tensor",
     _nearest_fake,
     folds=_vmap.nearest,
+    shards=_nearest_shards,
     flops=_fwd_flops,
 )
 

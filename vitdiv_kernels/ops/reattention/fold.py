@@ -122,8 +122,8 @@ _batch_norm_bwd = define(
 )
 _batch_norm_gain_bwd = define(
     "batch_norm_gain_bwd",
-    "(Tensor dgain, Tensor mix, Tensor? norm_weight, Tensor var, Tensor mixed_covariance, SymInt count, float eps,"
-    " float out_scale) -> (Tensor dgram, Tensor dmix, Tensor dnorm_weight)",
+    "(Tensor dgain, Tensor mix, Tensor? norm_weight, Tensor var, Tensor mixed_covariance, SymInt count,"
+    " float eps, float out_scale) -> (Tensor dgram, Tensor dmix, Tensor dnorm_weight)",
     batch_norm_gain_bwd,
     plain=batch_norm_gain_bwd,
     flops=_flops,

@@ -1,5 +1,5 @@
-"""The operators `reattention_{fwd,bwd}` and `head_dots` with their derivatives, and what re-attention makes of them,
-once as an autograd.Function and once as operators that autograd strings together; maths in README.md."""
+"""The operators `reattention_{fwd,bwd}` and `head_dots`, and re-attention made of them, as an
+autograd.Function and as a chain of operators; maths in README.md."""
 
 import torch
 
@@ -8,6 +8,7 @@ from .._autograd import once_differentiable
 from .._checks import autocast_off
 from .._layout import accumulation_dtype, heads_like, nothing, when
 from .._operators import define, transformed
+from .._sharding import BATCH, SUM, WHOLE, batch_where, by_items
 from .._vmap import JOIN
 from .fold import (
     batch_norm_backward,
@@ -83,8 +84,8 @@ def _backward(ctx, operator, needs, dout, dgram):
     # a constant added to a row of logits changes no softmax
     dpre_bias = torch.zeros_like(pre_bias) if needs[5] else None
     return (
-        when(wanted[0], dq), when(wanted[1], dk), when(wanted[2], dv), None, when(wanted[3], dpre_mix), dpre_bias,
-        when(needs[6] and wanted[4], dmix), when(needs[7] and wanted[4], dbias), None,
+        when(wanted[0], dq), when(wanted[1], dk), when(wanted[2], dv), None, when(wanted[3], dpre_mix),
+        dpre_bias, when(needs[6] and wanted[4], dmix), when(needs[7] and wanted[4], dbias), None,
         when(needs[9] and wanted[5], dnorm_weight), when(needs[10] and wanted[5], dnorm_bias),
     )  # fmt: skip
 
@@ -107,6 +108,30 @@ def _bwd_folds(inputs, dims):
         *(when(need, JOIN) for need in needs[:3]),
         *(None,) * 5,
     )
+
+
+def _fwd_shards(inputs):
+    if not by_items(inputs[0]):
+        return None
+    out, gram = map(batch_where, inputs[-2:])
+    return (BATCH,) * 3 + (WHOLE,) * 11, (out, gram)
+
+
+def _bwd_shards(inputs):
+    if not by_items(inputs[2]):
+        return None
+    coupling, q, needs = inputs[1], inputs[2], inputs[-1]
+    for_all = coupling is not None and coupling.shape[0] == 1 != q.shape[0]
+    into = (BATCH, WHOLE if for_all else BATCH, *(BATCH,) * 3, *(WHOLE,) * 10)
+    dq, dk, dv = map(batch_where, needs[:3])
+    dpre_mix, dmix, dnorm = (SUM if needed else WHOLE for needed in needs[3:])
+    return into, (dq, dk, dv, dpre_mix, dmix, dmix, dnorm, dnorm)
+
+
+def _dots_shards(inputs):
+    if not by_items(inputs[0]):
+        return None
+    return (BATCH, BATCH), (SUM,)
 
 
 def _fwd_flops(
@@ -140,6 +165,7 @@ _fwd = define(
     setup=_setup,
     backward=_backward,
     folds=_fwd_folds,
+    shards=_fwd_shards,
     flops=_fwd_flops,
 )
 # needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
@@ -149,10 +175,13 @@ _bwd = define(
     " Tensor dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
     _bwd_fake,
     folds=_bwd_folds,
+    shards=_bwd_shards,
     flops=_bwd_flops,
 )
 # [H]: sums over images and rows of x . y, both [B, H, N, d]
-_head_dots = define("head_dots", "(Tensor x, Tensor y) -> Tensor", _head_dots_fake, flops=_dots_flops)
+_head_dots = define(
+    "head_dots", "(Tensor x, Tensor y) -> Tensor", _head_dots_fake, shards=_dots_shards, flops=_dots_flops
+)
 
 
 def _accumulation(tensor, dtype):
@@ -267,8 +296,8 @@ def _batch_norm_forward(
 ):  # fmt: skip
     """One sweep makes the Gram matrix, hence the statistics, and the output but for gain and shift.
 
-    Returns (out, what of it the gain scales: before that, or, in float16 and where there is no shift, after it;
-    centred gram, bias of the centred mix, statistics).
+    Returns (out, what of it the gain scales, centred gram, bias of the centred mix, statistics). The second
+    is the output before the gain; in float16, and where there is no shift, after it.
     """
     q, k, v = inputs[:3]
     # float16 cannot hold the unscaled output of nearly uniform maps: the statistics get a sweep of their own
@@ -301,11 +330,11 @@ def _scaled_and_shifted(out, gain, shift):
 
 
 def _composed(
-    q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, running_mean, running_var, norm, training,
-    wants_statistics, eps, out_scale, scale, return_gram, process_group, backend,
+    q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, running_mean, running_var, norm,
+    training, wants_statistics, eps, out_scale, scale, return_gram, process_group, backend,
 ):  # fmt: skip
-    """As `ReattentionFunction`, of operators that each have a derivative: what an exported program keeps, and what
-    torch.func transforms. In eager mode the Function saves 40 us a call and two passes over dout."""
+    """As `ReattentionFunction`, as a chain of operators with derivatives: what an exported program keeps and
+    torch.func transforms. It makes two passes over dout more."""
     dtype = accumulation_dtype(q)
     mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, mean, var = (
         _accumulation(x, dtype)

@@ -38,6 +38,8 @@ def reattention(
     gram = centered_gram(maps) + maps.shape[2] / maps.shape[3] if return_gram else None
     maps = F.dropout(maps, dropout_p, training)
 
+    if mix_bias is not None and norm == "batch" and training:
+        mix_bias = without_gradient(mix_bias)
     mixed = mix_heads(maps, to_compute(mix), to_compute(mix_bias))
     if norm == "batch":
         mixed = batch_norm(
@@ -53,6 +55,16 @@ def reattention(
 
     out = out_scale * (mixed @ to_compute(v))
     return out.to(q.dtype), gram
+
+
+def without_gradient(bias):
+    """The bias, with a gradient of exactly 0.
+
+    Batch norm takes a bias out again. Autograd of the formula gives its rounding instead, which an optimizer
+    that divides by its size (Adam) follows at the full learning rate.
+    """
+    never = torch.zeros_like(bias, dtype=torch.bool)
+    return torch.where(never, bias, bias.detach())
 
 
 def mix_heads(maps, weight, bias):

@@ -2,7 +2,7 @@
 
 import functools
 
-from .. import _flops, _vmap
+from .. import _flops, _sharding, _vmap
 from .._layout import accumulation_dtype, items, nothing, requires_grad, when
 from .._norms import new_norms
 from .._operators import define
@@ -65,6 +65,7 @@ _fwd = define(
     setup=_setup,
     backward=_backward,
     folds=_vmap.sets_forward,
+    shards=_sharding.sets_forward,
     flops=_fwd_flops,
 )
 _bwd = define(
@@ -73,6 +74,7 @@ _bwd = define(
     " bool needs_dx, bool needs_dy) -> (Tensor dx, Tensor dy)",
     _bwd_fake,
     folds=functools.partial(_vmap.sets_backward, first=1),
+    shards=functools.partial(_sharding.sets_backward, first=1),
     flops=_bwd_flops,
 )
 

@@ -1,0 +1,168 @@
+"""torch.func transforms the operations: gradients of functions, vmap, gradients of each sample, ensembles."""
+
+import copy
+
+import pytest
+import torch
+from calls import OPERATIONS, D, H, N
+from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+
+import vitdiv_kernels as vd
+from vitdiv_kernels import losses
+
+BATCHES = {
+    "x": (0, None),
+    "x, last axis": (3, None),
+    "matrices": (None, 0),
+    "both": (1, 2),
+}
+
+
+@pytest.fixture
+def tokens(interpreted):
+    return 5 if interpreted else N
+
+
+def inputs(dims, tokens, size=3):
+    """x and matrices with a batch axis where dims says so."""
+    shapes = (2, tokens, 3 * H * D), (2, H, H)
+    return [
+        torch.randn(shape if dim is None else (size, *shape), dtype=torch.float64).movedim(0, dim or 0)
+        for shape, dim in zip(shapes, dims, strict=True)
+    ]
+
+
+def one_by_one(function, dims, x, matrices, size=3):
+    def item(t, dim, i):
+        return t if dim is None else t.select(dim, i)
+
+    calls = [function(item(x, dims[0], i), item(matrices, dims[1], i)) for i in range(size)]
+    if isinstance(calls[0], torch.Tensor):
+        return torch.stack(calls)
+    return tuple(map(torch.stack, zip(*calls, strict=True)))
+
+
+def assert_close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_vmap_of_values_and_gradients(backend, tokens, name, dims):
+    if dims[0] is None and name not in (
+        "reattention",
+        "reattention batch",
+        "reattention layer",
+        "talking heads",
+    ):
+        pytest.skip("the operation takes no matrices")
+
+    def call(x, matrices):
+        return OPERATIONS[name](x, matrices, backend)
+
+    both = inputs(dims, tokens)
+    assert_close(vmap(call, dims)(*both), one_by_one(call, dims, *both))
+    gradients = vmap(grad(call, argnums=(0, 1)), dims)(*both)
+
+    def by_autograd(x, matrices):
+        x, matrices = x.detach().requires_grad_(), matrices.detach().requires_grad_()
+        return torch.autograd.grad(
+            call(x, matrices), (x, matrices), allow_unused=True, materialize_grads=True
+        )
+
+    for got, expected in zip(gradients, one_by_one(by_autograd, dims, *both), strict=True):
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["cosine abs", "logsumexp of two sets", "two grams", "gram", "reattention batch"]
+)
+def test_grad_of_vmap_and_nested(backend, tokens, name):
+    def call(x, matrices):
+        return OPERATIONS[name](x, matrices, backend)
+
+    x, matrices = inputs((0, None), tokens, size=2)
+    found = grad(lambda x: vmap(call, (0, None))(x, matrices).sum())(x)
+    expected = torch.stack([grad(call)(item, matrices) for item in x])
+    assert_close(found, expected)
+    twice = torch.stack([x, 2 * x])
+    assert_close(
+        vmap(vmap(grad(call), (0, None)), (0, None))(twice, matrices),
+        torch.stack([torch.stack([grad(call)(item, matrices) for item in row]) for row in twice]),
+    )
+
+
+def test_cotangents_one_by_one(backend):
+    """jacrev batches what flows back, and not what went in."""
+    x = torch.randn(3, 5, 8)
+    found = jacrev(lambda x: vd.pairwise_cosine(x, reduction="none", backend=backend))(x)
+    expected = jacrev(lambda x: vd.pairwise_cosine(x, reduction="none", backend="reference"))(x)
+    assert_close(found, expected)
+    q, k = torch.randn(2, 1, 2, 5, 8).unbind()
+    found = jacrev(lambda q: vd.attention_gram(q, k, backend=backend))(q)
+    assert_close(found, jacrev(lambda q: vd.attention_gram(q, k, backend="reference"))(q))
+
+
+def test_gradients_of_each_sample_and_ensembles(backend, tokens):
+    models = [vd.nn.ReAttention(32, 4, norm="layer", backend=backend) for _ in range(3)]
+    parameters, _ = stack_module_state(models)
+    bare, x = copy.deepcopy(models[0]).to("meta"), torch.randn(3, 2, tokens, 32)
+
+    def loss(parameters, x):
+        return functional_call(bare, parameters, (x,)).square().sum()
+
+    ensemble = vmap(grad(loss))(parameters, x)
+    for i, model in enumerate(models):
+        model(x[i]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(ensemble[name][i], parameter.grad, rtol=1e-4, atol=1e-4)
+    own = dict(models[0].named_parameters())
+    samples = vmap(grad(loss), (None, 0))(own, x)
+    for i in range(3):
+        expected = torch.autograd.grad(models[0](x[i]).square().sum(), own.values())
+        for name, gradient in zip(own, expected, strict=True):
+            torch.testing.assert_close(samples[name][i], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled():
+    torch.compiler.reset()
+    x = torch.randn(3, 2, 7, 8)
+    transformed = vmap(grad(vd.pairwise_cosine))
+    assert_close(torch.compile(transformed, fullgraph=True, backend="aot_eager")(x), transformed(x))
+
+
+def test_a_second_derivative_raises():
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad(lambda x: grad(vd.pairwise_cosine)(x).sum())(torch.randn(2, 5, 8))
+    x = torch.randn(2, 5, 8)
+    found = grad(lambda x: grad(lambda t: vd.pairwise_cosine(t, backend="reference"))(x).square().sum())(x)
+    assert found.isfinite().all()
+
+
+LOSSES = {
+    "patch_contrast": lambda x: losses.patch_contrast(x, 2 * x.flip(-1)),
+    "koleo": losses.koleo,
+    "info_nce": lambda x: losses.info_nce(x, x.roll(1, -1)),
+    "vf_loss": lambda x: losses.vf_loss(x, x.roll(1, -1)),
+    "patch_mgd": losses.patch_mgd,
+    "patch_mhs": losses.patch_mhs,
+    "patch_condition_orthogonality": lambda x: losses.patch_condition_orthogonality(
+        x, start=torch.linspace(-1, 1, 2 * x.shape[-2]).view(2, -1)
+    ),
+    "weight_condition_orthogonality": lambda x: losses.weight_condition_orthogonality(
+        x, start=torch.linspace(-1, 1, 2 * x.shape[-2]).view(2, -1)
+    ),
+    "linear_cka": lambda x: losses.linear_cka(x, x.roll(1, -1).square()),
+    "gram_anchoring": lambda x: losses.gram_anchoring(x, x.detach().roll(1, -1)),
+    "uniformity": losses.uniformity,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    x = torch.randn(3, 2, 6, 8)
+    found = vmap(grad(LOSSES[name]))(x)
+    for i, item in enumerate(x):
+        leaf = item.clone().requires_grad_()
+        LOSSES[name](leaf).backward()
+        assert_close(found[i], leaf.grad)
