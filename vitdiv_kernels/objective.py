@@ -2,10 +2,11 @@
 
 import inspect
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from . import _blocks, losses
+from . import _blocks, _recorder, _sharded, _tokens, losses
 from .ops import _checks
 
 # loss: what it looks at, how many layers it takes (None: any number at once), and the layers by default.
@@ -72,8 +73,8 @@ class Term:
         if layers != "all":
             named = (EMBEDDINGS,) if kind == "patches" else ()
             several = isinstance(layers, Iterable) and not isinstance(layers, str)
-            numbers = tuple(layers) if several else ()
-            if not numbers or any(_unknown_layer(i, named) for i in numbers):
+            numbers = tuple(_layer(i, named) for i in layers) if several else ()
+            if not numbers or None in numbers:
                 known = " or ".join(["block numbers", *map(repr, (*named, "all"))])
                 raise ValueError(f"layers of {self.loss} must be {known}, got {layers!r}")
             layers = numbers
@@ -92,8 +93,14 @@ class Term:
         return _FUNCTIONS.get(self.loss) or getattr(losses, self.loss)
 
 
-def _unknown_layer(layer, named):
-    return not isinstance(layer, int) and layer not in named
+def _layer(layer, named):
+    """A block number as an int, also one of NumPy, or a name among `named`; else None."""
+    if isinstance(layer, str):
+        return layer if layer in named else None
+    try:
+        return None if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:
+        return None
 
 
 def _options(function):
@@ -187,7 +194,7 @@ class DiversityObjective:
         Raises TypeError for a model that is not made of timm-like blocks, ValueError for blocks that it has
         not, RuntimeError where the objective is attached already.
         """
-        if self.recorder is not None:
+        if self.attached:
             raise RuntimeError("the objective is attached already: detach it first")
         model = _blocks.plain_model(model)
         blocks = _blocks.blocks_of(model)
@@ -200,20 +207,26 @@ class DiversityObjective:
             elif kind in ("heads", "maps"):
                 heads |= set(layers[name])
             for i in layers[name] if kind in ("heads", "maps", "weights") else ():
-                (_blocks.projection_of if kind == "weights" else _blocks.check_maps)(blocks[i], i)
+                (_blocks.check_weight if kind == "weights" else _blocks.check_maps)(blocks[i], i)
             if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
                 raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
             if kind == "embeddings":
                 if not all(hasattr(model, part) for part in ("patch_embed", "norm")):
                     raise TypeError(f"{term.loss} needs model.patch_embed and model.norm, the final norm")
                 patch_embed = True
-        self.model, self.layers = model, layers
-        self.prefix = _blocks.prefix_tokens_of(model, self.num_prefix_tokens)
-        self.recorder = _blocks.Recorder(
-            model, sorted(tokens - {-1}), sorted(heads), embeddings=-1 in tokens, patch_embed=patch_embed
+        _tokens.check_prefix(model, self.num_prefix_tokens)
+        if _sharded.is_flat(model):
+            self._check_flat(blocks, layers)
+        self.recorder = _recorder.Recorder(
+            model, tokens, {i: _blocks.projection_of(blocks[i], i) for i in heads}, patch_embed=patch_embed
         )
-        self.expected = len(self.recorder.handles)
+        self.model, self.layers = model, layers
         return self
+
+    @property
+    def attached(self):
+        """Whether its hooks are on a model."""
+        return self.recorder is not None and self.recorder.remove.alive
 
     def detach(self):
         """Takes the hooks away; does nothing where there are none."""
@@ -242,20 +255,25 @@ class DiversityObjective:
         Raises RuntimeError where it is not attached, or where no forward pass was recorded; ValueError where
         patch_mixing has no `mixing`.
         """
-        if self.recorder is None:
+        if not self.attached:
             raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
         kept = self.recorder.take()
-        if len(kept) < self.expected:
-            raise RuntimeError(
-                "no forward pass was recorded since the last call: run the model with gradients first, and "
-                "attach before the first call of a compiled model, and of another of its class (or do what "
-                "the docstring of DiversityObjective says)"
-            )
+        layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
+        layout.check_masks(maps=any(key[0] == "heads" for key in kept))
         for key in [key for key in kept if key[0] == "tokens"]:
             # cut once: the gradient of each cut is a copy of all tokens
-            kept[key] = kept[key][:, self.prefix :]
-        parts = {name: self._part(name, kept, mixing, generator) for name in self.terms}
+            kept[key] = kept[key][:, layout.prefix(key[1], kept[key]) :]
+        parts = {name: self._part(name, kept, layout, mixing, generator) for name in self.terms}
         return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
+
+    def _check_flat(self, blocks, layers):
+        for name, term in self.terms.items():
+            kind = LOSSES[term.loss][0]
+            if any(_blocks.reads_weights(blocks[i], kind) for i in layers[name]):
+                raise TypeError(
+                    f"{term.loss} reads weights outside of the forward pass, where FullyShardedDataParallel "
+                    "has parts of them only: shard the model with torch.distributed.fsdp.fully_shard instead"
+                )
 
     def _layers(self, term, depth):
         """Block numbers from 0, and -1 for the embeddings, as the recorder has them."""
@@ -265,7 +283,7 @@ class DiversityObjective:
                 raise ValueError(f"{term.loss} takes block {i}, but the model has {depth} blocks")
         return [-1 if i == EMBEDDINGS else i % depth for i in layers]
 
-    def _part(self, name, kept, mixing, generator):
+    def _part(self, name, kept, layout, mixing, generator):
         term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
         kind, count, _ = LOSSES[term.loss]
         options = dict(term.options)
@@ -279,6 +297,8 @@ class DiversityObjective:
             inputs = [(kept["tokens", i],) for i in layers]
         elif kind == "embeddings":
             patches = [self._normed(kept["tokens", i]) for i in layers]
+            if options.get("grid") is None:
+                options["grid"] = layout.known_grid(patches[0].shape[-2])
             # under autocast the embedding is a convolution in half precision, the norm is not
             inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
         else:
@@ -291,8 +311,8 @@ class DiversityObjective:
         return _mean([term.function(*each, **options) for each in inputs])
 
     def _normed(self, patches):
-        x = self.model.norm(patches)
-        return self.model.fc_norm(x) if hasattr(self.model, "fc_norm") else x
+        x = _sharded.call(self.model.norm, patches)
+        return _sharded.call(self.model.fc_norm, x) if hasattr(self.model, "fc_norm") else x
 
     def _mixing(self, term, patches, mixing, options):
         if mixing is None:
@@ -300,7 +320,7 @@ class DiversityObjective:
                 "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
                 "(labels, labels, ones)"
             )
-        return term.function(self.model.head(self._normed(patches)), *mixing, **options)
+        return term.function(_sharded.call(self.model.head, self._normed(patches)), *mixing, **options)
 
 
 def _mean(values):
