@@ -2,7 +2,6 @@
 are those of the model in one piece."""
 
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 
@@ -76,7 +75,41 @@ def step(model, run, config, mine):
     return total.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def fsdp2_worker(rank, store, results, world):
+FORWARD_ONLY = {"koleo": 0.1, "patch_contrast": 1.0, "attention_diversity": 1.0, "head_mhs": 0.1}
+
+
+def fsdp1(mine):
+    """What FullyShardedDataParallel gives: the losses that read no weights, the others' sentences."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    def wrapped(model, whole=False):
+        policy = None if whole else ModuleWrapPolicy({type(model.blocks[0])})
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
+
+    found, model = {}, a_model()
+    run = wrapped(model)
+    gather = FullyShardedDataParallel.summon_full_params
+    total, _ = step(model, run, FORWARD_ONLY, mine)
+    with gather(run, with_grads=True):
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found["forward only", "fsdp1"] = (
+        total,
+        {name.replace("_fsdp_wrapped_module.", ""): grad for name, grad in grads.items()},
+    )
+    for whole in (False, True):
+        found["monitor", "fsdp1", whole] = CollapseMonitor(wrapped(a_model(), whole)).measure(batch()[0])
+    for name in ("weight_mhs", "patch_mixing", "neighbourhood_contrast", "cos_reg", "head_mhs"):
+        term = Term(name, layers=(1, 2) if name in ("cos_reg", "head_mhs") else None)
+        for attached in (run, model):
+            with pytest.raises(TypeError, match=f"{name} reads weights outside of the forward pass"):
+                DiversityObjective({name: term}).attach(attached)
+    return found
+
+
+def worker(rank, store, results, world):
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
@@ -93,13 +126,14 @@ def fsdp2_worker(rank, store, results, world):
         found["monitor", units] = CollapseMonitor(model).measure(batch()[0])
         sharded_again = all(type(p).__name__ == "DTensor" for p in model.parameters())
         found["sharded again", units] = sharded_again
+    found.update(fsdp1(mine))
     torch.save(found, f"{results}/{rank}")
     dist.destroy_process_group()
     # as in test_distributed: gloo's threads may outlive the interpreter
     os._exit(0)
 
 
-def spawned(worker, tmp_path, world):
+def spawned(tmp_path, world):
     if torch.get_default_device().type == "cuda":
         pytest.skip("two processes would need two GPUs")
     mp.spawn(worker, (f"{tmp_path}/store", tmp_path, world), nprocs=world)
@@ -107,10 +141,10 @@ def spawned(worker, tmp_path, world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_fully_shard(world, tmp_path):
-    parts = spawned(fsdp2_worker, tmp_path, world)
+def test_shards_give_what_the_whole_gives(world, tmp_path):
+    parts = spawned(tmp_path, world)
     share, expected = 4 // world, {}
-    for name, config in CONFIGS.items():
+    for name, config in {**CONFIGS, "forward only": FORWARD_ONLY}.items():
         model = a_model()
         each = [step(model, model, config, slice(share * r, share * (r + 1))) for r in range(world)]
         expected[name] = each
