@@ -187,9 +187,10 @@ def _why_absent(absent, missed, all_absent):
         WITHOUT_GRADIENTS: "ran without gradients: under torch.no_grad, or checkpointed with "
         "use_reentrant=True, where use_reentrant=False is needed",
         IN_A_BACKWARD: "ran in a backward pass, which counts for no loss: call the objective before backward",
-        None: "did not run as modules: skipped by layer drop, called by another way than their forward, part "
-        "of another model than the attached one, or compiled without hooks: attach before the first call of "
-        "a compiled model, and of another of its class (or do what the docstring of DiversityObjective says)",
+        None: "did not run, or not as modules: run the model first, the attached one; blocks are missed that "
+        "layer drop skips, whose forward is not what calls them, or that were compiled without hooks: attach "
+        "before the first call of a compiled model, and of another of its class (or do what the docstring of "
+        "DiversityObjective says)",
     }
     what = "no forward pass" if all_absent else "no whole forward pass"
     causes = "; ".join(f"{', '.join(places)} {ran[cause]}" for cause, places in by_cause.items())

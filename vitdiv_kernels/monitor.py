@@ -106,16 +106,17 @@ class CollapseMonitor:
     """Measures, per block, how alike the patches, heads and layers of a ViT are.
 
     Args:
-        model: made of timm-like blocks, as for `DiversityObjective`; also compiled or in
-            DistributedDataParallel.
+        model: made of timm-like blocks, as for `DiversityObjective`; also compiled, in
+            DistributedDataParallel, or sharded by fully_shard or FullyShardedDataParallel: then all processes
+            must measure, each its own images.
         every: `step` measures at every so many calls.
         images: at most so many of the images given are measured.
         csv: a file that is written anew with the first measurement, and that each later one is appended to;
             its folder must exist.
         mixed: whether layers are compared by the maps that re-attention mixes and normalises; False takes
             their softmax maps.
-        num_prefix_tokens: class and register tokens in front, which measures of patches drop; None asks the
-            model, and takes 1 where it does not tell.
+        num_prefix_tokens: class and register tokens in front, which measures of patches drop; None as for
+            `DiversityObjective`.
 
     Each measurement adds one record per block to `records`, a dict:
         step, block: from 0;

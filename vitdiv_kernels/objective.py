@@ -137,29 +137,39 @@ class DiversityObjective:
     Args:
         config: the name of a preset, "gong2021", "diverse_vit_deit_small" or "deepvit_cos_reg"; or a mapping
             of names of your own to `Term`s, or of names of losses to weights; or of both.
-        num_prefix_tokens: class and register tokens in front, which losses on patches drop; None asks the
-            model, and takes 1 where it does not tell.
+        num_prefix_tokens: class and register tokens in front, which losses on patches drop; None takes those
+            that the model tells (num_prefix_tokens, or DINOv2's num_register_tokens or DINOv3's
+            n_storage_tokens and the class token), else those that are there beside its patches.
 
     It hooks the blocks that its losses need, and their q, k and v projections; the model is not changed, and
-    `detach` takes the hooks away. Nothing is copied: it holds references to tensors that the backward pass
-    holds anyway, until it is called. A forward pass without gradients (validation) leaves no trace. Of
-    several forward passes the last one counts.
+    `detach` takes the hooks away, as does the end of the objective. Nothing is copied: it holds references to
+    tensors that the backward pass holds anyway, until it is called. A forward pass without gradients
+    (validation) leaves no trace. Of several forward passes the last one counts.
 
     DistributedDataParallel: attach before or after wrapping; the losses are those of the images of each
-    process, and their gradients are averaged as those of the task are. torch.compile: hooks are compiled into
-    the model if they are there at its first call; attach before it. A model that was compiled without them
-    runs on without them, and the objective says so with a RuntimeError when it is called. torch.compile does
-    not see the hooks of a module where it has code of another of its class, of a model without an objective
-    or, where blocks are compiled one by one, of a block that has no hook: with
-    `torch._dynamo.config.skip_nnmodule_hook_guards = False` it does. Activation checkpointing of whole blocks
-    runs them without gradients or twice: exclude hooked blocks from it.
+    process, and their gradients are averaged as those of the task are. The same holds for fully_shard
+    (FSDP2), where all processes must call the objective, which gathers weights that it reads outside of the
+    forward pass. FullyShardedDataParallel (FSDP1) runs all losses but those that read such weights, which
+    `attach` refuses.
 
-    A copy of the model, such as that of a moving average, and one that was pickled keep nothing.
+    torch.compile: hooks are compiled into the model if they are there at its first call; attach before it. A
+    model that was compiled without them runs on without them, and the objective says so with a RuntimeError
+    when it is called. torch.compile does not see the hooks of a module where it has code of another of its
+    class, of a model without an objective or, where blocks are compiled one by one, of a block that has no
+    hook: with `torch._dynamo.config.skip_nnmodule_hook_guards = False` it does. torch.export leaves no trace,
+    and no hooks in what it exports.
 
-    Attention maps are those of the softmax of q and k, without a mask, before dropout and before re-attention
-    mixes heads; cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes, as
+    Activation checkpointing with use_reentrant=False is exact; with use_reentrant=True blocks run without
+    gradients, and the objective says so. Call it before the backward pass: what that runs again is not kept.
+
+    A copy of an attached objective, also one that was pickled, is attached to a copy of its model, the one
+    that is made with it. A copy of the model alone, such as that of a moving average, keeps nothing.
+
+    Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
+    cos_reg takes the mixed and normalised maps, as published. A mask, where blocks are called with attn_mask
+    or is_causal, is refused for them, and padded tokens for all losses. neighbourhood_contrast takes, as
     released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
-    the output of model.patch_embed. The recipe of "diverse_vit_deit_small" also smooths the labels of patches
+    the output of model.patch_embed; its grid is that of the images in the forward pass. The recipe of "diverse_vit_deit_small" also smooths the labels of patches
     by 0.1, patch_mixing's option `smoothing`, and divides the class token's cross-entropy by N + 1, with that
     of the patches: both the caller's to do. Losses that need a teacher or the gradients of patches are not
     here: see `vitdiv_kernels.losses`.
@@ -191,8 +201,9 @@ class DiversityObjective:
     def attach(self, model):
         """Puts hooks on the blocks of model; returns the objective, which as a context manager detaches.
 
-        Raises TypeError for a model that is not made of timm-like blocks, ValueError for blocks that it has
-        not, RuntimeError where the objective is attached already.
+        Raises TypeError for a model that is not made of timm-like blocks, for losses on weights that are
+        adapted or quantised, and for those that need weights which FSDP1 holds; ValueError for blocks that it
+        has not; RuntimeError where the objective is attached already.
         """
         if self.attached:
             raise RuntimeError("the objective is attached already: detach it first")
@@ -252,8 +263,9 @@ class DiversityObjective:
             total, a scalar, the weighted sum; and parts, a dict of the losses before weighting, by the names
             in the config.
 
-        Raises RuntimeError where it is not attached, or where no forward pass was recorded; ValueError where
-        patch_mixing has no `mixing`.
+        Raises RuntimeError where it is not attached, or where no forward pass was recorded, with the blocks
+        and the likely cause; ValueError where patch_mixing has no `mixing`, where the prefix tokens or the
+        grid are not known, or where tokens are padded.
         """
         if not self.attached:
             raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
