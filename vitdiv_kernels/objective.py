@@ -169,10 +169,12 @@ class DiversityObjective:
     cos_reg takes the mixed and normalised maps, as published. A mask, where blocks are called with attn_mask
     or is_causal, is refused for them, and padded tokens for all losses. neighbourhood_contrast takes, as
     released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
-    the output of model.patch_embed; its grid is that of the images in the forward pass. The recipe of "diverse_vit_deit_small" also smooths the labels of patches
-    by 0.1, patch_mixing's option `smoothing`, and divides the class token's cross-entropy by N + 1, with that
-    of the patches: both the caller's to do. Losses that need a teacher or the gradients of patches are not
-    here: see `vitdiv_kernels.losses`.
+    the output of model.patch_embed; its grid is that of the images in the forward pass.
+
+    The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1, patch_mixing's option
+    `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the patches: both the
+    caller's to do. Losses that need a teacher or the gradients of patches are not here: see
+    `vitdiv_kernels.losses`.
 
     Example:
         >>> import torch
