@@ -361,3 +361,14 @@ def test_chunks_of_blocks_are_refused():
     model.blocks = nn.ModuleList([nn.ModuleList([ReAttention(16, 2)])])
     with pytest.raises(TypeError, match="must hold blocks, got chunks of them"):
         DiversityObjective({"koleo": 1.0}).attach(model)
+
+
+def test_numbers_of_numpy_are_numbers_and_booleans_are_not():
+    np = pytest.importorskip("numpy")
+    assert Term("patch_contrast", layers=[np.int64(0), np.int32(-1)]).layers == (0, -1)
+    assert CollapseMonitor(a_model(), every=np.int64(2)).every == 2
+    for layers in ([True], [0.0], [None]):
+        with pytest.raises(ValueError, match="layers of koleo must be block numbers or"):
+            Term("koleo", layers=layers)
+    with pytest.raises(ValueError, match="every must be a positive whole number, got True"):
+        CollapseMonitor(a_model(), every=True)

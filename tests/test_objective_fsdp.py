@@ -117,7 +117,9 @@ def worker(rank, store, results, world):
     share = 4 // world
     mine, found = slice(share * rank, share * (rank + 1)), {}
     for units, names in UNITS.items():
-        for reshard in (True, None) if units == "blocks" else (None,):
+        if units == "model" and world > 1:
+            continue  # whole after the forward pass, as in one process
+        for reshard in (True, None) if units == "blocks" and world == 1 else (units == "blocks" or None,):
             for name, config in CONFIGS.items():
                 model = sharded(a_model(), names, reshard_after_forward=reshard)
                 total, grads = step(model, model, config, mine)
