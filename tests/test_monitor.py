@@ -148,6 +148,9 @@ def test_register_tokens_are_dropped():
     expected = monitor.residual(tokens[1][:, 5:]).item()
     assert CollapseMonitor(model, num_prefix_tokens=5).measure(x)[0]["residual"] == pytest.approx(expected)
     model.num_prefix_tokens = 5
+    model.cls_token, model.pos_embed = (nn.Parameter(torch.randn(1, n, 16)) for n in (5, 21))
+    tokens = model(x, return_tokens=True)[1]
+    expected = monitor.residual(tokens[1][:, 5:]).item()
     assert CollapseMonitor(model).measure(x)[0]["residual"] == pytest.approx(expected)
 
 

@@ -218,6 +218,7 @@ def test_prefix_tokens_are_those_of_the_model_or_as_given():
     with pytest.raises(ValueError, match="num_prefix_tokens must be an integer of at least 0, got -1"):
         evaluate({"koleo": 1.0}, model, images(), num_prefix_tokens=-1)
     model.num_prefix_tokens = 3
+    model.cls_token, model.pos_embed = (nn.Parameter(torch.randn(1, n, 16)) for n in (3, 19))
     _, parts, tokens, _ = evaluate({"koleo": 1.0}, model, images())
     torch.testing.assert_close(parts["koleo"], losses.koleo(tokens[-1][:, 3:]))
 
@@ -270,7 +271,8 @@ def test_hooks_cost_no_operator_and_leave_no_trace():
     with Operators() as plain:
         model(x)
     objective = DiversityObjective(config).attach(model)
-    assert hooks_of(model) == 5  # q and k of blocks 0, 1, 2; the last block's output; the embeddings
+    # q and k of blocks 0, 1, 2; the last block's output; the embeddings, their start, shape and grid; masks
+    assert hooks_of(model) == 9
     with Operators() as hooked:
         model(x)
     assert hooked.names == plain.names
@@ -278,7 +280,7 @@ def test_hooks_cost_no_operator_and_leave_no_trace():
     objective()
     objective.detach()
     with DiversityObjective({"koleo": 1.0}).attach(model):
-        assert hooks_of(model) == 1
+        assert hooks_of(model) == 5
     objective.detach()
     assert hooks_of(model) == 0
     model(x)

@@ -2,11 +2,12 @@
 
 import csv
 import math
+import operator
 from pathlib import Path
 
 import torch
 
-from . import _blocks
+from . import _blocks, _recorder, _sharded, _tokens
 from .losses import _common, layer_similarity
 from .ops import _checks
 from .ops.attn_diversity import attention_cosine
@@ -52,7 +53,7 @@ def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
         bins = ((cosine[:, later] + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
         counts += torch.bincount(bins.flatten(), minlength=BINS)
     counts, below = counts.double().cpu(), counts.cumsum(0).double().cpu()
-    ranks = torch.tensor(levels, dtype=torch.float64) * below[-1]
+    ranks = torch.tensor(levels, dtype=torch.float64, device="cpu") * below[-1]
     # the first bin that reaches the rank, and is not empty for rank 0
     found = torch.searchsorted(below, ranks.clamp_min(1e-9))
     inside = (ranks - (below - counts)[found]) / counts[found]
@@ -105,16 +106,17 @@ class CollapseMonitor:
     """Measures, per block, how alike the patches, heads and layers of a ViT are.
 
     Args:
-        model: made of timm-like blocks, as for `DiversityObjective`; also compiled or in
-            DistributedDataParallel.
+        model: made of timm-like blocks, as for `DiversityObjective`; also compiled, in
+            DistributedDataParallel, or sharded by fully_shard or FullyShardedDataParallel: then all processes
+            must measure, each its own images.
         every: `step` measures at every so many calls.
         images: at most so many of the images given are measured.
         csv: a file that is written anew with the first measurement, and that each later one is appended to;
             its folder must exist.
         mixed: whether layers are compared by the maps that re-attention mixes and normalises; False takes
             their softmax maps.
-        num_prefix_tokens: class and register tokens in front, which measures of patches drop; None asks the
-            model, and takes 1 where it does not tell.
+        num_prefix_tokens: class and register tokens in front, which measures of patches drop; None as for
+            `DiversityObjective`.
 
     Each measurement adds one record per block to `records`, a dict:
         step, block: from 0;
@@ -152,15 +154,14 @@ class CollapseMonitor:
     """
 
     def __init__(self, model, *, every=50, images=8, csv=None, mixed=True, num_prefix_tokens=None):
-        for name, value in (("every", every), ("images", images)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        every, images = _positive("every", every), _positive("images", images)
         self.model = _blocks.plain_model(model)
         for i, block in enumerate(_blocks.blocks_of(self.model)):
             _blocks.check_maps(block, i)
         self.every, self.images, self.mixed = every, images, mixed
         self.csv = None if csv is None else Path(csv)
-        self.prefix = _blocks.prefix_tokens_of(self.model, num_prefix_tokens)
+        _tokens.check_prefix(self.model, num_prefix_tokens)
+        self.num_prefix_tokens = num_prefix_tokens
         self.records, self.calls = [], 0
 
     def step(self, images, step=None):
@@ -177,8 +178,10 @@ class CollapseMonitor:
         _checks.floating_tensor("images", images)
         if images.dim() != 4 or len(images) == 0:
             raise ValueError(f"images must have shape [B, C, S, S], B > 0, got {_checks.shape_of(images)}")
-        images = images[: self.images].to(next(self.model.parameters()).device)
-        with _checks.autocast_off(images):  # in the model's own precision, also in the middle of training
+        parameter = next(self.model.parameters(), images)
+        images = images[: self.images].to(parameter.device)
+        # in the model's own precision, also in the middle of training
+        with _checks.autocast_off(images), _sharded.restored(self.model):
             new = self._records(images, step)
         if self.csv is not None:
             write_records(self.csv, new, append=bool(self.records))
@@ -188,32 +191,37 @@ class CollapseMonitor:
     def _records(self, images, step):
         blocks = self.model.blocks
         kept = self._forward(images)
-        tokens = kept["tokens", 0].shape[1]
-        if tokens - self.prefix < 2:
-            raise ValueError(
-                f"measures of patches need two at least, but the model has {tokens} tokens, the first "
-                f"{self.prefix} of which are dropped (num_prefix_tokens)"
+        layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
+        layout.check_masks(maps=True)
+        patches = []
+        for i in range(len(blocks)):
+            tokens = kept["tokens", i]
+            prefix = layout.prefix(i, tokens)
+            if tokens.shape[1] - prefix < 2:
+                raise ValueError(
+                    f"measures of patches need two at least, but the model has {tokens.shape[1]} tokens, the "
+                    f"first {prefix} of which are dropped (num_prefix_tokens)"
+                )
+            patches.append(tokens[:, prefix:])
+        with _sharded.whole(self.model):
+            layers = [_blocks.query_key(block.attn, kept["heads", i]) for i, block in enumerate(blocks)]
+            mixed = layers
+            if self.mixed:
+                mixed = [_blocks.mixed_layer(b.attn, *qk) for b, qk in zip(blocks, layers, strict=True)]
+            # an image at a time: the maps of all layers are held together
+            similarity = sum(
+                layer_similarity([_image(layer, i) for layer in mixed], along="maps", reduction="mean")
+                for i in range(len(images))
             )
-        layers = [_blocks.query_key(block.attn, kept["heads", i]) for i, block in enumerate(blocks)]
-        new = [
-            {"step": step, "block": i} | self._block(kept["tokens", i][:, self.prefix :], *layers[i])
-            for i in range(len(blocks))
-        ]
-        if self.mixed:
-            layers = [_blocks.mixed_layer(b.attn, *qk) for b, qk in zip(blocks, layers, strict=True)]
-        # an image at a time: the maps of all layers are held together
-        similarity = sum(
-            layer_similarity([_image(layer, i) for layer in layers], along="maps", reduction="mean")
-            for i in range(len(images))
-        )
+        new = [{"step": step, "block": i} | self._block(patches[i], *layers[i]) for i in range(len(blocks))]
         for record, row in zip(new, (similarity / len(images)).tolist(), strict=True):
             record["attention_cosine"] = row
         return new
 
     def _forward(self, images):
         modes = [(module, module.training) for module in self.model.modules()]
-        everything = range(len(self.model.blocks))
-        recorder = _blocks.Recorder(self.model, everything, everything, without_grad=True)
+        heads = {i: _blocks.projection_of(block, i) for i, block in enumerate(self.model.blocks)}
+        recorder = _recorder.Recorder(self.model, list(heads), heads, without_grad=True)
         try:
             self.model.eval()
             self.model(images)
@@ -237,6 +245,16 @@ class CollapseMonitor:
             residual(patches).item(),
         ]
         return dict(zip(MEASURES, values, strict=True))
+
+
+def _positive(name, value):
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return number
 
 
 def _image(layer, i):

@@ -2,10 +2,11 @@
 
 import inspect
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from . import _blocks, losses
+from . import _blocks, _recorder, _sharded, _tokens, losses
 from .ops import _checks
 
 # loss: what it looks at, how many layers it takes (None: any number at once), and the layers by default.
@@ -72,8 +73,8 @@ class Term:
         if layers != "all":
             named = (EMBEDDINGS,) if kind == "patches" else ()
             several = isinstance(layers, Iterable) and not isinstance(layers, str)
-            numbers = tuple(layers) if several else ()
-            if not numbers or any(_unknown_layer(i, named) for i in numbers):
+            numbers = tuple(_layer(i, named) for i in layers) if several else ()
+            if not numbers or None in numbers:
                 known = " or ".join(["block numbers", *map(repr, (*named, "all"))])
                 raise ValueError(f"layers of {self.loss} must be {known}, got {layers!r}")
             layers = numbers
@@ -92,8 +93,14 @@ class Term:
         return _FUNCTIONS.get(self.loss) or getattr(losses, self.loss)
 
 
-def _unknown_layer(layer, named):
-    return not isinstance(layer, int) and layer not in named
+def _layer(layer, named):
+    """A block number as an int, also one of NumPy, or a name among `named`; else None."""
+    if isinstance(layer, str):
+        return layer if layer in named else None
+    try:
+        return None if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:
+        return None
 
 
 def _options(function):
@@ -130,32 +137,44 @@ class DiversityObjective:
     Args:
         config: the name of a preset, "gong2021", "diverse_vit_deit_small" or "deepvit_cos_reg"; or a mapping
             of names of your own to `Term`s, or of names of losses to weights; or of both.
-        num_prefix_tokens: class and register tokens in front, which losses on patches drop; None asks the
-            model, and takes 1 where it does not tell.
+        num_prefix_tokens: class and register tokens in front, which losses on patches drop; None takes those
+            that the model tells (num_prefix_tokens, or DINOv2's num_register_tokens or DINOv3's
+            n_storage_tokens and the class token), else those that are there beside its patches.
 
     It hooks the blocks that its losses need, and their q, k and v projections; the model is not changed, and
-    `detach` takes the hooks away. Nothing is copied: it holds references to tensors that the backward pass
-    holds anyway, until it is called. A forward pass without gradients (validation) leaves no trace. Of
-    several forward passes the last one counts.
+    `detach` takes the hooks away, as does the end of the objective. Nothing is copied: it holds references to
+    tensors that the backward pass holds anyway, until it is called. A forward pass without gradients
+    (validation) leaves no trace. Of several forward passes the last one counts.
 
     DistributedDataParallel: attach before or after wrapping; the losses are those of the images of each
-    process, and their gradients are averaged as those of the task are. torch.compile: hooks are compiled into
-    the model if they are there at its first call; attach before it. A model that was compiled without them
-    runs on without them, and the objective says so with a RuntimeError when it is called. torch.compile does
-    not see the hooks of a module where it has code of another of its class, of a model without an objective
-    or, where blocks are compiled one by one, of a block that has no hook: with
-    `torch._dynamo.config.skip_nnmodule_hook_guards = False` it does. Activation checkpointing of whole blocks
-    runs them without gradients or twice: exclude hooked blocks from it.
+    process, and their gradients are averaged as those of the task are. The same holds for fully_shard
+    (FSDP2), where all processes must call the objective, which gathers weights that it reads outside of the
+    forward pass. FullyShardedDataParallel (FSDP1) runs all losses but those that read such weights, which
+    `attach` refuses.
 
-    A copy of the model, such as that of a moving average, and one that was pickled keep nothing.
+    torch.compile: hooks are compiled into the model if they are there at its first call; attach before it. A
+    model that was compiled without them runs on without them, and the objective says so with a RuntimeError
+    when it is called. torch.compile does not see the hooks of a module where it has code of another of its
+    class, of a model without an objective or, where blocks are compiled one by one, of a block that has no
+    hook: with `torch._dynamo.config.skip_nnmodule_hook_guards = False` it does. torch.export leaves no trace,
+    and no hooks in what it exports.
 
-    Attention maps are those of the softmax of q and k, without a mask, before dropout and before re-attention
-    mixes heads; cos_reg takes the mixed and normalised maps, as published. neighbourhood_contrast takes, as
+    Activation checkpointing with use_reentrant=False is exact; with use_reentrant=True blocks run without
+    gradients, and the objective says so. Call it before the backward pass: what that runs again is not kept.
+
+    A copy of an attached objective, also one that was pickled, is attached to a copy of its model, the one
+    that is made with it. A copy of the model alone, such as that of a moving average, keeps nothing.
+
+    Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
+    cos_reg takes the mixed and normalised maps, as published. A mask, where blocks are called with attn_mask
+    or is_causal, is refused for them, and padded tokens for all losses. neighbourhood_contrast takes, as
     released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
-    the output of model.patch_embed. The recipe of "diverse_vit_deit_small" also smooths the labels of patches
-    by 0.1, patch_mixing's option `smoothing`, and divides the class token's cross-entropy by N + 1, with that
-    of the patches: both the caller's to do. Losses that need a teacher or the gradients of patches are not
-    here: see `vitdiv_kernels.losses`.
+    the output of model.patch_embed; its grid is that of the images in the forward pass.
+
+    The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1, patch_mixing's option
+    `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the patches: both the
+    caller's to do. Losses that need a teacher or the gradients of patches are not here: see
+    `vitdiv_kernels.losses`.
 
     Example:
         >>> import torch
@@ -184,10 +203,11 @@ class DiversityObjective:
     def attach(self, model):
         """Puts hooks on the blocks of model; returns the objective, which as a context manager detaches.
 
-        Raises TypeError for a model that is not made of timm-like blocks, ValueError for blocks that it has
-        not, RuntimeError where the objective is attached already.
+        Raises TypeError for a model that is not made of timm-like blocks, for losses on weights that are
+        adapted or quantised, and for those that need weights which FSDP1 holds; ValueError for blocks that it
+        has not; RuntimeError where the objective is attached already.
         """
-        if self.recorder is not None:
+        if self.attached:
             raise RuntimeError("the objective is attached already: detach it first")
         model = _blocks.plain_model(model)
         blocks = _blocks.blocks_of(model)
@@ -200,20 +220,26 @@ class DiversityObjective:
             elif kind in ("heads", "maps"):
                 heads |= set(layers[name])
             for i in layers[name] if kind in ("heads", "maps", "weights") else ():
-                (_blocks.projection_of if kind == "weights" else _blocks.check_maps)(blocks[i], i)
+                (_blocks.check_weight if kind == "weights" else _blocks.check_maps)(blocks[i], i)
             if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
                 raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
             if kind == "embeddings":
                 if not all(hasattr(model, part) for part in ("patch_embed", "norm")):
                     raise TypeError(f"{term.loss} needs model.patch_embed and model.norm, the final norm")
                 patch_embed = True
-        self.model, self.layers = model, layers
-        self.prefix = _blocks.prefix_tokens_of(model, self.num_prefix_tokens)
-        self.recorder = _blocks.Recorder(
-            model, sorted(tokens - {-1}), sorted(heads), embeddings=-1 in tokens, patch_embed=patch_embed
+        _tokens.check_prefix(model, self.num_prefix_tokens)
+        if _sharded.is_flat(model):
+            self._check_flat(blocks, layers)
+        self.recorder = _recorder.Recorder(
+            model, tokens, {i: _blocks.projection_of(blocks[i], i) for i in heads}, patch_embed=patch_embed
         )
-        self.expected = len(self.recorder.handles)
+        self.model, self.layers = model, layers
         return self
+
+    @property
+    def attached(self):
+        """Whether its hooks are on a model."""
+        return self.recorder is not None and self.recorder.remove.alive
 
     def detach(self):
         """Takes the hooks away; does nothing where there are none."""
@@ -239,23 +265,29 @@ class DiversityObjective:
             total, a scalar, the weighted sum; and parts, a dict of the losses before weighting, by the names
             in the config.
 
-        Raises RuntimeError where it is not attached, or where no forward pass was recorded; ValueError where
-        patch_mixing has no `mixing`.
+        Raises RuntimeError where it is not attached, or where no forward pass was recorded, with the blocks
+        and the likely cause; ValueError where patch_mixing has no `mixing`, where the prefix tokens or the
+        grid are not known, or where tokens are padded.
         """
-        if self.recorder is None:
+        if not self.attached:
             raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
         kept = self.recorder.take()
-        if len(kept) < self.expected:
-            raise RuntimeError(
-                "no forward pass was recorded since the last call: run the model with gradients first, and "
-                "attach before the first call of a compiled model, and of another of its class (or do what "
-                "the docstring of DiversityObjective says)"
-            )
+        layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
+        layout.check_masks(maps=any(key[0] == "heads" for key in kept))
         for key in [key for key in kept if key[0] == "tokens"]:
             # cut once: the gradient of each cut is a copy of all tokens
-            kept[key] = kept[key][:, self.prefix :]
-        parts = {name: self._part(name, kept, mixing, generator) for name in self.terms}
+            kept[key] = kept[key][:, layout.prefix(key[1], kept[key]) :]
+        parts = {name: self._part(name, kept, layout, mixing, generator) for name in self.terms}
         return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
+
+    def _check_flat(self, blocks, layers):
+        for name, term in self.terms.items():
+            kind = LOSSES[term.loss][0]
+            if any(_blocks.reads_weights(blocks[i], kind) for i in layers[name]):
+                raise TypeError(
+                    f"{term.loss} reads weights outside of the forward pass, where FullyShardedDataParallel "
+                    "has parts of them only: shard the model with torch.distributed.fsdp.fully_shard instead"
+                )
 
     def _layers(self, term, depth):
         """Block numbers from 0, and -1 for the embeddings, as the recorder has them."""
@@ -265,7 +297,7 @@ class DiversityObjective:
                 raise ValueError(f"{term.loss} takes block {i}, but the model has {depth} blocks")
         return [-1 if i == EMBEDDINGS else i % depth for i in layers]
 
-    def _part(self, name, kept, mixing, generator):
+    def _part(self, name, kept, layout, mixing, generator):
         term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
         kind, count, _ = LOSSES[term.loss]
         options = dict(term.options)
@@ -279,6 +311,8 @@ class DiversityObjective:
             inputs = [(kept["tokens", i],) for i in layers]
         elif kind == "embeddings":
             patches = [self._normed(kept["tokens", i]) for i in layers]
+            if options.get("grid") is None:
+                options["grid"] = layout.known_grid(patches[0].shape[-2])
             # under autocast the embedding is a convolution in half precision, the norm is not
             inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
         else:
@@ -291,8 +325,8 @@ class DiversityObjective:
         return _mean([term.function(*each, **options) for each in inputs])
 
     def _normed(self, patches):
-        x = self.model.norm(patches)
-        return self.model.fc_norm(x) if hasattr(self.model, "fc_norm") else x
+        x = _sharded.call(self.model.norm, patches)
+        return _sharded.call(self.model.fc_norm, x) if hasattr(self.model, "fc_norm") else x
 
     def _mixing(self, term, patches, mixing, options):
         if mixing is None:
@@ -300,7 +334,7 @@ class DiversityObjective:
                 "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
                 "(labels, labels, ones)"
             )
-        return term.function(self.model.head(self._normed(patches)), *mixing, **options)
+        return term.function(_sharded.call(self.model.head, self._normed(patches)), *mixing, **options)
 
 
 def _mean(values):

@@ -64,8 +64,8 @@ def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
         token_ratio: a block is similar where the share of its similar heads and tokens is larger.
 
     Returns:
-        the ratio, a scalar in [0, 1] of all L blocks; and the shares of similar heads and tokens of blocks
-        1 ... L - 1, [L - 1]. No gradient.
+        the ratio, a float32 scalar in [0, 1] of all L blocks; and the shares of similar heads and tokens of
+        blocks 1 ... L - 1, float64 [L - 1]. No gradient.
 
     Source: Zhou et al. 2021 (arXiv 2103.11886), the ratio of similar blocks.
     """
@@ -76,7 +76,7 @@ def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
     _checks.number("token_ratio", token_ratio)
     before = similarity.detach().diagonal(1).movedim(-1, 0)  # block p + 1 with block p
     shares = (before > threshold).reshape(len(before), -1).double().mean(-1)
-    return (shares > token_ratio).sum() / len(similarity), shares
+    return (shares > token_ratio).sum().float() / len(similarity), shares
 
 
 def cos_reg(layers, *, along="heads", scale=None, rows=64):

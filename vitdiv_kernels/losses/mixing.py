@@ -22,7 +22,8 @@ def cutmix_shares(box, *, image_size, grid):
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `patch_wise_lam`.
     """
-    box = torch.as_tensor(box, dtype=torch.float32)
+    # as_tensor takes a tensor to the default device
+    box = box.float() if isinstance(box, torch.Tensor) else torch.as_tensor(box, dtype=torch.float32)
     if box.shape[-1:] != (4,):
         raise ValueError(
             f"box must be top, bottom, left and right, four numbers or [..., 4], got {_checks.shape_of(box)}"
@@ -105,7 +106,7 @@ def _patch_mixing(logits, labels, others, shares, smoothing, reduction):
 
 def _covered(interval, pixels, patches):
     """The share of each of `patches` equal parts of `pixels` that lies in the interval [..., 2]."""
-    edges = torch.linspace(0, pixels, patches + 1, device=interval.device)
+    edges = torch.linspace(0, pixels, patches + 1, dtype=interval.dtype, device=interval.device)
     low, high = interval.unsqueeze(-2).unbind(-1)
     overlap = torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])
     return overlap.clamp_min(0) * (patches / pixels)
