@@ -25,6 +25,7 @@ TINY = {
     "bench_reattention.py": ["--shapes", "1x2x5x8", "--norm", "batch"],
     "bench_losses.py": ["--suite", "tiny"],
     "bench_objective.py": ["--suite", "tiny"],
+    "bench_models.py": ["--suite", "tiny"],
     "bench_scaling.py": ["--tokens", "8"],
 }
 

@@ -1,5 +1,6 @@
 """reattention: output, Gram matrix, running statistics and every gradient, on every backend."""
 
+import math
 from dataclasses import dataclass, replace
 
 import formulas
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitdiv_kernels import attention_gram, reattention
+from vitdiv_kernels.nn import ReAttention
 from vitdiv_kernels.ops.reattention import fold
 
 
@@ -536,3 +538,30 @@ def test_batch_norm_in_cpp_is_that_in_torch(dtype, optional):
 def assert_all_close(results, expected):
     for result, value in zip(results, expected, strict=True):
         torch.testing.assert_close(result, value)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_a_bias_before_batch_norm_has_no_gradient(backend, bad):
+    """Exactly none, as batch norm takes it out again: rounding noise would be Adam's full learning rate."""
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    mix, bias = torch.randn(4, 4), torch.randn(4, requires_grad=True)
+    out = reattention(q, k, v, mix, mix_bias=bias, norm="batch", training=True, backend=backend)
+    (dbias,) = torch.autograd.grad(out, bias, torch.randn_like(out) + bad)
+    assert torch.equal(dbias, torch.zeros(4))
+    frozen = reattention(
+        q, k, v, mix, mix_bias=bias, norm="batch", running_mean=torch.zeros(4), running_var=torch.ones(4),
+        backend=backend,
+    )  # fmt: skip
+    (dbias,) = torch.autograd.grad(frozen.sum(), bias)
+    torch.testing.assert_close(dbias, v.sum((0, 2, 3)) * 9 / (1 + 1e-5) ** 0.5)
+
+
+def test_adam_leaves_a_bias_before_batch_norm_where_it_is():
+    module = ReAttention(32, 4, backend="reference")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0)
+    before = module.reatten_matrix.bias.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(torch.randn(2, 9, 32)).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(module.reatten_matrix.bias.detach(), before)
