@@ -4,6 +4,7 @@ import torch
 
 from ..ops import _checks
 from ..ops._layout import accumulation_dtype
+from ..ops._range import near_one
 from ..ops.pairwise_cosine.reference import normalise
 from ..ops.pairwise_rows import pairwise_nearest
 from ._spectral import GramDeterminant
@@ -18,21 +19,40 @@ def full_precision(*tensors):
 
 def unit(x, eps):
     """`x / max(|x|, eps)` in float32 or float64."""
-    return normalise(full_precision(x)[0], eps)
+    (x,) = full_precision(x)
+    if not _within_range(x, torch.linalg.vector_norm(x.detach(), dim=-1), eps):
+        return normalise(x, eps)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
 
 
-def inverse_norm(x, eps):
-    """1 / max(|x|, eps), [..., 1]; 1 with an eps of None."""
+def scaled(x, eps):
+    """(x, scale, radial), for gradients by hand: `x * scale`, scale [..., 1], are the unit vectors, or x with
+    an eps of None. radial is the scale of the part along x that the normalisation takes out of a gradient:
+    none, 0, where eps stands for the norm. The vectors are divided by powers of two where that is needed.
+    """
     if eps is None:
-        return x.new_ones(()).expand(*x.shape[:-1], 1)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
+        scale = x.new_ones(()).expand(*x.shape[:-1], 1)
+        return x, scale, torch.zeros_like(scale)
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    if not _within_range(x, norm, eps):
+        x, eps = near_one(x, eps)
+        norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    scale = norm.clamp_min(eps).reciprocal()
+    return x, scale, scale.masked_fill(norm <= eps, 0)
 
 
-def projected(scale, eps):
-    """The scale of the part along x that the normalisation takes out: none where eps stands for the norm."""
-    if eps is None:
-        return torch.zeros_like(scale)
-    return scale.masked_fill(scale == torch.full_like(scale, eps).reciprocal(), 0)
+def _within_range(x, norm, eps):
+    """Whether squares of x and of its products are known to stay within range, where values may be read."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch._C._functorch.is_batchedtensor(x):
+        return False
+    if norm.numel() == 0:
+        return True
+    least, most = torch.aminmax(norm.detach().clamp_min(eps))
+    # a third of the exponents on both sides of 1: scale^2 and what it multiplies keep their digits, too
+    bound = 2.0**340 if x.dtype == torch.float64 else 2.0**42
+    return bool((least > 1 / bound) & (most < bound))
 
 
 def reduced(values, reduction):
