@@ -20,9 +20,8 @@ def full_precision(*tensors):
 def unit(x, eps):
     """`x / max(|x|, eps)` in float32 or float64."""
     (x,) = full_precision(x)
-    if not _within_range(x, torch.linalg.vector_norm(x.detach(), dim=-1), eps):
-        return normalise(x, eps)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(eps) if within_range(x, norm, eps) else normalise(x, eps)
 
 
 def scaled(x, eps):
@@ -34,18 +33,17 @@ def scaled(x, eps):
         scale = x.new_ones(()).expand(*x.shape[:-1], 1)
         return x, scale, torch.zeros_like(scale)
     norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
-    if not _within_range(x, norm, eps):
+    if not within_range(x, norm, eps):
         x, eps = near_one(x, eps)
         norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
     scale = norm.clamp_min(eps).reciprocal()
     return x, scale, scale.masked_fill(norm <= eps, 0)
 
 
-def _within_range(x, norm, eps):
-    """Whether squares of x and of its products are known to stay within range, where values may be read."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch._C._functorch.is_batchedtensor(x):
+def within_range(x, norm, eps):
+    """Whether the norms of x, or eps for shorter ones, are known to be such that squares of x and of its
+    products stay within range."""
+    if not _checks.values_at_hand(x):
         return False
     if norm.numel() == 0:
         return True

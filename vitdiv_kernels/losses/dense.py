@@ -241,7 +241,7 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
 def _centred(x):
     """x [..., N, D] less its mean, up to a factor of each matrix.
 
-    Twice: the first mean is rounded, by as much as patches differ that are nearly equal, and the rest is exact.
+    Twice: the first mean is rounded, by as much as nearly equal patches differ, and the rest is exact.
     """
     for _ in range(2):
         x = matrices_near_one(x)

@@ -1,9 +1,11 @@
 """The operators `reattention_{fwd,bwd}` and `head_dots`, their autograd.Function; maths in README.md."""
 
+import math
+
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import autocast_off
+from .._checks import autocast_off, values_at_hand
 from .._layout import accumulation_dtype, heads_like, nothing, when
 from .._operators import define
 from .fold import batch_norm_backward, batch_statistics, fold, fold_backward, variance_gradient
@@ -199,6 +201,11 @@ def _batch_norm_forward(
         return scaled, scaled, gram, None, statistics
     bias = norm_bias if out_scale == 1 else norm_bias * out_scale
     shift = bias.view(-1, 1, 1) * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
+    if values_at_hand(shift) and not math.isfinite(shift.sum()):
+        # of an Inf in v both terms are infinite: their signs may differ, that of the sum is the mixed map's
+        weight = mix * gain.unsqueeze(1)
+        out, _ = _fwd[backend](*inputs, weight, bias, True, None, None, eps, True, False)
+        return out, scaled, gram, bias, statistics
     if keep_scaled and scaled.dtype == shift.dtype:
         out = scaled + shift
     else:  # in place it is added in float32 and rounded once
