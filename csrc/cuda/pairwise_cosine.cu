@@ -67,11 +67,12 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   const auto part = WHOLE ? CosinePart<T>::of_triangle((n + 31) / 32)
                           : CosinePart<T>::of_tile(row0, column0, n, m, a.within);
   CosineSums<T> acc = {};
+  Powers<T> powers{};
   if constexpr (WHOLE) {
     // Two threads read each vector once more, in shared memory.
     const int mine = thread_x() / 2, from = mine * Tile::kStride + thread_x() % 2 * (Tile::kChunk / 2);
     A squares = 0;
-    products.add(acc, part, a.x, item * a.x.item, 0, a.x, 0, 0, true, [&](int at) {
+    products.add(acc, part, a.x, item * a.x.item, 0, a.x, 0, 0, true, powers, [&](int at) {
       if (mine >= most) return;
       UNROLLED_FOR (int i = 0; i < Tile::kChunk / 2; i += kPiece<T>) {
         A v[kPiece<T>];
@@ -87,7 +88,9 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
     }
     sync_block();
   } else {
-    products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0, diagonal, [](int) {});
+    powers = Powers<T>::of_tile(part, a.x_rates, item * n, row0, n, a.y_rates, item * m, column0, m);
+    products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0, diagonal, powers,
+                 [](int) {});
   }
 
   const int row = row0 + part.row, words = (m + 31) / 32, planes = a.penalty == Penalty::kAbs ? 2 : 1;
@@ -95,7 +98,7 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at >= n ? A(0) : WHOLE ? rates.ld(at) : a.x_rates.ld(item * n + at);
+      rate[r][i] = at >= n ? A(0) : WHOLE ? rates.ld(at) : powers.rest(a.x_rates.ld(item * n + at));
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
     const bool active = g >= part.first && g < part.end;

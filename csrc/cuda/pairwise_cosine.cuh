@@ -5,6 +5,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 #include "mma.cuh"
@@ -169,6 +170,73 @@ DEVICE TilePlace tile_place(int tile, int row_tiles, int column_tiles, bool tria
   return {row, row + tile};
 }
 
+// x = power * rest with 1 <= rest < 2; x = 1 * x of what has no such parts, subnormal numbers too.
+DEVICE void power_and_rest(float x, float& power, float& rest) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint32_t exponent = bits & 0x7f800000u, fraction = (bits & 0x007fffffu) | 0x3f800000u;
+  const bool normal = exponent && exponent != 0x7f800000u;
+  power = 1, rest = x;
+  if (!normal) return;
+  __builtin_memcpy(&power, &exponent, sizeof power);
+  __builtin_memcpy(&rest, &fraction, sizeof rest);
+}
+DEVICE void power_and_rest(double x, double& power, double& rest) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint64_t exponent = bits & 0x7ff0000000000000u,
+                 fraction = (bits & 0x000fffffffffffffu) | 0x3ff0000000000000u;
+  const bool normal = exponent && exponent != 0x7ff0000000000000u;
+  power = 1, rest = x;
+  if (!normal) return;
+  __builtin_memcpy(&power, &exponent, sizeof power);
+  __builtin_memcpy(&rest, &fraction, sizeof rest);
+}
+
+// Whether a norm, or one over it, is so far from 1 that squares, or products of such vectors, may leave the range; also NaN.
+template <class A>
+DEVICE bool is_far(A norm) {
+  constexpr A bound = sizeof(A) == 8 ? A(0x1p340) : A(0x1p42);
+  return !(norm < bound && norm > 1 / bound);
+}
+
+// The powers of two of the inverse norms of a tile's rows, which these are multiplied by if `any` of its vectors is so long
+// or so short that products of raw vectors would leave the range. float16 has no such vectors.
+template <class T>
+struct Powers {
+  Global<const Acc<T>> rates;
+  int64_t first;  // of the item
+  int row0, count;
+  bool any;
+
+  template <int GROUPS = CosineTile<T>::kGroups>
+  DEVICE static Powers of_tile(const CosinePart<T>& part, Global<const Acc<T>> rates, int64_t first, int row0,
+                               int count, Global<const Acc<T>> column_rates, int64_t column_first,
+                               int column0, int column_count) {
+    float far = 0;
+    if constexpr (!std::is_same_v<T, half_t>) {
+      const int row = row0 + part.row + lane_id(), column = column0 + part.column + lane_id();
+      if (row < count && is_far(rates.ld(first + row))) far = 1;
+      UNROLLED_FOR (int g = 0; g < GROUPS; ++g)
+        if (column + 32 * g < column_count && is_far(column_rates.ld(column_first + column + 32 * g)))
+          far = 1;
+      far = warp_max(far);
+    }
+    return {rates, first, row0, count, far > 0};
+  }
+  DEVICE Acc<T> of(int row) const {
+    Acc<T> power = 1, rest;
+    if (row0 + row < count) power_and_rest(rates.ld(first + row0 + row), power, rest);
+    return power;
+  }
+  // What products are still to be multiplied by.
+  DEVICE Acc<T> rest(Acc<T> rate) const {
+    Acc<T> power, rest = rate;
+    if (any) power_and_rest(rate, power, rest);
+    return rest;
+  }
+};
+
 // step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are registers for.
 template <class T, class Step>
 DEVICE void for_each_step(int depth, Step step) {
@@ -206,11 +274,12 @@ struct CosineProducts {
     }
   }
 
-  // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows. see(at): a
+  // acc += x . y, the rows of x times their powers, for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows. see(at): a
   // chunk of the rows has come, at that place in the memory.
   template <class See>
   DEVICE void add(Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
-                  const Vectors<T>& y, int64_t y_item, int column0, bool same, See see) const {
+                  const Vectors<T>& y, int64_t y_item, int column0, bool same, const Powers<T>& powers,
+                  See see) const {
     const int chunks = (x.width + Tile::kChunk - 1) / Tile::kChunk;
     const int columns = (same ? column0 - row0 : most) * Tile::kStride;  // behind the rows
     const auto fetch_chunk = [&](int t) {
@@ -242,6 +311,11 @@ struct CosineProducts {
         UNROLLED_FOR (int r = 0; r < 2; ++r)
           load_a(a[r], memory,
                  [&](int row, int i) { return rows_at + (16 * r + row) * Tile::kStride + k + i; });
+        if (powers.any)
+          UNROLLED_FOR (int r = 0; r < 2; ++r) {
+            const int row = part.row + 16 * r + tile_row(0);
+            scale_rows<T>(a[r], powers.of(row), powers.of(row + 8));
+          }
         UNROLLED_FOR (int g = 0; g < GROUPS; ++g) {
           if (g < part.first || g >= part.end) continue;
           UNROLLED_FOR (int h = 0; h < 2; ++h) {

@@ -91,8 +91,9 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
                   column_rests = carve.take<A>(Tile::kDown * Tile::kSize);
   const auto part = CosinePart<T>::of_tile(row0, column0, n, m, a.symmetric);
   CosineSums<T> acc = {};
+  const auto powers = Powers<T>::of_tile(part, a.x_rates, item * n, row0, n, a.y_rates, item * m, column0, m);
   products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0,
-               a.within && row_tile == column_tile, [](int) {});
+               a.within && row_tile == column_tile, powers, [](int) {});
 
   const int row = row0 + part.row;
   const A nothing = bounded ? A(0) : -A(INFINITY);  // the value of a pair that does not count
@@ -100,7 +101,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at < n ? a.x_rates.ld(item * n + at) : A(0);
+      rate[r][i] = at < n ? powers.rest(a.x_rates.ld(item * n + at)) : A(0);
       top[r][i] = bounded ? a.scale : lowest<A>();
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
