@@ -109,24 +109,6 @@ DEVICE void load_a(FragmentA<T>& a, Shared<T> s, At at) {
   }
 }
 
-// Its rows times powers of two: of a lane's rows those of tile_row(0) by `first`, those 8 below by `second`.
-template <class T>
-DEVICE void scale_rows(FragmentA<T>& a, Acc<T> first, Acc<T> second) {
-  if constexpr (sizeof(T) == 2) {
-    UNROLLED_FOR (int i = 0; i < 4; ++i) {
-      const Acc<T> power = i & 1 ? second : first;
-      a.r[i] = pack2<T>(to_float(T{uint16_t(a.r[i])}) * power, to_float(T{uint16_t(a.r[i] >> 16)}) * power);
-    }
-  } else if constexpr (sizeof(T) == 4) {
-    UNROLLED_FOR (int i = 0; i < 4; ++i) {
-      const Acc<T> power = i & 1 ? second : first;
-      a.hi[i] *= power, a.lo[i] *= power;
-    }
-  } else {
-    a.r[0] *= first, a.r[1] *= second;
-  }
-}
-
 // The depth x 16 fragment of B, as two of 8 columns. at(column, k) as above: along k, or with TRANS along the columns.
 template <bool TRANS = false, class T, class At>
 DEVICE void load_b(FragmentB<T> (&b)[2], Shared<T> s, At at) {

@@ -200,41 +200,41 @@ DEVICE bool is_far(A norm) {
   return !(norm < bound && norm > 1 / bound);
 }
 
-// The powers of two of the inverse norms of a tile's rows, which these are multiplied by if `any` of its vectors is so long
-// or so short that products of raw vectors would leave the range. float16 has no such vectors.
+// Whether a tile has vectors so long or so short that products of raw vectors would leave the range. Then all of its vectors
+// are multiplied by the powers of two of their inverse norms first, and the products by the rest of these: they are cosines.
+// float16 has no such vectors.
+//   rate(set, i)   the inverse norm of its i-th row (set 0) or column (1), 0 past the last
 template <class T>
 struct Powers {
-  Global<const Acc<T>> rates;
-  int64_t first;  // of the item
-  int row0, count;
   bool any;
 
-  template <int GROUPS = CosineTile<T>::kGroups>
-  DEVICE static Powers of_tile(const CosinePart<T>& part, Global<const Acc<T>> rates, int64_t first, int row0,
-                               int count, Global<const Acc<T>> column_rates, int64_t column_first,
-                               int column0, int column_count) {
+  // The same for all warps of a block. `most`: vectors of a tile.
+  template <class Rate>
+  DEVICE static Powers of_tile(int most, Rate rate) {
+    if constexpr (std::is_same_v<T, half_t>) return {false};
     float far = 0;
-    if constexpr (!std::is_same_v<T, half_t>) {
-      const int row = row0 + part.row + lane_id(), column = column0 + part.column + lane_id();
-      if (row < count && is_far(rates.ld(first + row))) far = 1;
-      UNROLLED_FOR (int g = 0; g < GROUPS; ++g)
-        if (column + 32 * g < column_count && is_far(column_rates.ld(column_first + column + 32 * g)))
-          far = 1;
-      far = warp_max(far);
+    ROLLED_FOR (int i = lane_id(); i < most; i += 32)
+      UNROLLED_FOR (int set = 0; set < 2; ++set) {
+        const Acc<T> number = rate(set, i);
+        if (number != 0 && is_far(number)) far = 1;
+      }
+    return {renewed(int(warp_max(far))) != 0};
+  }
+  // A chunk of `rows` vectors of a set at a place in shared memory.
+  template <class Rate>
+  DEVICE void scale(Shared<T> memory, int at, int set, int rows, Rate rate) const {
+    constexpr int chunk = CosineTile<T>::kChunk;
+    ROLLED_FOR (int e = thread_x(); e < rows * chunk; e += threads()) {
+      const int i = e / chunk, to = at + i * CosineTile<T>::kStride + e % chunk;
+      Acc<T> power, rest;
+      const Acc<T> number = rate(set, i);
+      if (number == 0) continue;  // past the last there may be no numbers
+      power_and_rest(number, power, rest);
+      memory.st(to, from_acc<T>(to_float(memory.ld(to)) * power));
     }
-    return {rates, first, row0, count, far > 0};
   }
-  DEVICE Acc<T> of(int row) const {
-    Acc<T> power = 1, rest;
-    if (row0 + row < count) power_and_rest(rates.ld(first + row0 + row), power, rest);
-    return power;
-  }
-  // What products are still to be multiplied by.
-  DEVICE Acc<T> rest(Acc<T> rate) const {
-    Acc<T> power, rest = rate;
-    if (any) power_and_rest(rate, power, rest);
-    return rest;
-  }
+  // 1 where products are cosines already.
+  DEVICE Acc<T> left_of(Acc<T> rate) const { return any ? Acc<T>(1) : rate; }
 };
 
 // step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are registers for.
@@ -274,11 +274,11 @@ struct CosineProducts {
     }
   }
 
-  // acc += x . y, the rows of x times their powers, for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows. see(at): a
+  // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows. see(at): a
   // chunk of the rows has come, at that place in the memory.
-  template <class See>
+  template <class Rate, class See>
   DEVICE void add(Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
-                  const Vectors<T>& y, int64_t y_item, int column0, bool same, const Powers<T>& powers,
+                  const Vectors<T>& y, int64_t y_item, int column0, bool same, Powers<T> powers, Rate rate,
                   See see) const {
     const int chunks = (x.width + Tile::kChunk - 1) / Tile::kChunk;
     const int columns = (same ? column0 - row0 : most) * Tile::kStride;  // behind the rows
@@ -301,6 +301,13 @@ struct CosineProducts {
       sync_block();  // also: the stage that is fetched next is no longer in use
       fetch_chunk(t + stages - 1);
       see(t % stages * stage);
+      if (powers.any) {
+        powers.scale(memory, t % stages * stage, 0, most, rate);
+        if (!same)
+          powers.scale(memory, t % stages * stage + columns, 1, GROUPS < Tile::kGroups ? 64 * GROUPS : most,
+                       rate);
+        sync_block();
+      }
       if (!part.any()) continue;
       const int left = padded_width(x.width - t * Tile::kChunk),
                 depth = left < Tile::kChunk ? left : Tile::kChunk;
@@ -311,11 +318,6 @@ struct CosineProducts {
         UNROLLED_FOR (int r = 0; r < 2; ++r)
           load_a(a[r], memory,
                  [&](int row, int i) { return rows_at + (16 * r + row) * Tile::kStride + k + i; });
-        if (powers.any)
-          UNROLLED_FOR (int r = 0; r < 2; ++r) {
-            const int row = part.row + 16 * r + tile_row(0);
-            scale_rows<T>(a[r], powers.of(row), powers.of(row + 8));
-          }
         UNROLLED_FOR (int g = 0; g < GROUPS; ++g) {
           if (g < part.first || g >= part.end) continue;
           UNROLLED_FOR (int h = 0; h < 2; ++h) {
@@ -328,6 +330,19 @@ struct CosineProducts {
         }
       });
     }  // only empty groups are left to wait for
+    if (!powers.any) return;
+    UNROLLED_FOR (int g = 0; g < GROUPS; ++g)
+      UNROLLED_FOR (int h = 0; h < 2; ++h)
+        UNROLLED_FOR (int r = 0; r < 2; ++r)
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            UNROLLED_FOR (int e = 0; e < 4; ++e) {
+              sync_warp();  // keeps the compiler from loading what other products need, too
+              Acc<T> power, row_rest, column_rest;
+              power_and_rest(rate(0, part.row + 16 * r + tile_row(e)), power, row_rest);
+              power_and_rest(rate(1, part.column + 32 * g + 16 * h + 8 * j + tile_col(e)), power,
+                             column_rest);
+              acc[g][h][r][j][e] *= row_rest * column_rest;
+            }
   }
 };
 

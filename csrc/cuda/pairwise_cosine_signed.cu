@@ -21,8 +21,8 @@ struct RatesKernel {
 template <class T>
 DEVICE Acc<T> far_norm(const Vectors<T>& x, int64_t at, Acc<T> eps) {
   using A = Acc<T>;
-  constexpr A most =
-      sizeof(A) == 8 ? A(0x1p1022) : A(0x1p126);  // up to there the inverse is a normal number, too
+  // up to there the inverse is a normal number, too
+  constexpr A most = sizeof(A) == 8 ? A(0x1p1022) : A(0x1p126);
   A size = larger(eps, 1 / most), power, rest, squares = 0;
   for (int k = lane_id(); k < x.width; k += 32) {
     const A entry = to_float(x.data.ld(at + k));

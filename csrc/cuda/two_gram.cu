@@ -43,10 +43,13 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
     }
     sync_block();  // the memory may still be in use
     other_powers = powers;
-    const auto rates = gram ? a.y_rates : a.x_rates;
-    powers = Powers<T>::of_tile(part, rates, item * n, row0, n, rates, item * n, column0, n);
+    const auto rate = [&](int set, int i) {
+      const int at = (set ? column0 : row0) + i;
+      return at < n ? (gram ? a.y_rates : a.x_rates).ld(item * n + at) : A(0);
+    };
+    powers = Powers<T>::of_tile(Tile::kSize, rate);
     products.add(s, part, z, item * z.item, row0, z, item * z.item, column0, row_tile == column_tile, powers,
-                 [](int) {});
+                 rate, [](int) {});
   }
 
   const int row = row0 + part.row;
@@ -54,8 +57,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at < n ? powers.rest(a.x_rates.ld(item * n + at)) : A(0);
-      other_rate[r][i] = at < n && !identity ? other_powers.rest(a.y_rates.ld(item * n + at)) : A(0);
+      rate[r][i] = at < n ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
+      other_rate[r][i] = at < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + at)) : A(0);
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
     if (g < part.first || g >= part.end) continue;
@@ -65,8 +68,9 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int to = column + 16 * h + 8 * j + tile_col(e);
-          const A column_rate = to < n ? a.x_rates.ld(item * n + to) : A(0);
-          const A other_column_rate = to < n && !identity ? a.y_rates.ld(item * n + to) : A(0);
+          const A column_rate = to < n ? powers.left_of(a.x_rates.ld(item * n + to)) : A(0);
+          const A other_column_rate =
+              to < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + to)) : A(0);
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);
