@@ -279,6 +279,8 @@ def test_nan_and_inf_propagate(backend, norm, training, where, poison):
         assert torch.equal(got[name].isfinite(), truth.isfinite()), name
         if name not in may_cancel or backend == "reference" or poison != poison:
             assert torch.equal(got[name].isnan(), truth.isnan()), name
+            if name == "out":
+                assert torch.equal(got[name] == float("inf"), truth == float("inf")), name
 
     if where == "mix" or batch:  # which reach every image
         return
