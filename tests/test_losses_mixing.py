@@ -121,3 +121,31 @@ def test_bad_input_gets_a_sentence(call, error, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_probability_of_zero_with_share_zero_adds_nothing():
+    """0 log 0 is 0, in the value and in the gradients."""
+    logits, shares = LOGITS.clone(), SHARES.float()
+    logits[:, shares == 1, OTHERS[0]] = -torch.inf  # of images 0 and 2 a label
+    labels, others = torch.full((B,), 1), torch.full((B,), int(OTHERS[0]))
+    given = logits.clone().requires_grad_()
+    got = losses.patch_mixing(given, labels, others, shares, reduction="none")
+    (grad,) = torch.autograd.grad(got.sum(), given)
+    truth = logits.double().requires_grad_()
+    log_p = log_softmax(truth, -1)
+    own = shares == 1
+    mixed = shares * log_p[..., 1] + (1 - shares) * log_p[..., OTHERS[0]].masked_fill(own, 0)
+    (expected,) = torch.autograd.grad(-mixed.sum(), truth)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, -mixed.float())
+    torch.testing.assert_close(grad, expected.float())
+
+
+def test_a_probability_of_zero_with_a_share_is_infinite():
+    logits = LOGITS.clone()
+    logits[0, 2, 1] = -torch.inf
+    smoothed = losses.patch_mixing(logits, LABELS, OTHERS, SHARES, smoothing=0.1, reduction="none")
+    whole = losses.patch_mixing(logits, LABELS, OTHERS, SHARES, smoothing=1.0, reduction="none")
+    for got in (smoothed, whole):
+        assert got.isposinf().nonzero().tolist() == [[0, 2]]
+        assert not got.isnan().any()

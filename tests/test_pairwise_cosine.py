@@ -4,6 +4,7 @@ import formulas
 import pytest
 import torch
 from comparing import assert_within_budget, gradients, largest_error
+from far_vectors import EVERY_RANGE, assert_length_does_not_matter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
@@ -311,3 +312,20 @@ def test_any_shape_layout_and_options(backend, interpreted):
         check(backend, x, y, penalty=penalty, include_self=include_self, reduction="none")
 
     holds()
+
+
+@EVERY_RANGE
+@pytest.mark.parametrize("penalty", formulas.PENALTIES)
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("width", [5, 40])
+def test_vectors_of_any_length(backend, request, far, penalty, sets, width):
+    if far[0] == torch.bfloat16 and sets == 1 and "cuda" in request.node.name:
+        pytest.skip("CUDA kernels read the norms of a short set of bfloat16 with its products: README.md")
+
+    def loss(*vectors, eps):
+        return pairwise_cosine(*vectors, penalty=penalty, eps=eps, backend=backend)
+
+    vectors = torch.randn(1, 9, width), torch.randn(1, 11, width)
+    assert_length_does_not_matter(
+        loss, lambda *v: formulas.pairwise_cosine(*v, penalty=penalty), far, *vectors[:sets]
+    )

@@ -4,6 +4,7 @@ import formulas
 import pytest
 import torch
 from comparing import FLOOR, assert_within_budget, gradients
+from far_vectors import EVERY_RANGE, assert_length_does_not_matter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
@@ -393,3 +394,29 @@ def test_any_shape_layout_and_options(backend, interpreted):
         assert torch.equal(pairwise_nearest(x, y, backend=backend), cosines(x, y).argmax(-1))
 
     holds()
+
+
+@EVERY_RANGE
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("scale", [2.0, 60.0])
+def test_vectors_of_any_length(backend, far, sets, scale):
+    vectors = (torch.randn(1, 9, 12), torch.randn(1, 11, 12))[:sets]
+    weights = torch.rand(9, dtype=torch.float64)
+
+    def loss(*vectors, eps):
+        return (pairwise_logsumexp(*vectors, scale=scale, eps=eps, backend=backend) * weights).sum()
+
+    def formula(*vectors):
+        return (formulas.pairwise_logsumexp(*vectors, scale=scale) * weights).sum()
+
+    assert_length_does_not_matter(loss, formula, far, *vectors)
+
+
+@EVERY_RANGE
+def test_the_nearest_of_vectors_of_any_length(backend, far):
+    dtype, length, eps = far
+    x = torch.randn(2, 9, 12).to(dtype).double()
+    lengths = 10.0 ** torch.linspace(-15, 15, 9).unsqueeze(-1).double() if length is None else length
+    given = (x * lengths).to(dtype)
+    truth = cosines(given.double() / lengths).argmax(-1)
+    assert torch.equal(pairwise_nearest(given, eps=eps, backend=backend), truth)

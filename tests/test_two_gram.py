@@ -4,6 +4,7 @@ import formulas
 import pytest
 import torch
 from comparing import assert_within_budget, gradients
+from far_vectors import EVERY_RANGE, assert_length_does_not_matter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
@@ -340,3 +341,15 @@ def test_any_shape_layout_and_options(backend, interpreted):
         check(backend, x, y, penalty=penalty, margin=MARGIN, normalise=normalise, reduction="none")
 
     holds()
+
+
+@EVERY_RANGE
+@pytest.mark.parametrize("penalty", ["square", "relu_square", "hinge", "product"])
+def test_vectors_of_any_length(backend, far, penalty):
+    x, y = draw((1,), 9, 12, 7, far[0], normalise=True)
+    options = dict(penalty=penalty, margin=MARGIN)
+    assert_length_does_not_matter(
+        lambda *v, eps: two_gram(*v, **options, eps=eps, backend=backend),
+        lambda *v: formulas.two_gram(*v, **options),
+        far, x, y,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from . import _blocks, _recorder, _sharded, _tokens
 from .losses import _common, layer_similarity
 from .ops import _checks
+from .ops._range import matrices_near_one
 from .ops.attn_diversity import attention_cosine
 from .ops.pairwise_cosine import pairwise_cosine
 
@@ -97,7 +98,7 @@ def effective_rank(tokens):
 def residual(x):
     """|X - 1 mean(X)^T| / |X| of the vectors [B, N, D] of each image, mean over images: 0 where all are
     equal, also where they are zero. Source: Dong et al. 2021 (arXiv 2103.03404), in the Frobenius norm."""
-    (x,) = _common.full_precision(x)
+    x = matrices_near_one(*_common.full_precision(x))
     away = torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1))
     return (away / torch.linalg.vector_norm(x, dim=(-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)).mean()
 

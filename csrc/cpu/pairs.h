@@ -122,12 +122,12 @@ struct PackedSet {
   // Rows `first` (a multiple of kPanel) to `first` + n.
   void pack(const Set& set, int64_t item, int64_t first, int64_t n, bool normalise, T eps) const {
     for (int64_t i = first; i < first + n; i++) {
-      T *z = rows + i * D, norm = 0;
+      T* z = rows + i * D;
       const T* x = raw_rows(set, item, i, 1, D, z).data;
-      const T factor = normalise ? inverse_norm(D, x, eps, &norm) : T(1);
-      inverse[i] = factor;
-      radial[i] = !normalise || norm <= eps ? T(0) : T(1);
-      for (int64_t k = 0; k < D; k++) z[k] = x[k] * factor;
+      const Vector<T> v = normalise ? vector_of(D, x, eps, z) : Vector<T>{x, T(1), T(1), T(1), false};
+      inverse[i] = v.rate;
+      radial[i] = v.radial ? T(1) : T(0);
+      for (int64_t k = 0; k < D; k++) z[k] = v.data[k] * v.inverse;
       if (panels) pack_row(D, z, i, count, panels);
     }
     for (int64_t j = first; columns && j < first + n; j += kPanel<T>)

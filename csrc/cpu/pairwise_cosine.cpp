@@ -22,10 +22,8 @@ bool closed_square(const CosineArgs& a) { return a.y.data ? (a.N + a.M) * a.D < 
 template <class T>
 void unit_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, T eps, T* row, T* out) {
   for (int64_t r = 0; r < n; r++) {
-    const T* x = raw_rows(set, item, i + r, 1, D, row).data;
-    T norm;
-    const T inverse = inverse_norm(D, x, eps, &norm);
-    for (int64_t k = 0; k < D; k++) out[r * D + k] = x[k] * inverse;
+    const Vector<T> x = vector_of(D, raw_rows(set, item, i + r, 1, D, row).data, eps, row);
+    for (int64_t k = 0; k < D; k++) out[r * D + k] = x.data[k] * x.inverse;
   }
 }
 
@@ -135,19 +133,23 @@ struct TileScratch {
         c(arena.take<T>(kMaxRows * kPanel<T>)) {}
 };
 
-// Columns from `first` (a multiple of kPanel) on: raw, transposed, as panels; and their inverse norms, 0 in the padding.
-// `copy` holds kPanel rows.
+// Columns from `first` (a multiple of kPanel) on: raw, or near 1, transposed, as panels; and what makes unit vectors of them,
+// 0 in the padding. `copy` holds kPanel rows. Returns whether all are raw.
 template <class T>
-void pack_columns(const Set& set, int64_t item, int64_t first, int64_t D, T eps, T* copy, T* panels,
+bool pack_columns(const Set& set, int64_t item, int64_t first, int64_t D, T eps, T* copy, T* panels,
                   T* inverse) {
+  bool all_raw = true;
   for (int64_t j = first; j < set.count; j += kPanel<T>) {
     const int64_t width = min64(kPanel<T>, set.count - j);
-    const Rows<T> x = raw_rows(set, item, j, width, D, copy);
-    T norm;
-    for (int64_t c = 0; c < kPanel<T>; c++)
-      inverse[j + c] = c < width ? inverse_norm(D, x.data + c * x.ld, eps, &norm) : T(0);
+    Rows<T> x = raw_rows(set, item, j, width, D, copy);
+    if (!inverse_norms(D, x, width, eps, inverse + j)) {
+      x = near_vectors(D, x, width, eps, copy, inverse + j);
+      all_raw = false;
+    }
+    for (int64_t c = width; c < kPanel<T>; c++) inverse[j + c] = 0;
     pack_transposed(width, D, x.data, x.ld, panels + j * D);
   }
+  return all_raw;
 }
 
 // Sum of the penalties of rows begin ... end of an item.
@@ -157,21 +159,19 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
   const bool within = !a.y.data;
   const int64_t D = a.D;
   const Signs signs(a, a.saved, item);
-  pack_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D, T(a.eps), m.rows, m.panels,
-               m.column_inverse);
+  const bool raw_columns = pack_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D,
+                                        T(a.eps), m.rows, m.panels, m.column_inverse);
   constexpr int64_t kDepth = 384;  // of a product at a time: the rows' part stays in L1
   double total = 0;
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = min64(kTile, end - i);
-    const Rows<T> x = raw_rows(rows_of_x, item, i, n, D, m.rows);
-    for (int64_t r = 0; r < n; r++) {
-      T norm;
-      m.row_inverse[r] =
-          within ? m.column_inverse[i + r] : inverse_norm(D, x.data + r * x.ld, T(a.eps), &norm);
-      if (within && a.include_self) {
-        const T unit = m.row_inverse[r] * m.row_inverse[r] * dot(D, x.data + r * x.ld, x.data + r * x.ld);
-        total += double(P == Penalty::kSquare ? unit * unit : unit);
-      }
+    Rows<T> x = raw_rows(rows_of_x, item, i, n, D, m.rows);
+    if (within) memcpy(m.row_inverse, m.column_inverse + i, size_t(n) * sizeof(T));
+    if (within ? !raw_columns : !inverse_norms(D, x, n, T(a.eps), m.row_inverse))
+      x = near_vectors(D, x, n, T(a.eps), m.rows, m.row_inverse);
+    for (int64_t r = 0; within && a.include_self && r < n; r++) {
+      const T unit = m.row_inverse[r] * m.row_inverse[r] * dot(D, x.data + r * x.ld, x.data + r * x.ld);
+      total += double(P == Penalty::kSquare ? unit * unit : unit);
     }
     const RowBlocks blocks(n);
     for (int64_t j = within ? i / kPanel<T> * kPanel<T> : 0; j < columns.count; j += kPanel<T>)
@@ -229,11 +229,9 @@ double sum_unit_rows(const Set& set, int64_t item, int64_t D, T eps, T* row, dou
   for (int64_t k = 0; k < D; k++) sums[k] = 0;
   double squares = 0;
   for (int64_t i = 0; i < set.count; i++) {
-    const T* x = raw_rows(set, item, i, 1, D, row).data;
-    T norm;
-    const T inverse = inverse_norm(D, x, eps, &norm);
-    for (int64_t k = 0; k < D; k++) sums[k] += double(x[k] * inverse);
-    squares += double(norm * inverse) * double(norm * inverse);
+    const Vector<T> x = vector_of(D, raw_rows(set, item, i, 1, D, row).data, eps, row);
+    for (int64_t k = 0; k < D; k++) sums[k] += double(x.data[k] * x.inverse);
+    squares += double(x.length) * double(x.length);
   }
   for (int64_t k = 0; k < D; k++) out[k] = T(sums[k]);
   return squares;
@@ -405,7 +403,7 @@ void RowsGradient<T>::add_signs(const Scratch& m, int64_t item, int64_t i, int64
   if (diagonal) mirror_upper(n, m.w, S);
   for (int64_t r = 0; diagonal && r < n; r++) {
     const T* x = raw_rows(rows, item, i + r, 1, a.D, m.row).data;
-    m.w[r * S + r] = a.include_self && dot(a.D, x, x) > 0 ? T(1) : T(0);
+    m.w[r * S + r] = a.include_self && vector_of(a.D, x, T(a.eps), m.row).length > 0 ? T(1) : T(0);
   }
   gemm<T, false>(n, a.D, width, m.w, S, z, m.dz, m.ld, true);
 }
@@ -461,15 +459,13 @@ template <class T>
 void RowsGradient<T>::finish(const Scratch& m, int64_t item, int64_t i, int64_t n) const {
   const T factor = static_cast<const T*>(a.dsums)[item] * (within ? T(2) : T(1));
   for (int64_t r = 0; r < n; r++) {
-    const T* x = raw_rows(rows, item, i + r, 1, a.D, m.row).data;
+    const Vector<T> x = vector_of(a.D, raw_rows(rows, item, i + r, 1, a.D, m.row).data, T(a.eps), m.row);
     const T* dz = m.dz + r * m.ld;
-    T norm;
-    const T inverse = inverse_norm(a.D, x, T(a.eps), &norm);
-    const T along = norm <= T(a.eps) ? T(0) : dot(a.D, x, dz) * inverse * inverse;
+    const T along = x.radial ? dot(a.D, x.data, dz) * x.inverse * x.inverse : T(0);
     const bool direct = is_native<T>(out.dtype);
     const int64_t offset = out.offset[item] + (i + r) * out.stride_n;
     T* dx = direct ? static_cast<T*>(out.data) + offset : m.unit;
-    for (int64_t k = 0; k < a.D; k++) dx[k] = factor * inverse * (dz[k] - x[k] * along);
+    for (int64_t k = 0; k < a.D; k++) dx[k] = factor * x.rate * (dz[k] - x.data[k] * along);
     if (!direct) store_row(dx, a.D, out.data, out.dtype, offset);
   }
 }

@@ -67,18 +67,21 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   const auto part = WHOLE ? CosinePart<T>::of_triangle((n + 31) / 32)
                           : CosinePart<T>::of_tile(row0, column0, n, m, a.within);
   CosineSums<T> acc = {};
+  Powers<T> powers{};
   if constexpr (WHOLE) {
     // Two threads read each vector once more, in shared memory.
     const int mine = thread_x() / 2, from = mine * Tile::kStride + thread_x() % 2 * (Tile::kChunk / 2);
     A squares = 0;
-    products.add(acc, part, a.x, item * a.x.item, 0, a.x, 0, 0, true, [&](int at) {
-      if (mine >= most) return;
-      UNROLLED_FOR (int i = 0; i < Tile::kChunk / 2; i += kPiece<T>) {
-        A v[kPiece<T>];
-        unpack<T>(products.memory.template ld<uint4>(at + from + i), v);
-        UNROLLED_FOR (int e = 0; e < kPiece<T>; ++e) squares += v[e] * v[e];
-      }
-    });
+    products.add(
+        acc, part, a.x, item * a.x.item, 0, a.x, 0, 0, true, powers, [](int, int) { return A(0); },
+        [&](int at) {
+          if (mine >= most) return;
+          UNROLLED_FOR (int i = 0; i < Tile::kChunk / 2; i += kPiece<T>) {
+            A v[kPiece<T>];
+            unpack<T>(products.memory.template ld<uint4>(at + from + i), v);
+            UNROLLED_FOR (int e = 0; e < kPiece<T>; ++e) squares += v[e] * v[e];
+          }
+        });
     squares += warp_shuffle_xor(squares, 1);
     if (mine < most && thread_x() % 2 == 0) {
       const A rate = inverse_norm(square_root(squares), a.eps, a.inverse_eps);
@@ -87,7 +90,13 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
     }
     sync_block();
   } else {
-    products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0, diagonal, [](int) {});
+    const auto rate = [&](int set, int i) {
+      const int at = (set ? column0 : row0) + i, count = set ? m : n;
+      return at < count ? (set ? a.y_rates : a.x_rates).ld(item * count + at) : A(0);
+    };
+    powers = Powers<T>::of_tile(Tile::kSize, rate);
+    products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0, diagonal, powers, rate,
+                 [](int) {});
   }
 
   const int row = row0 + part.row, words = (m + 31) / 32, planes = a.penalty == Penalty::kAbs ? 2 : 1;
@@ -95,7 +104,7 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at >= n ? A(0) : WHOLE ? rates.ld(at) : a.x_rates.ld(item * n + at);
+      rate[r][i] = at >= n ? A(0) : WHOLE ? rates.ld(at) : powers.left_of(a.x_rates.ld(item * n + at));
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
     const bool active = g >= part.first && g < part.end;
@@ -107,7 +116,9 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int bit = 16 * h + 8 * j + tile_col(e), to = column + bit;
-          const A column_rate = to >= m ? A(0) : WHOLE ? rates.ld(to) : a.y_rates.ld(item * m + to);
+          const A column_rate = to >= m ? A(0)
+                                : WHOLE ? rates.ld(to)
+                                        : powers.left_of(a.y_rates.ld(item * m + to));
           A column_sum = 0;
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {

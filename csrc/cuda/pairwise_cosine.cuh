@@ -5,6 +5,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 #include "mma.cuh"
@@ -169,6 +170,73 @@ DEVICE TilePlace tile_place(int tile, int row_tiles, int column_tiles, bool tria
   return {row, row + tile};
 }
 
+// x = power * rest with 1 <= rest < 2; x = 1 * x of what has no such parts, subnormal numbers too.
+DEVICE void power_and_rest(float x, float& power, float& rest) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint32_t exponent = bits & 0x7f800000u, fraction = (bits & 0x007fffffu) | 0x3f800000u;
+  const bool normal = exponent && exponent != 0x7f800000u;
+  power = 1, rest = x;
+  if (!normal) return;
+  __builtin_memcpy(&power, &exponent, sizeof power);
+  __builtin_memcpy(&rest, &fraction, sizeof rest);
+}
+DEVICE void power_and_rest(double x, double& power, double& rest) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint64_t exponent = bits & 0x7ff0000000000000u,
+                 fraction = (bits & 0x000fffffffffffffu) | 0x3ff0000000000000u;
+  const bool normal = exponent && exponent != 0x7ff0000000000000u;
+  power = 1, rest = x;
+  if (!normal) return;
+  __builtin_memcpy(&power, &exponent, sizeof power);
+  __builtin_memcpy(&rest, &fraction, sizeof rest);
+}
+
+// Whether a norm, or one over it, is so far from 1 that squares, or products of such vectors, may leave the range; also NaN.
+template <class A>
+DEVICE bool is_far(A norm) {
+  constexpr A bound = sizeof(A) == 8 ? A(0x1p340) : A(0x1p42);
+  return !(norm < bound && norm > 1 / bound);
+}
+
+// Whether a tile has vectors so long or so short that products of raw vectors would leave the range. Then all of its vectors
+// are multiplied by the powers of two of their inverse norms first, and the products by the rest of these: they are cosines.
+// float16 has no such vectors.
+//   rate(set, i)   the inverse norm of its i-th row (set 0) or column (1), 0 past the last
+template <class T>
+struct Powers {
+  bool any;
+
+  // The same for all warps of a block. `most`: vectors of a tile.
+  template <class Rate>
+  DEVICE static Powers of_tile(int most, Rate rate) {
+    if constexpr (std::is_same_v<T, half_t>) return {false};
+    float far = 0;
+    ROLLED_FOR (int i = lane_id(); i < most; i += 32)
+      UNROLLED_FOR (int set = 0; set < 2; ++set) {
+        const Acc<T> number = rate(set, i);
+        if (number != 0 && is_far(number)) far = 1;
+      }
+    return {renewed(int(warp_max(far))) != 0};
+  }
+  // A chunk of `rows` vectors of a set at a place in shared memory.
+  template <class Rate>
+  DEVICE void scale(Shared<T> memory, int at, int set, int rows, Rate rate) const {
+    constexpr int chunk = CosineTile<T>::kChunk;
+    ROLLED_FOR (int e = thread_x(); e < rows * chunk; e += threads()) {
+      const int i = e / chunk, to = at + i * CosineTile<T>::kStride + e % chunk;
+      Acc<T> power, rest;
+      const Acc<T> number = rate(set, i);
+      if (number == 0) continue;  // past the last there may be no numbers
+      power_and_rest(number, power, rest);
+      memory.st(to, from_acc<T>(to_float(memory.ld(to)) * power));
+    }
+  }
+  // 1 where products are cosines already.
+  DEVICE Acc<T> left_of(Acc<T> rate) const { return any ? Acc<T>(1) : rate; }
+};
+
 // step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are registers for.
 template <class T, class Step>
 DEVICE void for_each_step(int depth, Step step) {
@@ -208,9 +276,10 @@ struct CosineProducts {
 
   // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows. see(at): a
   // chunk of the rows has come, at that place in the memory.
-  template <class See>
+  template <class Rate, class See>
   DEVICE void add(Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
-                  const Vectors<T>& y, int64_t y_item, int column0, bool same, See see) const {
+                  const Vectors<T>& y, int64_t y_item, int column0, bool same, Powers<T> powers, Rate rate,
+                  See see) const {
     const int chunks = (x.width + Tile::kChunk - 1) / Tile::kChunk;
     const int columns = (same ? column0 - row0 : most) * Tile::kStride;  // behind the rows
     const auto fetch_chunk = [&](int t) {
@@ -232,6 +301,13 @@ struct CosineProducts {
       sync_block();  // also: the stage that is fetched next is no longer in use
       fetch_chunk(t + stages - 1);
       see(t % stages * stage);
+      if (powers.any) {
+        powers.scale(memory, t % stages * stage, 0, most, rate);
+        if (!same)
+          powers.scale(memory, t % stages * stage + columns, 1, GROUPS < Tile::kGroups ? 64 * GROUPS : most,
+                       rate);
+        sync_block();
+      }
       if (!part.any()) continue;
       const int left = padded_width(x.width - t * Tile::kChunk),
                 depth = left < Tile::kChunk ? left : Tile::kChunk;
@@ -254,6 +330,19 @@ struct CosineProducts {
         }
       });
     }  // only empty groups are left to wait for
+    if (!powers.any) return;
+    UNROLLED_FOR (int g = 0; g < GROUPS; ++g)
+      UNROLLED_FOR (int h = 0; h < 2; ++h)
+        UNROLLED_FOR (int r = 0; r < 2; ++r)
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            UNROLLED_FOR (int e = 0; e < 4; ++e) {
+              sync_warp();  // keeps the compiler from loading what other products need, too
+              Acc<T> power, row_rest, column_rest;
+              power_and_rest(rate(0, part.row + 16 * r + tile_row(e)), power, row_rest);
+              power_and_rest(rate(1, part.column + 32 * g + 16 * h + 8 * j + tile_col(e)), power,
+                             column_rest);
+              acc[g][h][r][j][e] *= row_rest * column_rest;
+            }
   }
 };
 

@@ -17,6 +17,26 @@ struct RatesKernel {
   Global<Acc<T>> sums, squares;  // [items, blocks, width], [items, blocks]: of unit vectors
 };
 
+// The norm of a vector of any length, by a warp: a power of two times the norm of the rest.
+template <class T>
+DEVICE Acc<T> far_norm(const Vectors<T>& x, int64_t at, Acc<T> eps) {
+  using A = Acc<T>;
+  // up to there the inverse is a normal number, too
+  constexpr A most = sizeof(A) == 8 ? A(0x1p1022) : A(0x1p126);
+  A size = larger(eps, 1 / most), power, rest, squares = 0;
+  for (int k = lane_id(); k < x.width; k += 32) {
+    const A entry = to_float(x.data.ld(at + k));
+    size = larger(size, entry < 0 ? -entry : entry);
+  }
+  size = warp_max(size);
+  power_and_rest(size < most ? size : most, power, rest);
+  for (int k = lane_id(); k < x.width; k += 32) {
+    const A entry = to_float(x.data.ld(at + k)) * (1 / power);
+    squares += entry * entry;
+  }
+  return square_root(warp_sum(squares)) * power;
+}
+
 // Each vector's inverse norm, and if they are wanted the sums of a block's unit vectors and of their squared norms.
 template <class T>
 KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
@@ -44,7 +64,11 @@ KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
   Carver carve;
   const Shared<Acc<T>> rates = carve.take<Acc<T>>(kBlockRows), lengths = carve.take<Acc<T>>(kBlockRows);
   UNROLLED_FOR (int r = 0; r < each; ++r) {
-    const Acc<T> norm = square_root(warp_sum(squares[r])), rate = inverse_norm(norm, a.eps, a.inverse_eps);
+    Acc<T> norm = square_root(warp_sum(squares[r]));
+    if constexpr (!std::is_same_v<T, half_t>)
+      if (mine + r < a.x.count && is_far(larger(norm, a.eps)))
+        norm = far_norm<T>(a.x, x + (mine + r) * a.x.row, a.eps);
+    const Acc<T> rate = inverse_norm(norm, a.eps, a.inverse_eps);
     if (lane != 0) continue;
     if (mine + r < a.x.count) a.rates.st(item * a.x.count + mine + r, rate);
     rates.st(warp * each + r, rate);
@@ -105,8 +129,8 @@ KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_gradient(SignedKernel<T> a) {
     const A rate = a.rates.ld(item * a.x.count + i);
     A along = 0;
     for (int k = lane_id(); k < a.x.width; k += 32)
-      along += to_float(a.x.data.ld(x + k)) * a.sums.ld(sums + k);
-    along = warp_sum(along) * rate;
+      along += to_float(a.x.data.ld(x + k)) * rate * a.sums.ld(sums + k);
+    along = warp_sum(along);
     if (!(rate < a.inverse_eps)) along = a.less_itself ? A(1) : A(0);
     for (int k = lane_id(); k < a.x.width; k += 32) {
       const A unit = to_float(a.x.data.ld(x + k)) * rate;

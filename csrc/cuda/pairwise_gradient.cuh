@@ -216,8 +216,17 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
     const int row = row0 + product.row, column = column0 + product.column;
     const bool among_rows = column0 >= row0 && column0 < row0 + Tile::kSize;
     CosineSums<T, groups> s;
+    Powers<T> powers{}, z_powers;
     ROLLED_FOR (int gram = waits ? 1 : 0; gram >= 0; --gram) {
       const bool of_z = Weights::kGrams == 2 && gram == 1;
+      z_powers = powers;
+      const auto rate = [&](int set, int i) {  // computed anew: no registers are left through the products
+        const int64_t of_item = renewed(block_x()) / tiles;
+        const int at = renewed(set ? column0 : row0) + i, count = set ? m : n;
+        const auto rates = of_z ? a.z_rates : set ? a.y_rates : a.x_rates;
+        return at < count ? rates.ld(of_item * count + at) : A(0);
+      };
+      powers = Powers<T>::of_tile(Tile::kSize, rate);
       const Vectors<T> rows = of_z ? a.z : a.x, columns = of_z ? a.z : a.y;
       UNROLLED_FOR (int g = 0; g < groups; ++g)
         UNROLLED_FOR (int h = 0; h < 2; ++h)
@@ -226,7 +235,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
               UNROLLED_FOR (int e = 0; e < 4; ++e) s[g][h][r][j][e] = 0;
       sync_block();  // the memory may still be in use
       products.add(s, product, rows, item * rows.item, row0, columns, item * columns.item, column0,
-                   among_rows && (of_z || a.within), [](int) {});
+                   among_rows && (of_z || a.within), powers, rate, [](int) {});
       if constexpr (Weights::kGrams == 2)
         if (of_z)
           UNROLLED_FOR (int i = 0; i < 32 * groups; ++i)
@@ -243,8 +252,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
         const int at = first + tile_row(2 * i);
         const bool inside = at < n;
         row_side[i] = weights.row(item * n + (inside ? at : 0));
-        row_rate[i] = inside ? a.x_rates.ld(item * n + at) : A(0);
-        if (waits) z_row_rate[i] = inside ? a.z_rates.ld(item * n + at) : A(0);
+        row_rate[i] = inside ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
+        if (waits) z_row_rate[i] = inside ? z_powers.left_of(a.z_rates.ld(item * n + at)) : A(0);
       }
       UNROLLED_FOR (int g = 0; g < groups; ++g)
         UNROLLED_FOR (int h = 0; h < 2; ++h)
@@ -256,8 +265,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
             UNROLLED_FOR (int e = 0; e < 2; ++e) {
               const bool inside = to + e < m;
               column_side[e] = weights.column(item * m + (inside ? to + e : 0));
-              rate[e] = inside ? a.y_rates.ld(item * m + to + e) : A(0);
-              if (waits) z_rate[e] = inside ? a.z_rates.ld(item * m + to + e) : A(0);
+              rate[e] = inside ? powers.left_of(a.y_rates.ld(item * m + to + e)) : A(0);
+              if (waits) z_rate[e] = inside ? z_powers.left_of(a.z_rates.ld(item * m + to + e)) : A(0);
             }
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = first + tile_row(2 * i);

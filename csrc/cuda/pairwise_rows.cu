@@ -91,8 +91,13 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
                   column_rests = carve.take<A>(Tile::kDown * Tile::kSize);
   const auto part = CosinePart<T>::of_tile(row0, column0, n, m, a.symmetric);
   CosineSums<T> acc = {};
+  const auto inverse_norm_of = [&](int set, int i) {
+    const int at = (set ? column0 : row0) + i, count = set ? m : n;
+    return at < count ? (set ? a.y_rates : a.x_rates).ld(item * count + at) : A(0);
+  };
+  const auto powers = Powers<T>::of_tile(Tile::kSize, inverse_norm_of);
   products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0,
-               a.within && row_tile == column_tile, [](int) {});
+               a.within && row_tile == column_tile, powers, inverse_norm_of, [](int) {});
 
   const int row = row0 + part.row;
   const A nothing = bounded ? A(0) : -A(INFINITY);  // the value of a pair that does not count
@@ -100,7 +105,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at < n ? a.x_rates.ld(item * n + at) : A(0);
+      rate[r][i] = at < n ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
       top[r][i] = bounded ? a.scale : lowest<A>();
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
@@ -111,7 +116,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int to = column + 16 * h + 8 * j + tile_col(e);
-          const A column_rate = to < m ? a.y_rates.ld(item * m + to) : A(0);
+          const A column_rate = to < m ? powers.left_of(a.y_rates.ld(item * m + to)) : A(0);
           A column_top = bounded ? a.scale : lowest<A>();
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {

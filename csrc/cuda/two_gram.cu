@@ -33,6 +33,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
   const auto part = CosinePart<T>::of_tile(row0, column0, n, n, true);
   const bool identity = a.y.width == 0;
   CosineSums<T> s, t;
+  Powers<T> powers{}, other_powers;
   ROLLED_FOR (int gram = identity ? 0 : 1; gram >= 0; --gram) {
     const Vectors<T> z = gram ? a.y : a.x;
     UNROLLED_FOR (int i = 0; i < 32 * Tile::kGroups; ++i) {
@@ -41,8 +42,14 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
       sum = 0;
     }
     sync_block();  // the memory may still be in use
-    products.add(s, part, z, item * z.item, row0, z, item * z.item, column0, row_tile == column_tile,
-                 [](int) {});
+    other_powers = powers;
+    const auto rate = [&](int set, int i) {
+      const int at = (set ? column0 : row0) + i;
+      return at < n ? (gram ? a.y_rates : a.x_rates).ld(item * n + at) : A(0);
+    };
+    powers = Powers<T>::of_tile(Tile::kSize, rate);
+    products.add(s, part, z, item * z.item, row0, z, item * z.item, column0, row_tile == column_tile, powers,
+                 rate, [](int) {});
   }
 
   const int row = row0 + part.row;
@@ -50,8 +57,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at < n ? a.x_rates.ld(item * n + at) : A(0);
-      other_rate[r][i] = at < n && !identity ? a.y_rates.ld(item * n + at) : A(0);
+      rate[r][i] = at < n ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
+      other_rate[r][i] = at < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + at)) : A(0);
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
     if (g < part.first || g >= part.end) continue;
@@ -61,8 +68,9 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int to = column + 16 * h + 8 * j + tile_col(e);
-          const A column_rate = to < n ? a.x_rates.ld(item * n + to) : A(0);
-          const A other_column_rate = to < n && !identity ? a.y_rates.ld(item * n + to) : A(0);
+          const A column_rate = to < n ? powers.left_of(a.x_rates.ld(item * n + to)) : A(0);
+          const A other_column_rate =
+              to < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + to)) : A(0);
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);

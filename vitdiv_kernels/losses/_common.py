@@ -4,6 +4,7 @@ import torch
 
 from ..ops import _checks
 from ..ops._layout import accumulation_dtype
+from ..ops._range import near_one
 from ..ops.pairwise_cosine.reference import normalise
 from ..ops.pairwise_rows import pairwise_nearest
 from ._spectral import GramDeterminant
@@ -18,21 +19,38 @@ def full_precision(*tensors):
 
 def unit(x, eps):
     """`x / max(|x|, eps)` in float32 or float64."""
-    return normalise(full_precision(x)[0], eps)
+    (x,) = full_precision(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(eps) if within_range(x, norm, eps) else normalise(x, eps)
 
 
-def inverse_norm(x, eps):
-    """1 / max(|x|, eps), [..., 1]; 1 with an eps of None."""
+def scaled(x, eps):
+    """(x, scale, radial), for gradients by hand: `x * scale`, scale [..., 1], are the unit vectors, or x with
+    an eps of None. radial is the scale of the part along x that the normalisation takes out of a gradient:
+    none, 0, where eps stands for the norm. The vectors are divided by powers of two where that is needed.
+    """
     if eps is None:
-        return x.new_ones(()).expand(*x.shape[:-1], 1)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
+        scale = x.new_ones(()).expand(*x.shape[:-1], 1)
+        return x, scale, torch.zeros_like(scale)
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    if not within_range(x, norm, eps):
+        x, eps = near_one(x, eps)
+        norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    scale = norm.clamp_min(eps).reciprocal()
+    return x, scale, scale.masked_fill(norm <= eps, 0)
 
 
-def projected(scale, eps):
-    """The scale of the part along x that the normalisation takes out: none where eps stands for the norm."""
-    if eps is None:
-        return torch.zeros_like(scale)
-    return scale.masked_fill(scale == torch.full_like(scale, eps).reciprocal(), 0)
+def within_range(x, norm, eps):
+    """Whether the norms of x, or eps for shorter ones, are known to be such that squares of x and of its
+    products stay within range."""
+    if not _checks.values_at_hand(x):
+        return False
+    if norm.numel() == 0:
+        return True
+    least, most = torch.aminmax(norm.detach().clamp_min(eps))
+    # a third of the exponents on both sides of 1: scale^2 and what it multiplies keep their digits, too
+    bound = 2.0**340 if x.dtype == torch.float64 else 2.0**42
+    return bool((least > 1 / bound) & (most < bound))
 
 
 def reduced(values, reduction):

@@ -10,6 +10,7 @@ import torch
 from .. import _dispatch
 from ..ops import _checks
 from ..ops._autograd import once_differentiable
+from ..ops._range import matrices_near_one
 from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from ..ops.two_gram import two_gram
 from . import _common
@@ -114,7 +115,7 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
             chosen = x_hat.take_along_dim(nearest.unsqueeze(-1), -2)
             distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
         else:
-            distance = _DistanceToOne.apply(*_common.full_precision(x), nearest, eps)
+            distance = _DistanceToOne.apply(*_common.scaled(*_common.full_precision(x), eps), nearest)
         return _common.reduced(-(distance + eps).log().mean(-1), reduction)
 
 
@@ -127,7 +128,7 @@ def _plain(x, backend):
 
 
 class _DistanceToOne(torch.autograd.Function):
-    """x [..., N, D] and indices [..., N] to |x_hat_i - x_hat_index(i)|, [..., N].
+    """x [..., N, D] with its `_common.scaled` and indices [..., N] to |x_hat_i - x_hat_index(i)|, [..., N].
 
     On CPUs some items at a time, so that the passes over them find them in cache; only numbers per vector are
     kept. Autograd would make twice the passes, over memory, which take longer than the search of the indices.
@@ -136,33 +137,31 @@ class _DistanceToOne(torch.autograd.Function):
     CHUNK = 2**19  # elements
 
     @staticmethod
-    def forward(ctx, x, index, eps):
-        inverse, distance = _common.inverse_norm(x, eps), x.new_empty(x.shape[:-1])
+    def forward(ctx, x, scale, radial, index):
+        distance = x.new_empty(x.shape[:-1])
         for at, chosen in _chunks(index, x.shape[-1]):
-            unit = x.reshape(-1, x.shape[-1])[at] * inverse.view(-1, 1)[at]
+            unit = x.reshape(-1, x.shape[-1])[at] * scale.view(-1, 1)[at]
             apart = unit - unit.index_select(0, chosen)
             distance.view(-1)[at] = torch.linalg.vector_norm(apart, dim=-1)
-        ctx.save_for_backward(x, index, inverse, distance)
-        ctx.eps = eps
+        ctx.save_for_backward(x, scale, radial, index, distance)
         return distance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, ddistance):
-        x, index, inverse, distance = ctx.saved_tensors
+        x, scales, radial, index, distance = ctx.saved_tensors
         width = x.shape[-1]
         rate = torch.where(distance == 0, 0, ddistance / distance).reshape(-1, 1)
-        projected = _common.projected(inverse, ctx.eps).view(-1, 1)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         with _checks.autocast_off(x):
             for at, chosen in _chunks(index, width):
-                scale = inverse.view(-1, 1)[at]
+                scale = scales.view(-1, 1)[at]
                 unit = x.reshape(-1, width)[at] * scale
                 apart = (unit - unit.index_select(0, chosen)).mul_(rate[at])
                 apart = apart.index_add(0, chosen, apart, alpha=-1)
-                along = torch.linalg.vecdot(unit, apart).unsqueeze(-1) * projected[at]
+                along = torch.linalg.vecdot(unit, apart).unsqueeze(-1) * radial.view(-1, 1)[at]
                 torch.mul(apart, scale, out=dx.view(-1, width)[at]).addcmul_(unit, along, value=-1)
-        return dx, None, None
+        return dx, None, None, None
 
 
 def _chunks(index, width):
@@ -226,7 +225,7 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
     _checks.second_vectors("y", y, "x", x, same_number=True, any_width=True)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     with _checks.autocast_off(x):
-        x, y = (t - t.mean(-2, keepdim=True) for t in _common.full_precision(x, y))
+        x, y = map(_centred, _common.full_precision(x, y))
         if 4 * max(x.shape[-1], y.shape[-1]) <= 3 * x.shape[-2]:
             xy, xx, yy = ((a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y)))
         else:
@@ -237,6 +236,17 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
             xx, yy = (2 * value - value.detach() for value in once)
         tiny = torch.finfo(xy.dtype).tiny
         return _common.reduced(xy * xx.clamp_min(tiny).rsqrt() * yy.clamp_min(tiny).rsqrt(), reduction)
+
+
+def _centred(x):
+    """x [..., N, D] less its mean, up to a factor of each matrix.
+
+    Twice: the first mean is rounded, by as much as nearly equal patches differ, and the rest is exact.
+    """
+    for _ in range(2):
+        x = matrices_near_one(x)
+        x = x - x.mean(-2, keepdim=True)
+    return x
 
 
 def vf_loss(
@@ -317,28 +327,27 @@ def _own_cosines(x, y, eps, backend):
     """S_ii, [..., N]."""
     if _plain(x, backend):
         return torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps))
-    return _OwnCosines.apply(*_common.full_precision(x, y), eps)
+    x, y = _common.full_precision(x, y)
+    return _OwnCosines.apply(*_common.scaled(x, eps), *_common.scaled(y, eps))
 
 
 class _OwnCosines(torch.autograd.Function):
     """The gradient of a cosine is a combination of its two vectors: a fourth of autograd's passes."""
 
     @staticmethod
-    def forward(ctx, x, y, eps):
-        scale_x, scale_y = _common.inverse_norm(x, eps), _common.inverse_norm(y, eps)
+    def forward(ctx, x, scale_x, radial_x, y, scale_y, radial_y):
         own = torch.linalg.vecdot(x, y).unsqueeze(-1) * scale_x * scale_y
-        ctx.save_for_backward(x, y, scale_x, scale_y, own)
-        ctx.eps = eps
+        ctx.save_for_backward(x, scale_x, radial_x, y, scale_y, radial_y, own)
         return own.squeeze(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, down):
-        x, y, scale_x, scale_y, own = ctx.saved_tensors
+        x, scale_x, radial_x, y, scale_y, radial_y, own = ctx.saved_tensors
         both, along = down.unsqueeze(-1) * scale_x * scale_y, down.unsqueeze(-1) * own
         dx = dy = None
         if ctx.needs_input_grad[0]:
-            dx = (y * both).addcmul_(x, along * scale_x * _common.projected(scale_x, ctx.eps), value=-1)
-        if ctx.needs_input_grad[1]:
-            dy = (x * both).addcmul_(y, along * scale_y * _common.projected(scale_y, ctx.eps), value=-1)
-        return dx, dy, None
+            dx = (y * both).addcmul_(x, along * scale_x * radial_x, value=-1)
+        if ctx.needs_input_grad[3]:
+            dy = (x * both).addcmul_(y, along * scale_y * radial_y, value=-1)
+        return dx, None, None, dy, None, None

@@ -3,6 +3,7 @@
 import torch
 
 from ..ops import _checks
+from ..ops._range import matrices_near_one
 from . import _common
 
 
@@ -30,6 +31,9 @@ def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e
     (g,) = _common.full_precision(gradients)
     if replace_nan:
         g = torch.where(g.isnan(), 1e-8, g)
+    size = torch.linalg.vector_norm(g.detach().flatten(-2), dim=-1)
+    if not _common.within_range(g, size, 0):
+        g = matrices_near_one(g)
     each, together = g.square().sum((-2, -1)), g.sum(-2).square().sum(-1)
     least = (eps * each).clamp_min(torch.finfo(g.dtype).tiny)
     return _common.reduced(-each / torch.maximum(together, least), reduction)

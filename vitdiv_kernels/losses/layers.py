@@ -12,6 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import _checks
+from ..ops._layout import accumulation_dtype
+from ..ops._range import power_of_two
 from . import _common
 
 ALONG = ("columns", "rows", "maps", "heads")
@@ -152,6 +154,10 @@ def _similarities(layers, pairs, along, scale, rows):
     """Per pair: [B, H, M] for columns, [B, H, N] for rows, [B, H] for maps, [B] for heads."""
     first = layers[0][0]
     n, m = first.shape[2], layers[0][1].shape[2]
+    if along != "heads":
+        layers, divisors = zip(*map(_near_one, layers), strict=True)
+        shape = (len(layers), 1, -1) + (() if along == "maps" else (1,))
+        least = (EPS / torch.stack(divisors)).view(shape)
     sizes = [len(layer) for layer in layers]
     tensors = [tensor for layer in layers for tensor in layer]
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -174,9 +180,22 @@ def _similarities(layers, pairs, along, scale, rows):
             return sum(parts) / (n * m)
         totals = torch.cat(parts, -1) if along == "rows" else sum(parts)
         squares, products = totals[: len(layers)], totals[len(layers) :]
-        inverse = squares.clamp_min(EPS**2).rsqrt()
+        inverse = squares.clamp_min(least.square().clamp_min(torch.finfo(squares.dtype).tiny)).rsqrt()
         p, q = zip(*pairs, strict=True)
         return products * inverse[list(p)] * inverse[list(q)]
+
+
+def _near_one(layer):
+    """The layer with mixes divided by powers of two, one for each head, where they are larger than 1; and
+    these, [H]: squares of the mixed maps stay within range."""
+    q, k, *mixing = layer
+    mixing = _common.full_precision(*mixing)
+    size = q.new_ones(q.shape[1], dtype=accumulation_dtype(q))
+    for tensor in mixing:
+        size = torch.maximum(size, tensor.detach().abs().reshape(len(size), -1).amax(-1).to(size.dtype))
+    size = power_of_two(size)
+    mixing = [tensor / size.view(-1, *(1,) * (tensor.dim() - 1)) for tensor in mixing]
+    return (q, k, *mixing), size
 
 
 def _maps(layer, start, stop, scale):

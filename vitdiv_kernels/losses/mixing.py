@@ -64,7 +64,7 @@ def patch_mixing(logits, labels, others, shares, *, smoothing=0.0, reduction="me
     """Cross-entropy of every patch with the soft label that CutMix or mixup gives it.
 
     With t the soft labels of `patch_targets`, `-sum_c t_c log softmax(logits)_c`, in one call for all
-    patches, and without the [B, N, C] labels.
+    patches, and without the [B, N, C] labels. Where t_c is 0 its term is 0, also with a logit of -inf.
 
     Args:
         logits: of the patches, without the class token, [B, N, C].
@@ -95,8 +95,9 @@ def _patch_mixing(logits, labels, others, shares, smoothing, reduction):
     shares = shares.to(log_p.dtype)
     # both labels at once: the gradient of each gather is a tensor as large as the logits
     classes = torch.stack([labels, others], -1).unsqueeze(1).expand(-1, logits.shape[1], -1)
-    first, second = log_p.gather(-1, classes).unbind(-1)
-    losses = (smoothing - 1) * (shares * first + (1 - shares) * second)
+    weights = (smoothing - 1) * torch.stack([shares, 1 - shares], -1)
+    # a class of share 0 adds 0, also where its probability is 0
+    losses = (weights * log_p.gather(-1, classes).masked_fill(weights == 0, 0)).sum(-1)
     if smoothing:
         losses = losses - smoothing * log_p.mean(-1)
     if reduction == "none":

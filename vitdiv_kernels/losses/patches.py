@@ -46,46 +46,44 @@ def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction
         first = first.detach()
     first, last = _common.full_precision(first, last)
     with _checks.autocast_off(first):
-        own, others = _OwnAndOthers.apply(first, last, eps if normalise else None)
+        first, *first_scales = _common.scaled(first, eps if normalise else None)
+        last, *last_scales = _common.scaled(last, eps if normalise else None)
+        own, others = _OwnAndOthers.apply(first, last, *first_scales, *last_scales)
         return _common.reduced(_common.contrast(own, others).mean(-1), reduction)
 
 
 class _OwnAndOthers(torch.autograd.Function):
-    """x, y [..., N, D] to S_ii and mean_{j != i} S_ij, [..., N].
+    """x, y [..., N, D], with `_common.scaled` of both, to S_ii and mean_{j != i} S_ij, [..., N].
 
     Each gradient is a combination of two vectors of x and y and one that all patches share: written out, it
     makes a fourth of the passes over x and y that autograd would, and no copy of unit vectors.
     """
 
     @staticmethod
-    def forward(ctx, x, y, eps):
-        scale_x, scale_y = _common.inverse_norm(x, eps), _common.inverse_norm(y, eps)
+    def forward(ctx, x, y, scale_x, radial_x, scale_y, radial_y):
         total = scale_y.mT @ y  # sum of the unit vectors y, [..., 1, D]
         own = torch.linalg.vecdot(x, y).unsqueeze(-1) * scale_x * scale_y
         rows = (x @ total.mT) * scale_x
-        ctx.save_for_backward(x, y, scale_x, scale_y, total, own, rows)
-        ctx.eps = eps
+        ctx.save_for_backward(x, y, scale_x, radial_x, scale_y, radial_y, total, own, rows)
         return own.squeeze(-1), ((rows - own) / (x.shape[-2] - 1)).squeeze(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, down, dothers):
-        x, y, scale_x, scale_y, total, own, rows = ctx.saved_tensors
+        x, y, scale_x, radial_x, scale_y, radial_y, total, own, rows = ctx.saved_tensors
         drows = dothers.unsqueeze(-1) / (x.shape[-2] - 1)
         down = down.unsqueeze(-1) - drows
         both = down * scale_x * scale_y
         dx = dy = None
         with _checks.autocast_off(x):
             if ctx.needs_input_grad[0]:
-                along = (down * own + drows * rows) * scale_x * _common.projected(scale_x, ctx.eps)
+                along = (down * own + drows * rows) * scale_x * radial_x
                 dx = (x * -along).addcmul_(y, both).addcmul_(total, drows * scale_x)
             if ctx.needs_input_grad[1]:
                 dtotal = (drows * scale_x).mT @ x
-                along = (
-                    (down * own + (y @ dtotal.mT) * scale_y) * scale_y * _common.projected(scale_y, ctx.eps)
-                )
+                along = (down * own + (y @ dtotal.mT) * scale_y) * scale_y * radial_y
                 dy = (y * -along).addcmul_(x, both).addcmul_(dtotal, scale_y)
-        return dx, dy, None
+        return dx, dy, *(None,) * 4
 
 
 def neighbourhood_contrast(
@@ -229,8 +227,10 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
         x, penalty="square", include_self=True, reduction="none", eps=eps, backend=backend
     )
     with _checks.autocast_off(x):
-        norm = torch.linalg.vector_norm(_common.full_precision(x)[0], dim=-1)
-        own = (norm / norm.clamp_min(eps)).square().sum(-1)  # N, but for vectors shorter than eps
+        x, scale, radial = _common.scaled(*_common.full_precision(x), eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        # N, but for vectors shorter than eps
+        own = torch.where(radial > 0, 1, norm * scale).square().sum((-2, -1))
         return _common.reduced(squares * n**2 - 2 * own + n, reduction)
 
 

@@ -25,6 +25,16 @@ def floating_tensor(name, value):
         raise TypeError(f"{name} must have one of the dtypes {known}, got {name_of(value.dtype)}")
 
 
+def values_at_hand(tensor):
+    """Whether the host may read values: of a plain tensor in main memory, outside of tracing and vmap."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_batchedtensor(tensor)
+    )
+
+
 def same_kind(name, value, like_name, like):
     """`value` is a floating tensor with the dtype and on the device of `like`."""
     floating_tensor(name, value)

@@ -9,6 +9,8 @@ signed and, where D is less than N and M, of square.
 
 import torch
 
+from .._range import near_one
+
 PENALTIES = {
     "signed": lambda s: s,
     "abs": torch.abs,
@@ -19,6 +21,7 @@ PENALTIES = {
 
 def normalise(x, eps):
     """Unit vectors along the last axis; a vector no longer than eps is divided by eps."""
+    x, eps = near_one(x, eps)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
 
 

@@ -1,11 +1,13 @@
 """The operators `reattention_{fwd,bwd}` and `head_dots`, and re-attention made of them, as an
 autograd.Function and as a chain of operators; maths in README.md."""
 
+import math
+
 import torch
 
 from .. import _flops
 from .._autograd import once_differentiable
-from .._checks import autocast_off
+from .._checks import autocast_off, values_at_hand
 from .._layout import accumulation_dtype, heads_like, nothing, when
 from .._operators import define, transformed
 from .._sharding import BATCH, SUM, WHOLE, batch_where, by_items
@@ -315,6 +317,11 @@ def _batch_norm_forward(
         return out, out, gram, None, statistics
     bias = norm_bias if out_scale == 1 else norm_bias * out_scale
     shift = bias.view(-1, 1, 1) * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
+    if values_at_hand(shift) and not math.isfinite(shift.sum()):
+        # of an Inf in v both terms are infinite: their signs may differ, that of the sum is the mixed map's
+        weight = mix * gain.unsqueeze(1)
+        whole, _ = _fwd[backend](*inputs, weight, bias, True, None, None, eps, True, False)
+        return whole, out, gram, bias, statistics
     return _scaled_and_shifted(out, gain if one_sweep else None, shift), out, gram, bias, statistics
 
 
