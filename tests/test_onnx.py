@@ -79,7 +79,7 @@ def test_onnx_gives_the_models_values_for_any_batch_and_size(onnxruntime, dynamo
 
 
 def test_an_explicit_backend_is_refused_by_the_onnx_exporter(onnxruntime, tmp_path):
-    with pytest.raises(Exception, match='"native" cannot run reattention.*take backend="reference" only'):
+    with pytest.raises(Exception, match=r'"native" cannot run reattention.*take backend="reference" only'):
         export(trained_model(backend="native"), str(tmp_path / "model.onnx"), dynamo=True)
 
 

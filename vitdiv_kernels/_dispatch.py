@@ -18,8 +18,7 @@ from . import _native
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
 
-# Conditions of a call that some backend cannot meet; at most one counts: export before dropout, that before the
-# others.
+# Conditions of a call that some backend cannot meet; at most one counts: export first, then dropout.
 EXPORT = "export to ONNX or TorchScript"
 DROPOUT = "dropout"
 TRITON_HEADS = 32
@@ -191,8 +190,8 @@ def _exporting_to_onnx():
     return torch.onnx.is_in_onnx_export()  # takes microseconds: it imports
 
 
-# What torch.compiler.assume_constant_result sets, without its import of all of torch._dynamo. Else dynamo, with
-# which the exporter tries again what failed without it, takes is_in_onnx_export for False.
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo. The exporter tries
+# with dynamo what failed without it, and dynamo takes is_in_onnx_export for False.
 _exporting_to_onnx._dynamo_marked_constant = True
 
 
@@ -205,9 +204,9 @@ class _Choice:
     def __init__(self, backend, source="", outer=None):
         self.backend, self.source, self.outer = backend, source, outer
 
-    # The choice of the innermost block of this thread or task; without one this choice itself, the default that
-    # a property hands to `get`. torch.compile cannot trace ContextVar.get, but it guards on what a property
-    # with a getter in C returns, and compiles anew for another one.
+    # The choice of the innermost block of this thread or task; without one this choice itself, which a
+    # property hands to `get` as the default. torch.compile cannot trace ContextVar.get, but it guards on the
+    # value of a property whose getter is in C, and compiles anew for another one.
     innermost = property(_innermost.get)
 
 
@@ -227,15 +226,14 @@ class use_backend:
     entered several times; `use_backend("auto")` gives the table back. Also a decorator, of functions and of
     `async def` functions.
 
-    It holds for the thread or asyncio task that entered the block, and for tasks that are created in it. Threads
-    that are started in it do not see it (free-threaded Python 3.14 starts them with the context of their
-    starter, and there they do); nor do autograd's own threads, in which the backward of CUDA tensors computes
-    checkpointed blocks again: `checkpoint(..., context_fn=lambda: (nullcontext(), use_backend(...)))`. For a
-    whole program set VITDIV_BACKEND. A generator that yields within the block leaves its choice to the caller
-    until it goes on, as every context variable does.
+    It holds for the thread or asyncio task that entered the block, and for tasks that are created in it.
+    Threads that are started in it do not see it (on free-threaded Python 3.14 and newer they do); nor do
+    autograd's own threads, in which the backward of CUDA tensors computes checkpointed blocks again: there
+    `checkpoint(..., context_fn=lambda: (nullcontext(), use_backend(...)))` helps. For a whole program set
+    VITDIV_BACKEND. A generator that yields within the block leaves the choice to its caller until it goes on.
 
-    torch.compile traces a block that is made in the compiled function, and compiles a function anew when it is
-    called in another block.
+    torch.compile traces blocks that are made in the compiled function, and compiles a function anew when it
+    is called in another block.
 
     Raises:
         ValueError: an unknown name.
