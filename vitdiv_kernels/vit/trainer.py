@@ -155,7 +155,7 @@ class Trainer:
         if processes() > 1:
             raise TrainError(
                 f"the trainer runs as one process, and this is one of {processes()} (WORLD_SIZE), which "
-                "would all train the same model and write the same files: start it with python, not with torchrun"
+                "would all write the same files: start it with python, not with torchrun"
             )
         if len(data.train) < recipe.batch:
             raise TrainError(
