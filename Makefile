@@ -22,7 +22,8 @@ endif
 
 # most tests have one thread; those of threads take two, as these processes together
 WORKERS ?= --numprocesses=2 --dist=worksteal
-PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet
+# errors alone: with one q pip warns, for each package, of every folder of its configuration that is not there
+PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install -qq
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(BUILD_INPUTS)) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format

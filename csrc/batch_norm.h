@@ -93,8 +93,8 @@ inline Tensors5 batch_norm_fwd(const at::Tensor& gram_given, const at::Tensor& m
   const int64_t B = gram.size(0), H = gram.size(1);
   const Kind kind{c10::kCPU, accumulation_type(gram)};
   const auto vector = [&] { return at::empty({H}, gram.options()); };
-  const Tensors5 out{vector(), vector(), vector(), at::empty({H, H}, gram.options()), vector()};
-  const auto& [mean, var, unbiased_var, mixed_covariance, gain] = out;
+  const at::Tensor mean = vector(), var = vector(), unbiased_var = vector(), gain = vector();
+  const at::Tensor mixed_covariance = at::empty({H, H}, gram.options());
   const double count = std::max(1.0, double(B) * double(queries) * double(keys));  // 1 for an empty batch
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -106,7 +106,7 @@ inline Tensors5 batch_norm_fwd(const at::Tensor& gram_given, const at::Tensor& m
                      gain.data_ptr<T>());
   };
   kind.dtype == at::kDouble ? run(double()) : run(float());
-  return out;
+  return {mean, var, unbiased_var, mixed_covariance, gain};
 }
 
 inline std::tuple<at::Tensor, at::Tensor> batch_norm_coupling(const at::Tensor& dots, const at::Tensor& var,

@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import vitdiv_kernels as vd
-from vitdiv_kernels import _dispatch, _native
+from vitdiv_kernels import _dispatch, _native, losses
+from vitdiv_kernels.ops.pairwise_rows import pairwise_logsumexp
+from vitdiv_kernels.ops.two_gram import two_gram
 
 X = torch.randn(2, 5, 8)
 Q = torch.randn(2, 3, 5, 8)
@@ -46,6 +49,15 @@ BAD = [
     (pairwise, dict(x=torch.randn(8)), ValueError, ["x", "[..., N, D]", "[8]"]),
     (pairwise, dict(x=X.int()), TypeError, ["x", "float32", "int32"]),
     (pairwise, dict(x=X.to(torch.complex64)), TypeError, ["x", "complex64"]),
+    (
+        pairwise,
+        dict(x=torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)),
+        TypeError,
+        ["x", "nested", "each of its"],
+    ),
+    (pairwise, dict(x=X.to_sparse()), TypeError, ["x", "torch.sparse_coo", "x.to_dense()"]),
+    (pairwise, dict(y=X.to_mkldnn()), TypeError, ["y", "torch._mkldnn", "y.to_dense()"]),
+    (reattention, dict(mix=MIX.to_sparse()), TypeError, ["mix", "torch.sparse_coo", "mix.to_dense()"]),
     (pairwise, dict(x=X[:, :1]), ValueError, ["x", "N >= 2", "include_self", "[2, 1, 8]"]),
     (pairwise, dict(x=X[:, :0]), ValueError, ["x", "[2, 0, 8]"]),
     (pairwise, dict(x=X[..., :0]), ValueError, ["x", "[2, 5, 0]"]),
@@ -73,6 +85,10 @@ BAD = [
     (gram, dict(q=Q.long(), k=Q.long()), TypeError, ["q", "int64"]),
     (gram, dict(k=Q.to("meta")), ValueError, ["k", "cpu", "meta"]),
     (gram, dict(scale="d"), TypeError, ["scale", "str"]),
+    (gram, dict(scale=1j), TypeError, ["scale", "complex"]),
+    (gram, dict(scale=np.complex64(1)), TypeError, ["scale", "complex64"]),
+    (gram, dict(scale=np.ones(1)), TypeError, ["scale", "ndarray"]),
+    (gram, dict(scale=torch.tensor(0.5)), TypeError, ["scale", "got a tensor", "scale.item()"]),
     (gram, dict(backend="native "), ValueError, ["backend", "'native '"]),
     (cosine, dict(k2=None), ValueError, ["q2 and k2", "q2 without k2"]),
     (cosine, dict(q2=None), ValueError, ["q2 and k2", "k2 without q2"]),
@@ -141,6 +157,75 @@ def test_the_sentence(call, arguments, error, words):
         call(**arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def mixing(smoothing):
+    labels, shares = torch.tensor([0, 1]), torch.rand(5)
+    soft = losses.patch_targets(labels, labels.flip(0), shares, num_classes=8, smoothing=smoothing)
+    return soft.sum() + losses.patch_mixing(X, labels, labels.flip(0), shares, smoothing=smoothing)
+
+
+def weak_norm(eps, out_scale):
+    return normed(eps=eps, out_scale=out_scale)
+
+
+NINE = torch.randn(2, 9, 8)
+# call, its arguments as numbers of Python that float32 holds exactly
+NUMBERS = [
+    (pairwise, dict(eps=4.0)),
+    (gram, dict(scale=0.5)),
+    (weak_norm, dict(eps=0.5, out_scale=2)),
+    (
+        lambda momentum: normed(running_mean=V3.clone(), running_var=V3.clone(), momentum=momentum),
+        dict(momentum=0.5),
+    ),
+    (lambda scale: pairwise_logsumexp(X, scale=scale), dict(scale=4.0)),
+    (
+        lambda margin, eps: two_gram(X, X + 1, penalty="hinge", margin=margin, eps=eps),
+        dict(margin=0.25, eps=4.0),
+    ),
+    (lambda t, eps: losses.uniformity(X, t=t, eps=eps), dict(t=2, eps=4.0)),
+    (
+        lambda temperature, eps: losses.info_nce(X, X + 1, temperature=temperature, eps=eps),
+        dict(temperature=0.5, eps=4.0),
+    ),
+    (
+        lambda **options: losses.vf_loss(X, X + 1, **options),
+        dict(distance_margin=0.25, cosine_margin=0.5, distance_weight=2, cosine_weight=0.5),
+    ),
+    (lambda ridge: losses.patch_mgd(X, ridge=ridge), dict(ridge=0.5)),
+    (lambda eps: losses.patch_contrast(X, X + 1, eps=eps), dict(eps=4.0)),
+    (
+        lambda window, side: losses.neighbourhood_contrast(NINE, NINE + 1, window=window, grid=(side, side)),
+        dict(window=3, side=3),
+    ),
+    (mixing, dict(smoothing=0.25)),
+    (
+        lambda size, grid: losses.cutmix_shares((1, 5, 2, 6), image_size=size, grid=(grid, grid)),
+        dict(size=8, grid=4),
+    ),
+    (
+        lambda scale, rows: losses.layer_similarity([(Q, Q), (Q + 1, Q)], scale=scale, rows=rows),
+        dict(scale=0.5, rows=2),
+    ),
+    (lambda prefix: vd.nn.PatchCosineLoss(num_prefix_tokens=prefix)(X), dict(prefix=2)),
+]
+
+
+@pytest.mark.parametrize(("call", "numbers"), NUMBERS)
+@pytest.mark.parametrize("kind", ["scalar", "zero-dimensional"])
+def test_numbers_of_numpy_are_those_of_python(call, numbers, kind):
+    def converted(number):
+        if isinstance(number, int):
+            return np.int64(number)
+        return np.float32(number) if kind == "scalar" else np.array(number, np.float32)
+
+    torch.manual_seed(0)
+    expected = call(**numbers)
+    torch.manual_seed(0)
+    out = call(**{name: converted(number) for name, number in numbers.items()})
+    assert type(out) is torch.Tensor
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("mask", [dict(attn_mask=torch.ones(5, 5)), dict(is_causal=True)])

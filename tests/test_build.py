@@ -174,6 +174,41 @@ def test_a_build_that_fails_is_not_swallowed(source_tree, environment, words):
     assert all(word in log for word in words), log
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_without_openmp_the_package_that_brings_it_is_named(source_tree):
+    compiler = source_tree / "no-openmp-c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *openmp*) exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    built = build_wheel(source_tree, CXX=str(compiler), VITDIV_CUDA="0")
+    assert built.returncode != 0
+    log = " ".join((built.stdout + built.stderr).split())
+    for words in (
+        f"OpenMP does not work with {compiler}",
+        "-dev (or libomp-dev) on Debian",
+        "brew install libomp",
+    ):
+        assert words in log
+
+
+def test_an_uncompiled_source_tree_names_the_compiled_copy(source_tree, library):
+    installed = source_tree / "site/vitdiv_kernels"
+    installed.mkdir(parents=True)
+    shutil.copy(Path(library.__file__).with_name("_build.json"), installed)
+    command = [sys.executable, "-m", "vitdiv_kernels.info"]
+    for path, words in (
+        (
+            installed.parent,
+            f"the compiled copy in {installed}: start it in a folder other than {source_tree}",
+        ),
+        (source_tree, "the kernels are not compiled: run `pip install .`"),
+    ):
+        env = os.environ | {"PYTHONPATH": str(path)}
+        run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=source_tree)
+        assert run.returncode == 0, run.stderr
+        assert words in run.stderr
+        assert f"absent: {'Python took' if path == installed.parent else 'the kernels'}" in run.stdout
+
+
 def test_info_tells_what_is_here(library):
     run = python("import vitdiv_kernels.info as i; print(i.report())", VITDIV_BACKEND=None)
     assert run.returncode == 0, run.stderr
@@ -181,6 +216,7 @@ def test_info_tells_what_is_here(library):
     assert f"here: compiled for torch {library.built_for_torch}; instruction set " in run.stdout
     assert re.search("native, CUDA  (absent|here): ", run.stdout)
     assert (f"; compiled for {library.cuda_architectures}: " in run.stdout) == library.with_cuda
+    assert "every operation, export to ONNX or TorchScript  reference: what is exported" in run.stdout
     for operation in ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention"):
         assert f"{operation}, cpu " in run.stdout
     overridden = python("import vitdiv_kernels.info as i; print(i.report())", VITDIV_BACKEND="reference")

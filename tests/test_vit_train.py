@@ -284,6 +284,16 @@ def test_the_command_line_trains_and_resumes(tmp_path, capsys):
     assert len(read(tmp_path / "log.csv")) == 4
 
 
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["--out", str(tmp_path / "run")]) == 2
+    assert re.match(r"error: .* one of 2 \(WORLD_SIZE\).* start it with python, not", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    trainer()
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

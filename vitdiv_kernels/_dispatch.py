@@ -5,7 +5,10 @@ VITDIV_BACKEND, read once at import; the table. Only the table falls back. The o
 the backend they name cannot run the call, the call raises.
 """
 
+import contextvars
+import functools
 import importlib.util
+import inspect
 import os
 
 import torch
@@ -15,11 +18,18 @@ from . import _native
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
 
-# Conditions of a call that some backend cannot meet; at most one is given, dropout before the others.
+# Conditions of a call that some backend cannot meet; at most one counts: export first, then dropout.
+EXPORT = "export to ONNX or TorchScript"
 DROPOUT = "dropout"
 TRITON_HEADS = 32
 MANY_HEADS = f"more than {TRITON_HEADS} heads"
+_NO_OPERATORS = (
+    'exports to ONNX and torch.jit.trace take backend="reference" only, not "{}": what they write must run '
+    "without this package"
+)
 _UNSUPPORTED = {
+    (EXPORT, "native"): _NO_OPERATORS.format("native"),
+    (EXPORT, "triton"): _NO_OPERATORS.format("triton"),
     (DROPOUT, "native"): 'attention dropout in training is done by backend="reference" only, not by "native"',
     (DROPOUT, "triton"): 'attention dropout in training is done by backend="reference" only, not by "triton"',
     (MANY_HEADS, "triton"): (
@@ -31,6 +41,7 @@ _UNSUPPORTED = {
 # The first row that matches the call, and whose backend is here, is taken.
 TABLE = (
     # device, operation, condition, backend, reason
+    ("*", "*", EXPORT, "reference", "what is exported must run without this package"),
     ("*", "reattention", DROPOUT, "reference", "attention dropout is done by the reference operation only"),
     ("cpu", "*", None, "native", "compiled C++ kernels"),
     ("cuda", "attn_diversity", MANY_HEADS, "reference", f"Triton holds the maps of {TRITON_HEADS} heads"),
@@ -154,8 +165,11 @@ def resolve(operation, device, backend, condition=None):
     `device` is that of the tensors, as for `missing`.
     """
     source = ""
-    if backend == "auto" and _override is not None:
-        backend, source = _override
+    if backend == "auto":
+        choice = _current_choice()
+        backend, source = choice.backend, choice.source
+    if _exporting():
+        condition = EXPORT
     if backend == "auto":
         return auto_choice(operation, device, condition)[0]
     if backend not in BACKENDS:
@@ -167,11 +181,63 @@ def resolve(operation, device, backend, condition=None):
     return backend
 
 
+def _exporting():
+    # torch.jit.trace is also what torch.onnx.export(dynamo=False) runs
+    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and _exporting_to_onnx())
+
+
+def _exporting_to_onnx():
+    return torch.onnx.is_in_onnx_export()  # takes microseconds: it imports
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo. The exporter tries
+# with dynamo what failed without it, and dynamo takes is_in_onnx_export for False.
+_exporting_to_onnx._dynamo_marked_constant = True
+
+
+_innermost = contextvars.ContextVar("vitdiv_kernels.use_backend")
+
+
+class _Choice:
+    """A backend, or "auto" for the table; who asked for it; the choice outside of its block."""
+
+    def __init__(self, backend, source="", outer=None):
+        self.backend, self.source, self.outer = backend, source, outer
+
+    # The choice of the innermost block of this thread or task; without one this choice itself, which a
+    # property hands to `get` as the default. torch.compile cannot trace ContextVar.get, but it guards on the
+    # value of a property whose getter is in C, and compiles anew for another one.
+    innermost = property(_innermost.get)
+
+
+_traced = None  # the choice of the innermost block that torch.compile is tracing
+
+
+def _current_choice():
+    if torch.compiler.is_dynamo_compiling() and _traced is not None:
+        return _traced
+    return _environment.innermost
+
+
 class use_backend:
     """Within the block, calls with `backend="auto"` take this backend: `with use_backend("reference"): ...`.
 
-    The choice is explicit, so a call that the backend cannot run raises. It holds for all threads; blocks
-    nest. `use_backend("auto")` gives the table back. Raises ValueError for an unknown name.
+    The choice is explicit, so a call that the backend cannot run raises. Blocks nest, and one object may be
+    entered several times; `use_backend("auto")` gives the table back. Also a decorator, of functions and of
+    `async def` functions.
+
+    It holds for the thread or asyncio task that entered the block, and for tasks that are created in it.
+    Threads that are started in it do not see it (on free-threaded Python 3.14 and newer they do); nor do
+    autograd's own threads, in which the backward of CUDA tensors computes checkpointed blocks again: there
+    `checkpoint(..., context_fn=lambda: (nullcontext(), use_backend(...)))` helps. For a whole program set
+    VITDIV_BACKEND. A generator that yields within the block leaves the choice to its caller until it goes on.
+
+    torch.compile traces blocks that are made in the compiled function, and compiles a function anew when it
+    is called in another block.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: as a decorator, what is not a function, and generator functions: write the block in them.
     """
 
     def __init__(self, backend):
@@ -179,15 +245,45 @@ class use_backend:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         self.backend = backend
 
+    # Without a token, which ContextVar.reset wants from the thread that set it: an object may be in several.
     def __enter__(self):
-        global _override
-        self._outer = _override
-        _override = (self.backend, " (set by use_backend)")
+        global _traced
+        source = " (set by use_backend)"
+        if torch.compiler.is_dynamo_compiling():  # which does not trace ContextVar.set
+            _traced = _Choice(self.backend, source, _traced)
+        else:
+            _innermost.set(_Choice(self.backend, source, _environment.innermost))
         return self
 
     def __exit__(self, *exc):
-        global _override
-        _override = self._outer
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            _traced = _traced.outer
+        else:
+            _innermost.set(_environment.innermost.outer or _environment)
+
+    def __call__(self, function):
+        backend = self.backend
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError("use_backend cannot decorate a generator function: write the block inside of it")
+        if inspect.isclass(function) or not callable(function):
+            kind = "a class" if inspect.isclass(function) else type(function).__name__
+            raise TypeError(f"use_backend decorates functions, got {kind}")
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def decorated(*args, **kwargs):
+                with use_backend(backend):
+                    return await function(*args, **kwargs)
+
+        else:
+
+            @functools.wraps(function)
+            def decorated(*args, **kwargs):
+                with use_backend(backend):  # made here, where torch.compile can trace it
+                    return function(*args, **kwargs)
+
+        return decorated
 
 
 def _from_environment():
@@ -195,7 +291,7 @@ def _from_environment():
     if name not in BACKENDS and name != "":
         known = ", ".join(BACKENDS)
         raise ValueError(f"the environment variable VITDIV_BACKEND must be one of {known}, got {name!r}")
-    return (name, " (set by the environment variable VITDIV_BACKEND)") if name else None
+    return _Choice(name, " (set by the environment variable VITDIV_BACKEND)") if name else _Choice("auto")
 
 
-_override = _from_environment()
+_environment = _from_environment()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -21,8 +22,16 @@ def _minor(version: str) -> str:
 def _why_unusable(facts_file: Path) -> str | None:
     """What is known before importing the extension, which beside another torch may fail in obscure ways."""
     if not facts_file.exists():
+        compiled = _compiled_elsewhere(facts_file.parent)
+        if compiled is None:
+            return (
+                "the kernels are not compiled: run `pip install .` in the source tree, with a C++ compiler "
+                "there"
+            )
         return (
-            "the kernels are not compiled: run `pip install .` in the source tree, with a C++ compiler there"
+            f"Python took {facts_file.parent}, whose kernels are not compiled, and not the compiled copy in "
+            f"{compiled}: start it in a folder other than {facts_file.parent.parent}, or compile the kernels "
+            "here with `pip install --no-build-isolation -e .`"
         )
     facts = json.loads(facts_file.read_text())
     built_for = facts["torch"]
@@ -34,6 +43,19 @@ def _why_unusable(facts_file: Path) -> str | None:
             f"the kernels were compiled for torch {built}, but torch {running} is running: reinstall "
             "from the source tree with `pip install --no-build-isolation --no-deps .`"
         )
+    return None
+
+
+def _compiled_elsewhere(package: Path) -> Path | None:
+    """Another copy of the package on sys.path that has its kernels: the one that `pip install .` made.
+
+    In a source tree `python -m` and `python -c` find the folder of sources first.
+    """
+    for entry in sys.path:
+        other = Path(entry).absolute() / package.name
+        facts = other / "_build.json"
+        if os.path.isfile(facts) and json.loads(facts.read_text())["torch"] is not None:
+            return other
     return None
 
 

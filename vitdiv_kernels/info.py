@@ -89,17 +89,20 @@ def _auto() -> str:
             for condition in (None, *_conditions(operation, device)):
                 case = ", ".join(filter(None, (operation, device, condition)))
                 rows.append((case, "{}: {}".format(*_dispatch.auto_choice(operation, device, condition))))
+    for _, operation, condition, backend, reason in _dispatch.TABLE:
+        if condition and operation == "*":
+            rows.append((f"every operation, {condition}", f"{backend}: {reason}"))
     override = os.environ.get("VITDIV_BACKEND")
     unless = f", were it not for VITDIV_BACKEND={override}" if override else ""
     return f'What backend="auto" takes{unless}\n{_table(rows)}'
 
 
 def _conditions(operation: str, device: str) -> list[str]:
-    """The conditions for which the table has a row of its own."""
+    """The conditions for which the table has a row of this operation."""
     return [
         condition
         for row_device, row_operation, condition, _, _ in _dispatch.TABLE
-        if condition and row_device in ("*", device) and row_operation in ("*", operation)
+        if condition and row_device in ("*", device) and row_operation == operation
     ]
 
 

@@ -69,7 +69,6 @@ VITDIV_INLINE int64_t piece_begin(int64_t N, int64_t piece, int64_t pieces, bool
 }
 
 VITDIV_INLINE int64_t sign_planes(Penalty p) { return p == Penalty::kAbs ? 2 : 1; }
-VITDIV_INLINE bool keeps_signs(Penalty p) { return p == Penalty::kAbs || p == Penalty::kRelu; }
 
 struct Signs {
   uint32_t* words;

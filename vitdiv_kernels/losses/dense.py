@@ -58,7 +58,7 @@ def gram_anchoring(
     _checks.one_of("level", level, ("image", "batch"))
     _checks.one_of("negatives", negatives, tuple(NEGATIVES))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     if level == "batch":
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     n, width = student.shape[-2:]
@@ -107,7 +107,7 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
     """
     _checks.vectors("x", x, at_least=2)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.positive("eps", eps)
+    eps = _checks.positive("eps", eps)
     nearest = pairwise_nearest(x, eps=eps, backend=backend)
     with _checks.autocast_off(x):
         if _plain(x, backend):
@@ -195,7 +195,7 @@ def uniformity(x, *, t=2.0, reduction="mean", eps=1e-8, backend="auto"):
     Source: Wang and Isola 2020 (arXiv 2005.10242), `lunif`.
     """
     _checks.vectors("x", x, at_least=2)
-    _checks.positive("t", t)
+    t = _checks.positive("t", t)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     n = x.shape[-2]
     rows = pairwise_logsumexp(x, scale=2 * t, eps=eps, backend=backend)
@@ -275,12 +275,12 @@ def vf_loss(
     """
     _checks.vectors("z", z)
     _checks.second_vectors("f", f, "z", z, same_number=True)
-    for name, value in (("cosine_margin", cosine_margin), ("distance_margin", distance_margin)):
-        _checks.number(name, value, at_least=0)
-    for name, value in (("distance_weight", distance_weight), ("cosine_weight", cosine_weight)):
-        _checks.number(name, value)
+    cosine_margin = _checks.number("cosine_margin", cosine_margin, at_least=0)
+    distance_margin = _checks.number("distance_margin", distance_margin, at_least=0)
+    distance_weight = _checks.number("distance_weight", distance_weight)
+    cosine_weight = _checks.number("cosine_weight", cosine_weight)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     distances = two_gram(
         z, f, penalty="hinge", margin=distance_margin, reduction="none", eps=eps, backend=backend
     )
@@ -312,8 +312,9 @@ def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e
     """
     _checks.vectors("x", x)
     _checks.second_vectors("y", y, "x", x, same_number=True)
-    _checks.positive("temperature", temperature)
+    temperature = _checks.positive("temperature", temperature)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    eps = _checks.number("eps", eps, at_least=0)
     options = dict(scale=1 / temperature, eps=eps, backend=backend)
     rows = pairwise_logsumexp(x, y, **options)
     if symmetric:

@@ -27,7 +27,7 @@ def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e
     """
     _checks.vectors("gradients", gradients)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.positive("eps", eps)
+    eps = _checks.positive("eps", eps)
     (g,) = _common.full_precision(gradients)
     if replace_nan:
         g = torch.where(g.isnan(), 1e-8, g)

@@ -108,7 +108,7 @@ def head_mgd(q, k, *, ridge=1e-6, reduction="mean", scale=None, backend="auto"):
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_feature_reg` on attention maps.
     """
-    _checks.positive("ridge", ridge)
+    ridge = _checks.positive("ridge", ridge)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     cosine = attention_cosine(q, k, scale=scale, backend=backend)
     return _common.reduced(_common.gram_determinant(cosine, ridge), reduction)

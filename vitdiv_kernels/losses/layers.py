@@ -46,7 +46,7 @@ def layer_similarity(layers, *, along="columns", reduction="none", scale=None, r
 
     Source: Zhou et al. 2021 (arXiv 2103.11886), the cross-layer similarity of attention maps.
     """
-    layers = _checked(layers, scale, rows)
+    layers, scale, rows = _checked(layers, scale, rows)
     _checks.one_of("along", along, ALONG)
     _checks.one_of("reduction", reduction, ("none", "mean"))
     pairs = [(p, q) for p in range(len(layers)) for q in range(p, len(layers))]
@@ -74,8 +74,8 @@ def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
     _checks.floating_tensor("similarity", similarity)
     if similarity.dim() < 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) < 2:
         raise ValueError(f"similarity must have shape [L, L, ...], L > 1, got {_checks.shape_of(similarity)}")
-    _checks.number("threshold", threshold)
-    _checks.number("token_ratio", token_ratio)
+    threshold = _checks.number("threshold", threshold)
+    token_ratio = _checks.number("token_ratio", token_ratio)
     before = similarity.detach().diagonal(1).movedim(-1, 0)  # block p + 1 with block p
     shares = (before > threshold).reshape(len(before), -1).double().mean(-1)
     return (shares > token_ratio).sum().float() / len(similarity), shares
@@ -99,7 +99,7 @@ def cos_reg(layers, *, along="heads", scale=None, rows=64):
 
     Source: the released code of Zhou et al. 2021 (arXiv 2103.11886), `SoftTargetCrossEntropyCosReg`.
     """
-    layers = _checked(layers, scale, rows)
+    layers, scale, rows = _checked(layers, scale, rows)
     _checks.one_of("along", along, ALONG)
     if len(layers) < 2:
         raise ValueError(f"layers must hold at least two layers, got {len(layers)}")
@@ -144,10 +144,11 @@ def _checked(layers, scale, rows):
                 )
         cast.append((q, k, *mixing))
     if scale is not None:
-        _checks.number("scale", scale)
+        scale = _checks.number("scale", scale)
+    rows = _checks.integral(rows)
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows must be a positive number of queries, got {rows!r}")
-    return cast
+    return cast, scale, rows
 
 
 def _similarities(layers, pairs, along, scale, rows):

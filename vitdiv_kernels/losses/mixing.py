@@ -52,7 +52,7 @@ def patch_targets(labels, others, shares, *, num_classes, smoothing=0.0):
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `mixup_target`.
     """
-    _labels(labels, others, shares, smoothing)
+    smoothing = _labels(labels, others, shares, smoothing)
     shares = shares.expand(len(labels), -1).unsqueeze(-1)
     first, second = (
         torch.nn.functional.one_hot(y, num_classes).to(shares.dtype).unsqueeze(1) for y in (labels, others)
@@ -84,7 +84,7 @@ def patch_mixing(logits, labels, others, shares, *, smoothing=0.0, reduction="me
     _checks.floating_tensor("logits", logits)
     if logits.dim() != 3:
         raise ValueError(f"logits must have shape [B, N, C], got {_checks.shape_of(logits)}")
-    _labels(labels, others, shares, smoothing, logits)
+    smoothing = _labels(labels, others, shares, smoothing, logits)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     with _checks.autocast_off(logits):
         return _patch_mixing(logits, labels, others, shares, smoothing, reduction)
@@ -114,7 +114,8 @@ def _covered(interval, pixels, patches):
 
 
 def _pair(name, value):
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    value = _checks.integral(value)
+    pair = (value, value) if isinstance(value, int) else tuple(map(_checks.integral, value))
     if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
         raise ValueError(f"{name} must be one or two positive integers, got {value!r}")
     return pair
@@ -141,6 +142,7 @@ def _labels(labels, others, shares, smoothing, logits=None):
             f"shares must have shape [{patches}] or [{len(labels)}, {patches}], "
             f"got {_checks.shape_of(shares)}"
         )
-    _checks.number("smoothing", smoothing, at_least=0)
+    smoothing = _checks.number("smoothing", smoothing, at_least=0)
     if smoothing > 1:
         raise ValueError(f"smoothing must be at most 1, got {smoothing}")
+    return smoothing

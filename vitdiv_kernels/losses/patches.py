@@ -41,7 +41,7 @@ def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction
     _checks.vectors("first", first, at_least=2)
     _checks.second_vectors("last", last, "first", first, same_number=True)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     if detach_first:
         first = first.detach()
     first, last = _common.full_precision(first, last)
@@ -116,7 +116,8 @@ def neighbourhood_contrast(
     _checks.second_vectors("context", context, "patches", patches, same_number=True)
     _checks.one_of("border", border, ("zeros", "inside"))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
+    window = _checks.integral(window)
     if not isinstance(window, int) or window < 3 or window % 2 == 0:
         raise ValueError(f"window must be an odd number of patches, at least 3, got {window!r}")
     n = patches.shape[-2]
@@ -140,6 +141,8 @@ def neighbourhood_contrast(
 def _grid(grid, n):
     side = round(n**0.5)
     sizes = (side, side) if grid is None else grid
+    if isinstance(sizes, (tuple, list)):
+        sizes = [_checks.integral(size) for size in sizes]
     sized = isinstance(sizes, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in sizes)
     if not sized or len(sizes) != 2 or sizes[0] * sizes[1] != n:
         given = "a square" if grid is None else f"{grid!r}"
@@ -171,7 +174,7 @@ def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto")
     _checks.vectors("x", x, at_least=2)
     _checks.one_of("variant", variant, _common.MHS_VARIANTS)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     with _checks.autocast_off(x):
         return _common.reduced(_common.separation(x, variant, eps, backend), reduction)
 
@@ -193,9 +196,9 @@ def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_feature_reg`.
     """
     _checks.vectors("x", x)
-    _checks.positive("ridge", ridge)
+    ridge = _checks.positive("ridge", ridge)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     with _checks.autocast_off(x):
         return _common.reduced(_common.determinant(x, ridge, eps), reduction)
 
@@ -218,7 +221,7 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
     """
     _checks.vectors("x", x)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     n, width = x.shape[-2:]
     if 4 * width > 3 * n:
         means = two_gram(x, reduction="none", eps=eps, backend=backend)
@@ -257,7 +260,7 @@ def patch_condition_orthogonality(x, *, start=None, generator=None, reduction="m
     """
     _checks.vectors("x", x)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     start = _common.starts(x, start, generator, torch.randn)
     with _checks.autocast_off(x):
         return _common.reduced(GramGap.apply(_common.unit(x, eps), start, 1e-6), reduction)

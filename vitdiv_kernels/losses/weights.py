@@ -32,7 +32,7 @@ def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mhs_weight_reg`.
     """
     _checks.one_of("variant", variant, _common.MHS_VARIANTS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
 
     def loss(w):
         return _common.separation(w, variant, eps)
@@ -55,8 +55,8 @@ def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_weight_reg`.
     """
-    _checks.positive("ridge", ridge)
-    _checks.number("eps", eps, at_least=0)
+    ridge = _checks.positive("ridge", ridge)
+    eps = _checks.number("eps", eps, at_least=0)
 
     def loss(w):
         return _common.determinant(w, ridge, eps)

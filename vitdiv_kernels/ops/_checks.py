@@ -1,6 +1,7 @@
 """Validation that the operations share: comparisons in the valid case, sentences only on failure."""
 
 import contextlib
+import numbers
 
 import torch
 
@@ -23,6 +24,10 @@ def floating_tensor(name, value):
     if value.dtype not in FLOATS:
         known = ", ".join(map(name_of, FLOATS))
         raise TypeError(f"{name} must have one of the dtypes {known}, got {name_of(value.dtype)}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: call once for each of its tensors")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: pass {name}.to_dense()")
 
 
 def values_at_hand(tensor):
@@ -55,19 +60,40 @@ def one_of(name, value, known):
 
 
 def number(name, value, *, at_least=None):
+    """The value as a number of Python, which operators take; NumPy's are converted."""
     if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        value = _python_number(name, value)
     if at_least is not None and not value >= at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return value
+
+
+def _python_number(name, value):
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):  # sizes while torch.export runs
+        return value
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor: pass {name}.item(); it has no gradient")
+    if getattr(value, "ndim", None) == 0 and value.dtype.kind in "iuf":  # an array of NumPy
+        return value.item()
+    raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def positive(name, value):
-    number(name, value)
+    value = number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+    return value
+
+
+def integral(value):
+    """NumPy's integers as those of Python; anything else as it is, for a check that has its own sentence."""
+    return int(value) if isinstance(value, numbers.Integral) else value
 
 
 def count(name, value):
+    value = integral(value)
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
     return value

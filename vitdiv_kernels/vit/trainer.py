@@ -120,6 +120,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
+def processes() -> int:
+    """How many processes this one was started with, by torchrun or what sets the same variables."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    world = os.environ.get("WORLD_SIZE", "")
+    return int(world) if world.isdecimal() else 1
+
+
 class Trainer:
     """Trains a ViT on Data; `save` and `load` keep everything that the next step needs.
 
@@ -144,6 +152,11 @@ class Trainer:
         compile: bool = False,
         monitor_every: int = 0,
     ) -> None:
+        if processes() > 1:
+            raise TrainError(
+                f"the trainer runs as one process, and this is one of {processes()} (WORLD_SIZE), which "
+                "would all write the same files: start it with python, not with torchrun"
+            )
         if len(data.train) < recipe.batch:
             raise TrainError(
                 f"the batch ({recipe.batch}) is larger than the training set ({len(data.train)} images)"

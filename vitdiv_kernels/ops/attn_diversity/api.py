@@ -143,7 +143,7 @@ def attention_diversity(
 
 def _centered_gram(q, k, q2, k2, scale, backend):
     if scale is not None:
-        _checks.number("scale", scale)
+        scale = _checks.number("scale", scale)
     scale2 = None
     if q2 is not None:
         scale2 = q2.shape[3] ** -0.5 if scale is None else scale

@@ -69,7 +69,7 @@ def pairwise_cosine(
         raise ValueError(f"x must have N >= 2 when include_self is False, got shape {_checks.shape_of(x)}")
     _checks.one_of("penalty", penalty, PENALTIES)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     backend = _dispatch.resolve("pairwise_cosine", x.device, backend)
 
     options = dict(penalty=penalty, include_self=include_self, eps=eps)

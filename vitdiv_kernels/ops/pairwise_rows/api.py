@@ -37,8 +37,8 @@ def pairwise_logsumexp(x, y=None, *, scale=1.0, eps=1e-8, backend="auto"):
     _checks.vectors("x", x, at_least=2 if y is None else 1)
     if y is not None:
         _checks.second_vectors("y", y, "x", x)
-    _checks.positive("scale", scale)
-    _checks.number("eps", eps, at_least=0)
+    scale = _checks.positive("scale", scale)
+    eps = _checks.number("eps", eps, at_least=0)
     backend = _dispatch.resolve("pairwise_rows", x.device, backend)
     with _checks.autocast_off(x):
         if backend == "reference":
@@ -62,7 +62,7 @@ def pairwise_nearest(x, y=None, *, eps=1e-8, backend="auto"):
     _checks.vectors("x", x, at_least=2 if y is None else 1)
     if y is not None:
         _checks.second_vectors("y", y, "x", x)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     backend = _dispatch.resolve("pairwise_rows", x.device, backend)
     with _checks.autocast_off(x):
         if backend == "reference":

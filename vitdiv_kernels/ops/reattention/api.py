@@ -103,16 +103,16 @@ def reattention(
         )
     if norm == "none" and (norm_weight is not None or norm_bias is not None):
         raise ValueError('norm_weight and norm_bias must be None when norm is "none"')
-    _checks.number("momentum", momentum, at_least=0)
-    _checks.number("eps", eps, at_least=0)
-    _checks.number("out_scale", out_scale)
-    _checks.number("dropout_p", dropout_p, at_least=0)
+    momentum = _checks.number("momentum", momentum, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
+    out_scale = _checks.number("out_scale", out_scale)
+    dropout_p = _checks.number("dropout_p", dropout_p, at_least=0)
     if dropout_p > 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if scale is None:
         scale = q.shape[3] ** -0.5
     else:
-        _checks.number("scale", scale)
+        scale = _checks.number("scale", scale)
 
     dropout = training and dropout_p > 0
     condition = _dispatch.MANY_HEADS if q.shape[1] > _dispatch.TRITON_HEADS else None

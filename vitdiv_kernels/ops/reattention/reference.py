@@ -31,7 +31,8 @@ def reattention(
     def to_compute(tensor):
         return None if tensor is None else tensor.to(compute_dtype)
 
-    logits = scale * to_compute(q) @ to_compute(k).mT  # [B, H, N, M]
+    # transpose and permute: torch.onnx.export(dynamo=False) does not know mT, and writes an invalid movedim
+    logits = scale * to_compute(q) @ to_compute(k).transpose(-2, -1)  # [B, H, N, M]
     if pre_mix is not None:
         logits = mix_heads(logits, to_compute(pre_mix), to_compute(pre_bias))
     maps = torch.softmax(logits, dim=-1)
@@ -47,11 +48,12 @@ def reattention(
             momentum, eps, process_group,
         )  # fmt: skip
     elif norm == "layer":
-        heads_last = mixed.movedim(1, -1)
+        heads_last = mixed.permute(0, 2, 3, 1)
+        # the size of mix: that exporter wants one which does not depend on the input
         heads_last = F.layer_norm(
-            heads_last, heads_last.shape[-1:], to_compute(norm_weight), to_compute(norm_bias), eps
+            heads_last, mix.shape[:1], to_compute(norm_weight), to_compute(norm_bias), eps
         )
-        mixed = heads_last.movedim(-1, 1)
+        mixed = heads_last.permute(0, 3, 1, 2)
 
     out = out_scale * (mixed @ to_compute(v))
     return out.to(q.dtype), gram

@@ -47,9 +47,9 @@ def two_gram(
     if y is not None:
         _checks.second_vectors("y", y, "x", x, same_number=True, any_width=True)
     _checks.one_of("penalty", penalty, tuple(reference.PENALTIES))
-    _checks.number("margin", margin, at_least=0)
+    margin = _checks.number("margin", margin, at_least=0)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    _checks.number("eps", eps, at_least=0)
+    eps = _checks.number("eps", eps, at_least=0)
     backend = _dispatch.resolve("two_gram", x.device, backend)
 
     options = dict(penalty=penalty, margin=margin, normalise=bool(normalise), eps=eps)

@@ -1,0 +1,81 @@
+"""The files of the repository: what every compiler takes, what an sdist holds, nothing half merged."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tracked():
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout of git")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+def half_merged(text):
+    return re.search(rb"^(<<<<<<<|\|\|\|\|\|\|\||>>>>>>>)( |$)", text, re.MULTILINE) is not None
+
+
+def test_no_file_is_half_merged(tracked):
+    assert half_merged(b"a\n<" + b"<<<<<< HEAD\nb")
+    assert half_merged(b"a\n" + b">" * 7 + b" branch\n")
+    assert [name for name in tracked if half_merged((ROOT / name).read_bytes())] == []
+
+
+def test_an_sdist_holds_what_is_tracked(tracked, tmp_path):
+    tree = tmp_path / "tree"
+    for name in tracked:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    stray = tree / "tests/__pycache__/conftest.cpython-311.pyc"
+    stray.parent.mkdir()
+    stray.touch()
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        held = {name.partition("/")[2] for name in (file.name for file in sdist if file.isfile())}
+    made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert held - made == set(tracked)
+
+
+def captured_bindings(source):
+    """Names of structured bindings that a lambda in the rest of their block uses: clang before 16 refuses."""
+    source = re.sub(r"//.*", "", source)
+    found = set()
+    for binding in re.finditer(r"\bauto\s*&{0,2}\s*\[([\w\s,]+)\]\s*[=:({]", source):
+        names, rest = set(re.findall(r"\w+", binding[1])), source[binding.end() :]
+        rest = rest[: block_end(rest)]
+        for captures in re.finditer(r"\[[&=][^\]]*\]", rest):
+            body = rest.find("{", captures.end())
+            used = re.findall(r"\w+", rest[captures.end() : body + 1 + block_end(rest[body + 1 :])])
+            found |= names & set(used)
+    return found
+
+
+def block_end(text):
+    """Where the block ends that text is in."""
+    depth = 1
+    for brace in re.finditer("[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.start()
+    return len(text)
+
+
+def test_no_lambda_captures_a_structured_binding():
+    code = "void f() { %s auto& [a, b] = pair; { use(a); } %s } void g() { int b; h([&] { b; }); }"
+    assert captured_bindings(code % ("", "const auto run = [&](int x) { if (x) { } b; };")) == {"b"}
+    assert captured_bindings(code % ("h([&] { b; });", "h([&] { c; });")) == set()
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert len(sources) > 50
+    captured = {str(path): captured_bindings(path.read_text()) for path in sources}
+    assert {path: names for path, names in captured.items() if names} == {}
