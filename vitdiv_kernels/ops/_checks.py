@@ -31,12 +31,12 @@ def floating_tensor(name, value):
 
 
 def values_at_hand(tensor):
-    """Whether the host may read values: of a plain tensor in main memory, outside of tracing and vmap."""
+    """Whether the host may read values: of a plain tensor in main memory, outside of tracing and torch.func."""
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_batchedtensor(tensor)
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
