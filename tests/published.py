@@ -14,7 +14,11 @@ def split(attn, x):
 def reattention(attn, x):
     q, k, v = split(attn, x)
     mixed = attn.reatten_matrix((attn.scale * q @ k.mT).softmax(-1))
-    mixed = attn.var_norm(mixed.movedim(1, -1)).movedim(-1, 1) if attn.map_norm == "layer" else attn.var_norm(mixed)
+    mixed = (
+        attn.var_norm(mixed.movedim(1, -1)).movedim(-1, 1)
+        if attn.map_norm == "layer"
+        else attn.var_norm(mixed)
+    )
     return attn.proj((attn.out_scale * mixed @ v).transpose(1, 2).flatten(2))
 
 
@@ -30,8 +34,8 @@ def called_on_maps(attn, x):
 
 
 def assert_published(attn, steps=2, forward=None, like=None):
-    """Outputs, gradients and buffers of steps of training, then the output in evaluation, are those of the modules
-    called on the maps. `like` is a second attention, equal to `attn`, where that can't be copied."""
+    """Outputs, gradients and buffers of steps of training, then the output in evaluation, are those of the
+    modules called on the maps. `like` is a second attention, equal to `attn`, where that can't be copied."""
     like = copy.deepcopy(attn) if like is None else like
     forward = attn if forward is None else forward
     for _ in range(steps):

@@ -1,4 +1,5 @@
-"""Tools that act on the mixes and the norm of an attention: what they compute is kept, or refused in a sentence."""
+"""Tools that act on the mixes and the norm of an attention: what they compute is kept, or refused in a
+sentence."""
 
 import copy
 import importlib.util
@@ -96,7 +97,12 @@ class LoraLinear(nn.Module):
         self.base_layer = base.requires_grad_(False)
         self.lora_A, self.lora_B = nn.ModuleDict({"default": down}), nn.ModuleDict({"default": up})
         self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout) if dropout else nn.Identity()})
-        self.active_adapters, self.disable_adapters, self.merged, self.lora_variant = ["default"], False, False, {}
+        self.active_adapters, self.disable_adapters, self.merged, self.lora_variant = (
+            ["default"],
+            False,
+            False,
+            {},
+        )
 
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: self.base_layer.bias)
@@ -140,7 +146,8 @@ def adapt(request):
 def test_lora(cls, adapt):
     attn = adapt(made(cls))
     for module in mixes(attn):
-        assert module.lora_A["default"].weight.requires_grad and not module.base_layer.weight.requires_grad
+        assert module.lora_A["default"].weight.requires_grad
+        assert not module.base_layer.weight.requires_grad
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     adapted = attn.eval()(x)
     published.assert_published(attn.train())
@@ -158,7 +165,9 @@ def test_lora_that_is_no_fixed_weight_is_refused(adapt):
     dropout = {"dropout": 0.5} if adapt is with_stand_in else {"lora_dropout": 0.5}
     attn = adapt(made(vd.nn.ReAttention), **dropout)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
-    with pytest.raises(TypeError, match="reatten_matrix must be LoRA without dropout, got lora_dropout=0.5: its"):
+    with pytest.raises(
+        TypeError, match=r"reatten_matrix must be LoRA without dropout, got lora_dropout=0.5: its"
+    ):
         attn(x)
     torch.testing.assert_close(attn.eval()(x), published.reattention(attn, x))
     if adapt is with_peft:
@@ -286,7 +295,9 @@ def test_what_cannot_be_read_is_refused_or_called_by_the_reference(case):
     attn = made(cls)
     change(attn)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
-    with pytest.raises(TypeError, match=f'{sentence}.*: its tensors are read .* give the attention backend="reference"'):
+    with pytest.raises(
+        TypeError, match=f'{sentence}.*: its tensors are read .* give the attention backend="reference"'
+    ):
         attn(x)
     attn.backend = "reference"
     torch.testing.assert_close(attn(x), published.called_on_maps(attn, x))
@@ -302,7 +313,9 @@ def test_the_gram_matrix_comes_along_where_modules_are_called():
 
 def test_dynamic_quantisation_is_refused():
     attn = torch.ao.quantization.quantize_dynamic(TALKING(24, 4).eval(), {nn.Linear})
-    with pytest.raises(TypeError, match="proj_l must be a Conv2d or a Linear, got Linear: its tensors are read"):
+    with pytest.raises(
+        TypeError, match="proj_l must be a Conv2d or a Linear, got Linear: its tensors are read"
+    ):
         attn(torch.randn(2, 5, 24))
 
 
@@ -350,7 +363,8 @@ def test_what_others_read():
     torch.testing.assert_close(mix, attn.reatten_matrix.weight.flatten(1))
     assert bias is attn.reatten_matrix.bias
     assert (norm.kind, norm.from_batch, norm.eps) == ("batch", True, 1e-5)
-    assert norm.weight is attn.var_norm.weight and norm.running_var is attn.var_norm.running_var
+    assert norm.weight is attn.var_norm.weight
+    assert norm.running_var is attn.var_norm.running_var
     assert not _effective.effective_norm(attn.eval()).from_batch
     attn.var_norm = nn.GroupNorm(1, 4)
     with pytest.raises(TypeError, match="got GroupNorm"):

@@ -68,7 +68,9 @@ def test_frozen_batch_norm_with_an_activation_is_refused(torchvision):
     layers = pytest.importorskip("timm.layers")
     attn = ReAttention(24, 4)
     attn.var_norm = layers.FrozenBatchNormAct2d(4)
-    with pytest.raises(TypeError, match="var_norm must be without activation and dropout, got FrozenBatchNormAct2d"):
+    with pytest.raises(
+        TypeError, match="var_norm must be without activation and dropout, got FrozenBatchNormAct2d"
+    ):
         attn(torch.randn(2, 5, 24))
 
 
@@ -98,11 +100,15 @@ def through(modules, x, run):
 RUNS = {
     "eager": lambda use_reentrant: lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant),
     "inside compile": lambda use_reentrant: lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant),
-    "around compile": lambda use_reentrant: lambda f, x: checkpoint(
-        torch.compile(f, fullgraph=True, backend="aot_eager"), x, use_reentrant=use_reentrant
+    "around compile": lambda use_reentrant: (
+        lambda f, x: checkpoint(
+            torch.compile(f, fullgraph=True, backend="aot_eager"), x, use_reentrant=use_reentrant
+        )
     ),
-    "nested": lambda use_reentrant: lambda f, x: checkpoint(
-        lambda x: checkpoint(f, x, use_reentrant=use_reentrant), x, use_reentrant=use_reentrant
+    "nested": lambda use_reentrant: (
+        lambda f, x: checkpoint(
+            lambda x: checkpoint(f, x, use_reentrant=use_reentrant), x, use_reentrant=use_reentrant
+        )
     ),
 }
 
@@ -143,5 +149,7 @@ def test_a_recomputation_counts_as_that_of_torch(use_reentrant):
 def test_what_counts_is_not_asked_of_the_reference_that_calls_modules():
     attn = ReAttention(24, 4, count_recomputed=False, backend="reference")
     attn.var_norm.register_forward_hook(lambda module, inputs, out: None)
-    with pytest.raises(ValueError, match="count_recomputed must be True where the reference backend calls var_norm"):
+    with pytest.raises(
+        ValueError, match="count_recomputed must be True where the reference backend calls var_norm"
+    ):
         attn(torch.randn(2, 5, 24))

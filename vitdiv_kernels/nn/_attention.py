@@ -1,4 +1,4 @@
-"""What the attentions of this package share: timm's constructor, the packed projection, options as a class."""
+"""What the attentions share: timm's constructor, the packed projection, options as a class."""
 
 import copyreg
 import functools
@@ -30,8 +30,8 @@ def vitdiv_attention(attn, x, attn_mask, is_causal, **options):
 class PackedAttention(nn.Module):
     """Attention with timm's arguments and names: `qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`.
 
-    A subclass adds its mixes between `_add_input` and `_add_output`: the order of the state dict is that of the
-    published modules.
+    A subclass adds its mixes between `_add_input` and `_add_output`: the order of the state dict is that of
+    the published modules.
     """
 
     def _add_input(self, dim, num_heads, attn_head_dim, qkv_bias, qk_norm, scale_norm, norm_layer, kind):
@@ -69,8 +69,8 @@ class PackedAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def _calls_modules(self, q):
-        """Whether the mixes and the norm are called on the maps, by the backend "reference" alone: where they can't
-        be read, or have hooks. Raises TypeError for what can't be read by the backend that is to run."""
+        """Whether the mixes and the norm are called on the maps: by the backend "reference", where they can't
+        be read or have hooks. Raises TypeError for what can't be read, if another backend is to run."""
         sentence = _effective.why_not(self)
         if sentence is None and not _effective.hooked(self):
             return False
@@ -87,14 +87,15 @@ class PackedAttention(nn.Module):
                 child.reset_parameters()
 
     def init_weights(self):
-        """timm's models call this after they have given all Linear layers their own initial values, which stay."""
+        """Nothing: what timm's models, which call it, gave the Linear layers before stays."""
 
     @classmethod
     def with_options(cls, **options):
-        """This class with other defaults, for models that take a class: `ReAttention.with_options(norm="layer")`.
+        """This class with other defaults, for models that take a class:
+        `ReAttention.with_options(norm="layer")`.
 
-        The options hold whatever the model gives. Equal options give the same class; it, its instances and whole
-        models with it can be copied and pickled. Raises TypeError for an unknown option.
+        The options hold whatever the model gives. Equal options give the same class; it, its instances and
+        whole models with it can be copied and pickled. Raises TypeError for an unknown option.
         """
         known = list(inspect.signature(cls.__init__).parameters)[3:]  # without self, dim and num_heads
         for name in options:
@@ -114,7 +115,12 @@ def _with_options(cls, options):
 
     __init__.__signature__ = inspect.signature(cls.__init__)
     name = f"{cls.__name__}[{', '.join(f'{option}={value!r}' for option, value in options)}]"
-    body = {"__init__": __init__, "__module__": cls.__module__, "__doc__": cls.__doc__, "_made_of": (cls, options)}
+    body = {
+        "__init__": __init__,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "_made_of": (cls, options),
+    }
     made = _Optioned(name, (cls,), body)
     return made
 

@@ -2,8 +2,9 @@
 
 `reatten_matrix`, `var_norm`, `proj_l` and `proj_w` hold tensors that the operation reads; on the maps, which
 are never made, they can't be called. So each is read between its own hooks, which is what weight_norm,
-spectral_norm, pruning and FSDP2 need, with the weights of LoRA adapters added. What can't be read so is refused
-in a sentence. Hooks that are set for all modules at once, by `register_module_forward_hook`, do not run.
+spectral_norm, pruning and FSDP2 need, with the weights of LoRA adapters added. What can't be read so is
+refused in a sentence. Hooks that are set for all modules at once, by `register_module_forward_hook`, do not
+run.
 """
 
 from typing import NamedTuple
@@ -37,8 +38,8 @@ NO_INPUT = (None,)
 
 
 class Norm(NamedTuple):
-    """The norm of the mixed maps: its kind, "none", "batch" or "layer", and its tensors [H], None where it has
-    none. `from_batch`: batch norm takes the statistics of this batch."""
+    """The norm of the mixed maps: its kind, "none", "batch" or "layer", and its tensors [H], None where it
+    has none. `from_batch`: batch norm takes the statistics of this batch."""
 
     kind: str
     weight: Tensor | None = None
@@ -142,8 +143,8 @@ def _norm_kind(module):
 
 
 def _foreign_tensor(module):
-    """A parameter that is no tensor of torch's own, as quantised weights are, or None. A parametrized weight is
-    not looked at: each look may take a step, as spectral norm's does."""
+    """A parameter that is no tensor of torch's own, as quantised weights are, or None. A parametrized weight
+    is not looked at: each look may take a step, as spectral norm's does."""
     for tensor in module._parameters.values():
         if (
             type(tensor) is not nn.Parameter

@@ -1,7 +1,7 @@
 """Layers of `ReAttention` that know their initial values.
 
-`reset_parameters` gives them again, in whatever order a tool resets the modules: FSDP and others make a model on
-the meta device, call `to_empty`, then `reset_parameters` of each module, parents first.
+`reset_parameters` gives them again, in whatever order a tool resets the modules: FSDP and others make a model
+on the meta device, call `to_empty`, then `reset_parameters` of each module, parents first.
 """
 
 import torch

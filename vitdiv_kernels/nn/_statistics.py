@@ -1,11 +1,11 @@
-"""Running statistics of batch norm where the operation's own update, a step of fixed momentum, is not enough."""
+"""Running statistics of batch norm that the operation's own update, a step of fixed momentum, can't make."""
 
 import torch
 
 
 @torch.library.custom_op("vitdiv::in_backward", mutates_args=())
 def _in_backward_now(like: torch.Tensor) -> torch.Tensor:
-    """Whether a backward pass is running, a bool []: asked when a compiled program runs, not when it is made."""
+    """`in_backward` as a bool [], asked when a compiled program runs and not when it is made."""
     return torch.full((), in_backward(), dtype=torch.bool, device=like.device)
 
 

@@ -9,8 +9,8 @@ from . import _attention, _effective
 class TalkingHeadsAttention(_attention.PackedAttention):
     """Talking-heads self-attention (Shazeer et al. 2020, arXiv 2003.02436), as in CaiT (arXiv 2103.17239).
 
-    Names and positions of arguments and the parameter names (`qkv`, `proj_l`, `proj_w`, `proj`) are those of timm's
-    TalkingHeadAttn, so CaiT checkpoints load; it is a drop-in for timm's Attention, too:
+    Names and positions of arguments and the parameter names (`qkv`, `proj_l`, `proj_w`, `proj`) are those of
+    timm's TalkingHeadAttn, so CaiT checkpoints load; it is a drop-in for timm's Attention, too:
     `VisionTransformer(..., attn_layer=TalkingHeadsAttention)`, whose arguments it takes by name.
 
     The operation reads the tensors of `proj_l` and `proj_w` and never calls them: what that means for hooks,
@@ -41,7 +41,7 @@ class TalkingHeadsAttention(_attention.PackedAttention):
     def forward(self, x, attn_mask=None, is_causal=False):
         """x [B, N, dim] -> [B, N, dim_out].
 
-        Raises ValueError for a mask or is_causal, and TypeError for a `proj_l` or `proj_w` that can't be read.
+        Raises ValueError for a mask or is_causal, TypeError for a `proj_l` or `proj_w` that can't be read.
         """
         return _attention.attend(self, x, attn_mask, is_causal)
 
