@@ -3,55 +3,62 @@
 from torch import nn
 
 from ..ops.reattention import reattention
+from . import _attention, _effective
 
 
-class TalkingHeadsAttention(nn.Module):
+class TalkingHeadsAttention(_attention.PackedAttention):
     """Talking-heads self-attention (Shazeer et al. 2020, arXiv 2003.02436), as in CaiT (arXiv 2103.17239).
 
-    Constructor, forward and parameter names (`qkv`, `proj_l`, `proj_w`, `proj`) are those of timm's
-    TalkingHeadAttn, so CaiT checkpoints load. Raises ValueError when num_heads does not divide dim, and for
-    attn_drop other than 0: CaiT drops after the second mix, which the operation does not do.
+    Names and positions of arguments and the parameter names (`qkv`, `proj_l`, `proj_w`, `proj`) are those of
+    timm's TalkingHeadAttn, so CaiT checkpoints load; it is a drop-in for timm's Attention, too:
+    `VisionTransformer(..., attn_layer=TalkingHeadsAttention)`, whose arguments it takes by name.
+
+    The operation reads the tensors of `proj_l` and `proj_w` and never calls them: what that means for hooks,
+    adapters and other modules in their place is told at `ReAttention`. timm's models initialise both as their
+    other Linear layers, as CaiT does.
+
+    Raises ValueError when num_heads does not divide dim, and for attn_drop other than 0: CaiT drops after the
+    second mix, which the operation does not do.
     """
 
     def __init__(
-        self,
-        dim,
-        num_heads=8,
-        qkv_bias=False,
-        attn_drop=0.0,
-        proj_drop=0.0,
-        device=None,
-        dtype=None,
-        *,
-        backend="auto",
-    ):
+        self, dim, num_heads=8, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, device=None, dtype=None, *,
+        attn_head_dim=None, dim_out=None, qk_norm=False, scale_norm=False, proj_bias=True, gated=False,
+        norm_layer=None, backend="auto",
+    ):  # fmt: skip
         super().__init__()
-        if dim % num_heads != 0:
-            raise ValueError(f"num_heads must divide dim, got num_heads {num_heads} and dim {dim}")
         if attn_drop != 0:
             raise ValueError(
                 f"attn_drop must be 0: dropout after the second mix is not supported, got {attn_drop}"
             )
         kind = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **kind)
+        self._add_input(dim, num_heads, attn_head_dim, qkv_bias, qk_norm, scale_norm, norm_layer, kind)
         self.proj_l = nn.Linear(num_heads, num_heads, **kind)
         self.proj_w = nn.Linear(num_heads, num_heads, **kind)
-        self.proj = nn.Linear(dim, dim, **kind)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self._add_output(dim_out, qkv_bias, scale_norm, proj_bias, gated, proj_drop, norm_layer, kind)
 
-    def forward(self, x):
-        """x [B, N, dim] -> [B, N, dim]."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = reattention(
-            q, k, v, self.proj_w.weight, mix_bias=self.proj_w.bias, pre_mix=self.proj_l.weight,
-            pre_bias=self.proj_l.bias, scale=self.scale, backend=self.backend,
-        )  # fmt: skip
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+    def forward(self, x, attn_mask=None, is_causal=False):
+        """x [B, N, dim] -> [B, N, dim_out].
+
+        Raises ValueError for a mask or is_causal, TypeError for a `proj_l` or `proj_w` that can't be read.
+        """
+        return _attention.attend(self, x, attn_mask, is_causal)
+
+    def _attend(self, x):
+        q, k, v = self._split(x)
+        if self._calls_modules(q):
+            logits = self.proj_l((self.scale * q @ k.mT).movedim(1, -1))
+            maps = self.proj_w(logits.movedim(-1, 1).softmax(-1).movedim(1, -1)).movedim(-1, 1)
+            out = maps @ v
+        else:
+            pre_mix, pre_bias = _effective.read_mix(self, "proj_l")
+            mix, bias = _effective.read_mix(self, "proj_w")
+            out = reattention(
+                q, k, v, mix, mix_bias=bias, pre_mix=pre_mix, pre_bias=pre_bias, scale=self.scale,
+                backend=self.backend,
+            )  # fmt: skip
+        return self._project(out, x)
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, backend={self.backend!r}"
