@@ -55,6 +55,18 @@ def why_not_built() -> str | None:
     return None
 
 
+def is_of_another_tree_or_compiler(cache: Path) -> bool:
+    """CMake refuses a build folder whose source tree was moved or copied, and there goes on with the compiler
+    of the first time, whatever CXX says now."""
+    if not cache.exists():
+        return False
+    lines = cache.read_text().splitlines()
+    compiler = shlex.split(os.environ.get("CXX", ""))[:1]
+    used = next((line.partition("=")[2] for line in lines if line.startswith("CMAKE_CXX_COMPILER:")), None)
+    another = any(used != (shutil.which(name) or name) for name in compiler)
+    return another or f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}" not in lines
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib)) / "vitdiv_kernels"
@@ -88,9 +100,8 @@ class CMakeBuild(build_ext):
         debug = self.debug or os.environ.get("DEBUG", "").upper() in ("1", "ON", "Y", "YES", "TRUE")
         build_type = "Debug" if debug else "Release"
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{build_type.lower()}"
-        cache = build / "CMakeCache.txt"
-        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}\n" not in cache.read_text():
-            shutil.rmtree(build)  # CMake refuses a build folder whose source tree was moved or copied
+        if is_of_another_tree_or_compiler(build / "CMakeCache.txt"):
+            shutil.rmtree(build)
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         options = {
             "CMAKE_MAKE_PROGRAM": ninja,

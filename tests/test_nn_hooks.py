@@ -1,12 +1,14 @@
 """Tools that act on the mixes and the norm of an attention: what they compute is kept, or refused in a
 sentence."""
 
-import copy
 import importlib.util
+import os
 
 import published
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.utils import fusion, parametrizations, prune
 
@@ -176,14 +178,26 @@ def test_lora_that_is_no_fixed_weight_is_refused(adapt):
             attn(x)
 
 
-def test_batch_norm_folded_into_the_mix():
-    attn = made(vd.nn.ReAttention).eval()
+def fold(attn):
+    attn.reatten_matrix = fusion.fuse_conv_bn_eval(attn.reatten_matrix, attn.var_norm)
+    attn.var_norm = nn.Identity()
+    return attn
+
+
+def fuse_modules(attn):
+    """It knows torch's own classes alone, which attentions of the published initial values are made of."""
+    return torch.ao.quantization.fuse_modules(attn, ["reatten_matrix", "var_norm"])
+
+
+@pytest.mark.parametrize(("fuse", "init"), [(fold, "identity"), (fuse_modules, "conv")])
+def test_batch_norm_folded_into_the_mix(fuse, init):
+    attn = made(vd.nn.ReAttention, mix_init=init).eval()
     attn.var_norm.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     expected = published.reattention(attn, x)
-    attn.reatten_matrix = fusion.fuse_conv_bn_eval(attn.reatten_matrix, attn.var_norm)
-    attn.var_norm = nn.Identity()
-    torch.testing.assert_close(attn(x), expected)
+    fused = fuse(attn)
+    assert type(fused.var_norm) is nn.Identity
+    torch.testing.assert_close(fused(x), expected)
 
 
 class Quantised(torch.Tensor):
@@ -328,30 +342,45 @@ def test_tensors_given_for_one_call():
     torch.testing.assert_close(out, published.reattention(attn, x))
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_fsdp_of_the_mix_alone():
-    from torch.distributed.device_mesh import init_device_mesh
+def images():
+    return torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def steps(attn, forward):
+    """The outputs of two steps, their gradients added up."""
+    outputs = []
+    for _ in range(2):
+        out = forward(images())
+        out.square().sum().backward()
+        outputs.append(out.detach())
+    return outputs
+
+
+def sharded(rank, store, results, whole):
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        attn = made(RE)
-        like = copy.deepcopy(attn)
-        mesh = init_device_mesh("cpu", (1,))
-        fully_shard(attn.reatten_matrix, mesh=mesh)
-        fully_shard(attn.var_norm, mesh=mesh)
-        for _ in range(2):
-            x = torch.randn(2, 5, 24, dtype=torch.float64)
-            outputs = attn(x), published.reattention(like, x)
-            torch.testing.assert_close(*outputs)
-            for out in outputs:
-                out.square().sum().backward()
-        for (name, ours), theirs in zip(attn.named_parameters(), like.parameters(), strict=True):
-            grad = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
-            torch.testing.assert_close(grad, theirs.grad, msg=name)
-        torch.testing.assert_close(attn.var_norm.running_var, like.var_norm.running_var)
-    finally:
-        torch.distributed.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    attn = made(RE)
+    # whole or not: FSDP2 frees what it gathered after a forward, but for the outermost module
+    for module in (attn.reatten_matrix, attn.var_norm, *[attn] * whole):
+        fully_shard(module, mesh=dist.init_device_mesh("cpu", (2,)))
+    outputs = steps(attn, attn)
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in attn.parameters()]
+    torch.save([outputs, grads, list(attn.buffers())], f"{results}/{rank}")
+    dist.destroy_process_group()
+    os._exit(0)  # as in test_distributed.py
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_fsdp_of_the_mix_and_the_norm(whole, tmp_path):
+    """Two processes with half of each; on the same images they give what one gives."""
+    mp.spawn(sharded, (f"{tmp_path}/store", tmp_path, whole), nprocs=2)
+    attn = made(RE)
+    outputs = steps(attn, lambda x: published.reattention(attn, x))
+    for rank in range(2):
+        ours = torch.load(tmp_path / str(rank))
+        torch.testing.assert_close(ours, [outputs, [p.grad for p in attn.parameters()], list(attn.buffers())])
 
 
 def test_what_others_read():

@@ -176,6 +176,8 @@ def _mix_of_heads(mix_init, num_heads, kind):
 
 def _norm_over_heads(norm, num_heads, eps, momentum, gain, kind):
     if norm == "batch":
+        if gain == 1:  # torch's own, which its fuse_modules knows
+            return nn.BatchNorm2d(num_heads, eps, momentum, **kind)
         return MapBatchNorm2d(num_heads, eps, momentum, **kind).start_from(gain)
     if norm == "layer":
         return MapLayerNorm(num_heads, eps, **kind).start_from(gain)
