@@ -7,7 +7,7 @@ from ..ops._layout import accumulation_dtype
 from ..ops._range import near_one
 from ..ops.pairwise_cosine.reference import normalise
 from ..ops.pairwise_rows import pairwise_nearest
-from ._spectral import GramDeterminant
+from ._spectral import GramDeterminant, evaluate
 
 MHS_VARIANTS = ("paper", "released")
 
@@ -112,7 +112,7 @@ def gram_determinant(cosine, ridge):
 
 def determinant(x, ridge, eps):
     """MGD of the cosines of each set of vectors x [..., n, D]: [...]."""
-    return GramDeterminant.apply(unit(x.double(), eps), ridge).to(accumulation_dtype(x))
+    return evaluate(GramDeterminant, unit(x.double(), eps), ridge).to(accumulation_dtype(x))
 
 
 def starts(x, start, generator, draw):

@@ -4,7 +4,7 @@ autograd differentiates product by product, and makes a matrix as large as x or 
 import torch
 
 from ..ops import _checks
-from ..ops._autograd import once_differentiable
+from ..ops._autograd import once_differentiable, transformed
 
 
 class GramGap(torch.autograd.Function):
@@ -16,7 +16,7 @@ class GramGap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, start, eps):
+    def formula(x, start, eps):
         # Vectors are rows: row times matrix is up to 9 times as fast as matrix times column in the batched
         # product of MKL, 0.5 against 3.8 and 5.0 ms (transposed) for 36 matrices 384 x 384 on two threads.
         u = start @ x
@@ -28,9 +28,14 @@ class GramGap(torch.autograd.Function):
         up = p @ x
         q = up @ x.mT - top * p
         rest = _dot(p, q) / (_dot(p, p) + eps)
-        ctx.save_for_backward(x, start, u, s, us, t, top, p, up, q, rest)
+        return rest.square().reshape(x.shape[:-2]), (u, s, us, t, top, p, up, q, rest)
+
+    @staticmethod
+    def forward(ctx, x, start, eps):
+        gap, made = GramGap.formula(x, start, eps)
+        ctx.save_for_backward(x, start, *made)
         ctx.eps = eps
-        return rest.square().reshape(x.shape[:-2])
+        return gap
 
     @staticmethod
     @once_differentiable
@@ -49,6 +54,11 @@ class GramGap(torch.autograd.Function):
             return left.mT @ right, None, None
 
 
+def evaluate(function, *inputs):
+    """The value of one of the Functions here; torch.func differentiates its formula."""
+    return function.formula(*inputs)[0] if transformed() else function.apply(*inputs)
+
+
 def _dot(a, b):
     return (a * b).sum(-1, keepdim=True)
 
@@ -62,13 +72,18 @@ class GramDeterminant(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, ridge):
+    def formula(x, ridge):
         kernel = (2 * (x @ x.mT) - 2).exp_()
         regular = kernel.clone()
         regular.diagonal(dim1=-2, dim2=-1).add_(ridge)
         factor, _ = torch.linalg.cholesky_ex(regular)
-        ctx.save_for_backward(x, kernel, factor)
-        return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), (kernel, factor)
+
+    @staticmethod
+    def forward(ctx, x, ridge):
+        value, made = GramDeterminant.formula(x, ridge)
+        ctx.save_for_backward(x, *made)
+        return value
 
     @staticmethod
     @once_differentiable

@@ -9,7 +9,7 @@ import torch
 
 from .. import _dispatch
 from ..ops import _checks
-from ..ops._autograd import once_differentiable
+from ..ops._autograd import once_differentiable, transformed
 from ..ops._range import matrices_near_one
 from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from ..ops.two_gram import two_gram
@@ -120,10 +120,12 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
 
 
 def _plain(x, backend):
-    """Whether autograd differentiates what stands beside the tiles: torch.compile fuses that, and the
-    reference may be differentiated twice."""
+    """Whether autograd differentiates what stands beside the tiles: torch.compile fuses that, torch.func
+    transforms it, and the reference may be differentiated twice."""
     return (
-        torch.compiler.is_compiling() or _dispatch.resolve("pairwise_rows", x.device, backend) == "reference"
+        torch.compiler.is_compiling()
+        or transformed()
+        or _dispatch.resolve("pairwise_rows", x.device, backend) == "reference"
     )
 
 

@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from ..ops import _checks
-from ..ops._autograd import once_differentiable
+from ..ops._autograd import once_differentiable, transformed
 from ..ops.pairwise_cosine import pairwise_cosine
 from ..ops.two_gram import two_gram
 from . import _common
-from ._spectral import GramGap
+from ._spectral import GramGap, evaluate
 
 
 def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction="mean", eps=1e-8):
@@ -46,9 +46,14 @@ def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction
         first = first.detach()
     first, last = _common.full_precision(first, last)
     with _checks.autocast_off(first):
-        first, *first_scales = _common.scaled(first, eps if normalise else None)
-        last, *last_scales = _common.scaled(last, eps if normalise else None)
-        own, others = _OwnAndOthers.apply(first, last, *first_scales, *last_scales)
+        if transformed():  # torch.func differentiates the formula
+            first, last = (_common.unit(x, eps) if normalise else x for x in (first, last))
+            own = torch.linalg.vecdot(first, last)
+            others = (torch.linalg.vecdot(first, last.sum(-2, keepdim=True)) - own) / (first.shape[-2] - 1)
+        else:
+            first, *first_scales = _common.scaled(first, eps if normalise else None)
+            last, *last_scales = _common.scaled(last, eps if normalise else None)
+            own, others = _OwnAndOthers.apply(first, last, *first_scales, *last_scales)
         return _common.reduced(_common.contrast(own, others).mean(-1), reduction)
 
 
@@ -263,4 +268,4 @@ def patch_condition_orthogonality(x, *, start=None, generator=None, reduction="m
     eps = _checks.number("eps", eps, at_least=0)
     start = _common.starts(x, start, generator, torch.randn)
     with _checks.autocast_off(x):
-        return _common.reduced(GramGap.apply(_common.unit(x, eps), start, 1e-6), reduction)
+        return _common.reduced(evaluate(GramGap, _common.unit(x, eps), start, 1e-6), reduction)

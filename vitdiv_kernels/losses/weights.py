@@ -13,7 +13,7 @@ import torch
 from ..ops import _checks
 from ..ops.two_gram import two_gram
 from . import _common
-from ._spectral import GramGap
+from ._spectral import GramGap, evaluate
 
 
 def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
@@ -118,7 +118,7 @@ def weight_condition_orthogonality(weights, *, start=None, generator=None, of="r
 
     def loss(w):
         w = w if of == "rows" else w.mT
-        return GramGap.apply(w, _common.starts(w, start, generator, torch.rand), 1e-12)
+        return evaluate(GramGap, w, _common.starts(w, start, generator, torch.rand), 1e-12)
 
     return _over_shapes(loss, weights, reduction)
 

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+transformed = torch._C._are_functorch_transforms_active  # within torch.func.grad, vmap, ...
+
 
 class _Refusal(torch.autograd.Function):
     """Gradients as they are; to differentiate them, with respect to anything that `others` depends on,

@@ -5,6 +5,8 @@ import numbers
 
 import torch
 
+from ._autograd import transformed
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,12 +33,12 @@ def floating_tensor(name, value):
 
 
 def values_at_hand(tensor):
-    """Whether the host may read values: of a plain tensor in main memory, outside of tracing and torch.func."""
+    """Whether the host may read values: of a plain tensor in main memory, not traced, not in torch.func."""
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed()
     )
 
 

@@ -17,12 +17,12 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _sharding
+from ._autograd import transformed
 from ._vmap import vmap_rule
 
 NAMESPACES = {"native": "vitdiv", "triton": "vitdiv_triton"}
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-transformed = torch._C._are_functorch_transforms_active  # within torch.func.grad, vmap, ...
 
 
 class Operator(NamedTuple):

@@ -11,8 +11,8 @@ def vmap_rule(op, folds):
 
     folds(inputs, dims) is asked with the inputs and the batch axis of each (None: it has none). It returns
     None where items have to be taken one by one; else how each input takes the batch and how each output has
-    it: JOIN, FRONT, or None for not at all. What a forward saves for its backward is the kernels' own affair, and
-    not split.
+    it: JOIN, FRONT, or None for not at all. What a forward saves for its backward is the kernels' own affair,
+    and not split.
     """
 
     def rule(info, dims, *inputs):

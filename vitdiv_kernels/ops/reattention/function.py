@@ -6,10 +6,10 @@ import math
 import torch
 
 from .. import _flops
-from .._autograd import once_differentiable
+from .._autograd import once_differentiable, transformed
 from .._checks import autocast_off, values_at_hand
 from .._layout import accumulation_dtype, heads_like, nothing, when
-from .._operators import define, transformed
+from .._operators import define
 from .._sharding import BATCH, SUM, WHOLE, batch_where, by_items
 from .._vmap import JOIN
 from .fold import (
