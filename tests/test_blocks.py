@@ -251,6 +251,8 @@ class Published(nn.Module):
 class FrozenBatchNorm2d(nn.Module):
     """As torchvision's, which always takes its own statistics."""
 
+    __module__ = "torchvision.ops.misc"
+
     def __init__(self, channels, eps=1e-5):
         super().__init__()
         self.eps = eps

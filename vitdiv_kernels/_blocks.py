@@ -13,6 +13,7 @@ from torch import nn
 
 from . import _sharded
 from .losses import _common
+from .nn._effective import effective_mix, norm_kind, read_norm
 from .ops import _checks
 from .ops.attn_diversity import attention_gram
 
@@ -123,19 +124,20 @@ def mixed_layer(attn, q, k):
     """
     if not hasattr(attn, "reatten_matrix"):
         return q, k
-    matrix, norm = attn.reatten_matrix, getattr(attn, "var_norm", None)
-    mix, bias = _whole(matrix.weight).flatten(1), _whole(matrix.bias)
+    mix, bias = (_whole(tensor) for tensor in effective_mix(attn))
     bias = mix.new_zeros(len(mix)) if bias is None else bias
-    if norm is None or isinstance(norm, nn.Identity):
+    module = getattr(attn, "var_norm", None)
+    kind = "none" if module is None else norm_kind(module)
+    if kind == "none":
         return q, k, mix, bias
-    frozen = "FrozenBatchNorm" in type(norm).__name__  # of timm and of torchvision
-    if not frozen and not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if kind not in ("batch", "frozen"):
         raise TypeError(
-            f"the maps of ReAttention with norm 'layer' are no fixed mix ({type(norm).__name__}): cos_reg "
+            f"the maps of ReAttention with norm 'layer' are no fixed mix ({type(module).__name__}): cos_reg "
             "can't take them, nor CollapseMonitor unless mixed is False"
         )
+    norm = read_norm(attn)
     mean, variance = norm.running_mean, norm.running_var
-    if not frozen and (norm.training or mean is None):
+    if norm.from_batch:
         gram = attention_gram(q, k, centered=True)
         with _checks.autocast_off(q):
             mean = mix.sum(1) / k.shape[2] + bias

@@ -92,7 +92,7 @@ def read_mix(attn, name):
 def read_norm(attn):
     """`effective_norm` where `why_not` is None."""
     module = attn.var_norm
-    kind = NORMS.get(type(module)) or _norm_kind(module)
+    kind = norm_kind(module)
     if kind == "none":
         return Norm(kind)
     weight, bias = _read(module, "var_norm")
@@ -138,8 +138,11 @@ def _named(module, names):
     return (type(module).__module__, type(module).__name__) in names
 
 
-def _norm_kind(module):
-    return "frozen" if _named(module, FROZEN) else NORMS.get(_class_in(module, NORMS))
+def norm_kind(module):
+    """Which norm it is: "batch", "frozen" (of fixed statistics), "layer", "none", or None where it is no norm of
+    maps."""
+    kind = NORMS.get(type(module))
+    return kind or ("frozen" if _named(module, FROZEN) else NORMS.get(_class_in(module, NORMS)))
 
 
 def _foreign_tensor(module):
@@ -170,7 +173,7 @@ def _why_not_mix(module, name):
 
 
 def _why_not_norm(module, wanted):
-    kind = NORMS.get(type(module)) or _norm_kind(module)
+    kind = norm_kind(module)
     if kind == "frozen":
         if any(not isinstance(getattr(module, part, None), nn.Identity | None) for part in ("act", "drop")):
             return _instead("var_norm", "without activation and dropout", module)
