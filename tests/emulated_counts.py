@@ -14,7 +14,10 @@ from emulated_cuda import Emulator
 from test_cuda_reattention import Case, inputs_of
 
 HEADS, N, WIDTH = (3, 6, 12, 16), 197, 64
-SETS = ((196, 384), (196, 768), (576, 768), (1024, 384))
+SETS = {
+    "pairwise_cosine": ((196, 384), (196, 768), (576, 768), (1024, 384)),
+    "two_gram": ((196, 384), (1024, 384), (1024, 768)),
+}
 
 
 def counted(emulator, call):
@@ -78,10 +81,18 @@ def pairwise_cosine(emulator, shape):
     )
 
 
+def two_gram(emulator, shape):
+    x, y = torch.randn(2, 1, *shape).bfloat16()
+    yield "forward", counted(emulator, lambda: emulator.two_gram_fwd(x, y, "square"))
+    one = dict(needs=(True, False))
+    yield "backward", counted(emulator, lambda: emulator.two_gram_bwd(torch.ones(1), x, y, "square", **one))
+
+
 OPERATIONS = {
     "reattention": reattention,
     "attn_diversity": attn_diversity,
     "pairwise_cosine": pairwise_cosine,
+    "two_gram": two_gram,
 }
 
 
@@ -94,7 +105,7 @@ def table(operation, columns):
     """Rows of numbers by step and what is counted, a number for each column."""
     emulator, rows = Emulator(), {}
     for column in columns:
-        pairs = column[0] ** 2 if operation == "pairwise_cosine" else N * N
+        pairs = column[0] ** 2 if operation in SETS else N * N
         for step, counts in OPERATIONS[operation](emulator, column):
             for what, number in per_pair(counts, pairs).items():
                 rows.setdefault(f"{step}: {what}", []).append(number)
@@ -107,8 +118,8 @@ def main():
     )
     parser.add_argument("operation", choices=OPERATIONS)
     operation = parser.parse_args().operation
-    columns = SETS if operation == "pairwise_cosine" else HEADS
-    names = [f"{n} x {d}" for n, d in SETS] if operation == "pairwise_cosine" else [f"H = {h}" for h in HEADS]
+    columns = SETS.get(operation, HEADS)
+    names = [f"{c[0]} x {c[1]}" if operation in SETS else f"H = {c}" for c in columns]
     print(f"| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for name, numbers in table(operation, columns).items():
         print(f"| {name} | {' | '.join(map(rounded, numbers))} |")
