@@ -139,8 +139,8 @@ def _named(module, names):
 
 
 def norm_kind(module):
-    """Which norm it is: "batch", "frozen" (of fixed statistics), "layer", "none", or None where it is no norm of
-    maps."""
+    """Which norm it is: "batch", "frozen" (of fixed statistics), "layer", "none", or None where it is no norm
+    of maps."""
     kind = NORMS.get(type(module))
     return kind or ("frozen" if _named(module, FROZEN) else NORMS.get(_class_in(module, NORMS)))
 
