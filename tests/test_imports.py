@@ -114,3 +114,20 @@ def test_a_patch_release_of_torch_is_not_refused(tmp_path):
 def test_the_version_is_that_of_the_metadata():
     (declared,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert vitdiv_kernels.__version__ == declared
+
+
+def test_what_torch_imports_later_is_told_of_the_operators():
+    """Modules that would be slow to import for it; they are left as they were."""
+    code = (
+        "import inspect, sys, torch, vitdiv_kernels;"
+        "assert 'torch.utils.flop_counter' not in sys.modules;"
+        "assert 'torch.distributed.tensor' not in sys.modules;"
+        "import torch.utils.flop_counter as flops, torch.distributed.tensor as tensor;"
+        "op = torch.ops.vitdiv.reattention_fwd;"
+        "assert op in flops.flop_registry;"
+        "assert 'flop_registry' in inspect.getsource(flops);"
+        "rules = tensor.DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs;"
+        "assert op.default in rules"
+    )
+    run = python(code)
+    assert run.returncode == 0, run.stderr

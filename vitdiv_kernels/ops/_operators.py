@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.utils.flop_counter import register_flop_formula
 
+from .._imports import when_imported
 from . import _sharding
 from ._autograd import transformed
 from ._vmap import vmap_rule
@@ -103,7 +103,8 @@ def declare(namespace, operator, backend):
     op = packet.default
     torch.library.register_fake(op, operator.fakes[backend], lib=library)
     torch.library.register_vmap(op, vmap_rule(op, operator.folds), lib=library)
-    register_flop_formula(packet)(operator.flops)
+    when_imported("torch.utils.flop_counter", functools.partial(_count, packet, operator.flops))
+    _sharding.register(op, operator.shards)
     function = _function(operator, backend)
 
     # torch.library.register_autograd gives a Function that torch.func refuses.
@@ -118,7 +119,6 @@ def declare(namespace, operator, backend):
     library.impl(operator.name, autograd, "Autograd", with_keyset=True)
 
     def call(*arguments):
-        _sharding.register_if_needed()
         if torch.compiler.is_compiling() or transformed():
             return op(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -128,6 +128,12 @@ def declare(namespace, operator, backend):
 
     call.op = op
     return call
+
+
+def _count(packet, flops):
+    from torch.utils.flop_counter import register_flop_formula  # it imports Triton
+
+    register_flop_formula(packet)(flops)
 
 
 def _function(operator, backend):
@@ -156,6 +162,8 @@ def _function(operator, backend):
                     "backend='reference', if the function has a backend"
                 )
             needs = ctx.needs_input_grad[1:]
+            if all(gradient is None for gradient in gradients):  # nothing flows back
+                return (None,) * (1 + len(needs))
             found = operator.backward(ctx, others, needs, *gradients)
             return None, *found, *(None,) * (len(needs) - len(found))
 

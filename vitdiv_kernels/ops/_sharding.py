@@ -4,57 +4,44 @@ Items of a batch are independent. Heads are not, where they are mixed or compare
 """
 
 import functools
-import sys
 
-import torch
+from .._imports import when_imported
 
 BATCH, SUM, WHOLE = "sharded along the first axis", "a part of a sum", "replicated"
 
 
-@functools.cache
-def register():
-    """The rules of all operators. Imports torch.distributed.tensor, which takes a second."""
+def register(op, shards):
+    """The rule of an operator, once torch.distributed.tensor is there: its import takes a second.
+
+    shards(inputs) gives the sharding of each input and of each output, or None: all are whole then. Inputs
+    that are tensors have a shape and placements.
+    """
+    when_imported("torch.distributed.tensor", functools.partial(_register, op, shards))
+
+
+def _register(op, shards):
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
 
-    from ._operators import DECLARED
-
     placements = {BATCH: Shard(0), SUM: Partial(), WHOLE: Replicate()}
+    tensors = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
 
-    def add(op, shards):
-        tensors = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
+    @register_sharding(op)
+    def rule(*inputs):
+        plan = shards(inputs) if shards is not None else None
+        into, out_of = plan or ([WHOLE] * len(inputs), [WHOLE] * len(op._schema.returns))
+        placed = [
+            placements[how] if is_tensor and x is not None else None
+            for x, how, is_tensor in zip(inputs, into, tensors, strict=True)
+        ]
+        return [([placements[how] for how in out_of], placed)]
 
-        def rule(*inputs):
-            def placed(names, names_out):
-                into = [
-                    placements[name] if is_tensor and x is not None else None
-                    for x, name, is_tensor in zip(inputs, names, tensors, strict=True)
-                ]
-                return [placements[name] for name in names_out], into
-
-            sharded = shards(inputs) if shards is not None else None
-            if sharded is None:
-                return [placed([WHOLE] * len(inputs), [WHOLE] * len(op._schema.returns))]
-            return [placed(*sharded)]
-
-        register_sharding(op)(rule)
-        # Left alone it takes calls that differ in floats, words and flags for the same, and gives the later
-        # one the output shapes of the first.
-        DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op] = RuntimeSchemaInfo(
-            tensors.index(False) if False in tensors else 100, needs_pytree=True
-        )
-
-    for operator, table in DECLARED.values():
-        for call in table.values():
-            add(call.op, operator.shards)
-
-
-@torch.compiler.assume_constant_result  # run when a call is traced
-def register_if_needed():
-    """`register`, where DTensors may be: they cannot be before their module was imported."""
-    if "torch.distributed.tensor" in sys.modules:
-        register()
+    # Left alone it takes calls that differ in floats, words and flags for the same, and gives the later one
+    # the output shapes of the first.
+    first_option = tensors.index(False) if False in tensors else len(tensors)
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    propagator.op_to_schema_info[op] = RuntimeSchemaInfo(first_option, needs_pytree=True)
 
 
 def sets_forward(inputs):

@@ -398,6 +398,7 @@ def reattention(
         eps, out_scale, scale, return_gram, process_group, backend,
     )  # fmt: skip
     if updates:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
+        # detached, as dynamo does not see that they have no gradient; a no_grad block could not be exported
+        running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased_var.detach().to(running_var.dtype), momentum)
     return out, gram
