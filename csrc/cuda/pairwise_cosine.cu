@@ -94,9 +94,9 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
       const int at = (set ? column0 : row0) + i, count = set ? m : n;
       return at < count ? (set ? a.y_rates : a.x_rates).ld(item * count + at) : A(0);
     };
-    powers = Powers<T>::of_tile(Tile::kSize, rate);
-    products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0, diagonal, powers, rate,
-                 [](int) {});
+    products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0, diagonal,
+                 Powers<T>::of_tile(Tile::kSize, rate), rate, [](int) {});
+    powers = Powers<T>::of_tile(Tile::kSize, rate);  // again: no register is left to keep it
   }
 
   const int row = row0 + part.row, words = (m + 31) / 32, planes = a.penalty == Penalty::kAbs ? 2 : 1;

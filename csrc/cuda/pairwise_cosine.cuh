@@ -201,8 +201,7 @@ DEVICE bool is_far(A norm) {
 }
 
 // Whether a tile has vectors so long or so short that products of raw vectors would leave the range. Then all of its vectors
-// are multiplied by the powers of two of their inverse norms first, and the products by the rest of these: they are cosines.
-// float16 has no such vectors.
+// are multiplied by their inverse norms first: the products are cosines. float16 has no such vectors.
 //   rate(set, i)   the inverse norm of its i-th row (set 0) or column (1), 0 past the last
 template <class T>
 struct Powers {
@@ -226,11 +225,9 @@ struct Powers {
     constexpr int chunk = CosineTile<T>::kChunk;
     ROLLED_FOR (int e = thread_x(); e < rows * chunk; e += threads()) {
       const int i = e / chunk, to = at + i * CosineTile<T>::kStride + e % chunk;
-      Acc<T> power, rest;
       const Acc<T> number = rate(set, i);
       if (number == 0) continue;  // past the last there may be no numbers
-      power_and_rest(number, power, rest);
-      memory.st(to, from_acc<T>(to_float(memory.ld(to)) * power));
+      memory.st(to, from_acc<T>(to_float(memory.ld(to)) * number));
     }
   }
   // 1 where products are cosines already.
@@ -330,19 +327,6 @@ struct CosineProducts {
         }
       });
     }  // only empty groups are left to wait for
-    if (!powers.any) return;
-    UNROLLED_FOR (int g = 0; g < GROUPS; ++g)
-      UNROLLED_FOR (int h = 0; h < 2; ++h)
-        UNROLLED_FOR (int r = 0; r < 2; ++r)
-          UNROLLED_FOR (int j = 0; j < 2; ++j)
-            UNROLLED_FOR (int e = 0; e < 4; ++e) {
-              sync_warp();  // keeps the compiler from loading what other products need, too
-              Acc<T> power, row_rest, column_rest;
-              power_and_rest(rate(0, part.row + 16 * r + tile_row(e)), power, row_rest);
-              power_and_rest(rate(1, part.column + 32 * g + 16 * h + 8 * j + tile_col(e)), power,
-                             column_rest);
-              acc[g][h][r][j][e] *= row_rest * column_rest;
-            }
   }
 };
 
