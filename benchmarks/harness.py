@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Workload:
     inputs: Callable[[torch.device, torch.dtype], dict[str, Tensor]]  # those to differentiate require grad
     providers: dict[str, Callable[[], Callable[..., Tensor]]]
     flops: dict[str, int]  # of the operation, forward ("fwd") and backward ("bwd")
+    products: dict[str, int] = field(default_factory=dict)  # of the flops, those of large products
     bounds: tuple[str, ...] = ()  # providers that compute less than the operation: no faster one is expected
 
     @property
@@ -91,6 +92,9 @@ def measure(
             call = calls[provider, threads]
             row["floor_ms"] = 1e3 * _floor_seconds(workload, call, mode, bytes_a_second, flops_a_second)
             row["ratio_floor"] = row["floor_ms"] / row["ms"]
+            if workload.products:
+                products = sum(workload.products[direction] for direction in mode.split("+"))
+                row["ratio_gemm"] = products / flops_a_second / (row["ms"] * 1e-3)
             if settings.memory and settings.device == "cuda":  # its allocator counts exactly, in any process
                 row["peak_extra_mb"] = call.peak_extra_bytes() / 2**20
             elif settings.memory:
