@@ -111,7 +111,7 @@ def scheduled(package, name, heads=0, dtype=torch.float32, extras=False):
 
 
 def _products(shape):
-    """The large products alone: logits and maps times v; backward logits again and the gradients of all four."""
+    """The large products alone: logits and maps times v; backward the logits again and the gradients."""
     b, h, n, d = shape
     gemm = 2 * b * h * n * n * d
     return {"fwd": 2 * gemm, "bwd": 5 * gemm}
