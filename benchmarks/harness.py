@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import Call, quantiles
+from measure import Call, Product, quantiles
 from torch import Tensor
 from tqdm import tqdm
 
@@ -81,7 +81,10 @@ def measure(
     for mode in modes:
         calls, failed = _prepared_calls(workload, providers, inputs, mode, settings)
         failures += failed
-        samples = _alternate(calls, settings.repeats, desc=f"{workload} {mode}")
+        gemm = Product(torch.device(settings.device), DTYPES[settings.dtype]) if workload.products else None
+        turns = calls | ({(None, threads): gemm for _, threads in calls} if gemm else {})
+        samples = _alternate(turns, settings.repeats, desc=f"{workload} {mode}")
+        gemm_seconds = {threads: samples.pop((name, threads)) for name, threads in turns if name is None}
         for (provider, threads), seconds in samples.items():
             row = {"op": workload.op, "variant": workload.variant, "provider": provider, "mode": mode}
             row |= {"shape": workload.size, "dtype": settings.dtype, "device": settings.device}
@@ -92,9 +95,10 @@ def measure(
             call = calls[provider, threads]
             row["floor_ms"] = 1e3 * _floor_seconds(workload, call, mode, bytes_a_second, flops_a_second)
             row["ratio_floor"] = row["floor_ms"] / row["ms"]
-            if workload.products:
+            if gemm:
                 products = sum(workload.products[direction] for direction in mode.split("+"))
-                row["ratio_gemm"] = products / flops_a_second / (row["ms"] * 1e-3)
+                rate = gemm.operations / quantiles(gemm_seconds[threads])[1]
+                row["ratio_gemm"] = products / rate / (row["ms"] * 1e-3)
             if settings.memory and settings.device == "cuda":  # its allocator counts exactly, in any process
                 row["peak_extra_mb"] = call.peak_extra_bytes() / 2**20
             elif settings.memory:
@@ -134,8 +138,8 @@ def _prepared_calls(
 
 
 def _alternate(
-    calls: dict[tuple[str, int], Call], repeats: int, desc: str
-) -> dict[tuple[str, int], list[float]]:
+    calls: dict[tuple[str | None, int], Call | Product], repeats: int, desc: str
+) -> dict[tuple[str | None, int], list[float]]:
     """Rounds in which each call is sampled once, each round from another starting point."""
     samples = {key: [] for key in calls}
     numbers = {}
