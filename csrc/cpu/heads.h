@@ -8,8 +8,6 @@ namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
-constexpr int64_t kMaxHeads = 256;
-
 // out[g] (+)= bias[g] + sum_h weight[g, h] (in[h] - shift) for Rows heads g; L is a whole number of vectors.
 template <class T, int Rows>
 __attribute__((noinline)) void mix_kernel(int64_t H, int64_t L, const T* weight, const T* bias, T shift,
