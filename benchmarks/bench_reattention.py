@@ -25,6 +25,12 @@ SUITES = {
         ((32, 12, 197, 64), {"norm": "batch"}),
         ((32, 12, 197, 64), {"norm": "layer"}),
     ],
+    "batches": [
+        ((b, 12, 197, d), {"norm": norm})
+        for b in (1, 4, 32)
+        for d in (64, 32)
+        for norm in ("none", "batch", "layer")
+    ],
     "vit": [
         ((32, 6, 197, 64), {"norm": "batch"}),
         ((32, 12, 197, 32), {"norm": "batch"}),
@@ -104,12 +110,19 @@ def scheduled(package, name, heads=0, dtype=torch.float32, extras=False):
     return operation
 
 
+def _products(shape):
+    """The large products alone: logits and maps times v; backward the logits again and the gradients."""
+    b, h, n, d = shape
+    gemm = 2 * b * h * n * n * d
+    return {"fwd": 2 * gemm, "bwd": 5 * gemm}
+
+
 def _flops(shape, norm, pre_mix):
     """Logits, the mix, the product with v. Backward computes the maps again, as an operation does that keeps
     none, and mixes three times: maps, their gradient, the products that give the gradient of the mix."""
-    b, h, n, d = shape
-    gemm, mix = 2 * b * h * n * n * d, 2 * b * h * h * n * n
-    fwd, bwd = 2 * gemm + mix, 5 * gemm + 3 * mix
+    b, h, n, _ = shape
+    mix, products = 2 * b * h * h * n * n, _products(shape)
+    fwd, bwd = products["fwd"] + mix, products["bwd"] + 3 * mix
     if norm == "batch":
         fwd, bwd = fwd + mix // 2, bwd + mix  # the Gram matrix, symmetric, and the mix with its gradient
     if pre_mix == "yes":
@@ -157,6 +170,7 @@ def workload(shape, norm="none", pre_mix="no", dtype="float32"):
         },
         bounds=("sdpa",),
         flops=_flops(shape, norm, pre_mix),
+        products=_products(shape),
     )
 
 

@@ -11,12 +11,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from measure import Call, quantiles
+from measure import Call, Product, quantiles
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,6 +39,7 @@ class Workload:
     inputs: Callable[[torch.device, torch.dtype], dict[str, Tensor]]  # those to differentiate require grad
     providers: dict[str, Callable[[], Callable[..., Tensor]]]
     flops: dict[str, int]  # of the operation, forward ("fwd") and backward ("bwd")
+    products: dict[str, int] = field(default_factory=dict)  # of the flops, those of large products
     bounds: tuple[str, ...] = ()  # providers that compute less than the operation: no faster one is expected
 
     @property
@@ -80,7 +81,10 @@ def measure(
     for mode in modes:
         calls, failed = _prepared_calls(workload, providers, inputs, mode, settings)
         failures += failed
-        samples = _alternate(calls, settings.repeats, desc=f"{workload} {mode}")
+        gemm = Product(torch.device(settings.device), DTYPES[settings.dtype]) if workload.products else None
+        turns = calls | ({(None, threads): gemm for _, threads in calls} if gemm else {})
+        samples = _alternate(turns, settings.repeats, desc=f"{workload} {mode}")
+        gemm_seconds = {threads: samples.pop((name, threads)) for name, threads in turns if name is None}
         for (provider, threads), seconds in samples.items():
             row = {"op": workload.op, "variant": workload.variant, "provider": provider, "mode": mode}
             row |= {"shape": workload.size, "dtype": settings.dtype, "device": settings.device}
@@ -91,6 +95,10 @@ def measure(
             call = calls[provider, threads]
             row["floor_ms"] = 1e3 * _floor_seconds(workload, call, mode, bytes_a_second, flops_a_second)
             row["ratio_floor"] = row["floor_ms"] / row["ms"]
+            if gemm:
+                products = sum(workload.products[direction] for direction in mode.split("+"))
+                rate = gemm.operations / quantiles(gemm_seconds[threads])[1]
+                row["ratio_gemm"] = products / rate / (row["ms"] * 1e-3)
             if settings.memory and settings.device == "cuda":  # its allocator counts exactly, in any process
                 row["peak_extra_mb"] = call.peak_extra_bytes() / 2**20
             elif settings.memory:
@@ -130,8 +138,8 @@ def _prepared_calls(
 
 
 def _alternate(
-    calls: dict[tuple[str, int], Call], repeats: int, desc: str
-) -> dict[tuple[str, int], list[float]]:
+    calls: dict[tuple[str | None, int], Call | Product], repeats: int, desc: str
+) -> dict[tuple[str | None, int], list[float]]:
     """Rounds in which each call is sampled once, each round from another starting point."""
     samples = {key: [] for key in calls}
     numbers = {}

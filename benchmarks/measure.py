@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -160,6 +161,23 @@ class _CudaMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
 
 
+class Product:
+    """One large matrix product, sampled in turn with the calls: a shared machine changes by the minute."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        n = 8192 if device.type == "cuda" else 1024
+        self.a, self.b = (torch.randn(n, n, device=device).to(_arithmetic(device, dtype)) for _ in range(2))
+        self.out = torch.empty_like(self.a)
+        self.operations = 2 * n**3
+
+    def seconds(self, number: int) -> float:
+        call = partial(torch.mm, self.a, self.b, out=self.out)
+        return _clock(self.a.device)([call] * number) / number
+
+    def calls_a_sample(self) -> int:
+        return 1
+
+
 def copy_bytes_per_second(device: torch.device) -> float:
     """Bytes read plus bytes written a second by a copy far larger than any cache."""
     source = torch.ones(2**26, device=device)
@@ -171,10 +189,12 @@ def copy_bytes_per_second(device: torch.device) -> float:
 def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one large square matrix product; on the CPU in the dtype of the arithmetic."""
     n = 8192 if device.type == "cuda" else 2048
-    if device.type == "cpu" and dtype.itemsize == 2:
-        dtype = torch.float32
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(_arithmetic(device, dtype)) for _ in range(2))
     return 2 * n**3 / _median_seconds("torch.mm(a, b)", torch=torch, a=a, b=b)
+
+
+def _arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
 
 
 def _median_seconds(statement: str, **names) -> float:

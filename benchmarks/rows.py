@@ -10,7 +10,7 @@ import torch
 
 COLUMNS = (
     *("op", "variant", "provider", "mode", "shape", "dtype", "device", "threads", "repeats"),
-    *("ms", "p20", "p80", "ratio_eager", "ratio_compile", "ratio_floor", "peak_extra_mb"),
+    *("ms", "p20", "p80", "ratio_eager", "ratio_compile", "ratio_floor", "ratio_gemm", "peak_extra_mb"),
     *("floor_ms", "copy_gb_s", "gemm_gflop_s"),
     *("torch", "vitdiv_kernels", "python", "machine", "cpu_capability", "commit", "date"),
 )
@@ -19,6 +19,7 @@ LAST_CELLS = (
     ("ratio_eager", 9, ".2f"),
     ("ratio_compile", 11, ".2f"),
     ("ratio_floor", 10, ".2f"),
+    ("ratio_gemm", 9, ".2f"),
     ("peak_extra_mb", 10, ".1f"),
 )
 
@@ -77,7 +78,7 @@ def table(rows: list[dict]) -> str:
         head = " ".join(filter(None, (row["op"], row["variant"], row["shape"], row["dtype"], row["device"])))
         if head != last:
             lines += [f"\n{head}", f"{'mode':8}{'provider':11}{'threads':>7}{'ms':>10}{'p20':>10}{'p80':>10}"]
-            lines[-1] += f"{'x eager':>9}{'x compile':>11}{'of floor':>10}{'extra MB':>10}"
+            lines[-1] += f"{'x eager':>9}{'x compile':>11}{'of floor':>10}{'of gemm':>9}{'extra MB':>10}"
             last = head
         line = f"{row['mode']:8}{row['provider']:11}{row['threads']:7}"
         line += "".join(f"{row[key]:10.4g}" for key in ("ms", "p20", "p80"))

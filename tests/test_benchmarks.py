@@ -95,6 +95,8 @@ def test_rows_are_complete_and_positive(script, tmp_path, module, monkeypatch, c
         assert all(0 < float(row[name]) < math.inf for name in POSITIVE)
         assert all(row[name] for name in ORIGIN)
         assert row["ratio_compile"] == row["peak_extra_mb"] == ""
+        assert not row["ratio_gemm"] or 0 < float(row["ratio_gemm"]) < math.inf
+        assert bool(row["ratio_gemm"]) == (row["op"] == "reattention")
 
 
 def test_the_published_formulas_are_what_the_objective_computes(module):

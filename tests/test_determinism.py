@@ -1,5 +1,7 @@
 """The same bits twice, at one thread and at two, also when there are fewer images than threads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -43,6 +45,22 @@ def test_reattention(backend, interpreted, threads, sizes, norm, pre, dtype):
         )
 
     assert_same_bits(operation, [q, k, v, matrices], 1 if interpreted else 4)
+
+
+def test_calls_at_the_same_time(library, one_thread):
+    """Of several sizes, from several Python threads: each has scratch memory of its own."""
+    cases = [torch.randn(3, batch, 6, tokens, 32) for batch, tokens in [(1, 33), (2, 197), (3, 65), (1, 500)]]
+    mix = torch.randn(6, 6)
+
+    def operation(qkv):
+        return vd.reattention(*qkv, mix, norm="batch", training=True, backend="native")
+
+    alone = [bits_of(lambda *qkv: operation(qkv), case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda case: bits_of(lambda *qkv: operation(qkv), case), cases * 5))
+    for i, got in enumerate(together):
+        for a, b in zip(alone[i % 4], got, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -180,6 +180,16 @@ def test_low_precision(backend, dtype, parameters, norm, training, pre):
 def test_whole_images_beside_a_part_of_one(backend, threads, norm, training, dtype):
     """Three images on two threads: two are done whole, the rows of the third are shared."""
     check(backend, Case((3, 4, 77, 65, 20), norm, training, pre="mix and bias"), dtype)
+    # width of whole vectors: the first of an image's tasks adds to dk and dv in place
+    check(backend, Case((1, 4, 77, 65, 32), norm, training, pre="mix and bias"), dtype)
+
+
+@pytest.mark.parametrize("pre", ["", "mix and bias"])
+@pytest.mark.parametrize(("norm", "training"), NORMS)
+def test_rows_longer_than_what_stays_in_l1(backend, interpreted, norm, training, pre):
+    if interpreted:
+        pytest.skip("slow: tests/test_triton_*.py walk rows in blocks")
+    check(backend, Case((1, 12, 5, 500, 8), norm, training, pre=pre, gram=True), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,21 @@ namespace {
 template <class T>
 struct TileShape {
   int64_t N, M, padded, rows, tiles;
-  // Rows are the depth of the products that add to dK and dV, which pass over all of dK and dV for each tile: few of
-  // them cost more than a tile that leaves the L2. Measured at H = 12, N = 1024, backward: 7 rows take 1.2 times as long
-  // as 32; at H = 16, N = 1025, 28 to 66 are within 3 %. Forward flat; at N = 197 all of it flat.
+  // Each tile passes over all of K and V, and in the backward adds to all of dK and dV, with its rows as the depth of the
+  // product: few rows cost more than a tile that leaves the L2. Measured at H = 12, N = 197, d = 64, forward and backward:
+  // 28 rows take 1.04 times as long as 50, and 66 and 99 are within 1 % of 50.
   TileShape(int64_t heads, int64_t N, int64_t M) : N(N), M(M), padded(round_up(M, kLanes<T>)) {
     // rows that lie a large power of two apart would evict each other from L1 where a product reads them as columns
     if (padded * int64_t(sizeof(T)) % 512 == 0) padded += kLanes<T>;
-    constexpr int64_t kTileBytes = 4 << 20, kMostRows = 32;
+    constexpr int64_t kTileBytes = 4 << 20, kMostRows = 50;
     const int64_t fitting = kTileBytes / (max64(heads * padded, 1) * int64_t(sizeof(T)));
     rows = min64(kMostRows, max64(fitting, kMaxRows));
     tiles = ceil_div(N, rows);
+    set_multiple(1);
+  }
+  // Tiles of an image that is cut into `pieces` pieces of whole tiles.
+  void set_multiple(int64_t pieces) {
+    tiles = min64(round_up(tiles, pieces), N);
     rows = tiles ? ceil_div(N, tiles) : 0;
   }
   int64_t begin(int64_t tile) const { return tile * N / tiles; }
@@ -44,6 +49,7 @@ struct Work {
       : tile(heads, N, M), B(B), pieces(pieces_per_item(B % threads, threads, min64(tile.tiles, threads))) {
     const int64_t idle = B % threads ? threads - B % threads : 0;
     if (8 * idle <= ceil_div(B, threads) * threads) pieces = 1;
+    if (pieces > 1) tile.set_multiple(pieces);
     whole = pieces > 1 ? B - B % threads : B;
     tasks = whole + (B - whole) * pieces;
     mean = T(1) / T(M);
@@ -144,7 +150,8 @@ int64_t copy_size(const TileShape<T>& tile, int64_t width) {
 }
 
 // The gradient [M, width] of each head's keys or values, which every row tile adds to. It grows in the output itself where
-// whole vectors of its own dtype can be written there and no other task adds to it; else in scratch, and store() converts.
+// whole vectors of its own dtype can be written there and the task is the first of its image; else in scratch, and store()
+// adds up and converts.
 template <class T>
 class HeadGradients {
  public:
@@ -153,27 +160,27 @@ class HeadGradients {
     return out.data && (several || !takes_whole_vectors<T>(out, width)) ? H * M * round_up(width, kLanes<T>)
                                                                         : 0;
   }
-  HeadGradients(const HeadsView& out, int64_t H, int64_t M, int64_t width, bool several, T* scratch)
+  HeadGradients(const HeadsView& out, int64_t H, int64_t M, int64_t width, bool first, T* scratch)
       : out_(out),
         H_(H),
         M_(M),
         width_(width),
-        direct_(scratch_size(out, H, M, width, several) == 0),
+        direct_(first && takes_whole_vectors<T>(out, width)),
         scratch_(scratch) {}
   // (+)= a^T rows, a [n, M]
   void add(int64_t b, int64_t h, int64_t n, const T* a, int64_t lda, Panels<T> rows, bool accumulate) {
     T* c = direct_ ? static_cast<T*>(out_.data) + offset_of(out_, b, h, 0) : head(scratch_, h);
     gemm<T, true>(M_, width_, n, a, lda, rows, c, direct_ ? out_.stride_n : ld(), accumulate);
   }
-  // The sum of `count` tasks' scratch, each `stride` apart.
+  // The sum of `count` tasks, the first one's first. Their scratch is `stride` apart.
   void store(int64_t b, int64_t h, int64_t count = 1, int64_t stride = 0) {
-    if (direct_) return;
-    T* sum = head(scratch_, h);
+    if (direct_ && count == 1) return;
     for (int64_t i = 0; i < M_; i++) {
-      T* row = sum + i * ld();
+      T* sum = head(scratch_, h) + i * ld();
+      T* row = direct_ ? static_cast<T*>(out_.data) + offset_of(out_, b, h, i) : sum;
       for (int64_t p = 1; p < count; p++)
-        for (int64_t c = 0; c < ld(); c++) row[c] += row[p * stride + c];
-      store_row(row, width_, out_.data, out_.dtype, offset_of(out_, b, h, i));
+        for (int64_t c = 0; c < ld(); c++) row[c] += sum[p * stride + c];
+      if (!direct_) store_row(row, width_, out_.data, out_.dtype, offset_of(out_, b, h, i));
     }
   }
 

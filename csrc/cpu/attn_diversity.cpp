@@ -14,38 +14,52 @@ VITDIV_INLINE int64_t heads_of(const GramArgs& a) { return a.layers[0].H + a.lay
 template <class T>
 struct MapScratch {
   HeadPanels<T> keys_t[kLayers];
-  T *copy, *a;
+  int64_t columns;
+  T *copy, *a, *factors,
+      *chunk;  // maps [H, rows, padded] whose softmax factors [H, rows] scale; [H, columns]
   MapScratch(Arena& arena, const GramArgs& args, const Work<T>& w)
       : keys_t{{arena, true, args.layers[0].H, args.M, args.layers[0].d, Pack::kTransposed},
                {arena, true, args.layers[1].H, args.M, args.layers[1].d, Pack::kTransposed}},
+        columns(chunk_columns<T>(heads_of(args))),
         copy(arena.take<T>(copy_size(w.tile, max64(args.layers[0].d, args.layers[1].d)))),
-        a(arena.take<T>(heads_of(args) * w.tile.head_stride())) {}
+        a(arena.take<T>(heads_of(args) * w.tile.head_stride())),
+        factors(arena.take<T>(heads_of(args) * w.tile.rows)),
+        chunk(arena.take<T>(heads_of(args) * columns)) {}
   void set_image(const GramArgs& args, int64_t b) const {
     for (int l = 0; l < kLayers; l++) keys_t[l].fill(args.layers[l].k, b, args.layers[l].H, copy);
   }
 };
 
-// The softmax maps of query rows i ... i + n of both layers' heads, their padding set to `pad`.
+// The softmax maps of query rows i ... i + n of both layers' heads, for m.factors to scale.
 template <class T>
 void softmax_maps(const GramArgs& args, const Work<T>& w, const MapScratch<T>& m, int64_t b, int64_t i,
-                  int64_t n, T pad) {
+                  int64_t n) {
   const int64_t padded = w.tile.padded;
-  T* a = m.a;
+  T *a = m.a, *factors = m.factors;
   for (int l = 0; l < kLayers; l++)
-    for (int64_t h = 0; h < args.layers[l].H; h++, a += w.tile.head_stride()) {
+    for (int64_t h = 0; h < args.layers[l].H; h++, a += w.tile.head_stride(), factors += n) {
       const Layer& layer = args.layers[l];
       const Rows<T> q = head_rows(layer.q, b, h, i, n, layer.d, m.copy);
       gemm<T, false>(n, args.M, layer.d, q.data, q.ld, m.keys_t[l][h], a, padded, false);
-      for (int64_t r = 0; r < n; r++) softmax_row(args.M, padded, a + r * padded, T(layer.scale), pad);
+      softmax_rows_unscaled(n, args.M, padded, a, T(layer.scale), factors);
     }
 }
+
+template <class T>
+struct ForwardScratch : MapScratch<T> {
+  PairSums<T, true> gram;
+  ForwardScratch(Arena& arena, const GramArgs& args, const Work<T>& w)
+      : MapScratch<T>(arena, args, w),
+        gram{arena.take<T>(PairSums<T, true>::size(heads_of(args))), heads_of(args)} {}
+};
 
 template <class T>
 bool forward(const GramForward& args) {
   const int64_t H = heads_of(args);
   const Work<T> w(H, args.B, args.N, args.M, args.threads);
+  const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
   Arena per_thread;
-  MapScratch<T>(per_thread, args, w);
+  ForwardScratch<T>(per_thread, args, w);
   const int64_t sums_size = H * H, sums_bytes = round_up(w.tasks * sums_size * int64_t(sizeof(double)), 64);
   const Block block(sums_bytes + args.threads * per_thread.used());
   if (!block.data()) return false;
@@ -54,7 +68,7 @@ bool forward(const GramForward& args) {
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
   {
     Arena arena(block.data() + sums_bytes + thread_index() * per_thread.used());
-    const MapScratch<T> m(arena, args, w);
+    const ForwardScratch<T> m(arena, args, w);
     int64_t image = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < w.tasks; task++) {
@@ -64,9 +78,14 @@ bool forward(const GramForward& args) {
       for (int64_t x = 0; x < sums_size; x++) task_sums[x] = 0;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
-        // padding at the mean adds nothing to the centred Gram
-        softmax_maps(args, w, m, b, i, n, w.mean);
-        gram<T>(H, H, n * w.tile.padded, m.a, w.mean, m.a, w.mean, w.tile.head_stride(), task_sums, true);
+        softmax_maps(args, w, m, b, i, n);
+        m.gram.clear();
+        for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
+          centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk,
+                    m.columns, false);
+          m.gram.add(width, m.chunk, m.columns, m.chunk, m.columns, T(0));
+        });
+        m.gram.add_to(task_sums);
       }
     }
   }
@@ -124,14 +143,18 @@ bool backward(const GramBackward& args) {
       const T* coupling = static_cast<const T*>(args.coupling) + b * H * H;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
-        softmax_maps(args, w, m, b, i, n, T(0));
-        // the maps enter centred: a constant along a row of their gradient has no effect on that of the logits
-        mix<T>(H, n * padded, coupling, nullptr, w.mean, m.a, m.g, stride);
+        softmax_maps(args, w, m, b, i, n);
+        for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
+          centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk,
+                    m.columns, true);
+          // the maps enter centred: a constant along a row of their gradient has no effect on that of the logits
+          mix<T>(H, width, coupling, nullptr, T(0), m.chunk, m.columns, m.g + x, stride);
+        });
         T *a = m.a, *g = m.g;
         for (int l = 0; l < kLayers; l++) {
           const Layer& layer = args.layers[l];
           const bool part = w.is_part(task);
-          HeadGradients<T> dk(args.dk[l], layer.H, args.M, layer.d, part,
+          HeadGradients<T> dk(args.dk[l], layer.H, args.M, layer.d, task == w.first_task(b),
                               part ? partial + (task - w.whole) * dk_total + dk_offset[l] : m.dk[l]);
           for (int64_t h = 0; h < layer.H; h++, a += stride, g += stride) {
             for (int64_t r = 0; r < n; r++)

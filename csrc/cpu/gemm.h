@@ -28,19 +28,25 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const T* __restrict a, in
   Vec<T> acc[Rows][Vectors] = {};  // c is added at the end, so that no multiplication waits for it
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++) __builtin_prefetch(c + r * ldc, 1);
-  for (int64_t k = 0; k < K; k++) {
+  const int64_t step = Transposed ? lda : 1;
+  const auto add = [&](int64_t k) {
     Vec<T> bk[Vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; v++) bk[v] = load(b + v * kLanes<T>);
+    for (int v = 0; v < Vectors; v++) bk[v] = load(b + k * kPanel<T> + v * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {
-      const T ark = Transposed ? a[r] : a[r * lda];
+      const T ark = Transposed ? a[k * step + r] : a[r * lda + k];
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; v++) acc[r][v] += ark * bk[v];
     }
-    b += kPanel<T>;
-    a += Transposed ? lda : 1;
+  };
+  for (int64_t k = 1; k < K; k += 2) {  // four at a time made the compiler spill accumulators
+    add(0);
+    add(1);
+    b += 2 * kPanel<T>;
+    a += 2 * step;
   }
+  if (K % 2) add(0);
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
@@ -92,11 +98,13 @@ VITDIV_INLINE int64_t packed_size(int64_t columns, int64_t depth) {
 }
 
 #if defined(__AVX2__)
-// out[k * out_ld + col] = rows[col * ld + k] for 8 x 8: 24 shuffles instead of 64 scalar loads and stores.
-VITDIV_INLINE void transpose_8x8(const float* rows, int64_t ld, float* out, int64_t out_ld) {
+// out[k * out_ld + col] = rows[col * ld + k] for 8 x 8: 24 shuffles instead of 64 scalar loads and stores. Of fewer than 8
+// rows the rest are 0.
+VITDIV_INLINE void transpose_8x8(const float* rows, int64_t ld, float* out, int64_t out_ld,
+                                 int64_t count = 8) {
   __m256 r[8], t[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows + i * ld);
+  for (int i = 0; i < 8; i++) r[i] = i < count ? _mm256_loadu_ps(rows + i * ld) : _mm256_setzero_ps();
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {  // pairs of rows interleaved
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -126,21 +134,31 @@ void pack_transposed(int64_t N, int64_t K, const T* rows, int64_t ld, T* out) {
     int64_t k0 = 0;
 #if defined(__AVX2__)
     if constexpr (sizeof(T) == 4) {
-      for (; width == P && k0 + 8 <= K; k0 += 8)
-        for (int64_t col = 0; col < P; col += 8)
-          transpose_8x8(rows + (j + col) * ld + k0, ld, out + k0 * P + col, P);
+      for (; k0 + 8 <= K; k0 += 8) {
+        // the next panel's rows, which the hardware does not foresee: it sees as many streams as there are rows
+        for (int64_t col = k0 % 16 ? P : 0; col < P; col++)
+          __builtin_prefetch(rows + (j + P + col) * ld + k0);
+        for (int64_t col = 0; col < P; col += 8) {
+          const T* block = rows + (j + col) * ld + k0;
+          if (col + 8 <= width)
+            transpose_8x8(block, ld, out + k0 * P + col, P);
+          else
+            transpose_8x8(block, ld, out + k0 * P + col, P, width - col);
+        }
+      }
     }
 #endif
     // 16 values of a row at a time: its cache line is used whole while the 16 destination lines stay in L1
-    for (; k0 < K; k0 += 16) {
+    for (int64_t first = k0; k0 < K; k0 += 16) {
       const int64_t k1 = min64(K, k0 + 16);
       for (int64_t col = 0; col < width; col++) {
         const T* x = rows + (j + col) * ld;
         for (int64_t k = k0; k < k1; k++) out[k * P + col] = x[k];
       }
+      if (k1 == K)
+        for (int64_t k = first; k < K; k++)
+          for (int64_t col = width; col < P; col++) out[k * P + col] = 0;
     }
-    for (int64_t k = 0; k < (width < P ? K : 0); k++)
-      for (int64_t col = width; col < P; col++) out[k * P + col] = 0;
   }
 }
 

@@ -34,29 +34,24 @@ const T* centred_bias(const ReattentionArgs& args, T* out) {
 template <class T>
 struct MapScratch {
   HeadPanels<T> keys_t;
-  T *copy, *a;
+  int64_t columns;
+  T *copy, *a, *factors,
+      *chunk;  // maps [H, rows, padded] whose softmax factors [H, rows] scale; [H, columns]
   MapScratch(Arena& arena, const ReattentionArgs& args, const Work<T>& w)
       : keys_t(arena, w.whole > 0, args.H, args.M, args.d, Pack::kTransposed),
+        columns(chunk_columns<T>(args.H)),
         copy(arena.take<T>(copy_size(w.tile, max64(args.d, args.dv)))),
-        a(arena.take<T>(args.H * w.tile.head_stride())) {}
+        a(arena.take<T>(args.H * w.tile.head_stride())),
+        factors(arena.take<T>(args.H * w.tile.rows)),
+        chunk(arena.take<T>(args.H * columns)) {}
 };
 
-// The softmax maps of query rows i ... i + n into m.a, their padding set to `pad`. With pre_mix (times the scale already)
-// the raw logits are made in `raw`. With factors [H, n] the maps are left for those to scale, and their padding is 0.
+// The softmax maps of query rows i ... i + n into m.a, for m.factors to scale. With pre_mix (times the scale already) the raw
+// logits are made in `raw`.
 template <class T>
 void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m,
-                  const HeadPanels<T>& keys_t, const T* pre_mix, T* raw, int64_t b, int64_t i, int64_t n,
-                  T pad, T* factors = nullptr) {
+                  const HeadPanels<T>& keys_t, const T* pre_mix, T* raw, int64_t b, int64_t i, int64_t n) {
   const int64_t stride = w.tile.head_stride(), padded = w.tile.padded;
-  const auto softmax = [&](int64_t h, T* map, T scale) {
-    for (int64_t r = 0; r < n; r++) {
-      T* row = map + r * padded;
-      if (factors)
-        factors[h * n + r] = softmax_row_unscaled(args.M, padded, row, scale);
-      else
-        softmax_row(args.M, padded, row, scale, pad);
-    }
-  };
   for (int64_t h = 0; h < args.H; h++) {
     T* z = raw + h * stride;
     const Rows<T> q = head_rows(args.q, b, h, i, n, args.d, m.copy);
@@ -64,21 +59,25 @@ void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratc
     if (pre_mix)
       w.tile.clear_padding(n, z);
     else
-      softmax(h, z, T(args.scale));
+      softmax_rows_unscaled(n, args.M, padded, z, T(args.scale), m.factors + h * n);
   }
   if (!pre_mix) return;
-  mix<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), T(0), raw, m.a, stride);
-  for (int64_t h = 0; h < args.H; h++) softmax(h, m.a + h * stride, T(1));
+  if (raw == m.a)
+    mix_in_place<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), raw, stride, m.chunk);
+  else
+    mix<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), T(0), raw, stride, m.a, stride);
+  for (int64_t h = 0; h < args.H; h++)
+    softmax_rows_unscaled(n, args.M, padded, m.a + h * stride, T(1), m.factors + h * n);
 }
 
 template <class T>
 struct ForwardScratch : MapScratch<T> {
   HeadPanels<T> values;
-  T* factors;
+  PairSums<T, true> gram;
   ForwardScratch(Arena& arena, const ReattentionForward& args, const Work<T>& w)
       : MapScratch<T>(arena, args, w),
         values(arena, args.out.data && w.whole > 0, args.H, args.M, args.dv, Pack::kRows),
-        factors(arena.take<T>(args.gram ? 0 : args.H * w.tile.rows)) {}
+        gram{arena.take<T>(args.gram ? PairSums<T, true>::size(args.H) : 0), args.H} {}
 };
 
 template <class T>
@@ -132,23 +131,22 @@ bool forward(const ReattentionForward& args) {
       double* gram_sum = args.gram ? shared.grams + task * H * H : nullptr;
       for (int64_t x = 0; gram_sum && x < H * H; x++) gram_sum[x] = 0;
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
-        const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i, L = n * padded;
-        const T* weight = static_cast<const T*>(args.mix);
-        if (gram_sum) {
-          // padding at the mean adds nothing to the centred Gram
-          softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n, w.mean);
-          gram<T>(H, H, L, m.a, w.mean, m.a, w.mean, stride, gram_sum, true);
-          if (!args.out.data) continue;
-          mix<T>(H, L, weight, bias, w.mean, m.a, m.a, stride);
-        } else {
-          softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n, w.mean, m.factors);
-          mix_unscaled<T>(H, n, padded, weight, bias, w.mean, m.factors, m.a, stride);
-        }
-        if (args.norm_weight)
-          layer_norm_heads<T>(H, L, m.a, nullptr, nullptr, m.a, stride,
-                              static_cast<const T*>(args.norm_weight), static_cast<const T*>(args.norm_bias),
-                              T(args.eps));
-        for (int64_t h = 0; h < H; h++)
+        const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
+        softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n);
+        if (args.gram) m.gram.clear();
+        for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
+          centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk,
+                    m.columns, false);
+          if (args.gram) m.gram.add(width, m.chunk, m.columns, m.chunk, m.columns, T(0));
+          if (!args.out.data) return;
+          mix<T>(H, width, static_cast<const T*>(args.mix), bias, T(0), m.chunk, m.columns, m.a + x, stride);
+          if (args.norm_weight)
+            layer_norm_heads<T>(H, width, m.a + x, nullptr, nullptr, m.a + x, stride,
+                                static_cast<const T*>(args.norm_weight),
+                                static_cast<const T*>(args.norm_bias), T(args.eps));
+        });
+        if (args.gram) m.gram.add_to(gram_sum);
+        for (int64_t h = 0; args.out.data && h < H; h++)
           product_to_rows<T>(n, args.dv, args.M, m.a + h * stride, padded, values[h], args.out, b, h, i,
                              m.copy);
       }
@@ -174,6 +172,8 @@ template <class T>
 struct BackwardScratch : MapScratch<T> {
   HeadPanels<T> values_t, keys;
   T *g, *raw, *normalized, *rstd, *dk, *dv;
+  PairSums<T, false> dmix, dpre_mix;
+  HeadSums<T> dbias, dnorm_weight, dnorm_bias;
   BackwardScratch(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
       : MapScratch<T>(arena, args, w),
         values_t(arena, args.dout.data && w.whole > 0, args.H, args.M, args.dv, Pack::kTransposed),
@@ -183,7 +183,12 @@ struct BackwardScratch : MapScratch<T> {
         normalized(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
         rstd(arena.take<T>(args.norm_weight ? w.tile.head_stride() : 0)),
         dk(arena.take<T>(HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, false))),
-        dv(arena.take<T>(HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false))) {}
+        dv(arena.take<T>(HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false))),
+        dmix{arena.take<T>(args.dmix ? PairSums<T, false>::size(args.H) : 0), args.H},
+        dpre_mix{arena.take<T>(args.dpre_mix ? PairSums<T, false>::size(args.H) : 0), args.H},
+        dbias{arena.take<T>(HeadSums<T>::size(args.H)), args.H},
+        dnorm_weight{arena.take<T>(HeadSums<T>::size(args.H)), args.H},
+        dnorm_bias{arena.take<T>(HeadSums<T>::size(args.H)), args.H} {}
 };
 
 template <class T>
@@ -205,54 +210,86 @@ struct BackwardShared {
                          HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, true))) {}
 };
 
-// m.g: the gradient of the tile's softmax maps, from dout and from the Gram's coupling. Adds to the values' and the
-// parameters' gradients on the way. Returns false when nothing is asked for beyond those.
+// What a tile's backward reads beside the arguments and a thread's scratch.
 template <class T>
-bool maps_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m,
-                   const HeadPanels<T>& values_t, const T* mix_t, const T* bias, int64_t b, int64_t i,
-                   int64_t n, bool first, HeadGradients<T>& dv, ParameterSums sums) {
-  const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded, L = n * padded;
+struct BackwardInputs {
+  HeadPanels<T> values_t;
+  const T *pre_mix_t, *mix_t, *bias;
+};
+
+// Scales the tile's softmax maps and, where dv or the layer norm needs them, mixes them into m.g.
+template <class T>
+void mixed_maps(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m,
+                const BackwardInputs<T>& in, int64_t n) {
+  const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded;
+  const T* norm_weight = static_cast<const T*>(args.norm_weight);
+  const bool mixes = args.dout.data && (norm_weight || args.dv_out.data);
+  for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
+    centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk, m.columns,
+              true);
+    if (!mixes) return;
+    T* mixed = (norm_weight ? m.normalized : m.g) + x;
+    mix<T>(H, width, static_cast<const T*>(args.mix), in.bias, T(0), m.chunk, m.columns, mixed, stride);
+    if (norm_weight)
+      layer_norm_heads<T>(H, width, mixed, mixed, m.rstd + x, args.dv_out.data ? m.g + x : nullptr, stride,
+                          norm_weight, static_cast<const T*>(args.norm_bias), T(args.eps));
+  });
+  if (!norm_weight) return;
+  w.tile.clear_padding(n, m.rstd);
+  for (int64_t h = 0; h < H; h++) w.tile.clear_padding(n, m.normalized + h * stride);
+}
+
+// m.g, the gradient of the tile's mixed maps, becomes that of the logits; on the way to the parameters' sums.
+template <class T>
+void logits_gradient(const ReattentionBackward& args, const Work<T>& w, const BackwardScratch<T>& m,
+                     const BackwardInputs<T>& in, int64_t b, int64_t n, ParameterSums sums) {
+  const int64_t H = args.H, stride = w.tile.head_stride(), padded = w.tile.padded;
   const bool goes_on = args.dq.data || args.dk.data || args.dpre_mix;
+  const T* norm_weight = static_cast<const T*>(args.norm_weight);
   const T* coupling =
       args.coupling ? static_cast<const T*>(args.coupling) + b * args.coupling_stride_b : nullptr;
-  if (args.dout.data) {
-    const T* norm_weight = static_cast<const T*>(args.norm_weight);
-    if (args.norm_weight || args.dv_out.data) {
-      T* mixed = norm_weight ? m.normalized : m.g;
-      mix<T>(H, L, static_cast<const T*>(args.mix), bias, w.mean, m.a, mixed, stride);
-      if (norm_weight)
-        layer_norm_heads<T>(H, L, mixed, m.normalized, m.rstd, args.dv_out.data ? m.g : nullptr, stride,
-                            norm_weight, static_cast<const T*>(args.norm_bias), T(args.eps));
-    }
-    if (norm_weight) {
-      w.tile.clear_padding(n, m.rstd);
-      for (int64_t h = 0; h < H; h++) w.tile.clear_padding(n, m.normalized + h * stride);
-    }
-    for (int64_t h = 0; h < H; h++) {
-      T* g = m.g + h * stride;
-      if (args.dv_out.data)
-        dv.add(b, h, n, g, padded, head_row_panels(args.dout, b, h, i, n, args.dv, m.copy), !first);
-      const Rows<T> dout = head_rows(args.dout, b, h, i, n, args.dv, m.copy);
-      gemm<T, false>(n, args.M, args.dv, dout.data, dout.ld, values_t[h], g, padded, false);
-      w.tile.clear_padding(n, g);
-    }
-    if (norm_weight) {
-      for (int64_t h = 0; h < H; h++) {
-        sums.dnorm_weight[h] += sum_products<T>(L, m.g + h * stride, m.normalized + h * stride);
-        sums.dnorm_bias[h] += sum<T>(L, m.g + h * stride);
+  if (args.dmix) m.dmix.clear();
+  if (args.dpre_mix) m.dpre_mix.clear();
+  m.dbias.clear(), m.dnorm_weight.clear(), m.dnorm_bias.clear();
+  for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
+    T *a = m.a + x, *g = m.g + x;
+    if (args.dout.data) {
+      if (norm_weight) {
+        const T* normalized = m.normalized + x;
+        for (int64_t h = 0; h < H; h++) {
+          m.dnorm_weight.add(h, sum_products<T>(width, g + h * stride, normalized + h * stride));
+          m.dnorm_bias.add(h, sum_vectors<T>(width, g + h * stride));
+        }
+        layer_norm_heads_bwd<T>(H, width, normalized, m.rstd + x, g, stride, norm_weight);
       }
-      layer_norm_heads_bwd<T>(H, L, m.normalized, m.rstd, m.g, stride, norm_weight);
+      for (int64_t h = 0; h < H; h++)
+        m.dbias.add(h, copy_and_sum<T>(width, g + h * stride, m.chunk + h * m.columns));
+      if (args.dmix) m.dmix.add(width, m.chunk, m.columns, a, stride, w.mean);
+      if (goes_on) mix<T>(H, width, in.mix_t, nullptr, T(0), m.chunk, m.columns, g, stride);
     }
-    if (args.dmix) {
-      gram<T>(H, H, L, m.g, T(0), m.a, w.mean, stride, sums.dmix, false);
-      for (int64_t h = 0; h < H; h++) sums.dbias[h] += sum<T>(L, m.g + h * stride);
+    if (!goes_on) return;
+    // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of the logits
+    if (coupling)
+      mix<T>(H, width, coupling, nullptr, w.mean, a, stride, g, stride, args.dout.data != nullptr);
+    if (x + width < (row + rows) * padded) return;
+    for (int64_t r = row; r < row + rows; r++)
+      for (int64_t h = 0; h < H; h++)
+        softmax_row_bwd(padded, m.a + h * stride + r * padded, m.g + h * stride + r * padded,
+                        in.pre_mix_t ? T(1) : T(args.scale));
+    if (!in.pre_mix_t) return;
+    const int64_t end = x + width;
+    for (int64_t y = row * padded; y < end; y += m.columns) {
+      const int64_t some = min64(m.columns, end - y);
+      for (int64_t h = 0; h < H; h++)
+        memcpy(m.chunk + h * m.columns, m.g + h * stride + y, size_t(some) * sizeof(T));
+      if (args.dpre_mix) m.dpre_mix.add(some, m.chunk, m.columns, m.raw + y, stride, T(0));
+      mix<T>(H, some, in.pre_mix_t, nullptr, T(0), m.chunk, m.columns, m.g + y, stride);
     }
-    if (goes_on) mix<T>(H, L, mix_t, nullptr, T(0), m.g, m.g, stride);
-  }
-  // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of the logits
-  if (goes_on && coupling)
-    mix<T>(H, L, coupling, nullptr, w.mean, m.a, m.g, stride, args.dout.data != nullptr);
-  return goes_on;
+  });
+  if (args.dmix) m.dmix.add_to(sums.dmix);
+  if (args.dpre_mix) m.dpre_mix.add_to(sums.dpre_mix);
+  m.dbias.add_to(sums.dbias);
+  m.dnorm_weight.add_to(sums.dnorm_weight), m.dnorm_bias.add_to(sums.dnorm_bias);
 }
 
 template <class T>
@@ -323,21 +360,26 @@ bool backward(const ReattentionBackward& args) {
       double* task_sums = shared.sums + task * ParameterSums::size(H);
       for (int64_t x = 0; x < ParameterSums::size(H); x++) task_sums[x] = 0;
       const ParameterSums sums(task_sums, H);
-      HeadGradients<T> dk(args.dk, H, args.M, args.d, part,
+      const bool first_task = task == w.first_task(b);
+      HeadGradients<T> dk(args.dk, H, args.M, args.d, first_task,
                           part ? shared.dk + (task - w.whole) * dk_size : m.dk);
-      HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, part,
+      HeadGradients<T> dv(args.dv_out, H, args.M, args.dv, first_task,
                           part ? shared.dv + (task - w.whole) * dv_size : m.dv);
+      const BackwardInputs<T> in{values_t, pre_mix_t, mix_t, bias};
       for (int64_t t = w.first_tile(task); t < w.end_tile(task); t++) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         const bool first = t == w.first_tile(task);
-        softmax_maps<T>(args, w, m, keys_t, pre_mix, pre_mix ? m.raw : m.a, b, i, n, T(0));
-        if (!maps_gradient<T>(args, w, m, values_t, mix_t, bias, b, i, n, first, dv, sums)) continue;
-        for (int64_t h = 0; h < H; h++)
-          for (int64_t r = 0; r < n; r++)
-            softmax_row_bwd(padded, m.a + h * stride + r * padded, m.g + h * stride + r * padded,
-                            pre_mix ? T(1) : T(args.scale));
-        if (args.dpre_mix) gram<T>(H, H, n * padded, m.g, T(0), m.raw, T(0), stride, sums.dpre_mix, false);
-        if (pre_mix) mix<T>(H, n * padded, pre_mix_t, nullptr, T(0), m.g, m.g, stride);
+        softmax_maps<T>(args, w, m, keys_t, pre_mix, pre_mix ? m.raw : m.a, b, i, n);
+        mixed_maps<T>(args, w, m, in, n);
+        for (int64_t h = 0; args.dout.data && h < H; h++) {
+          T* g = m.g + h * stride;
+          if (args.dv_out.data)
+            dv.add(b, h, n, g, padded, head_row_panels(args.dout, b, h, i, n, args.dv, m.copy), !first);
+          const Rows<T> dout = head_rows(args.dout, b, h, i, n, args.dv, m.copy);
+          gemm<T, false>(n, args.M, args.dv, dout.data, dout.ld, values_t[h], g, padded, false);
+          w.tile.clear_padding(n, g);
+        }
+        logits_gradient<T>(args, w, m, in, b, n, sums);
         for (int64_t h = 0; h < H; h++) {
           if (args.dq.data)
             product_to_rows<T>(n, args.d, args.M, m.g + h * stride, padded, keys[h], args.dq, b, h, i,

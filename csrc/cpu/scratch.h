@@ -36,25 +36,40 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Large blocks ask for large pages: rows of a product lie a page or more apart, and the addresses of a tile's rows would not fit
-// the first level of the TLB.
+// Memory for one call. A block is kept for the next call: the kernel clears the pages that it hands out, which takes as long as
+// the arithmetic of a small call. Large blocks ask for large pages: rows of a product lie a page or more apart, and the
+// addresses of a tile's rows would not fit the first level of the TLB.
 class Block {
  public:
-  static constexpr int64_t kHugePage = 2 << 20;
+  static constexpr int64_t kHugePage = 2 << 20, kMostKept = 32 << 20;
 
-  explicit Block(int64_t bytes) {
-    const int64_t alignment = bytes < kHugePage ? 64 : kHugePage, size = round_up(max64(bytes, 1), alignment);
-    data_ = static_cast<char*>(aligned_alloc(size_t(alignment), size_t(size)));
+  explicit Block(int64_t bytes) : data_(__atomic_exchange_n(&kept(), nullptr, __ATOMIC_ACQ_REL)) {
+    if (data_ && size() >= bytes) return;
+    free(data_);
+    const int64_t alignment = bytes < kHugePage ? kHeader : kHugePage,
+                  all = round_up(bytes + kHeader, alignment);
+    data_ = static_cast<char*>(aligned_alloc(size_t(alignment), size_t(all)));
+    if (!data_) return;
 #if defined(MADV_HUGEPAGE)
-    if (data_ && bytes >= kHugePage) madvise(data_, size_t(size), MADV_HUGEPAGE);
+    if (bytes >= kHugePage) madvise(data_, size_t(all), MADV_HUGEPAGE);
 #endif
+    size() = all - kHeader;
   }
-  ~Block() { free(data_); }
+  ~Block() {
+    if (data_ && size() <= kMostKept) data_ = __atomic_exchange_n(&kept(), data_, __ATOMIC_ACQ_REL);
+    free(data_);
+  }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
-  char* data() const { return data_; }
+  char* data() const { return data_ ? data_ + kHeader : nullptr; }
 
  private:
+  static constexpr int64_t kHeader = 64;  // holds the size, and leaves the rest on cache lines of its own
+  static char*& kept() {
+    static char* block = nullptr;
+    return block;
+  }
+  int64_t& size() const { return *reinterpret_cast<int64_t*>(data_); }
   char* data_;
 };
 

@@ -86,6 +86,25 @@ VITDIV_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+// a > b ? a : b in each lane, so b where one is NaN: written as a comparison it compiles to two instructions. (maskz: of
+// the plain form gcc 12 warns that it is uninitialised.)
+template <class T>
+VITDIV_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+  else
+    return (Vec<T>)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 template <class T>
 VITDIV_INLINE T sum_lanes(Vec<T> v) {
   T s = 0;
@@ -145,47 +164,67 @@ VITDIV_INLINE Vec<T> lanes_from_bits(uint32_t bits, T value) {
   return (Vec<T>)((Int<T>)broadcast<T>(value) & set);
 }
 
-// Polynomials for 2^r on [-1/2, 1/2], interpolated at the Chebyshev nodes for the relative error: 3e-9 and 6e-20.
+// Polynomials for 2^r on [-1/2, 1/2], interpolated at the Chebyshev nodes for the relative error: 3e-9 and 6e-20. The
+// coefficients of the highest power come first; the last is 1.
 template <class T>
-VITDIV_INLINE Vec<T> exp2_fraction(Vec<T> r);
+struct Exp2Polynomial;
 
 template <>
-VITDIV_INLINE Vec<float> exp2_fraction<float>(Vec<float> r) {
-  Vec<float> p = broadcast(1.5461444698569e-4f);
-  p = p * r + 1.340042817761584e-3f;
-  p = p * r + 9.618056678524638e-3f;
-  p = p * r + 5.550327226670302e-2f;
-  p = p * r + 2.402265092228876e-1f;
-  p = p * r + 6.931472067028326e-1f;
-  return p * r + 1.f;
-}
+struct Exp2Polynomial<float> {
+  static constexpr float kCoefficients[] = {1.5461444698569e-4f,
+                                            1.340042817761584e-3f,
+                                            9.618056678524638e-3f,
+                                            5.550327226670302e-2f,
+                                            2.402265092228876e-1f,
+                                            6.931472067028326e-1f,
+                                            1.f};
+  static constexpr int kCount = 7;
+};
 
 template <>
-VITDIV_INLINE Vec<double> exp2_fraction<double>(Vec<double> r) {
-  Vec<double> p = broadcast(2.5733568308756891e-11);
-  p = p * r + 4.4566753410492059e-10;
-  p = p * r + 7.0548943863483480e-9;
-  p = p * r + 1.0178051192960649e-7;
-  p = p * r + 1.3215486815999977e-6;
-  p = p * r + 1.5252733856293466e-5;
-  p = p * r + 1.5403530393362756e-4;
-  p = p * r + 1.3333558146390353e-3;
-  p = p * r + 9.6181291076284831e-3;
-  p = p * r + 5.5504108664821699e-2;
-  p = p * r + 2.4022650695910071e-1;
-  p = p * r + 6.9314718055994531e-1;
-  return p * r + 1.0;
+struct Exp2Polynomial<double> {
+  static constexpr double kCoefficients[] = {2.5733568308756891e-11,
+                                             4.4566753410492059e-10,
+                                             7.0548943863483480e-9,
+                                             1.0178051192960649e-7,
+                                             1.3215486815999977e-6,
+                                             1.5252733856293466e-5,
+                                             1.5403530393362756e-4,
+                                             1.3333558146390353e-3,
+                                             9.6181291076284831e-3,
+                                             5.5504108664821699e-2,
+                                             2.4022650695910071e-1,
+                                             6.9314718055994531e-1,
+                                             1.0};
+  static constexpr int kCount = 13;
+};
+
+// 2^t of Count vectors, for t <= 0; 0 below the normal range, NaN for NaN.
+template <class T, int Count>
+VITDIV_INLINE void exp2_nonpositive(Vec<T>* t) {
+  const Vec<T> lowest = broadcast<T>(Simd<T>::kZeroExponent);
+  Vec<T> power[Count], p[Count];
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; i++) {
+    t[i] = larger<T>(lowest, t[i]);  // in this order a NaN stays
+    const Vec<T> shifted = t[i] + Simd<T>::kRound;
+    power[i] = (Vec<T>)((Int<T>)shifted << Simd<T>::kMantissaBits);
+    // not t - (shifted - kRound), of which the compiler makes a second constant, and registers are short here
+    t[i] = t[i] + (Simd<T>::kRound - shifted);
+    p[i] = t[i] * Exp2Polynomial<T>::kCoefficients[0] + Exp2Polynomial<T>::kCoefficients[1];
+  }
+#pragma GCC unroll 16
+  for (int c = 2; c < Exp2Polynomial<T>::kCount; c++)
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; i++) p[i] = p[i] * t[i] + Exp2Polynomial<T>::kCoefficients[c];
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; i++) t[i] = p[i] * power[i];
 }
 
-// 2^t for t <= 0; 0 below the normal range, NaN for NaN.
 template <class T>
 VITDIV_INLINE Vec<T> exp2_nonpositive(Vec<T> t) {
-  const Vec<T> lowest = broadcast<T>(Simd<T>::kZeroExponent);
-  t = lowest > t ? lowest : t;  // in this order a NaN stays
-  const Vec<T> shifted = t + Simd<T>::kRound;
-  const Vec<T> power = (Vec<T>)((Int<T>)shifted << Simd<T>::kMantissaBits);
-  // not t - (shifted - kRound), of which the compiler makes a second constant, and registers are short here
-  return exp2_fraction<T>(t + (Simd<T>::kRound - shifted)) * power;
+  exp2_nonpositive<T, 1>(&t);
+  return t;
 }
 
 template <class T>
