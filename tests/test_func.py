@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from calls import OPERATIONS, D, H, N
-from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.func import functional_call, functionalize, grad, jacrev, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vitdiv_kernels as vd
 from vitdiv_kernels import losses
@@ -166,3 +168,21 @@ def test_losses(name):
         leaf = item.clone().requires_grad_()
         LOSSES[name](leaf).backward()
         assert_close(found[i], leaf.grad)
+
+
+@pytest.mark.parametrize("name", ["cosine abs", "two grams", "gram", "reattention batch", "talking heads"])
+def test_functionalize_and_compiled_autograd(name):
+    x, matrices = inputs((None, None), 7)
+
+    def call(x, matrices):
+        return OPERATIONS[name](x, matrices, "native")
+
+    expected = grad(call)(x, matrices)
+    traced = make_fx(functionalize(grad(call)))(x, matrices)
+    assert_close(traced(x, matrices), expected)
+    torch.compiler.reset()
+    leaf = x.clone().requires_grad_()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        call(leaf, matrices).backward()
+    assert_close(leaf.grad, expected)

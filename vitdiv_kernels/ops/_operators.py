@@ -113,8 +113,10 @@ def declare(namespace, operator, backend):
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             with _below_autograd():
                 return below(*arguments)
-        with enable_single_level_autograd_function() if transformed() else contextlib.nullcontext():
+        if not transformed():
             return function.apply(below, *arguments)
+        with enable_single_level_autograd_function():  # the Function of this level of torch.func
+            return super(torch.autograd.Function, function).apply(below, *arguments)
 
     library.impl(operator.name, autograd, "Autograd", with_keyset=True)
 
@@ -137,12 +139,12 @@ def _count(packet, flops):
 
 
 def _function(operator, backend):
-    """The autograd.Function of one level of torch.func, or of none."""
+    """The autograd.Function that an Autograd kernel puts around the operator."""
 
     def others(name):
         return DECLARED[name][1][backend]
 
-    class Function(torch.autograd.function._SingleLevelFunction):
+    class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, run, *inputs):
             ctx.set_materialize_grads(False)
