@@ -4,6 +4,7 @@ tests of what torch's tools make of them."""
 import torch
 
 import vitdiv_kernels as vd
+from vitdiv_kernels import losses
 from vitdiv_kernels.ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from vitdiv_kernels.ops.two_gram import two_gram
 
@@ -68,3 +69,26 @@ OPERATIONS = {
 def arguments(batch=B, tokens=N):
     x = torch.randn(batch, tokens, 3 * H * D, requires_grad=True)
     return x, torch.randn(2, H, H, requires_grad=True)
+
+
+# of x [..., N, D]: losses with more than operators in them
+LOSSES = {
+    "patch_contrast": lambda x: losses.patch_contrast(x, 2 * x.flip(-1)),
+    "koleo": losses.koleo,
+    "info_nce": lambda x: losses.info_nce(x, x.roll(1, -1)),
+    "vf_loss": lambda x: losses.vf_loss(x, x.roll(1, -1)),
+    "patch_mgd": losses.patch_mgd,
+    "patch_mhs": losses.patch_mhs,
+    "patch_condition_orthogonality": lambda x: losses.patch_condition_orthogonality(
+        x, start=torch.linspace(-1, 1, 2 * x.shape[-2]).view(2, -1)
+    ),
+    "weight_condition_orthogonality": lambda x: losses.weight_condition_orthogonality(
+        x, start=torch.linspace(-1, 1, 2 * x.shape[-2]).view(2, -1)
+    ),
+    "linear_cka": lambda x: losses.linear_cka(x, x.roll(1, -1).square()),
+    "gram_anchoring": lambda x: losses.gram_anchoring(x, x.detach().roll(1, -1)),
+    "uniformity": losses.uniformity,
+    "patch_soft_orthogonality": losses.patch_soft_orthogonality,
+    "gradient_diversity": losses.gradient_diversity,
+    "neighbourhood_contrast": lambda x: losses.neighbourhood_contrast(x, x.roll(1, -1), grid=(2, 3)),
+}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from calls import OPERATIONS, D, H, N, arguments
+from calls import LOSSES, OPERATIONS, D, H, N, arguments
 from torch.distributed.pipelining import SplitPoint, pipeline
 
 import vitdiv_kernels as vd
@@ -75,6 +75,27 @@ def test_gradients_that_nobody_asked_for_when_it_was_exported(backend, tokens, n
     for function in (program.module(), Plain()):
         loss = function(x, matrices)
         found.append([loss.detach(), *torch.autograd.grad(loss, (x, matrices), allow_unused=True)])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, strict):
+    """Their gradients by hand are not part of a program; the number of sets is free."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, x):
+            return LOSSES[name](x)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        Loss(), (torch.randn(3, 6, 8),), dynamic_shapes={"x": {0: batch}}, strict=strict
+    )
+    found, x = [], torch.randn(5, 6, 8)
+    for function in (program.module(), Loss()):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
     assert_same(*found)
 
 

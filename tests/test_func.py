@@ -5,12 +5,21 @@ import copy
 import pytest
 import torch
 import torch._dynamo.compiled_autograd
-from calls import OPERATIONS, D, H, N
-from torch.func import functional_call, functionalize, grad, jacrev, stack_module_state, vmap
+from calls import LOSSES, OPERATIONS, D, H, N
+from torch.autograd import forward_ad
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vmap,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vitdiv_kernels as vd
-from vitdiv_kernels import losses
 
 BATCHES = {
     "x": (0, None),
@@ -133,31 +142,28 @@ def test_compiled():
     assert_close(torch.compile(transformed, fullgraph=True, backend="aot_eager")(x), transformed(x))
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_forward_mode_raises(name):
+    """It would be 0."""
+
+    def call(x):
+        return OPERATIONS[name](x, torch.ones(2, H, H, dtype=x.dtype), "native")
+
+    x, _ = inputs((None, None), 5)
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        jvp(call, (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        jacfwd(grad(call))(x[:1, :2])
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 def test_a_second_derivative_raises():
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad(lambda x: grad(vd.pairwise_cosine)(x).sum())(torch.randn(2, 5, 8))
     x = torch.randn(2, 5, 8)
     found = grad(lambda x: grad(lambda t: vd.pairwise_cosine(t, backend="reference"))(x).square().sum())(x)
     assert found.isfinite().all()
-
-
-LOSSES = {
-    "patch_contrast": lambda x: losses.patch_contrast(x, 2 * x.flip(-1)),
-    "koleo": losses.koleo,
-    "info_nce": lambda x: losses.info_nce(x, x.roll(1, -1)),
-    "vf_loss": lambda x: losses.vf_loss(x, x.roll(1, -1)),
-    "patch_mgd": losses.patch_mgd,
-    "patch_mhs": losses.patch_mhs,
-    "patch_condition_orthogonality": lambda x: losses.patch_condition_orthogonality(
-        x, start=torch.linspace(-1, 1, 2 * x.shape[-2]).view(2, -1)
-    ),
-    "weight_condition_orthogonality": lambda x: losses.weight_condition_orthogonality(
-        x, start=torch.linspace(-1, 1, 2 * x.shape[-2]).view(2, -1)
-    ),
-    "linear_cka": lambda x: losses.linear_cka(x, x.roll(1, -1).square()),
-    "gram_anchoring": lambda x: losses.gram_anchoring(x, x.detach().roll(1, -1)),
-    "uniformity": losses.uniformity,
-}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -149,3 +149,12 @@ def test_a_probability_of_zero_with_a_share_is_infinite():
     for got in (smoothed, whole):
         assert got.isposinf().nonzero().tolist() == [[0, 2]]
         assert not got.isnan().any()
+
+
+def test_the_gradient_of_shares_of_0_and_1():
+    logits, labels, others = torch.randn(2, 3, 4), torch.tensor([0, 1]), torch.tensor([2, 3])
+    shares = torch.tensor([0.0, 0.5, 1.0], requires_grad=True)
+    losses.patch_mixing(logits, labels, others, shares).backward()
+    log_p = logits.log_softmax(-1)
+    first, second = (log_p[torch.arange(2), :, y] for y in (labels, others))
+    torch.testing.assert_close(shares.grad, (second - first).sum(0) / 6)

@@ -1,5 +1,6 @@
 """Is a ViT collapsing? Likeness of patches, heads and layers, entropy, rank and residual, block by block."""
 
+import contextlib
 import csv
 import math
 import operator
@@ -103,6 +104,18 @@ def residual(x):
     return (away / torch.linalg.vector_norm(x, dim=(-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)).mean()
 
 
+@contextlib.contextmanager
+def _evaluation(model):
+    """The model in evaluation mode, and then each module in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class CollapseMonitor:
     """Measures, per block, how alike the patches, heads and layers of a ViT are.
 
@@ -182,7 +195,7 @@ class CollapseMonitor:
         parameter = next(self.model.parameters(), images)
         images = images[: self.images].to(parameter.device)
         # in the model's own precision, also in the middle of training
-        with _checks.autocast_off(images), _sharded.restored(self.model):
+        with _checks.autocast_off(images), _sharded.restored(self.model), _evaluation(self.model):
             new = self._records(images, step)
         if self.csv is not None:
             write_records(self.csv, new, append=bool(self.records))
@@ -220,17 +233,13 @@ class CollapseMonitor:
         return new
 
     def _forward(self, images):
-        modes = [(module, module.training) for module in self.model.modules()]
         heads = {i: _blocks.projection_of(block, i) for i, block in enumerate(self.model.blocks)}
         recorder = _recorder.Recorder(self.model, list(heads), heads, without_grad=True)
         try:
-            self.model.eval()
             self.model(images)
             return recorder.take()
         finally:
             recorder.remove()
-            for module, training in modes:
-                module.training = training
 
     def _block(self, patches, q, k):
         heads = attention_cosine(q, k)

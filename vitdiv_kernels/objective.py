@@ -276,7 +276,12 @@ class DiversityObjective:
         layout.check_masks(maps=any(key[0] == "heads" for key in kept))
         for key in [key for key in kept if key[0] == "tokens"]:
             # cut once: the gradient of each cut is a copy of all tokens
-            kept[key] = kept[key][:, layout.prefix(key[1], kept[key]) :]
+            prefix, tokens = layout.prefix(key[1], kept[key]), kept[key].shape[1]
+            if prefix >= tokens:
+                raise ValueError(
+                    f"num_prefix_tokens must leave patches: of {tokens} tokens {prefix} are dropped"
+                )
+            kept[key] = kept[key][:, prefix:]
         parts = {name: self._part(name, kept, layout, mixing, generator) for name in self.terms}
         return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
 

@@ -89,7 +89,7 @@ def separation(x, variant, eps, backend="auto"):
         x_hat = normalise(x, eps)
         cosines = torch.linalg.vecdot(x_hat, rows(x_hat, nearest))
         one = cosines.argmax(-1, keepdim=True)
-        pair = torch.cat([one, nearest.take_along_dim(one, -1)], -1)
+        pair = torch.cat([one, nearest.gather(-1, one)], -1)
     a, b = normalise(rows(x, pair), eps).unbind(-2)
     return 2 * torch.linalg.vecdot(a, b) - 2
 
@@ -126,7 +126,8 @@ def starts(x, start, generator, draw):
         )
     _checks.floating_tensor("start", start)
     _checks.same_device("start", start, "the input", x)
-    if start.shape not in (shape, shape[-2:]):
+    # shapes of other lengths are not compared: that of a dynamic batch would become part of a program
+    if start.shape != (shape if start.dim() == len(shape) else shape[-2:]):
         expected = f"[{', '.join(map(str, shape))}] or [2, {shape[-1]}]"
         raise ValueError(f"start must have shape {expected}, got {_checks.shape_of(start)}")
     return start.to(accumulation_dtype(x)).expand(shape)

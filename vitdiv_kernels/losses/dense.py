@@ -9,7 +9,7 @@ import torch
 
 from .. import _dispatch
 from ..ops import _checks
-from ..ops._autograd import once_differentiable, transformed
+from ..ops._autograd import by_formula, once_differentiable
 from ..ops._range import matrices_near_one
 from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from ..ops.two_gram import two_gram
@@ -112,7 +112,7 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
     with _checks.autocast_off(x):
         if _plain(x, backend):
             x_hat = _common.unit(x, eps)
-            chosen = x_hat.take_along_dim(nearest.unsqueeze(-1), -2)
+            chosen = x_hat.gather(-2, nearest.unsqueeze(-1).expand_as(x_hat))
             distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
         else:
             distance = _DistanceToOne.apply(*_common.scaled(*_common.full_precision(x), eps), nearest)
@@ -120,11 +120,11 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
 
 
 def _plain(x, backend):
-    """Whether autograd differentiates what stands beside the tiles: torch.compile fuses that, torch.func
-    transforms it, and the reference may be differentiated twice."""
+    """Whether autograd differentiates what stands beside the tiles: torch.compile fuses that, and the
+    reference may be differentiated twice."""
     return (
         torch.compiler.is_compiling()
-        or transformed()
+        or by_formula(x)
         or _dispatch.resolve("pairwise_rows", x.device, backend) == "reference"
     )
 

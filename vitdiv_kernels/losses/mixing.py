@@ -96,8 +96,9 @@ def _patch_mixing(logits, labels, others, shares, smoothing, reduction):
     # both labels at once: the gradient of each gather is a tensor as large as the logits
     classes = torch.stack([labels, others], -1).unsqueeze(1).expand(-1, logits.shape[1], -1)
     weights = (smoothing - 1) * torch.stack([shares, 1 - shares], -1)
+    chosen = log_p.gather(-1, classes)
     # a class of share 0 adds 0, also where its probability is 0
-    losses = (weights * log_p.gather(-1, classes).masked_fill(weights == 0, 0)).sum(-1)
+    losses = (weights * chosen.masked_fill((weights == 0) & chosen.isinf(), 0)).sum(-1)
     if smoothing:
         losses = losses - smoothing * log_p.mean(-1)
     if reduction == "none":

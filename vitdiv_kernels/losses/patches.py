@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ..ops import _checks
-from ..ops._autograd import once_differentiable, transformed
+from ..ops._autograd import by_formula, once_differentiable
 from ..ops.pairwise_cosine import pairwise_cosine
 from ..ops.two_gram import two_gram
 from . import _common
@@ -46,7 +46,7 @@ def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction
         first = first.detach()
     first, last = _common.full_precision(first, last)
     with _checks.autocast_off(first):
-        if transformed():  # torch.func differentiates the formula
+        if by_formula(first):
             first, last = (_common.unit(x, eps) if normalise else x for x in (first, last))
             own = torch.linalg.vecdot(first, last)
             others = (torch.linalg.vecdot(first, last.sum(-2, keepdim=True)) - own) / (first.shape[-2] - 1)

@@ -142,7 +142,7 @@ def _over_shapes(loss, weights, reduction, at_least=1):
         stacks = [given[i].flatten(0, -3) if given[i].dim() > 2 else given[i].unsqueeze(0) for i in members]
         (stack,) = _common.full_precision(stacks[0] if len(stacks) == 1 else torch.cat(stacks))
         with _checks.autocast_off(stack):
-            values = loss(stack).split([len(part) for part in stacks])
+            values = loss(stack).split([part.shape[0] for part in stacks])
         for i, value in zip(members, values, strict=True):
             parts[i] = value
     values = parts[0] if len(parts) == 1 else torch.cat(parts)

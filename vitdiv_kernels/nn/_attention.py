@@ -80,6 +80,11 @@ class PackedAttention(nn.Module):
             raise TypeError(sentence)
         return False
 
+    def _called(self, module, maps):
+        """module(maps) in the dtype of its parameters."""
+        parameter = next(module.parameters(), maps)
+        return module(maps.to(parameter.dtype))
+
     def reset_parameters(self):
         """Gives every layer its initial values again."""
         for child in self.children():
@@ -101,6 +106,9 @@ class PackedAttention(nn.Module):
         for name in options:
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no option {name!r}; its options are {', '.join(known)}")
+            if getattr(options[name], "__hash__", None) is None:
+                given = type(options[name]).__name__
+                raise TypeError(f"{name} must be hashable, for a class is made for each value, got a {given}")
         return _with_options(cls, tuple(sorted(options.items())))
 
 

@@ -54,8 +54,9 @@ class ReAttention(_attention.PackedAttention):
     "conv" and 0.23 to 0.57 with "identity". A smaller eps makes them larger, and is not the paper's model.
 
     The bias of `reatten_matrix` changes nothing in training with batch norm, and its gradient here is exactly
-    0. In the published form it is rounding noise, up to 1e-4 in float32, and AdamW scales that up: the bias
-    drifts, by 4e-3 in 100 steps at a learning rate of 1e-3, and the running mean lags behind it.
+    0, unless the modules are called on the maps. In the published form it is rounding noise, up to 1e-4 in
+    float32, and AdamW scales that up: the bias drifts, by 4e-3 in 100 steps at a learning rate of 1e-3, and
+    the running mean lags behind it.
     """
 
     def __init__(
@@ -153,13 +154,14 @@ class ReAttention(_attention.PackedAttention):
             raise ValueError(
                 "count_recomputed must be True where the reference backend calls var_norm on the maps"
             )
-        maps = self.attn_drop((self.scale * q @ k.mT).softmax(-1))
-        mixed = self.reatten_matrix(maps)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        maps = self.attn_drop((self.scale * q.to(dtype) @ k.to(dtype).mT).softmax(-1))
+        mixed = self._called(self.reatten_matrix, maps)
         if self.map_norm == "layer":
-            mixed = self.var_norm(mixed.movedim(1, -1)).movedim(-1, 1)
+            mixed = self._called(self.var_norm, mixed.movedim(1, -1)).movedim(-1, 1)
         else:
-            mixed = self.var_norm(mixed)
-        return self.out_scale * (mixed @ v)
+            mixed = self._called(self.var_norm, mixed)
+        return (self.out_scale * (mixed.to(dtype) @ v.to(dtype))).to(q.dtype)
 
     def extra_repr(self):
         mix = f"norm={self.map_norm!r}, out_scale={self.out_scale:.4g}" if self.apply_transform else "no mix"

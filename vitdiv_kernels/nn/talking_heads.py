@@ -1,5 +1,6 @@
 """CaiT's attention, which mixes the heads before and after the softmax."""
 
+import torch
 from torch import nn
 
 from ..ops.reattention import reattention
@@ -48,9 +49,11 @@ class TalkingHeadsAttention(_attention.PackedAttention):
     def _attend(self, x):
         q, k, v = self._split(x)
         if self._calls_modules(q):
-            logits = self.proj_l((self.scale * q @ k.mT).movedim(1, -1))
-            maps = self.proj_w(logits.movedim(-1, 1).softmax(-1).movedim(1, -1)).movedim(-1, 1)
-            out = maps @ v
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            logits = self._called(self.proj_l, (self.scale * q.to(dtype) @ k.to(dtype).mT).movedim(1, -1))
+            maps = logits.to(dtype).movedim(-1, 1).softmax(-1).movedim(1, -1)
+            maps = self._called(self.proj_w, maps).to(dtype).movedim(-1, 1)
+            out = (maps @ v.to(dtype)).to(q.dtype)
         else:
             pre_mix, pre_bias = _effective.read_mix(self, "proj_l")
             mix, bias = _effective.read_mix(self, "proj_w")

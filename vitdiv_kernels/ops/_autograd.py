@@ -3,8 +3,30 @@
 import functools
 
 import torch
+from torch.autograd import forward_ad
 
 transformed = torch._C._are_functorch_transforms_active  # within torch.func.grad, vmap, ...
+
+
+def by_formula(x):
+    """Whether autograd is to differentiate the formula of a Function, and not the Function: torch.func
+    transforms it, an exported program keeps its forward alone, and DTensors have rules for what it is made
+    of."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return not plain or transformed() or torch.compiler.is_exporting()
+
+
+def refuse_forward_mode(*inputs):
+    """Raises where an input has a tangent (torch.func.jvp, jacfwd, hessian; dual numbers), which would be
+    lost."""
+    if forward_ad._current_level < 0:
+        return
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "vitdiv_kernels has no forward-mode derivatives (jvp, jacfwd, hessian): use "
+                "backend='reference'"
+            )
 
 
 class _Refusal(torch.autograd.Function):

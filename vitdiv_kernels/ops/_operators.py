@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .._imports import when_imported
 from . import _sharding
-from ._autograd import transformed
+from ._autograd import refuse_forward_mode, transformed
 from ._vmap import vmap_rule
 
 NAMESPACES = {"native": "vitdiv", "triton": "vitdiv_triton"}
@@ -109,6 +110,7 @@ def declare(namespace, operator, backend):
 
     # torch.library.register_autograd gives a Function that torch.func refuses.
     def autograd(keyset, *arguments):
+        refuse_forward_mode(*arguments)
         below = functools.partial(op.redispatch, keyset & _AFTER_AUTOGRAD)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             with _below_autograd():
@@ -123,6 +125,7 @@ def declare(namespace, operator, backend):
     def call(*arguments):
         if torch.compiler.is_compiling() or transformed():
             return op(*arguments)
+        refuse_forward_mode(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(op, *arguments)
         with _below_autograd():
@@ -138,6 +141,16 @@ def _count(packet, flops):
     register_flop_formula(packet)(flops)
 
 
+@contextlib.contextmanager
+def _levels_below():
+    """What the levels of torch.func below this one need: a forward is called without grad modes."""
+    if transformed():
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            yield
+    else:
+        yield
+
+
 def _function(operator, backend):
     """The autograd.Function that an Autograd kernel puts around the operator."""
 
@@ -148,9 +161,7 @@ def _function(operator, backend):
         @staticmethod
         def forward(ctx, run, *inputs):
             ctx.set_materialize_grads(False)
-            # forward is called without grad mode, which the levels below have to have
-            grad_mode = torch.enable_grad() if transformed() else contextlib.nullcontext()
-            with grad_mode, _below_autograd():
+            with _levels_below(), _below_autograd():
                 outputs = run(*inputs)
             if operator.setup is not None:
                 operator.setup(ctx, inputs, outputs)

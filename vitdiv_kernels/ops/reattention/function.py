@@ -6,7 +6,7 @@ import math
 import torch
 
 from .. import _flops
-from .._autograd import once_differentiable, transformed
+from .._autograd import once_differentiable, refuse_forward_mode, transformed
 from .._checks import autocast_off, values_at_hand
 from .._layout import accumulation_dtype, heads_like, nothing, when
 from .._operators import define
@@ -391,8 +391,15 @@ def reattention(
     updates = from_batch and running_mean is not None and (q.shape[0] > 0 or process_group is not None)
     given = (None, None) if from_batch else (running_mean, running_var)
     apply = ReattentionFunction.apply
-    if process_group is None and (torch.compiler.is_exporting() or transformed()):
+    if torch.compiler.is_exporting() or transformed():
+        if process_group is not None:
+            raise RuntimeError(
+                "batch norm of several processes (SyncBatchNorm) can't be exported, nor be transformed by "
+                "torch.func"
+            )
         apply = _composed
+    elif not torch.compiler.is_compiling():
+        refuse_forward_mode(q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias)
     out, gram, mean, unbiased_var = apply(
         q, k, v, mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, *given, norm, training, updates,
         eps, out_scale, scale, return_gram, process_group, backend,
