@@ -74,8 +74,9 @@ class GramDeterminant(torch.autograd.Function):
     @staticmethod
     def formula(x, ridge):
         kernel = (2 * (x @ x.mT) - 2).exp_()
-        regular = kernel.clone()
-        regular.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        # not in place: of a sharded DTensor that would change a gathered copy
+        diagonal = kernel.diagonal(dim1=-2, dim2=-1) + ridge
+        regular = kernel.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
         factor, _ = torch.linalg.cholesky_ex(regular)
         return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), (kernel, factor)
 
