@@ -14,8 +14,9 @@ def bits_of(operation, inputs):
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     outputs = operation(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.manual_seed(1)
-    cotangents = [torch.randn(t.shape).to(t.dtype) for t in outputs]
+    # of its own: threads share torch's generator
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    cotangents = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
     return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
 

@@ -1,5 +1,6 @@
 """pairwise_logsumexp and pairwise_nearest: values, gradients, layouts and extremes, on every backend."""
 
+import far_vectors
 import formulas
 import pytest
 import torch
@@ -400,6 +401,7 @@ def test_any_shape_layout_and_options(backend, interpreted):
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("scale", [2.0, 60.0])
 def test_vectors_of_any_length(backend, far, sets, scale):
+    far_vectors.need(backend)
     vectors = (torch.randn(1, 9, 12), torch.randn(1, 11, 12))[:sets]
     weights = torch.rand(9, dtype=torch.float64)
 
@@ -414,6 +416,7 @@ def test_vectors_of_any_length(backend, far, sets, scale):
 
 @EVERY_RANGE
 def test_the_nearest_of_vectors_of_any_length(backend, far):
+    far_vectors.need(backend)
     dtype, length, eps = far
     x = torch.randn(2, 9, 12).to(dtype).double()
     lengths = 10.0 ** torch.linspace(-15, 15, 9).unsqueeze(-1).double() if length is None else length

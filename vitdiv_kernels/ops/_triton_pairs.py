@@ -1,7 +1,6 @@
 """What the Triton kernels of pairs of vectors share: inverse norms, tiles of products, gradients of rows.
 
-Vectors are multiplied as they are, but for a power of two on one side of the product, and the inverse norms
-applied to the tiles of products.
+Vectors are multiplied as they are, and the inverse norms applied to the tiles of products.
 """
 
 import math
@@ -83,48 +82,6 @@ def weight_types(x):
     return dict(WT=types["DT"], WPREC=types["PREC"])
 
 
-@triton.jit
-def _far_from_one(length, ACC: tl.constexpr):
-    """Whether squares, or products with other such vectors, may leave the range; also of NaN."""
-    bound: tl.constexpr = 2.0**340 if ACC == tl.float64 else 2.0**42  # noqa: SIM300
-    return (length < bound) & (length > 1.0 / bound) == 0
-
-
-@triton.jit
-def power_and_rest(x, ACC: tl.constexpr):
-    """x = power * rest with 1 <= rest < 2; x = 1 * x of what has no such parts, subnormal numbers too."""
-    if ACC == tl.float64:  # noqa: SIM300
-        bits = x.to(tl.int64, bitcast=True)
-        power = (bits & 0x7FF0000000000000).to(tl.float64, bitcast=True)
-        rest = ((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
-        rest = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    normal = (power > 0.0) & (power < float("inf"))
-    return tl.where(normal, power, 1.0), tl.where(normal, rest, x)
-
-
-@triton.jit
-def _far_lengths(rows, row_mask, D, EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
-    """|x| of vectors of any length, read twice more: as a power of two times the length of the rest."""
-    d = tl.arange(0, BD)
-    entries = tl.zeros((BN, BD), ACC)
-    for d0 in tl.range(0, D, BD):
-        mask = row_mask & (d0 + d < D)[None, :]
-        entries = tl.maximum(entries, tl.abs(tl.load(rows + (d0 + d)[None, :], mask=mask, other=0.0).to(ACC)))
-    # up to there the inverse is a normal number, too
-    largest: tl.constexpr = 2.0**1022 if ACC == tl.float64 else 2.0**126  # noqa: SIM300
-    size = tl.minimum(tl.maximum(tl.max(entries, 1), 1.0 / largest), largest)
-    power, _ = power_and_rest(tl.maximum(size, EPS), ACC)
-    squares = tl.zeros((BN, BD), ACC)
-    for e0 in tl.range(0, D, BD):
-        mask = row_mask & (e0 + d < D)[None, :]
-        x = tl.load(rows + (e0 + d)[None, :], mask=mask, other=0.0).to(ACC) * (1.0 / power)[:, None]
-        squares += x * x
-    return tl.sqrt(tl.sum(squares, 1)) * power
-
-
 # Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Norms are
 # loaded one by one, and where those of y start depends on the number of rows.
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["NORMS"])
@@ -146,10 +103,6 @@ def rows_kernel(
         x = tl.load(rows + (d0 + d)[None, :], mask=mask, other=0.0).to(ACC)
         squares += x * x
     length = tl.sqrt(tl.sum(squares, 1))
-    if X.dtype.element_ty != tl.float16:  # whose squares are all within range
-        far = _far_from_one(tl.where(length <= EPS, tl.full((BN,), EPS, ACC), length), ACC)
-        if tl.max(far.to(tl.int32)) > 0:
-            length = _far_lengths(rows, row_mask, D, EPS, BN, BD, ACC)
     # of a NaN stays NaN
     short = length <= tl.full((BN,), EPS, ACC)
     norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), 1.0 / tl.where(short, 1.0, length))
@@ -191,45 +144,18 @@ def tile_of(tiles_of_rows, tiles_of_columns, TRIANGLE: tl.constexpr):
 
 @triton.jit
 def products(
-    x_rows, y_rows, x_mask, y_mask, D, powers, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    x_rows, y_rows, x_mask, y_mask, D, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x y^T, [BR, BC], of rows [.., 1] of pointers, from slices of BD of the width D.
-
-    The rows of x are multiplied by `powers`, the powers of two of their inverse norms, so that products of
-    vectors of any length stay within range; not by None.
-    """
+    """x y^T, [BR, BC], of rows [.., 1] of pointers, from slices of BD of the width D."""
     d = tl.arange(0, BD)
     s = tl.zeros((BR, BC), ACC)
     for d0 in tl.range(0, D, BD):
         width_mask = (d0 + d < D)[None, :]
         x = tl.load(x_rows + (d0 + d)[None, :], mask=x_mask[:, None] & width_mask, other=0.0).to(DT)
         y = tl.load(y_rows + (d0 + d)[None, :], mask=y_mask[:, None] & width_mask, other=0.0).to(DT)
-        if powers is not None:
-            if DT != tl.float16:  # noqa: SIM300 -- whose products are within range, and powers may not be
-                x = x * powers[:, None].to(DT)
         s = tl.dot(x, tl.trans(y), s, input_precision=PREC, out_dtype=ACC)
     return s
-
-
-@triton.jit
-def cosines(
-    x_rows, y_rows, x_mask, y_mask, D, x_norm, y_norm, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """`products` of unit vectors, whose inverse norms are given."""
-    powers, rest = norm_parts(x_norm, DT, ACC)
-    s = products(x_rows, y_rows, x_mask, y_mask, D, powers, BR, BC, BD, DT, PREC, ACC)
-    return s * rest[:, None] * y_norm[None, :]
-
-
-@triton.jit
-def norm_parts(norm, DT: tl.constexpr, ACC: tl.constexpr):
-    """(`powers` of `products`, what is left to multiply by)."""
-    if DT == tl.float16:  # noqa: SIM300
-        return tl.full(norm.shape, 1.0, ACC), norm
-    else:
-        return power_and_rest(norm, ACC)
 
 
 @triton.jit
@@ -244,4 +170,4 @@ def through_norm(dx, x, norm, along, INVERSE_EPS: tl.constexpr, BR: tl.constexpr
     """The gradient of rows x from that of x_hat, whose part along x_hat is known."""
     # a row that was divided by eps has no part taken out
     along = tl.where(norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
-    return norm[:, None] * (dx - x * norm[:, None] * along[:, None])
+    return norm[:, None] * (dx - x * (norm * along)[:, None])

@@ -10,12 +10,10 @@ from .._pair_tiles import row_for
 from .._triton import accumulator, capability, double, launch, split
 from .._triton_pairs import (
     add_rows,
-    cosines,
     dot_types,
     gradient_slices,
     inverse,
     items_of,
-    norm_parts,
     products,
     read_rows,
     slices,
@@ -159,10 +157,9 @@ def _tiles_kernel(
     j = column_tile * BC + tl.arange(0, BC)
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
     y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
+    s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
     x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
     y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-    powers, x_norm = norm_parts(x_norm, DT, ACC)
-    s = products(x_rows, y_rows, i < N, j < M, D, powers, BR, BC, BD, DT, PREC, ACC)
     counted = (i < N)[:, None] & (j < M)[None, :]
     if ONE_SET:
         counted = counted & (i[:, None] != j[None, :])
@@ -259,7 +256,8 @@ def _gradient_kernel(
         j = j0 + tl.arange(0, BC)
         y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
         y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-        s = cosines(x_rows, y_rows, i < N, j < M, D, x_norm, y_norm, BR, BC, BD, DT, PREC, ACC)
+        s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
+        s = s * x_norm[:, None] * y_norm[None, :]
         weights = tl.zeros((BR, BC), ACC)
         if OF != "own":
             drow = tl.load(DROWS + item * M + j, mask=j < M, other=0.0)
