@@ -63,6 +63,24 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def settings_stay():
+    """A test that leaves one of torch's settings changed would change what later tests see."""
+
+    def settings():
+        flushes = bool(torch.tensor(torch.finfo(torch.float32).tiny) / 2 == 0)
+        return {
+            "denormals flushed": flushes,
+            "default dtype": torch.get_default_dtype(),
+            "threads": torch.get_num_threads(),
+            "gradients": torch.is_grad_enabled(),
+        }
+
+    before = settings()
+    yield
+    assert settings() == before
+
+
 def need(backend, device="cpu", operation=None):
     """Skip, with the reason, what needs a backend that is not here; fail it in CI, which has to have it."""
     why_not = _dispatch.missing(backend, device, operation=operation)

@@ -23,7 +23,7 @@ from .losses import DIVERSITY
 from .metrics import accuracy, diversity, patch_matrix
 from .model import CONFIGS, ViT
 from .progress import Progress
-from .trainer import Recipe, Trainer, TrainError
+from .trainer import Recipe, Trainer, TrainError, flushed_denormals
 
 TITLES = {"plain": "plain ViT", "losses": "+ diversity losses", "reattention": "re-attention (DeepViT)"}
 
@@ -42,9 +42,8 @@ def train_model(name: str, data: Data, steps: int, seed: int, out: Path) -> dict
             if step % 10 == 0 or step == steps:
                 bar.to(step, cross_entropy=f"{float(terms['cross_entropy']):.3f}")
 
-        torch.set_flush_denormal(True)
-        trainer.fit(on_step=show)
-        torch.set_flush_denormal(False)
+        with flushed_denormals():
+            trainer.fit(on_step=show)
     seconds = time.perf_counter() - start
     trainer.save(out / name / "checkpoint.pt")
     image = data.test.images[0]

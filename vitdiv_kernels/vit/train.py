@@ -15,7 +15,7 @@ from .losses import listing, parse_losses
 from .metrics import accuracy
 from .model import CONFIGS, ViT
 from .progress import Progress
-from .trainer import Recipe, Trainer, TrainError
+from .trainer import Recipe, Trainer, TrainError, flushed_denormals
 
 
 def block_list(text: str) -> list[int] | str:
@@ -251,9 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         trainer = build(args)
-        # After the imports that build makes: numpy warns when it finds denormals flushed.
-        torch.set_flush_denormal(True)
-        return train(trainer, args)
+        with flushed_denormals():
+            return train(trainer, args)
     except (DataError, TrainError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
