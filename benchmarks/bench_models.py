@@ -59,6 +59,15 @@ def fused_talking_heads(attn):
     return fused
 
 
+def cait():
+    try:
+        from timm.models.cait import cait_xxs24_224
+    # RuntimeError: a torchvision that was made for another torch
+    except (ImportError, RuntimeError) as error:
+        raise Unavailable(f"timm cannot be imported: {error}") from error
+    return cait_xxs24_224
+
+
 def make(model, size):
     """The model, and what makes the attention of each provider of its own."""
     if model == "deepvit_16b":
@@ -67,14 +76,7 @@ def make(model, size):
             "eager": Published,
             "plain": Plain,
         }
-    try:
-        from timm.models.cait import cait_xxs24_224
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a torchvision that was made for another torch
-        raise Unavailable(f"timm cannot be imported: {error}") from error
-    return cait_xxs24_224(img_size=size), {"ours": fused_talking_heads, "eager": None, "plain": Plain}
+    return cait()(img_size=size), {"ours": fused_talking_heads, "eager": None, "plain": Plain}
 
 
 def with_attention(model, change):
@@ -105,7 +107,12 @@ def workload(shape, model="deepvit_16b"):
             labels = torch.arange(batch, device=images.device)
             return F.cross_entropy(models(images.device)[1][name](images), labels)
 
-        return lambda: step
+        def made():
+            if model == "cait_xxs24":
+                cait()
+            return step
+
+        return made
 
     depth, dim, ratio = (16, 384, 3) if model == "deepvit_16b" else (24, 192, 4)
     tokens = (size // 16) ** 2

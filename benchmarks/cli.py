@@ -124,6 +124,8 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
             continue
         for name, reason in reasons.items():
             print(f"{workload}: no {name}: {reason}")
+        if not names:
+            continue
         new, failed = measure(workload, names, args.modes, settings)
         failures += failed
         for failure in failed:

@@ -48,7 +48,7 @@ def assert_same(got, expected):
 
 @pytest.fixture
 def tokens(interpreted):
-    return 5 if interpreted else N
+    return 3 if interpreted else N
 
 
 @pytest.mark.parametrize("strict", [False, True])

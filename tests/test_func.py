@@ -31,7 +31,13 @@ BATCHES = {
 
 @pytest.fixture
 def tokens(interpreted):
-    return 5 if interpreted else N
+    return 3 if interpreted else N
+
+
+@pytest.fixture
+def size(interpreted):
+    """Of the axis that vmap takes."""
+    return 2 if interpreted else 3
 
 
 def inputs(dims, tokens, size=3):
@@ -43,7 +49,7 @@ def inputs(dims, tokens, size=3):
     ]
 
 
-def one_by_one(function, dims, x, matrices, size=3):
+def one_by_one(function, dims, size, x, matrices):
     def item(t, dim, i):
         return t if dim is None else t.select(dim, i)
 
@@ -59,7 +65,7 @@ def assert_close(got, expected):
 
 @pytest.mark.parametrize("dims", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_vmap_of_values_and_gradients(backend, tokens, name, dims):
+def test_vmap_of_values_and_gradients(backend, tokens, size, name, dims):
     if dims[0] is None and name not in (
         "reattention",
         "reattention batch",
@@ -71,8 +77,8 @@ def test_vmap_of_values_and_gradients(backend, tokens, name, dims):
     def call(x, matrices):
         return OPERATIONS[name](x, matrices, backend)
 
-    both = inputs(dims, tokens)
-    assert_close(vmap(call, dims)(*both), one_by_one(call, dims, *both))
+    both = inputs(dims, tokens, size)
+    assert_close(vmap(call, dims)(*both), one_by_one(call, dims, size, *both))
     gradients = vmap(grad(call, argnums=(0, 1)), dims)(*both)
 
     def by_autograd(x, matrices):
@@ -81,7 +87,7 @@ def test_vmap_of_values_and_gradients(backend, tokens, name, dims):
             call(x, matrices), (x, matrices), allow_unused=True, materialize_grads=True
         )
 
-    for got, expected in zip(gradients, one_by_one(by_autograd, dims, *both), strict=True):
+    for got, expected in zip(gradients, one_by_one(by_autograd, dims, size, *both), strict=True):
         assert_close(got, expected)
 
 
@@ -96,7 +102,7 @@ def test_grad_of_vmap_and_nested(backend, tokens, name):
     found = grad(lambda x: vmap(call, (0, None))(x, matrices).sum())(x)
     expected = torch.stack([grad(call)(item, matrices) for item in x])
     assert_close(found, expected)
-    twice = torch.stack([x, 2 * x])
+    twice = torch.stack([x, 2 * x])  # two levels
     assert_close(
         vmap(vmap(grad(call), (0, None)), (0, None))(twice, matrices),
         torch.stack([torch.stack([grad(call)(item, matrices) for item in row]) for row in twice]),
@@ -114,10 +120,10 @@ def test_cotangents_one_by_one(backend):
     assert_close(found, jacrev(lambda q: vd.attention_gram(q, k, backend="reference"))(q))
 
 
-def test_gradients_of_each_sample_and_ensembles(backend, tokens):
-    models = [vd.nn.ReAttention(32, 4, norm="layer", backend=backend) for _ in range(3)]
+def test_gradients_of_each_sample_and_ensembles(backend, tokens, size):
+    models = [vd.nn.ReAttention(24, 3, norm="layer", backend=backend) for _ in range(size)]
     parameters, _ = stack_module_state(models)
-    bare, x = copy.deepcopy(models[0]).to("meta"), torch.randn(3, 2, tokens, 32)
+    bare, x = copy.deepcopy(models[0]).to("meta"), torch.randn(size, 2, tokens, 24)
 
     def loss(parameters, x):
         return functional_call(bare, parameters, (x,)).square().sum()
@@ -129,7 +135,7 @@ def test_gradients_of_each_sample_and_ensembles(backend, tokens):
             torch.testing.assert_close(ensemble[name][i], parameter.grad, rtol=1e-4, atol=1e-4)
     own = dict(models[0].named_parameters())
     samples = vmap(grad(loss), (None, 0))(own, x)
-    for i in range(3):
+    for i in range(size):
         expected = torch.autograd.grad(models[0](x[i]).square().sum(), own.values())
         for name, gradient in zip(own, expected, strict=True):
             torch.testing.assert_close(samples[name][i], gradient, rtol=1e-4, atol=1e-4)

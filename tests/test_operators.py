@@ -36,7 +36,7 @@ def test_the_library_needs_no_python():
 
 @pytest.fixture
 def tokens(interpreted):
-    return 5 if interpreted else N
+    return 3 if interpreted else N
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
