@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from harness import DTYPES, HERE, Settings, Unavailable, Workload, measure, peak_extra_mb
+from harness import DTYPES, HERE, Settings, Unavailable, Workload, measure_modes, peak_extra_mb
 from measure import MODES, copy_bytes_per_second, gemm_flops_per_second
-from rows import COLUMNS, append, origin, table
+from rows import append, check_columns, origin, table
 
 
 def _list_of(*known: str) -> Callable[[str], list[str]]:
@@ -104,7 +104,7 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
     """Measure, print the table, append the CSV rows; at the end exit with what failed, if anything did."""
     _refuse(parser, args)
     names = args.providers or args.all_providers
-    available = {workload: _available(workload, names, args.device) for workload in chosen}
+    available = {workload: available(workload, names, args.device) for workload in chosen}
     for name in args.providers or ():
         reasons = [reasons[name] for _, reasons in available.values() if name in reasons]
         if len(reasons) == len(chosen):
@@ -124,16 +124,17 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
             continue
         for name, reason in reasons.items():
             print(f"{workload}: no {name}: {reason}")
-        new, failed = measure(workload, names, args.modes, settings)
-        failures += failed
-        for failure in failed:
-            print(failure, file=sys.stderr, flush=True)
-        if not new:
-            continue
-        rows += [row | facts for row in new]
-        print(table(new), flush=True)
-        if args.out:
-            append(args.out, rows[-len(new) :])
+        new = []
+        for measured, failed in measure_modes(workload, names, args.modes, settings):
+            failures += failed
+            for failure in failed:
+                print(failure, file=sys.stderr, flush=True)
+            new += [row | facts for row in measured]
+            if args.out:
+                append(args.out, new[len(new) - len(measured) :])
+        if new:
+            print(table(new), flush=True)
+        rows += new
     if failures:
         sys.exit(f"no speed reported of what failed, {len(failures)} in all, named above")
     return rows
@@ -150,7 +151,7 @@ def _floors(args: Namespace) -> dict[int, tuple[float, float]]:
 def _refuse(parser: ArgumentParser, args: Namespace) -> None:
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.isavailable():
         parser.error("--device cuda: torch sees no CUDA device here")
     if args.peak_memory_only and not args.providers:
         parser.error("--peak-memory-only needs --providers")
@@ -159,11 +160,14 @@ def _refuse(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(
             "peak memory on the CPU is read from /proc/self/clear_refs, which is not here; pass --no-memory"
         )
-    if args.out and args.out.exists() and args.out.open().readline().strip() != ",".join(COLUMNS):
-        parser.error(f"--out {args.out} has other columns than this version writes; name a new file")
+    if args.out:
+        try:
+            check_columns(args.out)
+        except ValueError as error:
+            parser.error(f"--out {error}")
 
 
-def _available(workload: Workload, names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
+def available(workload: Workload, names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
     from vitdiv_kernels import _dispatch
 
     here, reasons = [], {}
