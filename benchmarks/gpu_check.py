@@ -33,12 +33,10 @@ TESTED = (
     *("gpu", *OPERATIONS, "triton_streaming", "triton_workspace"),
     *("plain_formulas", "determinism", "compile"),
 )
-# What pytest selects, by device; on a CPU to rehearse.
+# What pytest selects, the backend first, by device; on a CPU to rehearse.
+TRITON = "triton-gpu or triton_streaming or triton_workspace or plain_formulas"
 SELECTED = {
-    "Triton tests": {
-        "cuda": "triton-gpu or triton_streaming or triton_workspace or plain_formulas",
-        "cpu": "triton-interpreter or triton_streaming or triton_workspace or plain_formulas",
-    },
+    "Triton tests": {"cuda": TRITON, "cpu": TRITON.replace("triton-gpu", "triton-interpreter")},
     "CUDA tests": {"cuda": "native-cuda", "cpu": "native-cpu"},
 }
 STAGES = {"tests": ("build", "Triton tests", "CUDA tests", "memcheck"), "benchmarks": ("benchmarks",)}
@@ -70,10 +68,16 @@ class Check:
     def summary(self) -> str:
         lines = [f"# {device_name(self.device)}", ""]
         for stage in self.stages:
-            state, why = self.results.get(stage, Result(NOT_RUN, ("gpu-check ended before",)))
+            state, why = self.results.get(stage, Result(NOT_RUN, ("not yet",)))
             lines.append(f"- {stage}: {state}" + (f": {why[0]}" if why else ""))
             lines += [f"  - {line}" for line in why[1:]]
         return "\n".join(lines) + "\n" + (f"\n{self.table}" if self.table else "")
+
+    def interrupted(self, stage: str) -> bool:
+        """Whether gpu-check was, before this stage began, which then is not run."""
+        if self.stop.is_set():
+            self.conclude(stage, NOT_RUN, "gpu-check was interrupted")
+        return self.stop.is_set()
 
     def stage(self, log: str) -> Stage:
         return Stage(self.kept, log, self.stop, ROOT)
@@ -117,6 +121,8 @@ class Check:
     def suite(self, name: str, until, select: list[str] | None = None, **environment: str) -> Tests:
         """Run the tests of this name, or those that `select` lists."""
         tests = Tests(name, self.kept)
+        if self.interrupted(name):
+            return tests
         if importlib.util.find_spec("pytest") is None:
             self.conclude(name, NOT_RUN, "pytest is not installed")
             return tests
@@ -125,6 +131,7 @@ class Check:
             # which share the cores: torch, and its compiler, would start a thread for each core in each
             environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         if select is None:
+            environment["VITDIV_TEST_BACKENDS"] = SELECTED[name][self.device].split(" or ")[0]
             files = [f"tests/test_{test}.py" for test in TESTED]
             select = ["-k", SELECTED[name][self.device], *files]
         status, text = self.python(
@@ -142,13 +149,15 @@ class Check:
         Triton 3.6 brings, was reported to compile a kernel with wgmma wrongly.
         """
         ptxas, name = shutil.which("ptxas"), "Triton tests with the toolkit's ptxas"
-        if failed and ptxas is not None and end - time.monotonic() > 20:
+        if failed and ptxas is not None and end - time.monotonic() > 20 and not self.stop.is_set():
             self.stages.append(name)
             self.suite(name, lambda: end, failed[:40], TRITON_PTXAS_PATH=ptxas)
 
     def memcheck(self, end: float) -> None:
         """The kernels of both families under compute-sanitizer's memcheck. Each tensor has memory of its own:
         else the tool would see one large block."""
+        if self.interrupted("memcheck"):
+            return
         tool = shutil.which("compute-sanitizer")
         if tool is None:
             self.conclude("memcheck", NOT_RUN, "compute-sanitizer is not on PATH")
@@ -197,14 +206,16 @@ class Check:
                 raise
 
     def benchmarks(self, end: float) -> None:
+        if self.interrupted("benchmarks"):
+            return
         measured = Measurements(self.kept)
         # a kernel that fails its tests may stop a benchmark
         failed = self.results.get("CUDA tests", Result(PASSED)).state == FAILED
         without = ["--without", "native"] if failed else []
         if failed:
             measured.absent.append("all entries of native: the CUDA tests failed")
-        first, events = 0, ("--events", Stage.EVENTS)
-        while first is not None and (left := end - time.monotonic()) > 0:
+        first, status, text, events = 0, None, "no time was left", ("--events", Stage.EVENTS)
+        while first is not None and (left := end - time.monotonic()) > 0 and not self.stop.is_set():
             where = "--device", self.device, "--results", str(self.kept.folder), *events
             status, text = self.python(
                 "benchmarks.log", "benchmarks/gpu_rows.py", *where, "--seconds", f"{left:.0f}",
@@ -345,9 +356,10 @@ def main() -> int:
         check.kept.probe()
     except OSError as error:
         sys.exit(f"--results {args.results}: {error.strerror}; name a folder that can be written")
-    # of children whose parent ignores SIGINT, as in the background of a script, Python would ignore it, too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A handler also for what it starts: where SIGINT is ignored, as in the background of a script, children
+    # would ignore it, too.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: check.stop.set())
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if args.device == "cuda":
@@ -366,8 +378,6 @@ def run(check: Check, phases: list[str], seconds: float) -> int:
             check.tests(check.begin, seconds * share - END)
         if "benchmarks" in phases:
             check.benchmarks(end)
-    except KeyboardInterrupt:
-        check.kept.say("gpu-check was interrupted")
     except Exception:
         check.conclude("gpu-check itself", FAILED, *traceback.format_exc().splitlines())
         check.stages.append("gpu-check itself")
@@ -377,6 +387,8 @@ def run(check: Check, phases: list[str], seconds: float) -> int:
     for name, why in check.kept.lost.items():
         print(f"{name}: FAILED: {why}: what it lacks was only printed, if at all", flush=True)
     check.kept.say(f"{time.monotonic() - check.begin:.0f} s; everything is in {check.kept.folder}")
+    if check.stop.is_set():
+        return 130
     return int(bool(check.kept.lost) or any(r.state == FAILED for r in check.results.values()))
 
 

@@ -20,7 +20,7 @@ import micro
 import rows as csv_rows
 import torch
 from cli import available
-from harness import DTYPES, Settings, measure_modes
+from harness import DTYPES, Settings, Workload, measure_modes
 from measure import copy_bytes_per_second, gemm_flops_per_second
 
 from vitdiv_kernels import _dispatch
@@ -91,6 +91,11 @@ ENTRIES = (
 )
 
 
+def workload_of(entry: Entry) -> Workload:
+    options = {"dtype": entry.dtype} if entry.op == "reattention" else {}
+    return BENCHMARKS[entry.op](entry.shape, **entry.options, **options)
+
+
 class Run:
     """One process of measurements: where its rows go, and what it says of them."""
 
@@ -121,8 +126,7 @@ class Run:
         if entry.op == "micro":
             self.micro(entry)
             return
-        options = {"dtype": entry.dtype} if entry.op == "reattention" else {}
-        workload = BENCHMARKS[entry.op](entry.shape, **entry.options, **options)
+        workload = workload_of(entry)
         names, reasons = available(workload, entry.providers, self.device)
         for name, reason in reasons.items():
             print(f"{workload}: no {name}: {reason}", flush=True)

@@ -139,6 +139,8 @@ class Measurements:
     def next_after(self, status: int | None) -> int | None:
         """Number of the entry to go on with, where the process ended in the middle of one."""
         if self.current is None:
+            if status not in (0, 1, None):
+                self.failed.append(f"the process ended with status {status}, see benchmarks.log")
             return None
         index, text = self.current
         self.current = None
