@@ -287,7 +287,7 @@ def build_environment(device: str) -> dict[str, str]:
 def summary_of_file(path: Path) -> str:
     from rows import read
 
-    return summary_of(read(path)) if path.exists() else ""
+    return summary_of(read(path)) if path.is_file() else ""
 
 
 def summary_of(rows: list[dict]) -> str:

@@ -91,7 +91,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 def check_columns(path: Path) -> tuple[str, ...] | None:
     """Those of a CSV file, None where there is none. Raises ValueError where `append` does."""
-    if not path.exists():
+    if not path.is_file():
         return None
     with path.open(newline="") as file:
         columns = tuple(next(csv.reader(file), ()))

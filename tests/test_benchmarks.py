@@ -297,14 +297,19 @@ def test_times_of_the_device_and_by_the_wall(module, fake, settings, gpu, capsys
     said = capsys.readouterr().err
     assert "fake 8 fwd: waits waits for the device: its ms hold time of the host" in said
     assert "eager waits" not in said
-    assert "    device     wall" in module("rows").table(rows)
+    assert "   device     wall" in module("rows").table(rows)
 
 
 def test_what_cannot_be_captured_has_no_device_time(module, fake, settings, gpu, monkeypatch, capsys):
     def refuse(call):
         raise RuntimeError("operation not permitted\n when stream is capturing")
 
+    def quick(x):
+        gpu.queue(1e-4)
+        return x + 0
+
     monkeypatch.setattr(gpu, "capture", refuse)
+    fake.providers["other"] = lambda: quick
     (row,), failures = module("harness").measure(fake, ["other"], ["fwd"], settings)
     assert failures == []
     assert row["device_ms"] is None
