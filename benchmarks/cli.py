@@ -104,9 +104,9 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
     """Measure, print the table, append the CSV rows; at the end exit with what failed, if anything did."""
     _refuse(parser, args)
     names = args.providers or args.all_providers
-    available = {workload: available(workload, names, args.device) for workload in chosen}
+    found = {workload: available(workload, names, args.device) for workload in chosen}
     for name in args.providers or ():
-        reasons = [reasons[name] for _, reasons in available.values() if name in reasons]
+        reasons = [reasons[name] for _, reasons in found.values() if name in reasons]
         if len(reasons) == len(chosen):
             parser.error(f"provider {name!r} is not available: {reasons[0]}")
     if args.peak_memory_only:
@@ -118,7 +118,7 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
         _check(sorted({workload.op for workload in chosen}))
     start, facts, rows, failures = time.monotonic(), origin(args.device), [], []
     settings = Settings(args.dtype, args.device, args.repeats, args.memory, _floors(args))
-    for workload, (names, reasons) in available.items():
+    for workload, (names, reasons) in found.items():
         if time.monotonic() - start > args.budget:
             print(f"{workload}: left out, the budget of {args.budget:.0f} s is spent")
             continue
@@ -151,7 +151,7 @@ def _floors(args: Namespace) -> dict[int, tuple[float, float]]:
 def _refuse(parser: ArgumentParser, args: Namespace) -> None:
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    if args.device == "cuda" and not torch.cuda.isavailable():
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if args.peak_memory_only and not args.providers:
         parser.error("--peak-memory-only needs --providers")

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -298,6 +299,38 @@ def test_times_of_the_device_and_by_the_wall(module, fake, settings, gpu, capsys
     assert "fake 8 fwd: waits waits for the device: its ms hold time of the host" in said
     assert "eager waits" not in said
     assert "   device     wall" in module("rows").table(rows)
+
+
+def test_what_the_clock_asks_of_torch_is_there(module, monkeypatch):
+    """Names and arguments, which no other test without a GPU would see to be wrong."""
+    measure, calls, zeros = module("measure"), [], torch.zeros(1)
+    cuda = create_autospec(torch.cuda)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: zeros)
+    gpu = measure.Gpu()
+    gpu.event().record()
+    gpu.flush()
+    gpu.sleep(1e-3)
+    gpu.synchronize()
+    gpu.capture(lambda: calls.append(None))()
+    assert len(calls) == 3  # two to warm up, one that is captured
+    cuda._sleep.assert_called_once_with(2_000_000)
+    cuda.CUDAGraph.return_value.replay.assert_called_once_with()
+    meter = measure._CudaMeter(torch.device("cuda"))
+    meter.reset_peak()
+    assert [meter.current(), meter.peak()] == [
+        cuda.memory_allocated.return_value,
+        cuda.max_memory_allocated.return_value,
+    ]
+    assert isinstance(measure.clock_of(torch.device("cuda")).gpu, measure.Gpu)
+
+
+def test_cuda_without_a_gpu_is_a_sentence(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        module("bench_attn_diversity").main()
+    assert "--device cuda: torch sees no CUDA device here" in capsys.readouterr().err
 
 
 def test_what_cannot_be_captured_has_no_device_time(module, fake, settings, gpu, monkeypatch, capsys):
