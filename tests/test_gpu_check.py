@@ -15,6 +15,7 @@ import torch
 import without_hypothesis
 
 from vitdiv_kernels import _dispatch
+from vitdiv_kernels.ops.reattention import triton_configs
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -514,6 +515,29 @@ def test_the_measurements(gpu_rows, monkeypatch, tmp_path, one_thread):
     ]
     assert "penalty abs has no closed form" in events[[e["event"] for e in events].index("absent")]["text"]
     assert "KeyError" in next(event["text"] for event in events if event["event"] == "failed")
+
+
+def test_the_triton_providers_and_workspaces(gpu_rows, monkeypatch, tmp_path, one_thread):
+    """In the interpreter, where the times mean nothing."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is not on here")
+    monkeypatch.setattr(_dispatch, "_INTERPRETED", True)
+    monkeypatch.setattr(gpu_rows.micro, "WORKSPACES", (1 << 20,))
+    sections = {name: lambda *arguments: iter(()) for name in ("ceilings", "copies", "products")}
+    for name, section in sections.items():
+        monkeypatch.setattr(gpu_rows.micro, name, section)
+    shape = (1, 2, 5, 8)
+    entries = (
+        gpu_rows.Entry("reattention", shape, {}, ("eager", "triton-s2"), "float32"),
+        gpu_rows.Entry("micro", shape, {}, (), "float32"),
+    )
+    before = triton_configs.WORKSPACE_BYTES
+    status, _, rows = measured(gpu_rows, monkeypatch, tmp_path, entries)
+    assert status == 0
+    assert [row["provider"] for row in rows["rows.csv"]] == ["eager", "triton-s2"] * 2
+    assert [row["case"] for row in rows["micro.csv"]] == ["1 MB, fwd", "1 MB, fwd+bwd"]
+    assert before == triton_configs.WORKSPACE_BYTES
 
 
 def test_entries_that_are_left(gpu_rows, monkeypatch, tmp_path):
