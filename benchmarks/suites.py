@@ -83,7 +83,7 @@ class Tests:
         slow = [f"{test} {s:.0f} s" for test, s in self.seconds.most_common(5) if s >= 1]
         more = [f"slowest: {some(slow)}"] if slow else []
         more += [f"skipped, {text}: {some(tests, 5)}" for text, tests in self.skipped.items()]
-        if status is None and not self.collected:
+        if status is None and not self.collected and not failed:
             return Result(NOT_FINISHED, ("interrupted before it knew its tests",))
         if status is None and left:
             more.insert(0, f"running when the time was spent: {some(running) or 'none'}")
