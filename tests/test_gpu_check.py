@@ -212,6 +212,32 @@ def test_the_phases_apart(rehearse, options, ran):
 
 
 @pytest.mark.parametrize(
+    ("events", "status", "state", "said"),
+    [
+        ([], None, "not finished", "interrupted before it knew its tests"),
+        ([("b.py", "failed")], None, "FAILED", "0 of 0 passed, 1 failed"),
+        (["one", ("one", "passed")], 0, "passed", "1 of 1 passed"),
+        (["one", ("one", "passed")], None, "passed", "1 of 1 passed"),
+        (["one", ("one", "passed"), ("one", "failed")], 1, "FAILED", "0 of 1 passed, 1 failed"),
+        (["one", "two", ("one", "failed")], None, "FAILED", "0 of 2 passed, 1 not finished, 1 failed"),
+        (["one", ("one", "passed")], 3, "FAILED", "pytest ended with status 3: tests.log"),
+        (["one", ("one", "skipped")], 0, "FAILED", "no test ran"),
+        ([], 5, "FAILED", "no test was selected"),
+    ],
+)
+def test_what_a_run_of_the_tests_means(check, tmp_path, events, status, state, said):
+    tests = sys.modules["suites"].Tests("tests", check.Kept(tmp_path))
+    names = [event for event in events if isinstance(event, str)]
+    if names:
+        tests.take({"event": "collected", "at": 0.5, "tests": names})
+    for name, outcome in (event for event in events if not isinstance(event, str)):
+        report = {"test": name, "outcome": outcome, "seconds": 0.1, "text": "", "worker": None}
+        tests.take({"event": "report", "at": 1.0, **report})
+    result = tests.result(status)
+    assert (result.state, result.why[0]) == (state, said)
+
+
+@pytest.mark.parametrize(
     "workers", [[], ["-p", "xdist", "-n", "2", "--dist", "worksteal"]], ids=["one process", "xdist"]
 )
 def test_a_slow_suite_is_not_finished(rehearse, check, monkeypatch, workers):
