@@ -35,8 +35,9 @@ help:
 	@echo 'make test     lint, then the whole test suite; make pytest and make lint are its halves'
 	@echo 'make format   let ruff and clang-format rewrite what make lint complains about'
 	@echo 'make bench    measure speed and memory of the operations; build/bench.csv and build/bench.png'
-	@echo 'make gpu-check  on a machine with an NVIDIA GPU: build in place, test and measure there, in nine minutes, with the'
-	@echo '              packages that PYTHON has; installs nothing'
+	@echo 'make gpu-check  on a machine with an NVIDIA GPU: build in place, test and measure there, in twelve minutes, with'
+	@echo '              the packages that PYTHON has; installs nothing. GPU_CHECK= takes its options: --tests or --benchmarks'
+	@echo '              alone, --results DIR, --seconds N; benchmarks/results/README.md says what it leaves'
 	@echo 'make build    environment and kernels only; compiles what changed'
 	@echo 'make clean    remove the environment and everything that was built'
 	@echo

@@ -3,7 +3,9 @@
 eager mixes by einsum, the fastest plain form found; conv2d by a 1x1 Conv2d, as DeepViT was published; sdpa
 does not mix, and so bounds what mixing kernels can reach; triton-s1 (streaming) and triton-s2 (workspace)
 are the two schedules that triton chooses from. Batch norm is in training, with running statistics.
---pre-mix yes also mixes the logits (talking heads). Example:
+--pre-mix yes also mixes the logits (talking heads). --packed yes takes q, k and v as a layer has them: views
+of the one [B, N, 3, H, d] that its linear layer wrote, whose gradient is one tensor, too; and joins the
+heads of the output, as the next linear layer wants them. Example:
 
     python benchmarks/bench_reattention.py --providers eager,native --shapes 32x12x197x64 --norm none,batch
 """
@@ -41,9 +43,11 @@ SUITES = {
         ((2, 16, 1025, 64), {"norm": "batch"}),
         ((1, 12, 4096, 64), {}),
     ],
+    "packed": [((32, 12, 197, 64), {"norm": norm, "packed": "yes"}) for norm in ("none", "batch", "layer")],
     "gpu": [
         ((128, 12, 197, 64), {}),
         ((128, 12, 197, 64), {"norm": "batch"}),
+        ((128, 12, 197, 64), {"packed": "yes"}),
         ((8, 16, 1025, 64), {}),
         ((8, 16, 1025, 64), {"norm": "batch"}),
         ((128, 12, 197, 64), {"norm": "layer"}),
@@ -81,6 +85,21 @@ def plain(q, k, v, mix, *, pre_mix=None, norm, mix_heads, norm_weight=None, norm
         weight, bias = norm_weight.to(maps.dtype), norm_bias.to(maps.dtype)
         maps = layer_norm(heads_last, maps.shape[1:2], weight, bias).permute(0, 3, 1, 2)
     return maps @ v
+
+
+def of_packed(maker):
+    """The same provider of `qkv` [B, N, 3, H, d] in the place of q, k and v; its output is [B, N, H d]."""
+
+    def make():
+        operation = maker()
+
+        def packed(qkv, **others):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+            return operation(q=q, k=k, v=v, **others).transpose(1, 2).flatten(2)
+
+        return packed
+
+    return make
 
 
 def unmixed(q, k, v, mix, **_):
@@ -130,14 +149,18 @@ def _flops(shape, norm, pre_mix):
     return {"fwd": fwd, "bwd": bwd}
 
 
-def workload(shape, norm="none", pre_mix="no", dtype="float32"):
-    heads, extras = shape[1], norm == "layer" or pre_mix == "yes"
+def workload(shape, norm="none", pre_mix="no", packed="no", dtype="float32"):
+    b, heads, n, d = shape
+    extras = norm == "layer" or pre_mix == "yes"
 
     def inputs(device, dtype):
         # Parameters and statistics stay in float32 beside activations of 16 bits, as the operation has it.
         wide = torch.promote_types(dtype, torch.float32)
         floats = partial(torch.randn, device=device)
-        named = {name: floats(shape).to(dtype) for name in ("q", "k", "v")}
+        if packed == "yes":
+            named = {"qkv": floats(b, n, 3, heads, d).to(dtype)}
+        else:
+            named = {name: floats(shape).to(dtype) for name in ("q", "k", "v")}
         mixes = ("mix", "pre_mix") if pre_mix == "yes" else ("mix",)
         identity = torch.eye(heads, device=device, dtype=wide)
         named |= {name: identity + 0.1 * floats(heads, heads, dtype=wide) for name in mixes}
@@ -154,20 +177,25 @@ def workload(shape, norm="none", pre_mix="no", dtype="float32"):
     formula = partial(plain, norm=norm, mix_heads=einsum_mix)
     package = partial(vitdiv_kernels.reattention, norm=norm, training=True)
     published = partial(plain, norm=norm, mix_heads=conv2d_mix)
+    providers = standard_providers(formula, package) | {
+        "conv2d": lambda: published,
+        "sdpa": lambda: unmixed,
+        "triton": lambda: scheduled(package, None),
+        "triton-s1": lambda: scheduled(package, "streaming", heads, DTYPES[dtype], extras),
+        "triton-s2": lambda: scheduled(package, "workspace"),
+    }
+    if packed == "yes":
+        providers = {name: of_packed(maker) for name, maker in providers.items()}
+        # what is compiled is the plain formula with its views, as in a model
+        providers["compile"] = lambda: torch.compile(providers["eager"](), fullgraph=True, dynamic=False)
+    options = {"shapes": "x".join(map(str, shape)), "norm": norm, "pre-mix": pre_mix, "packed": packed}
     return Workload(
         op="reattention",
-        variant=f"norm={norm}" + (" pre_mix" if pre_mix == "yes" else ""),
+        variant=f"norm={norm}" + " pre_mix" * (pre_mix == "yes") + " packed" * (packed == "yes"),
         shape=shape,
-        arguments=("--shapes", "x".join(map(str, shape)), "--norm", norm, "--pre-mix", pre_mix),
+        arguments=tuple(word for name, value in options.items() for word in (f"--{name}", value)),
         inputs=inputs,
-        providers=standard_providers(formula, package)
-        | {
-            "conv2d": lambda: published,
-            "sdpa": lambda: unmixed,
-            "triton": lambda: scheduled(package, None),
-            "triton-s1": lambda: scheduled(package, "streaming", heads, DTYPES[dtype], extras),
-            "triton-s2": lambda: scheduled(package, "workspace"),
-        },
+        providers=providers,
         bounds=("sdpa",),
         flops=_flops(shape, norm, pre_mix),
         products=_products(shape),
@@ -181,10 +209,12 @@ PROVIDERS = (
 
 def main():
     parser = cli.parser(__doc__, providers=PROVIDERS)
-    cli.add_shapes(parser, "BHNd", SUITES, norm=("none", "batch", "layer"), pre_mix=("no", "yes"))
+    yes_or_no = "no", "yes"
+    options = {"norm": ("none", "batch", "layer"), "pre_mix": yes_or_no, "packed": yes_or_no}
+    cli.add_shapes(parser, "BHNd", SUITES, **options)
     args = parser.parse_args()
     make = partial(workload, dtype=args.dtype)
-    cli.run(parser, args, cli.workloads(parser, args, make, SUITES, "norm", "pre_mix"))
+    cli.run(parser, args, cli.workloads(parser, args, make, SUITES, *options))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from harness import DTYPES, HERE, Settings, Unavailable, Workload, measure, peak_extra_mb
+from harness import DTYPES, HERE, Settings, Unavailable, Workload, measure_modes, peak_extra_mb
 from measure import MODES, copy_bytes_per_second, gemm_flops_per_second
-from rows import COLUMNS, append, origin, table
+from rows import append, check_columns, origin, table
 
 
 def _list_of(*known: str) -> Callable[[str], list[str]]:
@@ -104,9 +104,9 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
     """Measure, print the table, append the CSV rows; at the end exit with what failed, if anything did."""
     _refuse(parser, args)
     names = args.providers or args.all_providers
-    available = {workload: _available(workload, names, args.device) for workload in chosen}
+    found = {workload: available(workload, names, args.device) for workload in chosen}
     for name in args.providers or ():
-        reasons = [reasons[name] for _, reasons in available.values() if name in reasons]
+        reasons = [reasons[name] for _, reasons in found.values() if name in reasons]
         if len(reasons) == len(chosen):
             parser.error(f"provider {name!r} is not available: {reasons[0]}")
     if args.peak_memory_only:
@@ -118,7 +118,7 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
         _check(sorted({workload.op for workload in chosen}))
     start, facts, rows, failures = time.monotonic(), origin(args.device), [], []
     settings = Settings(args.dtype, args.device, args.repeats, args.memory, _floors(args))
-    for workload, (names, reasons) in available.items():
+    for workload, (names, reasons) in found.items():
         if time.monotonic() - start > args.budget:
             print(f"{workload}: left out, the budget of {args.budget:.0f} s is spent")
             continue
@@ -126,16 +126,17 @@ def run(parser: ArgumentParser, args: Namespace, chosen: list[Workload]) -> list
             print(f"{workload}: no {name}: {reason}")
         if not names:
             continue
-        new, failed = measure(workload, names, args.modes, settings)
-        failures += failed
-        for failure in failed:
-            print(failure, file=sys.stderr, flush=True)
-        if not new:
-            continue
-        rows += [row | facts for row in new]
-        print(table(new), flush=True)
-        if args.out:
-            append(args.out, rows[-len(new) :])
+        new = []
+        for measured, failed in measure_modes(workload, names, args.modes, settings):
+            failures += failed
+            for failure in failed:
+                print(failure, file=sys.stderr, flush=True)
+            new += [row | facts for row in measured]
+            if args.out:
+                append(args.out, new[len(new) - len(measured) :])
+        if new:
+            print(table(new), flush=True)
+        rows += new
     if failures:
         sys.exit(f"no speed reported of what failed, {len(failures)} in all, named above")
     return rows
@@ -161,11 +162,14 @@ def _refuse(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(
             "peak memory on the CPU is read from /proc/self/clear_refs, which is not here; pass --no-memory"
         )
-    if args.out and args.out.exists() and args.out.open().readline().strip() != ",".join(COLUMNS):
-        parser.error(f"--out {args.out} has other columns than this version writes; name a new file")
+    if args.out:
+        try:
+            check_columns(args.out)
+        except ValueError as error:
+            parser.error(f"--out {error}")
 
 
-def _available(workload: Workload, names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
+def available(workload: Workload, names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
     from vitdiv_kernels import _dispatch
 
     here, reasons = [], {}

@@ -1,226 +1,395 @@
-"""`make gpu-check`: on a machine with an NVIDIA GPU, build, test on it and measure, within nine minutes.
+"""`make gpu-check`: on a machine with an NVIDIA GPU, build, test on it and measure, in a given time.
 
 Installs nothing, needs no network: it uses the Python that runs it and what that has. Where there is an nvcc
-it builds the CUDA kernels too, for the GPU that is here; tests them, and again under compute-sanitizer where
-that is on PATH; and measures them if they passed. Rows go to benchmarks/results/<device>_<op>.csv, with a
-summary table beside them; to build/ if a test failed.
+it builds the CUDA kernels too, for the GPU that is here. All rows, test reports and logs go to the folder
+--results as they come, so that nothing is lost whatever stops it. What takes too long is interrupted and is
+"not finished", which is not a failure. benchmarks/results/README.md says what it leaves.
 """
 
 import argparse
-import csv
+import concurrent.futures
 import importlib.util
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import torch
+from stages import GRACE, Ended, Kept, Stage
+from suites import FAILED, NOT_FINISHED, NOT_RUN, PASSED, Measurements, Result, Tests
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 530
-# Operation, providers, its share of the time that the tests leave.
-BENCHMARKS = (
-    ("reattention", "eager,compile,sdpa,reference,native,triton,triton-s1,triton-s2", 0.55),
-    ("attn_diversity", "eager,compile,reference,native,triton", 0.2),
-    ("pairwise_cosine", "eager,compile,closed,reference,native,triton", 0.2),
-)
-# The longest that each may take, as a share of all time.
-BUILD, TRITON_TESTS, NATIVE_TESTS, SANITIZERS = 0.25, 0.35, 0.15, 0.1
-CHECKS = ("memcheck", "racecheck", "initcheck")
+SECONDS = {"tests": 330.0, "benchmarks": 400.0}
+END = GRACE + 3  # seconds for what is interrupted, and for the summary
+OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
 TESTED = (
-    "gpu", "pairwise_cosine", "attn_diversity", "reattention", "triton_streaming", "triton_workspace",
-    "determinism", "compile",
-)  # fmt: skip
-TRITON = "triton-gpu or triton_streaming or triton_workspace"
-STATES = {True: "passed", False: "FAILED", None: "not finished"}  # slow is not wrong
-NEEDED = {"tests": ("pytest", "hypothesis"), "benchmarks": ("tqdm",)}
+    *("gpu", *OPERATIONS, "triton_streaming", "triton_workspace"),
+    *("plain_formulas", "determinism", "compile"),
+)
+# What pytest selects, the backend first, by device; on a CPU to rehearse.
+TRITON = "triton-gpu or triton_streaming or triton_workspace or plain_formulas"
+SELECTED = {
+    "Triton tests": {"cuda": TRITON, "cpu": TRITON.replace("triton-gpu", "triton-interpreter")},
+    "CUDA tests": {"cuda": "native-cuda", "cpu": "native-cpu"},
+}
+STAGES = {"tests": ("build", "Triton tests", "CUDA tests", "memcheck"), "benchmarks": ("benchmarks",)}
+FOUND = re.compile(r"^=+ +(Invalid|Misaligned|Out-of-range|Program hit|Race|Uninitialized).*", re.M)
+ASK_NATIVE = (
+    "import json, sys; from vitdiv_kernels import _dispatch as d;"
+    "print(json.dumps({o: d.missing('native', sys.argv[1], operation=o) for o in d.OPERATIONS}))"
+)
+
+
+class Check:
+    """One run of gpu-check: its folder, its results by stage, what interrupts it."""
+
+    def __init__(self, device: str, folder: Path, stages: list[str]):
+        self.device, self.kept, self.stages = device, Kept(folder), stages
+        self.results: dict[str, Result] = {}
+        self.native: dict[str, str | None] | None = (
+            None  # by operation, why it has no kernel; None: not asked
+        )
+        self.stop, self.table = threading.Event(), ""
+        self.begin = time.monotonic()
+
+    def conclude(self, stage: str, state: str, *why: str) -> None:
+        """Say how a stage ended, and keep the summary so far."""
+        self.results[stage] = Result(state, why)
+        self.kept.say("\n  ".join([f"{stage}: {state}" + (f": {why[0]}" if why else ""), *why[1:]]))
+        self.kept.replace("summary.md", self.summary())
+
+    def summary(self) -> str:
+        lines = [f"# {device_name(self.device)}", ""]
+        for stage in self.stages:
+            state, why = self.results.get(stage, Result(NOT_RUN, ("not yet",)))
+            lines.append(f"- {stage}: {state}" + (f": {why[0]}" if why else ""))
+            lines += [f"  - {line}" for line in why[1:]]
+        return "\n".join(lines) + "\n" + (f"\n{self.table}" if self.table else "")
+
+    def interrupted(self, stage: str) -> bool:
+        """Whether gpu-check was, before this stage began, which then is not run."""
+        if self.stop.is_set():
+            self.conclude(stage, NOT_RUN, "gpu-check was interrupted")
+        return self.stop.is_set()
+
+    def stage(self, log: str) -> Stage:
+        return Stage(self.kept, log, self.stop, ROOT)
+
+    def python(self, log: str, *arguments: str, until, take=None, **environment: str) -> Ended:
+        self.kept.say("$ python " + " ".join(arguments))
+        return self.stage(log).run([sys.executable, *arguments], until, take, **environment)
+
+    def build(self, end: float) -> None:
+        """In place; the CUDA kernels for the GPU that is here, unless TORCH_CUDA_ARCH_LIST says otherwise."""
+        begin, command = time.monotonic(), ("setup.py", "build_ext", "--inplace")
+        status, text = self.python("build.log", *command, until=lambda: end, **build_environment(self.device))
+        took = f"in {time.monotonic() - begin:.0f} s"
+        if status == 0:
+            self.ask_native()
+            absent = {why for why in self.native.values() if why is not None}
+            self.conclude("build", PASSED, took, *(f"kernels that are not here: {why}" for why in absent))
+        elif status is None:
+            self.conclude("build", NOT_FINISHED, f"still compiling when it was interrupted, {took}")
+        else:
+            self.kept.say("the kernels do not compile here: building without those for CUDA")
+            again = self.python("build.log", *command, until=lambda: end, VITDIV_CUDA="0")
+            without = {0: "built without CUDA", None: "the build without CUDA was not finished"}
+            last = text.splitlines()[-15:]
+            self.conclude("build", FAILED, without.get(again.status, "without CUDA, too"), *last)
+
+    def ask_native(self) -> None:
+        """In a process of its own, after the build."""
+        command = [sys.executable, "-c", ASK_NATIVE, self.device]
+        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = asked.stdout.splitlines() or [json.dumps(dict.fromkeys(OPERATIONS, asked.stderr[-300:]))]
+        self.native = json.loads(lines[-1])
+
+    def why_no_native(self) -> str | None:
+        """Why there is no compiled kernel of any operation."""
+        if self.native is None:
+            return f"the build is {self.results.get('build', Result(NOT_RUN)).state}"
+        absent = [why for why in self.native.values() if why is not None]
+        return absent[0] if len(absent) == len(self.native) else None
+
+    def suite(self, name: str, until, select: list[str] | None = None, **environment: str) -> Tests:
+        """Run the tests of this name, or those that `select` lists."""
+        tests = Tests(name, self.kept)
+        if self.interrupted(name):
+            return tests
+        if importlib.util.find_spec("pytest") is None:
+            self.conclude(name, NOT_RUN, "pytest is not installed")
+            return tests
+        workers = workers_here()
+        if workers:
+            # which share the cores: torch, and its compiler, would start a thread for each core in each
+            environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        if select is None:
+            environment["VITDIV_TEST_BACKENDS"] = SELECTED[name][self.device].split(" or ")[0]
+            files = [f"tests/test_{test}.py" for test in TESTED]
+            select = ["-k", SELECTED[name][self.device], *files]
+        status, text = self.python(
+            "tests.log", "-m", "pytest", "-q", "-p", "report_events", "--report-events", Stage.EVENTS,
+            "-p", "no:cacheprovider", "--continue-on-collection-errors", "-o", "faulthandler_timeout=100",
+            *workers, *select, until=until, take=tests.take, **environment,
+        )  # fmt: skip
+        state, why = tests.result(status)
+        said = text.splitlines()[-15:] if state == FAILED and not tests.failed() else []
+        self.conclude(name, state, *why, *said)
+        return tests
+
+    def with_other_ptxas(self, failed: list[str], end: float) -> None:
+        """The Triton tests that failed, again with the ptxas of the CUDA toolkit: that of CUDA 12.8, which
+        Triton 3.6 brings, was reported to compile a kernel with wgmma wrongly.
+        """
+        ptxas, name = shutil.which("ptxas"), "Triton tests with the toolkit's ptxas"
+        if failed and ptxas is not None and end - time.monotonic() > 20 and not self.stop.is_set():
+            self.stages.append(name)
+            self.suite(name, lambda: end, failed[:40], TRITON_PTXAS_PATH=ptxas)
+
+    def memcheck(self, end: float) -> None:
+        """The kernels of both families under compute-sanitizer's memcheck. Each tensor has memory of its own:
+        else the tool would see one large block."""
+        if self.interrupted("memcheck"):
+            return
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            self.conclude("memcheck", NOT_RUN, "compute-sanitizer is not on PATH")
+            return
+        script = [sys.executable, "benchmarks/sanitize.py", "--device", self.device]
+        options = ["--tool", "memcheck", "--error-exitcode", "1", "--report-api-errors", "no"]
+        ended = self.stage("memcheck.log").run(
+            [tool, *options, *script], lambda: end, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+        state, why = judged(*ended)
+        self.conclude("memcheck", state, *why)
+
+    def tests(self, begin: float, seconds: float) -> None:
+        """The build and memcheck beside the Triton tests, which mostly compile; then the CUDA tests."""
+        end, built = begin + seconds, threading.Event()
+
+        def build_and_memcheck():
+            try:
+                self.build(begin + 0.6 * seconds)
+                if not self.stop.is_set():
+                    _, text = self.python("build.log", "-m", "vitdiv_kernels.info", until=lambda: end)
+                    self.kept.say(text)
+            finally:
+                built.set()
+            self.memcheck(end)
+
+        def triton_until():
+            cuda_tests_follow = not built.is_set() or self.why_no_native() is None
+            return end - min(60.0, 0.2 * seconds) * cuda_tests_follow
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(build_and_memcheck)
+            try:
+                triton = self.suite("Triton tests", triton_until)
+                while not built.wait(0.2):
+                    pass
+                why_not = self.why_no_native()
+                if why_not is None:
+                    self.suite("CUDA tests", lambda: end)
+                else:
+                    self.conclude("CUDA tests", NOT_RUN, why_not)
+                self.with_other_ptxas(triton.failed(), end)
+                beside.result()
+            except BaseException:
+                self.stop.set()
+                raise
+
+    def benchmarks(self, end: float) -> None:
+        if self.interrupted("benchmarks"):
+            return
+        measured = Measurements(self.kept)
+        # a kernel that fails its tests may stop a benchmark
+        failed = self.results.get("CUDA tests", Result(PASSED)).state == FAILED
+        without = ["--without", "native"] if failed else []
+        if failed:
+            measured.absent.append("all entries of native: the CUDA tests failed")
+        first, status, text, events = 0, None, "no time was left", ("--events", Stage.EVENTS)
+        while first is not None and (left := end - time.monotonic()) > 0 and not self.stop.is_set():
+            where = "--device", self.device, "--results", str(self.kept.folder), *events
+            status, text = self.python(
+                "benchmarks.log", "benchmarks/gpu_rows.py", *where, "--seconds", f"{left:.0f}",
+                "--from", str(first), *without, until=lambda: measured.until(end), take=measured.take,
+            )  # fmt: skip
+            first = measured.next_after(status)
+        self.table = summary_of_file(self.kept.folder / "rows.csv")
+        state, why = measured.result()
+        if not measured.rows and state == PASSED:
+            state = FAILED if status else NOT_RUN
+            why = (f"no row; the process ended with status {status}", *why[1:], *text.splitlines()[-15:])
+        self.conclude("benchmarks", state, *why)
+
+
+def judged(status: int | None, log: str) -> Result:
+    """What memcheck's status and output mean. None: it was interrupted."""
+    found = [match.group(0) for match in FOUND.finditer(log)]
+    cases = [line for line in log.splitlines() if line.startswith("case ")]
+    last = cases[-1:] or ["no case began"]
+    if found:
+        return Result(FAILED, (f"{len(found)} errors, the first at {last[0]}", *dict.fromkeys(found)))
+    if status is None:
+        return Result(NOT_FINISHED, (f"reached {last[0]}",))
+    if status == 0:
+        return Result(PASSED, tuple(log.splitlines()[-2:]))
+    if "the device works" not in log:
+        said = [line for line in log.splitlines() if "rror" in line or "not supported" in line]
+        return Result(NOT_RUN, ("compute-sanitizer refuses this device", *said[:5]))
+    return Result(FAILED, (f"ended with status {status} at {last[0]}", *log.splitlines()[-15:]))
+
+
+def workers_here() -> list[str]:
+    """Options for a worker a core: most of the time goes to compiling, which they share by Triton's cache."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
+
+
+def absent_packages() -> list[str]:
+    without = {
+        "pytest": "no tests run",
+        "xdist": "the tests run one after the other, in one process",
+        "hypothesis": "the tests that need it are skipped, and named in tests.txt",
+    }
+    return [
+        f"{name} is not installed: {what}"
+        for name, what in without.items()
+        if importlib.util.find_spec(name) is None
+    ]
+
+
+def why_no_device(device: str) -> str | None:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "gpu-check needs an NVIDIA GPU, and torch sees no CUDA device here"
+    return None
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def build_environment(device: str) -> dict[str, str]:
+    if device != "cuda":
+        return {"VITDIV_CUDA": "0"}
+    architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+    return {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", architecture)}
+
+
+def summary_of_file(path: Path) -> str:
+    from rows import read
+
+    return summary_of(read(path)) if path.is_file() else ""
+
+
+def summary_of(rows: list[dict]) -> str:
+    """A Markdown table of the kernels' rows: speed over eager and compile, share of the floor, memory.
+
+    What was measured twice has the later numbers, and ratio_compile from where it was measured.
+    """
+    titles = (
+        *("operation", "shape, dtype", "provider", "mode", "ms", "device ms", "wall ms"),
+        *("× eager", "× compile", "of floor", "MB (eager)"),
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    same = ("op", "variant", "shape", "dtype", "mode")
+    merged = {}
+    for row in rows:
+        key = tuple(row[k] for k in (*same, "provider"))
+        merged[key] = merged.get(key, {}) | {name: cell for name, cell in row.items() if cell}
+    eager = {key[:-1]: row for key, row in merged.items() if key[-1] == "eager"}
+    for key, row in merged.items():
+        if not key[-1].startswith(("native", "triton")):
+            continue
+        name = " ".join(filter(None, (row["op"], row.get("variant"))))
+        names = ("ms", "device_ms", "wall_ms", "ratio_eager", "ratio_compile", "ratio_floor")
+        numbers = [_rounded(row.get(k)) for k in names]
+        plain = eager.get(key[:-1], {})
+        memory = f"{_rounded(row.get('peak_extra_mb'))} ({_rounded(plain.get('peak_extra_mb'))})"
+        cells = [name, f"{row['shape']}, {row['dtype']}", row["provider"], row["mode"], *numbers, memory]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rounded(text: str | None) -> str:
+    return f"{float(text):.3g}" if text else "-"
+
+
+def asked(args: argparse.Namespace) -> list[str]:
+    """The phases of the command line: those that are named, or all but those that are refused."""
+    named = [phase for phase in SECONDS if getattr(args, phase)]
+    return named or [phase for phase in SECONDS if getattr(args, phase) is None]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--tests", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
-    add("--benchmarks", action=argparse.BooleanOptionalAction, default=True, help="default: yes")
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--tests", action=flag, help="build and test; alone, unless --benchmarks is given, too")
+    add("--benchmarks", action=flag, help="measure; alone, unless --tests is given, too")
+    add("--results", type=Path, default=ROOT / "build/gpu-check", help="folder; default: build/gpu-check")
+    both = " and ".join(f"{seconds:.0f} for --{phase}" for phase, seconds in SECONDS.items())
+    add("--seconds", type=float, help=f"in all; default: {both}")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal without a GPU")
     args = parser.parse_args()
-    begin = time.monotonic()
-    if not torch.cuda.is_available():
-        sys.exit("gpu-check needs an NVIDIA GPU, and torch sees no CUDA device here")
-    absent = [
-        name
-        for stage, names in NEEDED.items()
-        if getattr(args, stage)
-        for name in names
-        if importlib.util.find_spec(name) is None
-    ]
-    if absent:
-        sys.exit(f"gpu-check needs {', '.join(absent)}, which this Python does not have: pip install them")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    os.environ.pop("TRITON_INTERPRET", None)
-    results = {"build": build()}
-    run("-m", "vitdiv_kernels.info")
-    native = native_operations()
-    if args.tests:
-        results["Triton tests"] = tests(TRITON, SECONDS * TRITON_TESTS)
-        if native:
-            results["CUDA tests"] = tests("native-cuda", SECONDS * NATIVE_TESTS)
-            results |= sanitized(SECONDS * SANITIZERS)
-    green = False not in results.values()
-    if not results.get("CUDA tests", True):
-        native = []  # a kernel that fails may stop a benchmark
-    if args.benchmarks:
-        folder = ROOT / ("benchmarks/results" if green and args.tests else "build")
-        results |= measure(folder, begin + SECONDS, native)
-    for name in dict.fromkeys(["build", "Triton tests", "CUDA tests", *results, "benchmarks"]):
-        print(f"{name}: {STATES[results[name]] if name in results else 'not run'}")
-    print(f"{time.monotonic() - begin:.0f} s")
-    return int(False in results.values())
-
-
-def build() -> bool:
-    """In place; the CUDA kernels for the GPU that is here, unless TORCH_CUDA_ARCH_LIST says otherwise."""
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
-    if run("setup.py", "build_ext", "--inplace", timeout=SECONDS * BUILD) == 0:
-        return True
-    print("the CUDA kernels do not compile here: building without them")
-    run("setup.py", "build_ext", "--inplace", VITDIV_CUDA="0")
-    return False
-
-
-def native_operations() -> list[str]:
-    """The operations that have CUDA kernels here; asked in a process of its own, after the build."""
-    ask = (
-        "from vitdiv_kernels import _dispatch as d;"
-        "print(*(o for o in d.OPERATIONS if d.missing('native', 'cuda', operation=o) is None))"
-    )
-    asked = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.split()
-
-
-def run(*arguments: str, timeout: float | None = None, **environment: str) -> int:
-    """Exit status of this Python with these arguments, in the repository's root; 124 for a timeout."""
-    print("$ python", *arguments, flush=True)
-    return finish(start([sys.executable, *arguments], os.environ | environment), timeout)
-
-
-def start(command: list[str], env: dict, output=None) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
-
-
-def finish(process: subprocess.Popen, timeout: float | None) -> int:
-    """Exit status; 124, and the end of the process and all that it started, after a timeout."""
+    phases = asked(args)
+    if not phases:
+        parser.error("--no-tests and --no-benchmarks together leave nothing to do")
+    seconds = args.seconds or sum(SECONDS[phase] for phase in phases)
+    if seconds < 2 * END:
+        parser.error(f"--seconds must be at least {2 * END:.0f}, got {seconds:g}")
+    why_not = why_no_device(args.device)
+    if why_not is not None:
+        sys.exit(why_not)
+    stages = [stage for phase in phases for stage in STAGES[phase]]
+    check = Check(args.device, args.results.absolute(), stages)
     try:
-        return process.wait(timeout)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-        print(f"not finished after {timeout:.0f} s: {Path(process.args[-1]).name}")
-        return 124
+        check.kept.probe()
+    except OSError as error:
+        sys.exit(f"--results {args.results}: {error.strerror}; name a folder that can be written")
+    # A handler also for what it starts: where SIGINT is ignored, as in the background of a script, children
+    # would ignore it, too.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: check.stop.set())
+    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if args.device == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
+    return run(check, phases, seconds)
 
 
-def tests(which: str, limit: float) -> bool:
-    files = [f"tests/test_{name}.py" for name in TESTED]
-    # most of the time goes to compiling kernels, which the processes share by Triton's cache
-    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    return run("-m", "pytest", "-q", "-k", which, *parallel, *files, timeout=limit) == 0
-
-
-def sanitized(limit: float) -> dict[str, bool | None]:
-    """Whether each of CHECKS passes benchmarks/sanitize.py, None if it did not end; all at once, each with a
-    log in build/.
-    """
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        print("compute-sanitizer is not on PATH: left out")
-        return {}
-    # each tensor memory of its own, or the tools see one large block
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    script = [sys.executable, "benchmarks/sanitize.py"]
-    logs = {check: ROOT / f"build/{check}.log" for check in CHECKS}
-    running, results, end = {}, {}, time.monotonic() + limit
-    for check, log in logs.items():
-        command = [tool, "--tool", check, "--error-exitcode", "1", "--report-api-errors", "no", *script]
-        print("$", *command, flush=True)
-        with log.open("w") as file:
-            running[check] = start(command, env, file)
-    for check, process in running.items():
-        status = finish(process, max(0.0, end - time.monotonic()))
-        results[check] = None if status == 124 else status == 0
-        print(f"{check}:", *logs[check].read_text().splitlines()[-1:])
-        if status not in (0, 124):
-            print(*logs[check].read_text().splitlines()[:40], sep="\n")
-    return results
-
-
-def providers_here(providers: str, op: str, native: list[str]) -> str:
-    return ",".join(name for name in providers.split(",") if name != "native" or op in native)
-
-
-def measure(folder: Path, deadline: float, native: list[str]) -> dict[str, bool | None]:
-    """Whether no benchmark failed, and by name those that did not end. Rows are written as they are made."""
-    device = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
-    folder.mkdir(exist_ok=True)
-    left, rows, results = deadline - time.monotonic(), [], {"benchmarks": True}
-    for op, providers, share in BENCHMARKS:
-        path = folder / f"{device}_{op}.csv"
-        path.unlink(missing_ok=True)
-        options = [
-            "--device",
-            "cuda",
-            "--modes",
-            "fwd,bwd,fwd+bwd",
-            "--providers",
-            providers_here(providers, op, native),
-            "--out",
-            str(path),
-        ]
-        for suite, dtype, part in (("gpu", "bfloat16", 0.8), ("gpu-float16", "float16", 0.2)):
-            budget = max(0.0, left * share * part)
-            # the last workload that a budget lets begin may take a while
-            timeout = max(1.0, min(budget + 60, deadline - time.monotonic()))
-            command = ["--suite", suite, "--dtype", dtype, "--budget", f"{budget:.0f}"]
-            status = run(f"benchmarks/bench_{op}.py", *command, *options, timeout=timeout)
-            if status == 124:
-                results[f"benchmark of {op}, {dtype}"] = None
-            elif status != 0:
-                results["benchmarks"] = False
-        if path.exists():
-            with path.open(newline="") as file:
-                rows += csv.DictReader(file)
-    summary = summary_of(rows)
-    (folder / f"{device}_summary.md").write_text(summary)
-    print(summary)
-    return results
-
-
-def summary_of(rows: list[dict]) -> str:
-    """A Markdown table of the kernels' rows: speed over eager and compile, share of the floor, memory."""
-    lines = [
-        "| operation | shape, dtype | provider | mode | ms | × eager | × compile | of floor | MB (eager) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    same = ("op", "variant", "shape", "dtype", "mode")
-    eager = {tuple(row[k] for k in same): row for row in rows if row["provider"] == "eager"}
-    for row in rows:
-        if not row["provider"].startswith(("native", "triton")):
-            continue
-        name = " ".join(filter(None, (row["op"], row["variant"])))
-        plain = eager.get(tuple(row[k] for k in same), {})
-        numbers = [_rounded(row[k]) for k in ("ms", "ratio_eager", "ratio_compile", "ratio_floor")]
-        memory = f"{_rounded(row['peak_extra_mb'])} ({_rounded(plain.get('peak_extra_mb', ''))})"
-        cells = [name, f"{row['shape']}, {row['dtype']}", row["provider"], row["mode"], *numbers, memory]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _rounded(text: str) -> str:
-    return f"{float(text):.3g}" if text else "-"
+def run(check: Check, phases: list[str], seconds: float) -> int:
+    end = check.begin + seconds - END
+    check.kept.say(f"{device_name(check.device)}, torch {torch.__version__}, {os.cpu_count()} cores")
+    for sentence in absent_packages():
+        check.kept.say(sentence)
+    try:
+        if "tests" in phases:
+            share = SECONDS["tests"] / sum(SECONDS[phase] for phase in phases)
+            check.tests(check.begin, seconds * share - END)
+        if "benchmarks" in phases:
+            check.benchmarks(end)
+    except Exception:
+        check.conclude("gpu-check itself", FAILED, *traceback.format_exc().splitlines())
+        check.stages.append("gpu-check itself")
+    check.table = check.table or summary_of_file(check.kept.folder / "rows.csv")
+    check.kept.replace("summary.md", check.summary())
+    check.kept.say("\n" + check.summary())
+    for name, why in check.kept.lost.items():
+        print(f"{name}: FAILED: {why}: what it lacks was only printed, if at all", flush=True)
+    check.kept.say(f"{time.monotonic() - check.begin:.0f} s; everything is in {check.kept.folder}")
+    if check.stop.is_set():
+        return 130
+    return int(bool(check.kept.lost) or any(r.state == FAILED for r in check.results.values()))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,21 @@ named inputs, made by a maker without arguments that raises `Unavailable` where 
 providers of a workload take turns in one process, so that all of them share a slow minute of the machine.
 """
 
+import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from measure import Call, Product, quantiles
 from torch import Tensor
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
@@ -74,17 +75,27 @@ def measure(
     workload: Workload, providers: list[str], modes: list[str], settings: Settings
 ) -> tuple[list[dict], list[str]]:
     """One row for each provider, mode and thread count; and a sentence for each provider that failed."""
+    all_rows, all_failures = [], []
+    for rows, failures in measure_modes(workload, providers, modes, settings):
+        all_rows += rows
+        all_failures += failures
+    return all_rows, all_failures
+
+
+def measure_modes(
+    workload: Workload, providers: list[str], modes: list[str], settings: Settings
+) -> Iterator[tuple[list[dict], list[str]]]:
+    """The same mode by mode, as soon as each is measured."""
     if "compile" in providers:
         torch.compiler.reset()  # a second size would otherwise get symbolic sizes and slower code
     inputs = _inputs(workload, settings.device, settings.dtype)
-    rows, failures = [], []
     for mode in modes:
-        calls, failed = _prepared_calls(workload, providers, inputs, mode, settings)
-        failures += failed
+        calls, failures = _prepared_calls(workload, providers, inputs, mode, settings)
         gemm = Product(torch.device(settings.device), DTYPES[settings.dtype]) if workload.products else None
         turns = calls | ({(None, threads): gemm for _, threads in calls} if gemm else {})
         samples = _alternate(turns, settings.repeats, desc=f"{workload} {mode}")
         gemm_seconds = {threads: samples.pop((name, threads)) for name, threads in turns if name is None}
+        rows = []
         for (provider, threads), seconds in samples.items():
             row = {"op": workload.op, "variant": workload.variant, "provider": provider, "mode": mode}
             row |= {"shape": workload.size, "dtype": settings.dtype, "device": settings.device}
@@ -104,9 +115,26 @@ def measure(
             elif settings.memory:
                 here = {"dtype": settings.dtype, "device": settings.device, "threads": threads}
                 row["peak_extra_mb"] = _peak_extra_mb_apart(workload, provider, mode, **here)
+            row |= _on_a_gpu(call, f"{workload} {mode}: {provider}")
             rows.append(row)
-    _add_ratios(rows)
-    return rows, failures
+        _add_ratios(rows)
+        yield rows, failures
+
+
+def _on_a_gpu(call: Call, name: str) -> dict[str, float | None]:
+    """Columns that are empty on a CPU, where the time of the device and by the wall are the same."""
+    if call.clock.gpu is None:
+        return {}
+    wall = call.wall_seconds()
+    if call.clock.waits:
+        print(f"{name} waits for the device: its ms hold time of the host", file=sys.stderr, flush=True)
+    try:
+        device = call.graph_seconds()
+    except Exception as error:  # of many kinds: only the column stays empty
+        said = " ".join(str(error).split())[:300]
+        print(f"{name} is not captured as a CUDA graph: {said}", file=sys.stderr, flush=True)
+        device = None
+    return {"device_ms": device and 1e3 * device, "wall_ms": wall and 1e3 * wall}
 
 
 def _inputs(workload: Workload, device: str, dtype: str) -> dict[str, Tensor]:
@@ -147,18 +175,28 @@ def _alternate(
         torch.set_num_threads(count)
         numbers[provider, count] = call.calls_a_sample()
     order = list(calls)
-    with tqdm(total=repeats * len(order), desc=desc, leave=False) as bar:
-        for _ in range(repeats):
-            for provider, count in order:
-                call = calls[provider, count]
-                torch.set_num_threads(count)
-                # What a change of provider costs is not this call's: memory that the other gave back to the
-                # kernel (a third of a quick backward's time), and an OpenMP team of another size.
-                call.seconds(1)
-                samples[provider, count].append(call.seconds(numbers[provider, count]))
-                bar.update()
-            order = order[1:] + order[:1]
+    bar = _bar(total=repeats * len(order), desc=desc)
+    for _ in range(repeats):
+        for provider, count in order:
+            call = calls[provider, count]
+            torch.set_num_threads(count)
+            # What a change of provider costs is not this call's: memory that the other gave back to the
+            # kernel (a third of a quick backward's time), and an OpenMP team of another size.
+            call.seconds(1)
+            samples[provider, count].append(call.seconds(numbers[provider, count]))
+            bar.update()
+        order = order[1:] + order[:1]
+    bar.close()
     return samples
+
+
+def _bar(total: int, desc: str):
+    """A progress bar on a terminal, where tqdm is installed."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+        return SimpleNamespace(update=lambda: None, close=lambda: None)
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=desc, leave=False)
 
 
 def _floor_seconds(

@@ -14,6 +14,8 @@ from torch.utils.benchmark import Timer
 MODES = ("fwd", "bwd", "fwd+bwd")
 QUICK_SAMPLE_S = 5e-3
 MAX_CALLS_A_SAMPLE = 500
+GRAPH_REPLAYS = 11
+WALL_SAMPLE_S = 10e-3
 
 
 class Call:
@@ -29,6 +31,7 @@ class Call:
         self.inputs = {name: x.detach() for name, x in inputs.items()} if mode == "fwd" else inputs
         self.leaves = [x for x in self.inputs.values() if x.requires_grad]
         self.grad_out = None
+        self.clock = clock_of(self._device())
 
     def prepare(self) -> Tensor:
         """Run twice, so that compilation and first-touch costs are paid; return the output, detached."""
@@ -50,24 +53,63 @@ class Call:
         return torch.autograd.grad(out, self.leaves, self.grad_out, allow_unused=True)
 
     def seconds(self, number: int) -> float:
-        """Mean seconds of `number` calls in a row.
+        """Mean seconds of `number` calls in a row; on a GPU of the device, whatever the host takes.
 
         In mode "bwd" every timed backward has a forward of its own, run before the clock starts: retain_graph
         would keep alive what a backward normally frees, and compiled graphs refuse it.
         """
         with torch.set_grad_enabled(self.mode != "fwd"):
-            if self.mode == "bwd":
-                outs = [self.forward() for _ in range(number)]
-                calls = [lambda out=out: self.backward(out) for out in outs]
-            elif self.mode == "fwd":
-                calls = [self.forward] * number
-            else:
-                calls = [lambda: self.backward(self.forward())] * number
-            return _clock(self._device())(calls) / number
+            while (seconds := self.clock(self._calls(number))) is None:
+                pass
+        return seconds / number
+
+    def _calls(self, number: int) -> list[Callable]:
+        if self.mode == "bwd":
+            outs = [self.forward() for _ in range(number)]
+            return [lambda out=out: self.backward(out) for out in outs]
+        return [self.once] * number
+
+    def once(self):
+        """The whole of a call: the forward, and in mode "fwd+bwd" the backward."""
+        out = self.forward()
+        return out if self.mode == "fwd" else self.backward(out)
+
+    def graph_seconds(self) -> float | None:
+        """Median device seconds of a replay of the call as a CUDA graph; None on a CPU and in mode "bwd".
+
+        Raises what torch raises where the call cannot be captured.
+        """
+        if self.clock.gpu is None or self.mode == "bwd":
+            return None
+        with torch.set_grad_enabled(self.mode != "fwd"):
+            replay = self.clock.gpu.capture(self.once)
+        samples = []
+        while len(samples) < GRAPH_REPLAYS:
+            seconds = self.clock([replay])
+            samples += [] if seconds is None else [seconds]
+        return statistics.median(samples)
+
+    def wall_seconds(self) -> float | None:
+        """Median seconds by the wall of a call among calls in a row, as a training loop makes them: what the
+        host takes to queue it, or the device to run it, whichever is more. None where `graph_seconds` is.
+        """
+        if self.clock.gpu is None or self.mode == "bwd":
+            return None
+        number, samples = 1, []
+        with torch.set_grad_enabled(self.mode != "fwd"):
+            for _ in range(4):
+                self.clock.gpu.synchronize()
+                start = self.clock.gpu.now()
+                for _ in range(number):
+                    self.once()
+                self.clock.gpu.synchronize()
+                samples.append((self.clock.gpu.now() - start) / number)
+                number = max(1, min(MAX_CALLS_A_SAMPLE, math.ceil(WALL_SAMPLE_S / samples[0])))
+        return statistics.median(samples[1:])
 
     def calls_a_sample(self) -> int:
         """How many calls make a sample long enough for the clock; one on a GPU, to find its L2 cold."""
-        if self._device().type == "cuda":
+        if self.clock.gpu is not None:
             return 1
         # By the wall: a quick backward after a slow forward must not cost hundreds of forwards.
         start = time.perf_counter()
@@ -97,32 +139,85 @@ class Call:
         return next(iter(self.inputs.values())).device
 
 
-def _clock(device: torch.device) -> Callable[[list[Callable]], float]:
-    return _cuda_seconds if device.type == "cuda" else _cpu_seconds
+class CpuClock:
+    gpu = None
+
+    def __call__(self, calls: list[Callable]) -> float:
+        """Seconds that the calls take."""
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            return time.perf_counter() - start
+        finally:
+            gc.enable()
 
 
-def _cpu_seconds(calls: list[Callable]) -> float:
-    gc.disable()
-    try:
-        start = time.perf_counter()
+class GpuClock:
+    """Seconds of the device, with its L2 cold and all calls queued before the first begins.
+
+    The device sleeps while the host queues; where it wakes too early the sample holds time of the host, and
+    the next sleep is longer. `waits` says that no sleep was long enough: the calls wait for the device.
+    """
+
+    LONGEST = 60e-3
+
+    def __init__(self, gpu: "Gpu"):
+        self.gpu, self.pause, self.waits = gpu, 1e-3, False
+
+    def __call__(self, calls: list[Callable]) -> float | None:
+        """Seconds that the calls take; None when the device woke too early, for a longer sleep next time."""
+        start, end = self.gpu.event(), self.gpu.event()
+        self.gpu.flush()
+        self.gpu.sleep(self.pause)
+        start.record()
         for call in calls:
             call()
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
+        early = start.query()
+        end.record()
+        end.synchronize()
+        if early and self.pause < self.LONGEST:
+            self.pause *= 2
+            return None
+        self.waits = early
+        return start.elapsed_time(end) * 1e-3
 
 
-def _cuda_seconds(calls: list[Callable]) -> float:
-    # More than any L2, so that nothing of the last call stays in it, and enough to keep the device busy while
-    # we queue: what is measured is the device's time, not Python's.
-    torch.empty(2**30, dtype=torch.int8, device="cuda").zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for call in calls:
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3
+class Gpu:
+    """What the clock asks of a GPU, for which the tests put a simulated one."""
+
+    now = staticmethod(time.perf_counter)
+
+    def event(self):
+        return torch.cuda.Event(enable_timing=True)
+
+    def flush(self) -> None:
+        """Writes more than any L2 holds, so that nothing of the last call stays in it."""
+        torch.empty(2**30, dtype=torch.int8, device="cuda").zero_()
+
+    def sleep(self, seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * 2e9))  # clocks, of which a GPU has at most about 2e9 a second
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def capture(self, call: Callable) -> Callable:
+        """A function that replays `call` as a CUDA graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+
+def clock_of(device: torch.device) -> CpuClock | GpuClock:
+    return GpuClock(Gpu()) if device.type == "cuda" else CpuClock()
 
 
 class _ResidentSetMeter:
@@ -169,10 +264,13 @@ class Product:
         self.a, self.b = (torch.randn(n, n, device=device).to(_arithmetic(device, dtype)) for _ in range(2))
         self.out = torch.empty_like(self.a)
         self.operations = 2 * n**3
+        self.clock = clock_of(device)
 
     def seconds(self, number: int) -> float:
         call = partial(torch.mm, self.a, self.b, out=self.out)
-        return _clock(self.a.device)([call] * number) / number
+        while (seconds := self.clock([call] * number)) is None:
+            pass
+        return seconds / number
 
     def calls_a_sample(self) -> int:
         return 1

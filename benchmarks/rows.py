@@ -2,25 +2,41 @@
 
 import csv
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
+# Where and from what a row was made.
+ORIGIN = ("torch", "vitdiv_kernels", "python", "machine", "cpu_capability", "commit", "date")
 COLUMNS = (
     *("op", "variant", "provider", "mode", "shape", "dtype", "device", "threads", "repeats"),
-    *("ms", "p20", "p80", "ratio_eager", "ratio_compile", "ratio_floor", "ratio_gemm", "peak_extra_mb"),
+    *(
+        "ms",
+        "p20",
+        "p80",
+        "device_ms",
+        "wall_ms",
+        "ratio_eager",
+        "ratio_compile",
+        "ratio_floor",
+        "ratio_gemm",
+        "peak_extra_mb",
+    ),
     *("floor_ms", "copy_gb_s", "gemm_gflop_s"),
-    *("torch", "vitdiv_kernels", "python", "machine", "cpu_capability", "commit", "date"),
+    *ORIGIN,
 )
-# Of the printed table: column, width, number format.
+# Of the printed table: column, title, width, number format.
 LAST_CELLS = (
-    ("ratio_eager", 9, ".2f"),
-    ("ratio_compile", 11, ".2f"),
-    ("ratio_floor", 10, ".2f"),
-    ("ratio_gemm", 9, ".2f"),
-    ("peak_extra_mb", 10, ".1f"),
+    ("device_ms", "device", 9, ".4g"),
+    ("wall_ms", "wall", 9, ".4g"),
+    ("ratio_eager", "x eager", 9, ".2f"),
+    ("ratio_compile", "x compile", 11, ".2f"),
+    ("ratio_floor", "of floor", 10, ".2f"),
+    ("ratio_gemm", "of gemm", 9, ".2f"),
+    ("peak_extra_mb", "extra MB", 10, ".1f"),
 )
 
 
@@ -51,6 +67,9 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
+    """Of the checkout; of VITDIV_COMMIT where the files were copied without their history."""
+    if os.environ.get("VITDIV_COMMIT"):
+        return os.environ["VITDIV_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -59,16 +78,47 @@ def _commit() -> str:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    new = not path.exists()
+    """Add rows, each on disk when this returns. A file of an earlier version gets the columns that it lacks.
+
+    Raises ValueError for a file with columns that this version does not write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
+    earlier = check_columns(path)
+    if earlier not in (None, COLUMNS):
+        _write(path, "w", read(path), header=True)
+    _write(path, "a", rows, header=earlier is None)
+
+
+def check_columns(path: Path) -> tuple[str, ...] | None:
+    """Those of a CSV file, None where there is none. Raises ValueError where `append` does."""
+    if not path.is_file():
+        return None
+    with path.open(newline="") as file:
+        columns = tuple(next(csv.reader(file), ()))
+    if not set(columns) <= set(COLUMNS):
+        raise ValueError(f"{path} has other columns than this version writes; name a new file")
+    return columns or None
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file of this version or of an earlier one, which lacks columns: their cells are
+    empty."""
+    with path.open(newline="") as file:
+        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
+
+
+def _write(path: Path, mode: str, rows: list[dict], header: bool) -> None:
+    with path.open(mode, newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
+        if header:
             writer.writeheader()
-        for row in rows:
-            # What was not measured stays empty.
-            cells = {key: value for key, value in row.items() if value is not None}
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells.items()})
+        writer.writerows(map(rounded, rows))
+
+
+def rounded(row: dict) -> dict:
+    """The cells of a row; what was not measured stays empty."""
+    cells = {key: value for key, value in row.items() if value is not None}
+    return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in cells.items()}
 
 
 def table(rows: list[dict]) -> str:
@@ -78,11 +128,11 @@ def table(rows: list[dict]) -> str:
         head = " ".join(filter(None, (row["op"], row["variant"], row["shape"], row["dtype"], row["device"])))
         if head != last:
             lines += [f"\n{head}", f"{'mode':8}{'provider':11}{'threads':>7}{'ms':>10}{'p20':>10}{'p80':>10}"]
-            lines[-1] += f"{'x eager':>9}{'x compile':>11}{'of floor':>10}{'of gemm':>9}{'extra MB':>10}"
+            lines[-1] += "".join(f"{title:>{width}}" for _, title, width, _ in LAST_CELLS)
             last = head
         line = f"{row['mode']:8}{row['provider']:11}{row['threads']:7}"
         line += "".join(f"{row[key]:10.4g}" for key in ("ms", "p20", "p80"))
-        for key, width, form in LAST_CELLS:
+        for key, _, width, form in LAST_CELLS:
             line += f"{'-' if row.get(key) is None else format(row[key], form):>{width}}"
         lines.append(line + _notes(row, rows))
     return "\n".join(lines).lstrip("\n")

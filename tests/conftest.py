@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import os
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,11 +20,21 @@ else:
     # Triton reads it when it is imported and when a kernel is defined; torch alone does not import Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if importlib.util.find_spec("hypothesis") is None:
+    import without_hypothesis
+
+    without_hypothesis.install()
+
 import emulated_cuda  # noqa: E402
 import emulated_operators  # noqa: E402
 import emulation_build  # noqa: E402
 
 from vitdiv_kernels import _dispatch, _native  # noqa: E402
+
+# The plain formula in float32 sets the budgets of float32. On a GPU torch allows cuDNN's convolutions TF32,
+# which would make the budgets a hundred times as large.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
 
 BACKENDS = {
     "reference": ("reference", "cpu"),
@@ -32,8 +44,8 @@ BACKENDS = {
     "triton-interpreter": ("triton", "cpu"),
     "triton-gpu": ("triton", "cuda"),
 }
-# Each of their cases takes seconds.
-SAMPLED = ("triton-interpreter", "triton-gpu", "emulated-cuda")
+# Each of their cases takes seconds, or, of native-cuda, time on a GPU, of which there is little.
+SAMPLED = ("triton-interpreter", "triton-gpu", "emulated-cuda", "native-cuda")
 INTERPRETED = _dispatch._INTERPRETED
 # Only the tests of the backend "triton-interpreter" see it, all others what a user sees.
 _dispatch._INTERPRETED = False
@@ -63,6 +75,13 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+def tf32_allowed():
+    try:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # the older settings cannot be read while the newer ones say something else
+        return "set another way"
+
+
 @pytest.fixture(autouse=True)
 def settings_stay():
     """A test that leaves one of torch's settings changed would change what later tests see."""
@@ -74,6 +93,7 @@ def settings_stay():
             "default dtype": torch.get_default_dtype(),
             "threads": torch.get_num_threads(),
             "gradients": torch.is_grad_enabled(),
+            "TF32 of cuDNN and cuBLAS": tf32_allowed(),
         }
 
     before = settings()
@@ -186,6 +206,30 @@ def library():
     return _native.library()
 
 
+_held = []  # the lock of this process, while it has it
+
+
+@contextlib.contextmanager
+def on_the_gpu_alone():
+    """Of all workers one at a time: each such test takes tens of gigabytes, more than any GPU has for all of
+    them, and an allocator keeps what it has."""
+    if _held:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with open(Path(tempfile.gettempdir()) / f"vitdiv_far_apart_{os.getuid()}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _held.append(file)
+        try:
+            yield
+        finally:
+            gc.collect()
+            if HAS_GPU:
+                torch.cuda.empty_cache()
+            _held.clear()
+
+
 @pytest.fixture
 def far_apart(tmp_path):
     """Lays out [2, ...] so that its halves lie more than 2^31 elements apart; in a sparse file on the CPU."""
@@ -194,6 +238,7 @@ def far_apart(tmp_path):
         distance = 2**31 + 2**12
         size = distance + x[0].numel()
         if x.is_cuda:
+            alone.enter_context(on_the_gpu_alone())
             storage = torch.empty(size, dtype=x.dtype, device=x.device)
         else:
             path = tmp_path / f"sparse{len(list(tmp_path.iterdir()))}"
@@ -202,7 +247,8 @@ def far_apart(tmp_path):
             storage = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
         return storage.as_strided(x.shape, (distance, *x[0].contiguous().stride())).copy_(x)
 
-    return lay_out
+    with contextlib.ExitStack() as alone:
+        yield lay_out
 
 
 @pytest.fixture(params=[1, 2])

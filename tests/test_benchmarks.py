@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -17,12 +18,11 @@ from vitdiv_kernels import DiversityObjective, _dispatch
 from vitdiv_kernels.ops.pairwise_cosine import triton_configs as configs
 from vitdiv_kernels.vit import CONFIGS, ViT
 
-pytest.importorskip("tqdm")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {
     "bench_pairwise_cosine.py": ["--shapes", "2x6x4", "--penalty", "signed"],
     "bench_attn_diversity.py": ["--shapes", "1x2x5x8"],
-    "bench_reattention.py": ["--shapes", "1x2x5x8", "--norm", "batch"],
+    "bench_reattention.py": ["--shapes", "1x2x5x8", "--norm", "batch", "--packed", "no,yes"],
     "bench_losses.py": ["--suite", "tiny"],
     "bench_objective.py": ["--suite", "tiny"],
     "bench_models.py": ["--suite", "tiny"],
@@ -218,6 +218,202 @@ def test_failures_are_named_and_end_in_an_exit_status(module, fake, monkeypatch,
         assert [row["provider"] for row in csv.DictReader(file)] == ["eager"]
 
 
+class SimulatedGpu:
+    """Two clocks: of the host, and of when the device has done all that was queued."""
+
+    class Event:
+        def __init__(self, gpu):
+            self.gpu = gpu
+
+        def record(self):
+            self.time = max(self.gpu.host, self.gpu.device)
+
+        def query(self):
+            return self.gpu.host >= self.time
+
+        def synchronize(self):
+            self.gpu.host = max(self.gpu.host, self.time)
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
+
+    def __init__(self):
+        self.host = self.device = 0.0
+
+    def queue(self, seconds, host=1e-5):
+        self.host += host
+        self.device = max(self.host, self.device) + seconds
+
+    def now(self):
+        return self.host
+
+    def event(self):
+        return self.Event(self)
+
+    def flush(self):
+        self.queue(3e-4)
+
+    def sleep(self, seconds):
+        self.queue(seconds)
+
+    def synchronize(self):
+        self.host = max(self.host, self.device)
+
+    def capture(self, call):
+        self.synchronize()
+        begin = self.device
+        call()
+        seconds = 10 * 1e-4
+        self.device = begin
+        return lambda: self.queue(seconds)
+
+
+@pytest.fixture
+def gpu(module, monkeypatch):
+    measure, gpu = module("measure"), SimulatedGpu()
+    monkeypatch.setattr(measure, "clock_of", lambda device: measure.GpuClock(gpu))
+    return gpu
+
+
+def test_times_of_the_device_and_by_the_wall(module, fake, settings, gpu, capsys):
+    """Ten kernels of 0.1 ms, each of which the host takes 0.5 ms to queue: longer than the flush of L2."""
+
+    def of_ten_kernels(x):
+        for _ in range(10):
+            gpu.queue(1e-4, host=5e-4)
+        return x + 0
+
+    def that_waits(x):
+        gpu.synchronize()
+        return of_ten_kernels(x)
+
+    fake.providers.update(eager=lambda: of_ten_kernels, waits=lambda: that_waits)
+    rows, failures = module("harness").measure(fake, ["eager", "waits"], ["fwd"], settings)
+    assert failures == []
+    eager, waits = rows
+    assert eager["ms"] == pytest.approx(1)
+    assert eager["device_ms"] == pytest.approx(1)
+    assert eager["wall_ms"] == pytest.approx(5, rel=0.05)
+    assert waits["ms"] > 4
+    said = capsys.readouterr().err
+    assert "fake 8 fwd: waits waits for the device: its ms hold time of the host" in said
+    assert "eager waits" not in said
+    assert "   device     wall" in module("rows").table(rows)
+
+
+def test_what_the_clock_asks_of_torch_is_there(module, monkeypatch):
+    """Names and arguments, which no other test without a GPU would see to be wrong."""
+    measure, calls, zeros = module("measure"), [], torch.zeros(1)
+    cuda = create_autospec(torch.cuda)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: zeros)
+    gpu = measure.Gpu()
+    gpu.event().record()
+    gpu.flush()
+    gpu.sleep(1e-3)
+    gpu.synchronize()
+    gpu.capture(lambda: calls.append(None))()
+    assert len(calls) == 3  # two to warm up, one that is captured
+    cuda._sleep.assert_called_once_with(2_000_000)
+    cuda.CUDAGraph.return_value.replay.assert_called_once_with()
+    meter = measure._CudaMeter(torch.device("cuda"))
+    meter.reset_peak()
+    assert [meter.current(), meter.peak()] == [
+        cuda.memory_allocated.return_value,
+        cuda.max_memory_allocated.return_value,
+    ]
+    assert isinstance(measure.clock_of(torch.device("cuda")).gpu, measure.Gpu)
+
+
+def test_cuda_without_a_gpu_is_a_sentence(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        module("bench_attn_diversity").main()
+    assert "--device cuda: torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_what_cannot_be_captured_has_no_device_time(module, fake, settings, gpu, monkeypatch, capsys):
+    def refuse(call):
+        raise RuntimeError("operation not permitted\n when stream is capturing")
+
+    def quick(x):
+        gpu.queue(1e-4)
+        return x + 0
+
+    monkeypatch.setattr(gpu, "capture", refuse)
+    fake.providers["other"] = lambda: quick
+    (row,), failures = module("harness").measure(fake, ["other"], ["fwd"], settings)
+    assert failures == []
+    assert row["device_ms"] is None
+    said = "other is not captured as a CUDA graph: operation not permitted when stream is capturing"
+    assert said in capsys.readouterr().err
+
+
+OLD_COLUMNS = (
+    "op,variant,provider,mode,shape,dtype,device,threads,repeats,ms,p20,p80,ratio_eager,ratio_compile"
+)
+OLD_ROW = "reattention,norm=none,native,fwd,1x2x3x4,float32,cpu,2,11,15.2,15.1,18,2.5,1.5"
+
+
+def test_files_of_earlier_versions(module, tmp_path):
+    """They have fewer columns; rows that are added have all, and the earlier ones empty cells."""
+    rows, path = module("rows"), tmp_path / "cpu.csv"
+    path.write_text(f"{OLD_COLUMNS}\n{OLD_ROW}\n")
+    before = rows.read(path)
+    assert (before[0]["ms"], before[0]["device_ms"]) == ("15.2", "")
+    rows.append(path, [{"op": "reattention", "provider": "triton", "ms": 0.25, "device_ms": 0.2}])
+    earlier, added = rows.read(path)
+    assert earlier == before[0]
+    assert (added["ms"], added["device_ms"], added["ratio_eager"]) == ("0.25", "0.2", "")
+    assert path.read_text().splitlines()[0] == ",".join(rows.COLUMNS)
+    other = tmp_path / "other.csv"
+    other.write_text("op,speed\n")
+    with pytest.raises(ValueError, match="has other columns than this version writes"):
+        rows.append(other, [])
+
+
+def test_the_committed_files_are_read(module):
+    rows = module("rows")
+    paths = sorted((BENCHMARKS / "results").glob("*.csv"))
+    assert paths
+    for path in paths:
+        if path.name != "micro.csv":
+            rows.check_columns(path)
+            assert all(set(row) == set(rows.COLUMNS) and float(row["ms"]) > 0 for row in rows.read(path))
+
+
+def test_the_commit(module, monkeypatch, tmp_path):
+    """Of the environment where there is no git."""
+    rows = module("rows")
+    monkeypatch.delenv("VITDIV_COMMIT", raising=False)
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert rows._commit() == "unknown"
+    monkeypatch.setenv("VITDIV_COMMIT", "abc1234")
+    assert rows._commit() == "abc1234"
+
+
+def test_packed_is_what_a_layer_computes(module):
+    """Of qkv as one linear layer writes it, with its gradient in one tensor."""
+    bench = module("bench_reattention")
+    shape = (2, 3, 7, 4)
+    packed, apart = (bench.workload(shape, norm="batch", packed=option) for option in ("yes", "no"))
+    inputs = packed.inputs(torch.device("cpu"), torch.float32)
+    qkv = inputs.pop("qkv")
+    assert qkv.shape == (2, 7, 3, 3, 4)
+    b, h, n, d = shape
+    for name in ("eager", "reference", "native"):
+        if name == "native" and _dispatch.missing("native", "cpu"):
+            continue
+        out = packed.providers[name]()(qkv=qkv, **inputs)
+        q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
+        expected = apart.providers["eager"]()(q=q, k=k, v=v, **inputs)
+        torch.testing.assert_close(out, expected.transpose(1, 2).reshape(b, n, h * d), rtol=1e-4, atol=1e-5)
+        grad = torch.autograd.grad(out.sum(), qkv)[0]
+        assert grad.shape == qkv.shape
+
+
 @pytest.mark.parametrize(
     ("heads", "options", "here"),
     [
@@ -255,171 +451,6 @@ def test_red_tests_give_no_speed(module, monkeypatch, tmp_path):
         cli._check(["fake"])
 
 
-def test_the_summary_of_a_gpu_check(module):
-    gpu_check = module("gpu_check")
-    shared = {
-        "op": "reattention",
-        "variant": "norm=none",
-        "shape": "1x2x3x4",
-        "dtype": "bfloat16",
-        "mode": "fwd",
-    }
-    numbers = {
-        "ms": "0.5",
-        "ratio_eager": "2.5",
-        "ratio_compile": "1.51234",
-        "ratio_floor": "",
-        "peak_extra_mb": "3",
-    }
-    rows = [
-        shared | numbers | {"provider": "eager", "peak_extra_mb": "40"},
-        shared | numbers | {"provider": "triton-s1"},
-    ]
-    head, _, row = gpu_check.summary_of(rows).splitlines()
-    assert row.count("|") == head.count("|")
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == [
-        "reattention norm=none",
-        "1x2x3x4, bfloat16",
-        "triton-s1",
-        "fwd",
-        "0.5",
-        "2.5",
-        "1.51",
-        "-",
-        "3 (40)",
-    ]
-
-
-def test_gpu_check_without_a_gpu_is_one_sentence(module, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
-    with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
-        module("gpu_check").main()
-
-
-@pytest.fixture
-def gpu_check(module, monkeypatch, tmp_path):
-    check = module("gpu_check")
-    (tmp_path / "build").mkdir()
-    (tmp_path / "benchmarks/results").mkdir(parents=True)
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    for name in ("PYTHONPATH", "TRITON_INTERPRET", "TORCH_CUDA_ARCH_LIST"):  # are as before afterwards
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
-    return check
-
-
-@pytest.mark.parametrize("absent", ["pytest", "hypothesis", "tqdm"])
-def test_gpu_check_says_which_packages_it_needs(gpu_check, monkeypatch, absent):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
-    monkeypatch.setattr(gpu_check, "build", lambda: pytest.fail("it went on"))
-    with pytest.raises(SystemExit, match=f"gpu-check needs {absent}, which this Python does not have"):
-        gpu_check.main()
-
-
-def test_gpu_check_names_what_did_not_run(gpu_check, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "build", lambda: True)
-    monkeypatch.setattr(gpu_check, "run", lambda *arguments, **options: 0)
-    monkeypatch.setattr(gpu_check, "native_operations", list)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--no-tests", "--no-benchmarks"])
-    assert gpu_check.main() == 0
-    said = capsys.readouterr().out
-    assert all(f"{name}: not run" in said for name in ("Triton tests", "CUDA tests", "benchmarks"))
-
-
-def test_both_schedules_are_tested_before_they_are_timed(gpu_check):
-    names = gpu_check.TRITON.split(" or ")
-    assert {"triton_streaming", "triton_workspace"} <= set(gpu_check.TESTED) & set(names)
-    for name in gpu_check.TESTED:
-        assert (BENCHMARKS.parent / f"tests/test_{name}.py").exists()
-
-
-@pytest.mark.parametrize(
-    "broken", [None, "build", "native-cuda", "triton-gpu", "racecheck", "benchmarks/bench_reattention.py"]
-)
-def test_gpu_check_measures_what_passed(gpu_check, monkeypatch, tmp_path, capsys, broken):
-    ran = []
-
-    def run(*arguments, timeout=None, **environment):
-        ran.append((arguments, environment, os.environ["TORCH_CUDA_ARCH_LIST"]))
-        if arguments[0] == "setup.py":
-            return int(broken == "build" and not environment)
-        return int((gpu_check.TRITON if broken == "triton-gpu" else broken) in arguments)
-
-    operations = [] if broken == "build" else ["attn_diversity"]
-    monkeypatch.setattr(gpu_check, "run", run)
-    monkeypatch.setattr(gpu_check, "native_operations", lambda: operations)
-    monkeypatch.setattr(gpu_check, "sanitized", lambda limit: {"racecheck": broken != "racecheck"})
-    assert gpu_check.main() == (broken is not None)
-    builds = [environment for arguments, environment, _ in ran if arguments[0] == "setup.py"]
-    assert builds == [{}] + [{"VITDIV_CUDA": "0"}] * (broken == "build")
-    assert {architecture for _, _, architecture in ran} == {"9.0"}
-    tested = [arguments[arguments.index("-k") + 1] for arguments, _, _ in ran if "-k" in arguments]
-    assert tested == [gpu_check.TRITON] + ["native-cuda"] * len(operations)
-    providers = {
-        arguments[0]: arguments[arguments.index("--providers") + 1].split(",")
-        for arguments, _, _ in ran
-        if "--providers" in arguments
-    }
-    assert len(providers) == 3
-    assert all("triton" in names for names in providers.values())
-    with_native = {Path(script).stem for script, names in providers.items() if "native" in names}
-    assert with_native == (set() if broken in ("build", "native-cuda") else {"bench_attn_diversity"})
-    rows = {arguments[arguments.index("--out") + 1] for arguments, _, _ in ran if "--out" in arguments}
-    only_timing = broken is None or "bench" in broken
-    folder = tmp_path / ("benchmarks/results" if only_timing else "build")
-    assert {Path(path).parent for path in rows} == {folder}
-    said = capsys.readouterr().out
-    assert said.count("FAILED") == (broken is not None)
-    assert ("CUDA tests: passed" in said) == (broken not in ("build", "native-cuda"))
-
-
-def test_gpu_check_names_what_was_not_finished(gpu_check, monkeypatch, tmp_path, capsys):
-    """Slow is not wrong: it spoils neither the exit status nor the place of the rows."""
-
-    def run(*arguments, timeout=None, **environment):
-        return 124 if "benchmarks/bench_reattention.py" in arguments and "float16" in arguments else 0
-
-    monkeypatch.setattr(gpu_check, "run", run)
-    monkeypatch.setattr(gpu_check, "native_operations", lambda: ["attn_diversity"])
-    monkeypatch.setattr(gpu_check, "sanitized", lambda limit: {"memcheck": True, "racecheck": None})
-    assert gpu_check.main() == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if "not finished" in line] == [
-        "racecheck: not finished",
-        "benchmark of reattention, float16: not finished",
-    ]
-    assert {"memcheck: passed", "benchmarks: passed"} <= set(said)
-    assert list((tmp_path / "benchmarks/results").iterdir())
-
-
-def test_gpu_check_under_sanitizers(gpu_check, monkeypatch, tmp_path, capsys):
-    """With a stand-in for compute-sanitizer: one check passes, one finds something, one does not end."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_check.sanitized(60) == {}
-    assert "compute-sanitizer is not on PATH" in capsys.readouterr().out
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(
-        f"#!{sys.executable}\n"
-        "import os, sys, time\n"
-        "check = sys.argv[sys.argv.index('--tool') + 1]\n"
-        "if check == 'initcheck': time.sleep(60)\n"
-        "print('ERROR SUMMARY of', check, os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], sys.argv[-1])\n"
-        "sys.exit(int(check == 'racecheck'))\n"
-    )
-    tool.chmod(0o755)
-    assert gpu_check.sanitized(3) == {"memcheck": True, "racecheck": False, "initcheck": None}
-    said = capsys.readouterr().out
-    assert "memcheck: ERROR SUMMARY of memcheck 1 benchmarks/sanitize.py" in said
-    assert "not finished after" in said
-
-
 def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, capsys):
     """On the CPU, where the same operators take the same arguments."""
     if _dispatch.missing("native", "cpu"):
@@ -427,8 +458,28 @@ def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, 
     sanitize = module("sanitize")
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "--device", "cpu"])
     sanitize.main()
+    assert tuple(operation.__name__ for operation in sanitize.RUN) == _dispatch.OPERATIONS
     cases = len(_dispatch.OPERATIONS) * len(sanitize.DTYPES) * len(sanitize.SHAPES)
     assert f"{cases} cases ran on cpu" in capsys.readouterr().out
+
+
+def test_and_through_the_triton_operators(module, monkeypatch, capsys):
+    """In the interpreter, on the smallest tensors."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is not on here")
+    monkeypatch.setattr(_dispatch, "_INTERPRETED", True)
+    sanitize = module("sanitize")
+    monkeypatch.setattr(
+        sanitize,
+        "cases",
+        lambda backends: [("triton", op, torch.float32, sanitize.SHAPES[0]) for op in sanitize.RUN],
+    )
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--device", "cpu"])
+    sanitize.main()
+    said = capsys.readouterr().out
+    assert said.startswith("the device works")
+    assert f"{len(_dispatch.OPERATIONS)} cases ran on cpu" in said
 
 
 def test_a_tuned_row_says_where_it_was_measured(module, monkeypatch):

@@ -1,6 +1,8 @@
-"""Which cases of the slow backends run, and which kernels are compiled, without --every-case."""
+"""Which cases of the slow backends run, which kernels are compiled, without --every-case; what runs alone."""
 
 import itertools
+import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,3 +52,16 @@ def test_kernels_are_compiled_for_one_gpu_in_turn():
     assert [key[0] + key[2] for key in chosen] == [f"op{name}" for name in "aabbccdd"] + ["opof sm_90 alone"]
     assert [key[1] for key in chosen] == [80, 90, 100, 80, 90, 100, 80, 90, 90]
     assert set(chosen.values()) == {"launch"}
+
+
+def test_tensors_that_fill_a_gpu_are_of_one_process_at_a_time():
+    fcntl = pytest.importorskip("fcntl")
+    path = Path(tempfile.gettempdir()) / f"vitdiv_far_apart_{os.getuid()}.lock"
+
+    def take():
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    with conftest.on_the_gpu_alone(), conftest.on_the_gpu_alone(), pytest.raises(BlockingIOError):
+        take()
+    take()
