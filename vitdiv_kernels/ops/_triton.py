@@ -20,6 +20,8 @@ DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+# Of tl.dot's operands. The interpreter holds bfloat16 as integers, and gets its arithmetic wrong.
+OPERANDS = DTYPES | ({torch.bfloat16: tl.float32} if INTERPRETED else {})
 
 
 class Launch(NamedTuple):

@@ -19,6 +19,7 @@ from ._triton_heads import (
     scaled_kronecker,
     store_coupled,
     store_heads,
+    to_tf32,
 )
 
 
@@ -29,7 +30,10 @@ def logits(
 ):  # fmt: skip
     """Logits to the base of 2 of a tile of products."""
     if PRE:
-        s = mix_heads(pre, s.to(ZT), HP, A, B, KEYS, ZPREC, ACC)
+        if ZPREC == "rounded tf32":
+            s = mix_heads(to_tf32(pre), to_tf32(s), HP, A, B, KEYS, "tf32", ACC)
+        else:
+            s = mix_heads(pre, s.to(ZT), HP, A, B, KEYS, ZPREC, ACC)
     return s * factor
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch
+from ._triton import OPERANDS, accumulator, input_precision, launch
 
 BLOCK_ROWS, BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
 # Of variants that the tables' rows were not chosen for. Without a limit ptxas aims at 128, and may spill a
@@ -65,13 +65,7 @@ def inverse(eps):
 
 def dot_types(x):
     """Element type of the products' operands, precision and accumulator."""
-    # The interpreter holds bfloat16 as integers and gets its arithmetic wrong.
-    wide = INTERPRETED and x.dtype == torch.bfloat16
-    return dict(
-        DT=tl.float32 if wide else DTYPES[x.dtype],
-        PREC=input_precision(x.dtype),
-        ACC=accumulator(x.dtype),
-    )
+    return dict(DT=OPERANDS[x.dtype], PREC=input_precision(x.dtype), ACC=accumulator(x.dtype))
 
 
 def weight_types(x):
