@@ -125,6 +125,13 @@ def test_dk_and_dv_grow_in_float32(limit, dtype):
 
 
 @runs
+def test_many_heads_in_float16():
+    """Where tiles have 32 rows, the coupling is mixed in one product of TF32."""
+    need("native")
+    check((1, 17, 3, 19, 16), torch.float16, pre=True)
+
+
+@runs
 @pytest.mark.parametrize("layout", ["packed", "heads first", "width 5", "last stride 2", "expanded dout"])
 def test_layouts(layout):
     need("native")
