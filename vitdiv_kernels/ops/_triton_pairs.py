@@ -76,8 +76,8 @@ def weight_types(x):
     return dict(WT=types["DT"], WPREC=types["PREC"])
 
 
-# In float32 Triton's usual ones are off by 1 and 2 units in the last place, which a log-sum-exp of large scale
-# shows. These are one a row.
+# Triton's usual ones of float32 are off by 1 and 2 units in the last place, which a log-sum-exp of large
+# scale shows. These are one a row.
 @triton.jit
 def square_root(x, ACC: tl.constexpr):
     if ACC == tl.float32:  # noqa: SIM300
