@@ -10,8 +10,8 @@
   cores do not read the last 13 bits; "tf32x3" rounds them (cvt.rna.tf32.f32) in three products, two of them
   with what the rounding lost, and adds the accumulator in float32; "ieee" takes no tensor cores.
 - bfloat16, which the interpreter holds as integers and cuts where it should round: to nearest, ties to even.
-- float32 functions are off by as much as the PTX that Triton makes of them may be (PTX ISA; for logarithms
-  the CUDA C++ Programming Guide), up or down by a hash of the result; tl.exp2 has no subnormal results.
+- float32 functions are off by up to what the PTX that Triton makes of them may be (PTX ISA; for logarithms
+  the CUDA C++ Programming Guide), by a hash of the result; tl.exp2 has no subnormal results.
 
 float64 is numpy's. Not modelled: the order of sums, fused multiply-adds.
 """
@@ -137,9 +137,10 @@ def _dot(original, a, b, c, input_precision, *others):
 def _off(y, ulps):
     """float64 y as a float32 that is up to `ulps` units in the last place away."""
     nearest = y.astype(np.float32)
-    up = nearest.view(np.uint32) * np.uint32(0x9E3779B1) > 0x7FFFFFFF
+    # from -1 to 1
+    part = (nearest.view(np.uint32) * np.uint32(0x9E3779B1)).view(np.int32) * 2.0**-31
     # half a unit more is that of the rounding
-    moved = y + np.where(up, ulps - 0.5, 0.5 - ulps) * np.spacing(np.abs(nearest))
+    moved = y + part * (ulps - 0.5) * np.spacing(np.abs(nearest))
     return np.where(np.isfinite(nearest) & (nearest != 0), moved.astype(np.float32), nearest)
 
 

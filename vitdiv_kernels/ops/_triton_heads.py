@@ -96,14 +96,6 @@ def products(
     return s
 
 
-@triton.jit
-def to_tf32(x):
-    """float32, rounded: of the operands of a product in TF32 the tensor cores cut off the last 13 bits."""
-    bits = x.to(tl.int32, bitcast=True) + 0x1000
-    # a NaN could become a number
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-
-
 # Tensor cores contract over 16 at least. With fewer heads a tile [HP, A, B] is read as [16, HP A B / 16], its
 # rows (head, part) where `part` is one of S = 16 / HP parts of the keys, and the matrix as its Kronecker
 # product with I_S. The parts are of the keys, not the queries: what a NaN reaches by 0 * NaN is its own row

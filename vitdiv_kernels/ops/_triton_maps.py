@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._triton import double
+from ._triton import double, to_tf32
 from ._triton_heads import (
     couple,
     factors,
@@ -19,7 +19,6 @@ from ._triton_heads import (
     scaled_kronecker,
     store_coupled,
     store_heads,
-    to_tf32,
 )
 
 
