@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._triton import OPERANDS, accumulator, input_precision, launch
+from ._triton import OPERANDS, accumulator, input_precision, launch, to_tf32
 
 BLOCK_ROWS, BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
 # Of variants that the tables' rows were not chosen for. Without a limit ptxas aims at 128, and may spill a
@@ -71,7 +71,7 @@ def dot_types(x):
 def weight_types(x):
     """Element type and precision of products of rows with weights of any size, more than float16 holds."""
     if x.dtype == torch.float16:
-        return dict(WT=tl.float32, WPREC="tf32")  # whose 11 bits hold the rows
+        return dict(WT=tl.float32, WPREC="rounded tf32")  # whose 11 bits hold the rows
     types = dot_types(x)
     return dict(WT=types["DT"], WPREC=types["PREC"])
 
@@ -174,7 +174,10 @@ def products(
 def add_rows(dx, weights, y_places, y_mask, WT: tl.constexpr, WPREC: tl.constexpr, ACC: tl.constexpr):
     """dx + weights y."""
     y = tl.load(y_places, mask=y_mask, other=0.0).to(WT)
-    return tl.dot(weights.to(WT), y, dx, input_precision=WPREC, out_dtype=ACC)
+    if WPREC == "rounded tf32":
+        return tl.dot(to_tf32(weights), y, dx, input_precision="tf32", out_dtype=ACC)
+    else:
+        return tl.dot(weights.to(WT), y, dx, input_precision=WPREC, out_dtype=ACC)
 
 
 @triton.jit
