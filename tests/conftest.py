@@ -127,9 +127,11 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(_dispatch, "_INTERPRETED", INTERPRETED)
     need(name, device, operation_of(request.node))
     if request.param == "triton-interpreter":
-        import interpreter_checks  # imports Triton
+        import interpreter_arithmetic  # these import Triton
+        import interpreter_checks
 
         interpreter_checks.install()
+        interpreter_arithmetic.install()
     if request.param == "emulated-cuda":
         emulated_operators.need(operation_of(request.node))
         emulated_operators.take_the_place_of_native(monkeypatch)

@@ -56,7 +56,8 @@ def _check_races():
         raise RuntimeError("a race: what one program writes, another one writes or reads")
 
 
-def _wrap(owner, name, wrapper):
+def wrap(owner, name, wrapper):
+    """owner.name(..) becomes wrapper(what it was, ..)."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -98,9 +99,9 @@ def install():
         original(*arguments, **named)
         _check_races()
 
-    _wrap(interpreter, "_implicit_cvt", convert)
+    wrap(interpreter, "_implicit_cvt", convert)
     for name in _FROM_A_POINTER:
-        _wrap(builder, name, carry)
-    _wrap(builder, "create_masked_load", load)
-    _wrap(builder, "create_masked_store", store)
-    _wrap(interpreter.GridExecutor, "__call__", launch)
+        wrap(builder, name, carry)
+    wrap(builder, "create_masked_load", load)
+    wrap(builder, "create_masked_store", store)
+    wrap(interpreter.GridExecutor, "__call__", launch)

@@ -67,8 +67,9 @@ def check(backend, x, y, dtype=torch.float64, **options):
     plain = value_and_gradients(formulas.pairwise_logsumexp, lambda t: t)
     got = value_and_gradients(lambda *a, **o: pairwise_logsumexp(*a, backend=backend, **o), lambda t: t)
     for name, expected in truth.items():
-        # of parallel vectors and those of one number rounding is left, of what the normalisation takes out
-        terms = 1.0 if name == "value" else 0.01 * options.get("scale", 1.0) / shortest(inputs[name])
+        # Of parallel vectors and those of one number rounding is left, of what the normalisation takes out:
+        # that of five operations, two blocks of a product on tensor cores, two norms, their product.
+        terms = 1.0 if name == "value" else 0.04 * options.get("scale", 1.0) / shortest(inputs[name])
         scale = max(terms, expected.abs().max().item())
         assert_within_budget(got[name], plain[name], expected, dtype, name, scale)
     assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

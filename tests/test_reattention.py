@@ -122,7 +122,7 @@ NORMS = [("none", True), ("batch", True), ("batch", False), ("layer", True)]
 # Every value of every size at least once; the options go round beside them.
 SIZES = [
     (2, 1, 2, 3, 16),
-    (1, 3, 1, 2, 33),
+    (2, 3, 1, 2, 33),  # of one image a batch norm would make -1 and 1, whatever the maps
     (3, 6, 3, 1, 35),
     (2, 12, 17, 17, 32),
     (1, 16, 65, 17, 64),

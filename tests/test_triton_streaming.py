@@ -10,6 +10,7 @@ from comparing import assert_within_budget
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+import interpreter_arithmetic
 import interpreter_checks
 
 from vitdiv_kernels.ops import _triton, _triton_heads, _triton_tiles
@@ -18,7 +19,9 @@ from vitdiv_kernels.ops.reattention.triton_kernels import streaming
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreter_checks.install()
+if _triton.INTERPRETED:
+    interpreter_checks.install()
+    interpreter_arithmetic.install()
 pytestmark = pytest.mark.skipif(
     not (ON_GPU or _triton.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported"
 )

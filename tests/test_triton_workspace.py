@@ -9,6 +9,7 @@ from comparing import assert_within_budget
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+import interpreter_arithmetic
 import interpreter_checks
 from allocations import beyond_results
 from conftest import need
@@ -19,7 +20,9 @@ from vitdiv_kernels.ops.reattention.triton_kernels import workspace
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-interpreter_checks.install()
+if _triton.INTERPRETED:
+    interpreter_checks.install()
+    interpreter_arithmetic.install()
 runs = pytest.mark.skipif(
     not (ON_GPU or _triton.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported"
 )
@@ -119,6 +122,13 @@ def test_dk_and_dv_grow_in_float32(limit, dtype):
     in_chunks = check((1, 4, 64, 33, 16), dtype)
     for name, a, b in zip(NAMES, whole, in_chunks, strict=True):
         assert a.dtype == b.dtype, name
+
+
+@runs
+def test_many_heads_in_float16():
+    """Where tiles have 32 rows, the coupling is mixed in one product of TF32."""
+    need("native")
+    check((1, 17, 3, 19, 16), torch.float16, pre=True)
 
 
 @runs

@@ -20,6 +20,8 @@ DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+# Of tl.dot's operands. The interpreter holds bfloat16 as integers, and gets its arithmetic wrong.
+OPERANDS = DTYPES | ({torch.bfloat16: tl.float32} if INTERPRETED else {})
 
 
 class Launch(NamedTuple):
@@ -97,3 +99,11 @@ def split(number):
 def double(high, low, ACC: tl.constexpr):
     """A number passed as two float32: Triton rounds float arguments to float32, also for float64 kernels."""
     return tl.full((), high, ACC) + tl.full((), low, ACC)
+
+
+@triton.jit
+def to_tf32(x):
+    """float32, rounded: of the operands of a product in TF32 the tensor cores cut off the last 13 bits."""
+    bits = x.to(tl.int32, bitcast=True) + 0x1000
+    # a NaN could become a number
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)

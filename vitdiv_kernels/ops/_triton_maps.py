@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._triton import double
+from ._triton import double, to_tf32
 from ._triton_heads import (
     couple,
     factors,
@@ -29,7 +29,10 @@ def logits(
 ):  # fmt: skip
     """Logits to the base of 2 of a tile of products."""
     if PRE:
-        s = mix_heads(pre, s.to(ZT), HP, A, B, KEYS, ZPREC, ACC)
+        if ZPREC == "rounded tf32":
+            s = mix_heads(to_tf32(pre), to_tf32(s), HP, A, B, KEYS, "tf32", ACC)
+        else:
+            s = mix_heads(pre, s.to(ZT), HP, A, B, KEYS, ZPREC, ACC)
     return s * factor
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch
+from ._triton import OPERANDS, accumulator, input_precision, launch, to_tf32
 
 BLOCK_ROWS, BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
 # Of variants that the tables' rows were not chosen for. Without a limit ptxas aims at 128, and may spill a
@@ -65,21 +65,33 @@ def inverse(eps):
 
 def dot_types(x):
     """Element type of the products' operands, precision and accumulator."""
-    # The interpreter holds bfloat16 as integers and gets its arithmetic wrong.
-    wide = INTERPRETED and x.dtype == torch.bfloat16
-    return dict(
-        DT=tl.float32 if wide else DTYPES[x.dtype],
-        PREC=input_precision(x.dtype),
-        ACC=accumulator(x.dtype),
-    )
+    return dict(DT=OPERANDS[x.dtype], PREC=input_precision(x.dtype), ACC=accumulator(x.dtype))
 
 
 def weight_types(x):
     """Element type and precision of products of rows with weights of any size, more than float16 holds."""
     if x.dtype == torch.float16:
-        return dict(WT=tl.float32, WPREC="tf32")  # whose 11 bits hold the rows
+        return dict(WT=tl.float32, WPREC="rounded tf32")  # whose 11 bits hold the rows
     types = dot_types(x)
     return dict(WT=types["DT"], WPREC=types["PREC"])
+
+
+# Triton's usual ones of float32 are off by 1 and 2 units in the last place, which a log-sum-exp of large
+# scale shows. These are one a row.
+@triton.jit
+def square_root(x, ACC: tl.constexpr):
+    if ACC == tl.float32:  # noqa: SIM300
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def inverse_of(x, ACC: tl.constexpr):
+    if ACC == tl.float32:  # noqa: SIM300
+        return tl.div_rn(tl.full(x.shape, 1.0, ACC), x)
+    else:
+        return 1.0 / x
 
 
 # Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Norms are
@@ -102,10 +114,10 @@ def rows_kernel(
         mask = row_mask & (d0 + d < D)[None, :]
         x = tl.load(rows + (d0 + d)[None, :], mask=mask, other=0.0).to(ACC)
         squares += x * x
-    length = tl.sqrt(tl.sum(squares, 1))
+    length = square_root(tl.sum(squares, 1), ACC)
     # of a NaN stays NaN
     short = length <= tl.full((BN,), EPS, ACC)
-    norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), 1.0 / tl.where(short, 1.0, length))
+    norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), inverse_of(tl.where(short, 1.0, length), ACC))
     tl.store(NORMS + item * N + n, norm, mask=n < N)
     if SQUARES is not None:
         tl.store(SQUARES + item * N + n, (length * norm) * (length * norm), mask=n < N)
@@ -162,7 +174,10 @@ def products(
 def add_rows(dx, weights, y_places, y_mask, WT: tl.constexpr, WPREC: tl.constexpr, ACC: tl.constexpr):
     """dx + weights y."""
     y = tl.load(y_places, mask=y_mask, other=0.0).to(WT)
-    return tl.dot(weights.to(WT), y, dx, input_precision=WPREC, out_dtype=ACC)
+    if WPREC == "rounded tf32":
+        return tl.dot(to_tf32(weights), y, dx, input_precision="tf32", out_dtype=ACC)
+    else:
+        return tl.dot(weights.to(WT), y, dx, input_precision=WPREC, out_dtype=ACC)
 
 
 @triton.jit

@@ -5,10 +5,13 @@ import triton
 import triton.language as tl
 
 from ._layout import accumulation_dtype
-from ._triton import DTYPES, INTERPRETED, accumulator, input_precision, launch, split
+from ._triton import INTERPRETED, OPERANDS, accumulator, input_precision, launch, split
 from ._triton_heads import LOG2_E, aligned, aligned_empty, deliver, padded_heads, uncouple
 from ._triton_maps import key_gradient, query_gradient, softmax_sweep
 from ._triton_tiles import tile
+
+# Precision of the pre-mix, see `logits` of _triton_maps.py.
+LOGITS = {torch.float16: "rounded tf32", torch.bfloat16: "tf32"}
 
 
 class Maps:
@@ -39,8 +42,8 @@ class Maps:
         return tile(kernel, self.padded, self.width, self.dtype, extras, INTERPRETED)
 
     def numbers(self):
-        """Constants of the arithmetic. The interpreter computes wrongly in bfloat16."""
-        compute = tl.float32 if INTERPRETED and self.dtype == torch.bfloat16 else DTYPES[self.dtype]
+        """Constants of the arithmetic."""
+        compute = OPERANDS[self.dtype]
         narrow = self.dtype.itemsize == 2
         precision = input_precision(self.dtype)
         return dict(
@@ -48,9 +51,9 @@ class Maps:
             PS=1024.0 if self.dtype == torch.float16 else 1.0,
             DT=compute,
             PREC=precision,
-            # logits are mixed with more digits than the inputs have
+            # logits are mixed with more digits than the inputs have, or as many, rounded, as float16
             ZT=tl.float32 if narrow else compute,
-            ZPREC="tf32" if narrow else precision,
+            ZPREC=LOGITS.get(self.dtype, precision),
             ACC=accumulator(self.dtype),
         )
 

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from ..._layout import accumulation_dtype, heads_like, nothing
-from ..._triton import DTYPES, INTERPRETED, accumulator, capability, input_precision, launch
+from ..._triton import INTERPRETED, OPERANDS, accumulator, capability, input_precision, launch
 from ..triton_configs import row_config, workspace_bytes
 from .rows import backward_rows, forward_rows
 
@@ -171,12 +170,9 @@ class _Rows:
         self.steps = [(True,) * results]
         if config.apart:
             self.steps = [tuple(i == j for j in range(results)) for i in range(results)]
-        dot = DTYPES[q.dtype]
-        if q.dtype == torch.bfloat16 and INTERPRETED:  # which gets bfloat16 products wrong
-            dot = tl.float32
         self.options = dict(
             EPS=eps, CENTRED=centred, H=heads, SHARE=config.share, T=config.tile_rows, BLOCK=config.block,
-            ONE_BLOCK=config.one_block, SPLIT=config.split, RELOAD=config.reload, DOT=dot,
+            ONE_BLOCK=config.one_block, SPLIT=config.split, RELOAD=config.reload, DOT=OPERANDS[q.dtype],
             PRECISION=input_precision(q.dtype),
             # lifts centred maps, which are small where attention is nearly uniform, into float16's range
             BOOST=4096 if q.dtype == torch.float16 else 1, ACC=accumulator(q.dtype),
