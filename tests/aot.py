@@ -35,8 +35,11 @@ from vitdiv_kernels.ops._triton_tiles import shared_memory
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 CAPABILITIES = 80, 89, 90, 100
-# Kernels that load or store 16-bit elements one by one though all they read and write is aligned, and why.
-ONE_BY_ONE = {}
+# Kernels that load or store 16-bit elements one by one though all their addresses are aligned, to be mended.
+ONE_BY_ONE = {
+    "forward_rows": "logits are masked with the number of keys, which Triton cannot tell to be aligned",
+    "backward_rows": "logits and the gradient of the maps, likewise",
+}
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 ONE_ELEMENT = re.compile(r"\b(?:ld|st)\.global(?:\.(?!v\d)[\w:]+)*\.[bu]16\b")
 

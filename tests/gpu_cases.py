@@ -13,6 +13,7 @@ that gpu_cases.json does not know are sampled as those of the interpreter are.
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,8 +21,14 @@ PATH = Path(__file__).with_suffix(".json")
 KERNELS, ROOM = 200, 10  # room for tests to change a little without a new choice
 # Stands for test_gpu.py, which cannot be recorded and calls the same.
 ALWAYS = "test_compile.py::test_fullgraph"
-# Worth of a test's first case, and of an argument of 64 bits, which few cases have; any other value has 1.
-A_TEST, FAR_STRIDES = 4, 10
+# Tests of what the hardware decides: the rounding of 16 bits, NaN in a maximum, approximate functions, the
+# order of sums, addresses of more than 31 bits.
+OF_HARDWARE = (
+    "low_precision", "dtypes", "float16", "nan", "lost_row", "extreme", "one_hot", "nearly_uniform",
+    "test_determinism.py", "2_to_31",
+)  # fmt: skip
+# Worth of the first case of such a test, in each dtype, and of another test; any value of an argument has 1.
+HARDWARE_TEST, A_TEST = 30, 4
 
 
 def load():
@@ -33,6 +40,14 @@ def parted(case):
     """(test, what is in its brackets)."""
     test, _, parameters = case.partition("[")
     return test, parameters.removesuffix("]")
+
+
+def test_of(case):
+    """(what must be in one case, its worth, ..)"""
+    test, parameters = parted(case)
+    if any(word in test for word in OF_HARDWARE):
+        return test, HARDWARE_TEST, re.findall(r"\bb?float16\b", parameters)[:1] == ["float16"]
+    return test, A_TEST
 
 
 @functools.cache
@@ -54,30 +69,26 @@ def choose(launches, most):
     """Cases of {case: its launches} that together launch at most so many kernels: those first that bring most
     new values for each new kernel."""
     values = {
-        case: frozenset().union(*map(values_of, kernels)) | {(parted(case)[0],)}
+        case: frozenset().union(*map(values_of, kernels)) | {test_of(case)}
         for case, kernels in launches.items()
     }
 
     def worth(case):
-        new = values[case] - seen
-        return sum(A_TEST if len(v) == 1 else FAR_STRIDES if v[3] == "i64" else 1 for v in new)
+        return sum(value[1] if len(value) < 4 else 1 for value in values[case] - seen)
 
-    chosen = {case: None for case in launches if parted(case)[0] == ALWAYS}
-    kernels, seen = set(), set()
+    chosen = {case for case in launches if parted(case)[0] == ALWAYS}
     while True:
-        for case in chosen:
-            kernels |= launches[case]
-            seen |= values[case]
+        kernels = set().union(*(launches[case] for case in chosen))
+        chosen |= {case for case, launched in launches.items() if launched <= kernels}
+        seen = set().union(*(values[case] for case in chosen))
         rates = {}
-        for case in [case for case in launches if case not in chosen]:
-            new = len(launches[case] - kernels)
-            if new == 0:
-                chosen[case] = None
-            elif len(kernels) + new <= most:
-                rates[case] = worth(case) / new, case
-        if not rates or max(rates.values())[0] == 0:
+        for case, launched in launches.items():
+            new = len(launched - kernels)
+            if new and len(kernels) + new <= most:
+                rates[case] = worth(case) / new
+        if not any(rates.values()):
             return sorted(chosen)
-        chosen[max(rates, key=rates.get)] = None
+        chosen.add(max(rates, key=rates.get))
 
 
 def main():

@@ -31,6 +31,7 @@ def record(capability=90, *options):
     names = {*_dispatch.OPERATIONS, *gpu_check.TESTED} - {"gpu"}
     files = [f"tests/test_{name}.py" for name in sorted(names)]
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment["VITDIV_TEST_BACKENDS"] = "triton-gpu"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "launches.json"

@@ -40,6 +40,12 @@ def test_compiles_without_spills(operation, tmp_path, pytestconfig):
     assert {row["cc"] for row in rows} >= {80, 90, 100}
     faulty = [row for row in rows if row["faults"]]
     assert not faulty, faulty
+    from aot import ONE_BY_ONE
+
+    for name in ONE_BY_ONE.keys() & {row["kernel"] for row in rows}:
+        assert any(row["one element"] for row in rows if row["kernel"] == name), (
+            f"{name} is mended: ONE_BY_ONE"
+        )
 
 
 CHAIN = """

@@ -78,10 +78,10 @@ from aot import specialised
 from vitdiv_kernels.ops import _triton
 from vitdiv_kernels.ops.reattention.triton_kernels import workspace
 
-workspace.workspace_bytes = lambda capability: 1 << 22
+workspace.workspace_bytes = lambda capability: 3_200_000  # of 3 images, or of 1
 for heads in (3, 7):
-    q, k, v = torch.empty(3, 16, heads, 197, 64, dtype=torch.bfloat16, device="meta")
-    matrix, coupling = (torch.empty(*images, heads, heads, device="meta") for images in ([], [16]))
+    q, k, v = torch.empty(3, 15, heads, 197, 64, dtype=torch.bfloat16, device="meta")
+    matrix, coupling = (torch.empty(*images, heads, heads, device="meta") for images in ([], [15]))
     arguments = q, k, v, 0.125, None, None, matrix, None, True, None, None, 1e-5
     with _triton.recording((9, 0)) as launches:
         workspace.backward(q, coupling, *arguments, [True] * 3 + [False, True, False])
