@@ -57,7 +57,7 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="fill the cache in this folder; what it has is kept")
     where.add_argument("--moved", type=Path, help="only note in the cache that it now lies in this folder")
-    add("--of", choices=SOURCES, action="append", help="whose kernels; default: of all")
+    add("--of", choices=SOURCES, action="append", help="the tests or a benchmark; default: all")
     add("--kernels", help="comma-separated names: these only")
     add("--capability", type=int, default=90, help="of the GPU; default: 90")
     add("--wheel", type=Path, help="of the Triton on the other machine, where its Python is another one")
@@ -85,16 +85,15 @@ def of_tests(capability: int) -> set[Launch]:
     return set().union(*launch_recorder.record(capability).values())
 
 
-def of_benchmarks(capability: int) -> set[Launch]:
+def of_benchmark(op: str, capability: int) -> set[Launch]:
     """What the Triton providers launch for the suites that `make gpu-check` measures."""
     launches = set()
     fake_driver.install(capability)
     fake_driver.record(lambda *launch: launches.add(launch))
-    for op, *_ in gpu_check.BENCHMARKS:
-        benchmark = importlib.import_module(f"bench_{op}")
-        for suite, dtype in DTYPES.items():
-            for shape, options in benchmark.SUITES[suite]:
-                run_on_meta_tensors(benchmark.workload(shape, **options), dtype)
+    benchmark = importlib.import_module(f"bench_{op}")
+    for suite, dtype in DTYPES.items():
+        for shape, options in benchmark.SUITES[suite]:
+            run_on_meta_tensors(benchmark.workload(shape, **options), dtype)
     knobs.runtime.jit_cache_hook = None
     return launches
 
@@ -134,7 +133,8 @@ class Launching(TorchDispatchMode):
         return getattr(importlib.import_module(f"{beside}.triton_kernels"), name)(*args)
 
 
-SOURCES = {"tests": of_tests, "benchmarks": of_benchmarks}
+SOURCES = {"tests": of_tests}
+SOURCES |= {op: functools.partial(of_benchmark, op) for op, *_ in gpu_check.BENCHMARKS}
 
 
 def fill(folder: Path, launches: set[Launch], capability: int, jobs: int, wheel: Path | None) -> list[str]:

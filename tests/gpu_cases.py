@@ -21,11 +21,11 @@ PATH = Path(__file__).with_suffix(".json")
 KERNELS, ROOM = 200, 10  # room for tests to change a little without a new choice
 # Stands for test_gpu.py, which cannot be recorded and calls the same.
 ALWAYS = "test_compile.py::test_fullgraph"
-# Tests of what the hardware decides: the rounding of 16 bits, NaN in a maximum, approximate functions, the
-# order of sums, addresses of more than 31 bits.
+# Tests of results, and of what the hardware decides: the rounding of 16 bits, NaN in a maximum, approximate
+# functions, the order of sums, addresses of more than 31 bits.
 OF_HARDWARE = (
-    "low_precision", "dtypes", "float16", "nan", "lost_row", "extreme", "one_hot", "nearly_uniform",
-    "test_determinism.py", "2_to_31",
+    "values_and_gradients", "low_precision", "dtypes", "float16", "nan", "lost_row", "extreme", "one_hot",
+    "nearly_uniform", "test_determinism.py", "2_to_31",
 )  # fmt: skip
 # Worth of the first case of such a test, in each dtype, and of another test; any value of an argument has 1.
 HARDWARE_TEST, A_TEST = 30, 4
