@@ -35,7 +35,13 @@ from vitdiv_kernels.ops._triton_tiles import shared_memory
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 CAPABILITIES = 80, 89, 90, 100
+# Kernels that load or store 16-bit elements one by one though all their addresses are aligned, to be mended.
+ONE_BY_ONE = {
+    "forward_rows": "logits are masked with the number of keys, which Triton cannot tell to be aligned",
+    "backward_rows": "logits and the gradient of the maps, likewise",
+}
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+ONE_ELEMENT = re.compile(r"\b(?:ld|st)\.global(?:\.(?!v\d)[\w:]+)*\.[bu]16\b")
 
 
 def to_compile(operations, capabilities):
@@ -117,7 +123,44 @@ def compiled(kernel, key):
         "stack": stack,
         "shared": binary.metadata.shared,
         "tensor_core": Counter(TENSOR_CORE.findall(binary.asm["ptx"])),
+        "chained": most_chained(binary.asm["ttgir"]),
+        "one element": len(ONE_ELEMENT.findall(binary.asm["ptx"])) if all_aligned(kernel, key) else 0,
     }
+
+
+def all_aligned(kernel, key):
+    """Whether 16 divides the address of each 16-bit tensor, and each stride and size that loads depend on."""
+    _, _, _, signature, _, attributes, _ = key
+    aligned = {i for i, _ in attributes}
+    for i, (parameter, (_, kind)) in enumerate(zip(kernel.params, signature, strict=True)):
+        matters = kind in ("*fp16", "*bf16") or (kind in ("i32", "i64") and not parameter.do_not_specialize)
+        if matters and i not in aligned and not parameter.do_not_specialize_on_alignment:
+            return False
+    return True
+
+
+def most_chained(ttgir):
+    """Of products of sm_100's tensor memory in one step of a loop: the most that add to one another.
+
+    Triton 3.6 to 3.8 is known to make wrong code of two (its issue 10821, for sm_103).
+    """
+    chained, most = Counter(), 0
+    for line in ttgir.splitlines():
+        if re.search(r"\bscf\.(for|if|while|yield)\b|^\s*}", line):
+            chained.clear()
+            continue
+        result, _, operation = line.strip().rpartition(" = ")
+        names = re.findall(r"%[\w#]+", operation)
+        if "ttng.tc_gen5_mma" in operation:
+            accumulator = names[2]
+            adds = "%false" not in operation.split(accumulator, 1)[1].split(":", 1)[0].split(",")[1]
+            chained[accumulator] = 1 + chained[accumulator] * adds
+            most = max(most, chained[accumulator])
+        elif "ttng.tmem_store" in operation:
+            chained[names[1]] = chained[names[0]]
+        elif result:
+            chained[result.split(",")[0].split(":")[0]] = max((chained[name] for name in names), default=0)
+    return most
 
 
 def _compile_in_child(launches, pipe, inherited):
@@ -169,7 +212,7 @@ def compile_all(launches, jobs):
                 go_on(pipe, process)
 
 
-def faults(limit, result):
+def faults(name, limit, result):
     """What must not be, in words."""
     if "failure" in result:
         return [result["failure"]]
@@ -178,6 +221,10 @@ def faults(limit, result):
         found.append(f"spills: stack of {result['stack']} bytes a thread")
     if result["shared"] > limit:
         found.append(f"shared memory of {result['shared']} bytes, at most {limit}")
+    if result["chained"] > 1:
+        found.append(f"{result['chained']} tcgen05 products into one accumulator: fewer rows take mma.sync")
+    if result["one element"] and name not in ONE_BY_ONE:
+        found.append(f"{result['one element']} loads and stores of one 16-bit element at aligned addresses")
     return found
 
 
@@ -225,7 +272,7 @@ def main():
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for key, result in compile_all(launches, args.jobs):
-            rows.append(described(key) | result | {"faults": faults(limits[key], result)})
+            rows.append(described(key) | result | {"faults": faults(key[2], limits[key], result)})
     rows.sort(key=lambda row: (row["operation"], row["kernel"], row["constants"], row["pointers"], row["cc"]))
     for row in rows:
         print(line_of(row))
@@ -244,6 +291,8 @@ def line_of(row):
     else:
         units = " ".join(f"{name}:{n}" for name, n in sorted(row["tensor_core"].items())) or "none"
         figures = f"{row['registers']:3} registers {row['shared'] / 1024:5.1f} KB  {units}"
+        figures += f" chained:{row['chained']}" * (row["chained"] > 1)
+        figures += f" one element:{row['one element']}" * (row["one element"] > 0)
     head = f"{row['kernel']:24} sm_{row['cc']:<3} {row['warps']}x{row['stages']} {figures:45}"
     tail = f"{row['pointers']} {row['multiples of 16']} {row['constants']} ({row['seconds']:.1f} s)"
     return "\n    FAULT: ".join([f"{head} {tail}", *row["faults"]])

@@ -28,6 +28,7 @@ if importlib.util.find_spec("hypothesis") is None:
 import emulated_cuda  # noqa: E402
 import emulated_operators  # noqa: E402
 import emulation_build  # noqa: E402
+import gpu_cases  # noqa: E402
 
 from vitdiv_kernels import _dispatch, _native  # noqa: E402
 
@@ -44,6 +45,7 @@ BACKENDS = {
     "triton-interpreter": ("triton", "cpu"),
     "triton-gpu": ("triton", "cuda"),
 }
+GPU_CASES = gpu_cases.load()
 # Each of their cases takes seconds, or, of native-cuda, time on a GPU, of which there is little.
 SAMPLED = ("triton-interpreter", "triton-gpu", "emulated-cuda", "native-cuda")
 INTERPRETED = _dispatch._INTERPRETED
@@ -59,6 +61,8 @@ if not HAS_GPU:
     ABSENT["triton-gpu"] = ABSENT["native-cuda"] = "torch sees no CUDA device here"
 if emulation_build.compiler() is None:
     ABSENT["emulated-cuda"] = "there is no C++ compiler"
+if wanted := os.environ.get("VITDIV_TEST_BACKENDS"):  # to collect 1,000 tests rather than 8,000
+    ABSENT |= {name: "VITDIV_TEST_BACKENDS is set" for name in BACKENDS if name not in wanted.split(",")}
 
 
 @pytest.fixture(autouse=True)
@@ -164,15 +168,22 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Of the cases that are interpreted or emulated, slowly, or compiled for the GPU, keep such that each
     value of each parameter is in one; emulated, only those of the files of tests that are for one
-    operation."""
+    operation. Of the tests that tests/gpu_cases.json knows a GPU runs the cases that it names."""
     dropped = {item for item in items if "emulated-cuda" in item.name and operation_of(item) is None}
-    tests = defaultdict(list)
+    tests, known = defaultdict(list), {}
     for item in items:
         sampled = next((name for name in SAMPLED if name in item.name), None)
-        if item not in dropped and sampled is not None:
+        if item in dropped:
+            continue
+        test, case = gpu_cases.parted(f"{item.path.name}::{item.name}")
+        without = not any(name in item.name for name in BACKENDS)
+        if test in GPU_CASES and ("triton-gpu" in item.name or (without and not INTERPRETED)):
+            known[item] = case in GPU_CASES[test]
+        elif sampled is not None:
             tests[item.path, item.originalname, sampled].append(item)
     if not config.getoption("--every-case"):
         dropped |= {item for cases in tests.values() for item in set(cases) - set(covering(cases))}
+        dropped |= {item for item, runs in known.items() if not runs}
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     items[:] = [item for item in items if item not in dropped]
 

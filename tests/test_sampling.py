@@ -42,6 +42,20 @@ def test_backends_are_sampled_apart():
     assert kept([Case("emulated-cuda", 3, "float32", "test_compile.py")]) == []
 
 
+def test_a_gpu_runs_the_cases_that_were_chosen(monkeypatch):
+    monkeypatch.setattr(conftest, "INTERPRETED", False)
+    monkeypatch.setattr(conftest, "GPU_CASES", {"test_reattention.py::test_it": ["triton-gpu-3-float32"]})
+    values = list(itertools.product((1, 3, 12), ("float32", "float16")))
+    on_gpu, elsewhere, unknown = (
+        [Case(*where[:1], *value, *where[1:]) for value in values]
+        for where in (("triton-gpu",), ("native-cuda",), ("triton-gpu", "test_new.py"))
+    )
+    assert kept(list(on_gpu)) == [on_gpu[2]]
+    assert kept(list(on_gpu), every_case=True) == on_gpu
+    assert kept(list(elsewhere)) == elsewhere
+    assert len(kept(list(unknown))) == 3
+
+
 def test_kernels_are_compiled_for_one_gpu_in_turn():
     pytest.importorskip("triton")
     import aot

@@ -40,3 +40,74 @@ def test_compiles_without_spills(operation, tmp_path, pytestconfig):
     assert {row["cc"] for row in rows} >= {80, 90, 100}
     faulty = [row for row in rows if row["faults"]]
     assert not faulty, faulty
+    from aot import ONE_BY_ONE
+
+    for name in ONE_BY_ONE.keys() & {row["kernel"] for row in rows}:
+        assert any(row["one element"] for row in rows if row["kernel"] == name), (
+            f"{name} is mended: ONE_BY_ONE"
+        )
+
+
+CHAIN = """
+    %acc = ttng.tmem_alloc : () -> !ttg.memdesc<64x64xf32>
+    %sum:2 = scf.for %i = %c0 to %n step %c32 iter_args(%s = %zero) -> (tensor<64x64xf32>)  : i32 {
+      ttng.tc_gen5_mma %a, %b, %acc, %false, %true, %bar[%true] {is_async} : !ttg.memdesc<64x32xf32>
+      %part = ttng.tmem_load %acc : !ttg.memdesc<64x64xf32> -> tensor<64x64xf32>
+      %finite = arith.select %nan, %zero, %part : tensor<64x64xf32>
+      ttng.tmem_store %finite, %other, %true : tensor<64x64xf32> -> !ttg.memdesc<64x64xf32>
+      ttng.tc_gen5_mma %a, %c, %other[%token], %true, %true, %bar[%true] {is_async} : !ttg.memdesc<64x32xf32>
+      scf.yield %t : tensor<64x64xf32>
+    }
+    ttng.tc_gen5_mma %a, %b, %other, %true, %true, %bar[%true] {is_async} : !ttg.memdesc<64x32xf32>
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        (CHAIN, 2),
+        (CHAIN.replace("%finite, %other", "%zero, %other"), 1),  # the second starts from zero
+        (CHAIN.replace("%other[%token], %true", "%other[%token], %false"), 1),
+        (CHAIN.replace("%part = ttng.tmem_load %acc", "%part = ttng.tmem_load %third"), 1),
+        (CHAIN.replace("ttng.tc_gen5_mma", "ttng.warp_group_dot"), 0),
+    ],
+    ids=["chained", "from zero", "not added", "of another", "wgmma"],
+)
+def test_chained_products_are_seen(text, most):
+    pytest.importorskip("triton")
+    import aot
+
+    assert aot.most_chained(text) == most
+
+
+def test_what_is_a_fault():
+    pytest.importorskip("triton")
+    import aot
+
+    good = {"stack": 0, "shared": 100, "chained": 1, "one element": 0}
+    for name, value in [("stack", 8), ("shared", 101), ("chained", 3), ("one element", 24)]:
+        assert aot.faults("kernel", 100, good) == []
+        (fault,) = aot.faults("kernel", 100, good | {name: value})
+        assert str(value) in fault
+    assert [aot.faults(name, 100, good | {"one element": 24}) for name in aot.ONE_BY_ONE] == [[]] * len(
+        aot.ONE_BY_ONE
+    )
+
+
+@pytest.mark.parametrize(
+    ("instruction", "one"),
+    [
+        ("@%p1 ld.global.b16 { %rs1 }, [ %rd1 + 0 ];", True),
+        ("ld.global.L1::evict_last.b16 { %rs1 }, [ %rd1 + 0 ];", True),
+        ("st.global.b16 [ %rd1 + 0 ], { %rs1 };", True),
+        ("ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", False),
+        ("ld.global.v2.b16 { %rs1, %rs2 }, [ %rd1 + 0 ];", False),
+        ("ld.shared.b16 %rs1, [ %r1 + 0 ];", False),
+        ("st.global.b32 [ %rd1 + 0 ], { %r1 };", False),
+    ],
+)
+def test_accesses_of_one_element_are_seen(instruction, one):
+    pytest.importorskip("triton")
+    import aot
+
+    assert bool(aot.ONE_ELEMENT.search(instruction)) == one

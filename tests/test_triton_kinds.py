@@ -1,5 +1,5 @@
 """A kernel is compiled once for each operation, dtype and number of heads, not for each number of tokens, for
-each scale or margin."""
+each scale or margin, nor for each chunk of a call."""
 
 import importlib.util
 import os
@@ -12,8 +12,8 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-# Run on its own: what Triton compiles is known where TRITON_INTERPRET is unset.
-SCRIPT = """
+# Run on their own: what Triton compiles is known where TRITON_INTERPRET is unset.
+SIZES = """
 import sys
 import torch
 from aot import specialised
@@ -70,11 +70,35 @@ for calls in (pairs, gram, reattention("streaming"), reattention("workspace")):
 """
 
 
-def test_sizes_compile_nothing_anew():
+# Each image has a coupling of 9 or 49 numbers, where the next one starts.
+CHUNKS = """
+import sys
+import torch
+from aot import specialised
+from vitdiv_kernels.ops import _triton
+from vitdiv_kernels.ops.reattention.triton_kernels import workspace
+
+workspace.workspace_bytes = lambda capability: 3_200_000  # of 3 images, or of 1
+for heads in (3, 7):
+    q, k, v = torch.empty(3, 15, heads, 197, 64, dtype=torch.bfloat16, device="meta")
+    matrix, coupling = (torch.empty(*images, heads, heads, device="meta") for images in ([], [15]))
+    arguments = q, k, v, 0.125, None, None, matrix, None, True, None, None, 1e-5
+    with _triton.recording((9, 0)) as launches:
+        workspace.backward(q, coupling, *arguments, [True] * 3 + [False, True, False])
+    starts = [launch.arguments["coupling"].storage_offset() % 4 for launch in launches]
+    kinds = set(map(specialised, launches))
+    print(heads, "heads:", len(kinds), "kinds", starts)
+    if len(kinds) > 1 or len(set(starts)) < 2:
+        sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("script", [SIZES, CHUNKS], ids=["sizes", "chunks"])
+def test_nothing_is_compiled_anew_for(script):
     here = Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     )
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -29,17 +29,17 @@ runs = pytest.mark.skipif(
 NAMES = ("out", "gram", "dq", "dk", "dv", "dpre_mix", "dmix", "dbias", "dnorm_weight", "dnorm_bias")
 
 
-def inputs_of(sizes, dtype=torch.float64, pre=False, layer=False, device=DEVICE):
+def inputs_of(sizes, dtype=torch.float64, pre=False, layer=False, device=None):
     """(dout, coupling, arguments from q to eps); heads lie beside each other, as a projection leaves them."""
     images, heads, queries, keys, width = sizes
 
     def heads_of(rows):
         x = torch.randn(images, rows, heads, width, dtype=torch.float64)
-        return x.to(device, dtype).transpose(1, 2)
+        return x.to(device or DEVICE, dtype).transpose(1, 2)
 
     def parameter(*shape):
         x = torch.randn(*shape, dtype=torch.float64) * heads**-0.5
-        return x.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        return x.to(device or DEVICE, torch.float64 if dtype == torch.float64 else torch.float32)
 
     q, k, v, dout = heads_of(queries), heads_of(keys), heads_of(keys), heads_of(queries)
     pre_mix, pre_bias = (parameter(heads, heads), parameter(heads)) if pre else (None, None)

@@ -267,7 +267,11 @@ def maps_gradient(
     return maps, centred, y, dy, normalized, dmixed, dmaps
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "tiles"])
+# Where the coupling of a chunk's first image starts depends on the chunk, and helps no load.
+@triton.jit(
+    do_not_specialize=["rows", "keys", "tiles", "coupling_stride"],
+    do_not_specialize_on_alignment=["coupling"],
+)
 def backward_rows(
     z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows,
     keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,
