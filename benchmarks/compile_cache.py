@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fake_driver  # noqa: E402
-import gpu_check  # noqa: E402
+import gpu_rows  # noqa: E402
+import harness  # noqa: E402
 import launch_recorder  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -45,7 +46,6 @@ from vitdiv_kernels import _dispatch  # noqa: E402
 from vitdiv_kernels.ops import _operators  # noqa: E402
 
 Launch = tuple[str, str, str]  # module, kernel, specialization: see tests/fake_driver.py
-DTYPES = {"gpu": torch.bfloat16, "gpu-float16": torch.float16}  # of the suites that gpu-check measures
 EXTENSIONS = ".py", ".so"
 
 
@@ -86,32 +86,30 @@ def of_tests(capability: int) -> set[Launch]:
 
 
 def of_benchmark(op: str, capability: int) -> set[Launch]:
-    """What the Triton providers launch for the suites that `make gpu-check` measures."""
+    """What the Triton providers launch for the rows that `make gpu-check` measures."""
     launches = set()
     fake_driver.install(capability)
     fake_driver.record(lambda *launch: launches.add(launch))
-    benchmark = importlib.import_module(f"bench_{op}")
-    for suite, dtype in DTYPES.items():
-        for shape, options in benchmark.SUITES[suite]:
-            run_on_meta_tensors(benchmark.workload(shape, **options), dtype)
+    for entry in gpu_rows.ENTRIES:
+        if entry.op == op:
+            run_on_meta_tensors(entry)
     knobs.runtime.jit_cache_hook = None
     return launches
 
 
-def run_on_meta_tensors(workload, dtype: torch.dtype) -> None:
-    """Forward alone, and forward and backward, of all Triton providers of a workload."""
-    from harness import Unavailable
-
+def run_on_meta_tensors(entry: gpu_rows.Entry) -> None:
+    """Forward alone, and forward and backward, of the Triton providers of a row."""
     missing, _dispatch.missing = _dispatch.missing, lambda *arguments, **options: None
-    inputs = workload.inputs(torch.device("meta"), dtype)
+    workload = gpu_rows.workload_of(entry)
+    inputs = workload.inputs(torch.device("meta"), gpu_rows.DTYPES[entry.dtype])
     leaves = [x for x in inputs.values() if x.requires_grad]
     try:
-        for name, make in workload.providers.items():
+        for name in entry.providers:
             if not name.startswith("triton"):
                 continue
             try:
-                operation = make()
-            except Unavailable:
+                operation = workload.providers[name]()
+            except harness.Unavailable:
                 continue
             with Launching():
                 with torch.no_grad():
@@ -134,7 +132,7 @@ class Launching(TorchDispatchMode):
 
 
 SOURCES = {"tests": of_tests}
-SOURCES |= {op: functools.partial(of_benchmark, op) for op, *_ in gpu_check.BENCHMARKS}
+SOURCES |= {op: functools.partial(of_benchmark, op) for op in gpu_rows.BENCHMARKS}
 
 
 def fill(folder: Path, launches: set[Launch], capability: int, jobs: int, wheel: Path | None) -> list[str]:

@@ -21,17 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHES = """
 import sys
 sys.path[:0] = ["benchmarks", "tests"]
-import torch
-import bench_pairwise_cosine
 import compile_cache
 import fake_driver
+from gpu_rows import Entry
 from triton import knobs
 
 found = []
 knobs.compilation.listener = lambda *, cache_hit, src, **_: found.append((src.name, cache_hit))
 fake_driver.install(90)
 for shape in ((256, 196, 384), (256, 100, 64)):
-    compile_cache.run_on_meta_tensors(bench_pairwise_cosine.workload(shape, "signed"), torch.bfloat16)
+    compile_cache.run_on_meta_tensors(Entry("pairwise_cosine", shape, {"penalty": "signed"}))
 print(found)
 """
 
