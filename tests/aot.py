@@ -25,10 +25,20 @@ from pathlib import Path
 
 import torch
 import triton
-from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
+
+try:
+    from triton._C.libtriton import native_specialize_impl
+except ImportError:  # Triton 3.4
+    from triton.runtime.jit import create_specialize_impl
+
+    _specialise = create_specialize_impl(CUDABackend.get_arg_specialization)
+
+    def native_specialize_impl(_, value, is_const, by_value, by_alignment):
+        return _specialise(value, is_const, by_value, by_alignment)
+
 
 from vitdiv_kernels.ops import _triton
 from vitdiv_kernels.ops._triton_tiles import shared_memory
@@ -70,6 +80,14 @@ def in_turn(launches):
         alike.setdefault((key[0], *key[2:]), []).append(key)
     chosen = [keys[i % len(keys)] for i, keys in enumerate(alike.values())]
     return {key: launches[key] for key in chosen}
+
+
+def one_in(n, launches):
+    """Every n-th launch of each kernel."""
+    of_kernel = {}
+    for key in launches:
+        of_kernel.setdefault((key[0], key[2]), []).append(key)
+    return {key: launches[key] for keys in of_kernel.values() for key in keys[::n]}
 
 
 def specialised(launch):
@@ -212,20 +230,26 @@ def main():
     parser.add_argument(
         "--sample", action="store_true", help="what several GPUs launch alike for one of them, in turn"
     )
+    parser.add_argument("--one-in", type=int, default=1, metavar="N", help="every N-th of each kernel's")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--lines", type=Path, help="append each row here, as JSON, when it is compiled")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     launches, limits = to_compile(args.operations, map(int, args.capabilities.split(",")))
     launches = {key: launch for key, launch in launches.items() if args.kernels in key[2]}
     if args.sample:
         launches = in_turn(launches)
+    launches = one_in(args.one_in, launches)
     rows = []
     # Nothing from an earlier run, which another version of the compiler may have made.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for key, result in compile_all(launches, args.jobs):
             rows.append(described(key) | result | {"faults": faults(limits[key], result)})
+            if args.lines:
+                with args.lines.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
     rows.sort(key=lambda row: (row["operation"], row["kernel"], row["constants"], row["pointers"], row["cc"]))
     for row in rows:
         print(line_of(row))

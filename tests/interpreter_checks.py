@@ -5,6 +5,9 @@ bytes from and to whatever address it is given: what is out of bounds shows as a
 pointer carries the extent of its tensor through all that is done to it; one that lost it is refused.
 
 And what one program of a launch writes, no other one writes or reads: the interpreter runs them in order.
+
+And tl.maximum, tl.max, tl.minimum and tl.min pass over a NaN, as on a GPU. The interpreter's maximum kept it
+before Triton 3.8, and its max before 3.5.
 """
 
 import functools
@@ -98,6 +101,14 @@ def install():
         original(*arguments, **named)
         _check_races()
 
+    def reduced(original, self, values, operation, place_of=None):
+        if place_of is None:
+            operation = {np.max: np.nanmax, np.min: np.nanmin}.get(operation, operation)
+        return original(self, values, operation, place_of)
+
+    builder.create_maxnumf = functools.partial(builder.binary_op, op=np.fmax)
+    builder.create_minnumf = functools.partial(builder.binary_op, op=np.fmin)
+    _wrap(interpreter.ReduceOps, "min_max", reduced)
     _wrap(interpreter, "_implicit_cvt", convert)
     for name in _FROM_A_POINTER:
         _wrap(builder, name, carry)
