@@ -64,7 +64,7 @@ def main():
     add = parser.add_argument
     add("--torch", type=names, default=TORCH, metavar="A,B", help=f"default: {','.join(TORCH)}")
     add("--triton", type=names, default=TRITON, metavar="A,B", help=f"default: {','.join(TRITON)}")
-    add("--only", choices=CHECKS, help="default: all; to test or to build does both")
+    add("--only", choices=CHECKS, help="default: all; tests build what --folder does not hold")
     add("--sample", action="store_true", help="of the tests some files, without what is emulated")
     add("--tests", type=names, metavar="A,B", help="only tests/test_A.py, tests/test_B.py")
     add("-k", default="", metavar="EXPRESSION", help="only tests that match, as pytest takes it")
@@ -79,9 +79,8 @@ def main():
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if args.only != "tables":
-            source = copy_of_tree(folder)
             for version in args.torch:
-                with_torch(version, source, folder, args)
+                with_torch(version, folder, args)
         if args.only in (None, "tables"):
             for version in args.triton:
                 with_triton(version, folder, args)
@@ -102,26 +101,33 @@ def copy_of_tree(folder):
     return source
 
 
-def with_torch(version, source, folder, args):
-    environment = folder / f"torch-{version}"
-    python = environment / "bin/python"
+def with_torch(version, folder, args):
+    environment, tree = folder / f"torch-{version}", folder / f"source-{version}"
+    if not (args.only == "tests" and tree.exists()):
+        build(version, environment, tree, folder, args)
+    if tree.exists() and args.only != "build":
+        tests(environment / "bin/python", tree, folder, args)
+    if not args.folder:
+        shutil.rmtree(environment)
+
+
+def build(version, environment, tree, folder, args):
+    """All releases in turn in one tree: the sources that know nothing of torch are compiled once."""
+    source = copy_of_tree(folder)
     begin = time.monotonic()
-    # each release in turn in one tree: the sources that know nothing of torch are compiled once
     (environment / "stamps/package").unlink(missing_ok=True)
     command = ["make", "build", f"PYTHON={sys.executable}", f"VENV={environment}", f"TORCH=torch=={version}"]
     built = finished(args.prefix + command, source)
-    row = {"check": "build", "torch": version, "of": "make build", **origin()}
-    row |= {"passed": int(built.returncode == 0), "failed": int(built.returncode != 0), "skipped": 0}
+    row = {"check": "build", "torch": version, "of": "make build", **origin(), "skipped": 0}
+    row |= {"passed": int(built.returncode == 0), "failed": int(built.returncode != 0)}
+    shutil.rmtree(tree, ignore_errors=True)
     if built.returncode == 0:
-        row |= versions(python)
+        row |= versions(environment / "bin/python")
+        shutil.copytree(source, tree, ignore=shutil.ignore_patterns("build"))
     else:
         (folder / f"build-{version}.log").write_text(built.stdout)
         row["what_failed"] = built.stdout.strip().splitlines()[-1][:200]
     update(args.results, row | {"seconds": round(time.monotonic() - begin)})
-    if built.returncode == 0 and args.only != "build":
-        tests(python, row, source, folder, args)
-    if not args.folder:
-        shutil.rmtree(environment)
 
 
 def finished(command, folder):
@@ -141,12 +147,12 @@ def origin():
     return {"commit": commit, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
 
 
-def tests(python, row, source, folder, args):
+def tests(python, tree, folder, args):
     """Runs file by file, and updates the row after each."""
     stems = args.tests or (SAMPLE if args.sample else sorted(p.stem[5:] for p in TESTS.glob("test_*.py")))
     chosen = " and ".join(filter(None, (args.k and f"({args.k})", args.sample and "not emulated")))
     of = "all files" if not (args.tests or args.sample) else f"{len(stems)} files: {' '.join(stems)}"
-    row = row | {"check": "tests", "of": f"{of}; {chosen}" if chosen else of}
+    row = {"check": "tests", **versions(python), "of": f"{of}; {chosen}" if chosen else of, **origin()}
     row |= {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0, "what_failed": ""}
     for done, stem in enumerate(stems, 1):
         report = folder / f"tests-{row['torch']}-{stem}.xml"
@@ -155,7 +161,7 @@ def tests(python, row, source, folder, args):
         command += ["-k", chosen] if chosen else []
         command += [f"--numprocesses={args.jobs}", "--dist=worksteal"] if args.jobs > 1 else []
         begin = time.monotonic()
-        run = finished(args.prefix + command, source)
+        run = finished(args.prefix + command, tree)
         report.with_suffix(".log").write_text(run.stdout)
         row["seconds"] += round(time.monotonic() - begin)
         if report.exists():
