@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 
 try:
     from triton._C.libtriton import native_specialize_impl
-except ImportError:  # Triton 3.4
+except ImportError:  # before Triton 3.6
     from triton.runtime.jit import create_specialize_impl
 
     _specialise = create_specialize_impl(CUDABackend.get_arg_specialization)
@@ -119,7 +119,7 @@ def compiled(kernel, key):
     _, capability, _, signature, constexprs, attributes, (num_warps, num_stages, maxnreg) = key
     attributes = {(i,): CUDABackend.parse_attr(text) for i, text in attributes}
     constexprs = {(i,): value for i, value in constexprs}
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **_triton.OPTIONS}
     if maxnreg:
         options["maxnreg"] = maxnreg
     source = ASTSource(kernel, dict(signature), constexprs, attributes)

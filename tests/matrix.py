@@ -202,7 +202,6 @@ def with_triton(version, folder, args):
     command += [f"--one-in={args.one_in}", f"--capabilities={args.capabilities}"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (target, ROOT)))
-    begin = time.monotonic()
     row = {"check": "tables", **versions(sys.executable), "triton": version, **origin()}
     with (folder / f"tables-{version}.log").open("w") as log:
         process = subprocess.Popen(args.prefix + command, env=environment, stdout=log, stderr=log)
@@ -212,7 +211,7 @@ def with_triton(version, folder, args):
         except subprocess.TimeoutExpired:
             ended = None
         rows = read(lines)
-        row |= {"seconds": round(time.monotonic() - begin), **summary(rows)}
+        row |= summary(rows)
         if ended not in (None, 0, 1):
             fails(row, f"aot.py ended with {ended}")
         so_far = of if ended is not None else f"{of}; until now {len(rows)}"
@@ -239,6 +238,7 @@ def summary(rows):
         "passed": len(rows) - len(failed),
         "failed": len(failed),
         "skipped": 0,
+        "seconds": round(sum(row["seconds"] for row in rows)),
         "what_failed": "; ".join(kinds),
     }
 
@@ -250,7 +250,7 @@ def differences(rows, chosen_for):
         if kernel not in earlier:
             continue
         before = earlier[kernel]
-        registers = abs(row.get("registers", 0) - before.get("registers", 0))
+        registers = abs((row.get("registers") or 0) - (before.get("registers") or 0))
         if bool(row["faults"]) != bool(before["faults"]) or registers >= CLEARLY:
             cells = {name: row[name] for name in KERNEL} | {name: row.get(name, "") for name in FIGURES}
             yield cells | {f"{name} with {TRITON[0]}": before.get(name, "") for name in FIGURES}
