@@ -147,6 +147,8 @@ def _compile_in_child(launches, pipe, inherited):
         try:
             result = compiled(launches[key].kernel, key)
         except Exception as error:
+            while error.__cause__ is not None:  # what the compiler's front end wraps in the lines around it
+                error = error.__cause__
             result = {"failure": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
         pipe.send(result | {"seconds": time.monotonic() - start})
 

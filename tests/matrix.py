@@ -233,7 +233,7 @@ def read(lines):
 def summary(rows):
     """Cells of the row: what fails is named by kernel."""
     failed = [row for row in rows if row["faults"]]
-    kinds = sorted({f"{row['kernel']} sm_{row['cc']}: {row['faults'][0][:60]}" for row in failed})
+    kinds = sorted({f"{row['kernel']} sm_{row['cc']}: {one_line(row['faults'][0])}" for row in failed})
     return {
         "passed": len(rows) - len(failed),
         "failed": len(failed),
@@ -241,6 +241,10 @@ def summary(rows):
         "seconds": round(sum(row["seconds"] for row in rows)),
         "what_failed": "; ".join(kinds),
     }
+
+
+def one_line(text):
+    return " ".join(text.split())[:80]
 
 
 def differences(rows, chosen_for):

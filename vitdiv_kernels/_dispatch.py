@@ -60,7 +60,7 @@ _FIRST_TRITON = 3, 5
 
 
 def _no_triton(found):
-    """Why Triton cannot be used, from its importlib spec: to import it takes a second, and reads TRITON_INTERPRET."""
+    """Why Triton, whose importlib spec this is, cannot be used. Importing it would read TRITON_INTERPRET."""
     if found is None or found.origin is None:  # a folder of that name is no package
         return (
             "Triton is not installed: `pip install triton`, or a CUDA build of torch, brings it (Linux only)"
