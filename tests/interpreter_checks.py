@@ -101,10 +101,10 @@ def install():
         original(*arguments, **named)
         _check_races()
 
-    def reduced(original, self, values, operation, place_of=None):
-        if place_of is None:
-            operation = {np.max: np.nanmax, np.min: np.nanmin}.get(operation, operation)
-        return original(self, values, operation, place_of)
+    def reduced(original, self, values, val_reduce_op, idx_reduce_op=None):
+        if idx_reduce_op is None:
+            val_reduce_op = {np.max: np.nanmax, np.min: np.nanmin}.get(val_reduce_op, val_reduce_op)
+        return original(self, values, val_reduce_op, idx_reduce_op)
 
     builder.create_maxnumf = functools.partial(builder.binary_op, op=np.fmax)
     builder.create_minnumf = functools.partial(builder.binary_op, op=np.fmin)
