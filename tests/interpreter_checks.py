@@ -84,7 +84,7 @@ def install():
     def carry(original, *arguments):
         made = original(*arguments)
         for argument in arguments:
-            if "extent" in getattr(argument, "attr", ()):
+            if isinstance(argument, interpreter.TensorHandle) and "extent" in argument.attr:
                 made.set_attr("extent", argument.attr["extent"])
         return made
 
