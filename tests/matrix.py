@@ -142,8 +142,14 @@ def versions(python):
 
 
 def origin():
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit, changed = (
+        subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True).stdout.strip()
+        for command in (
+            ("rev-parse", "--short", "HEAD"),
+            ("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"),
+        )
+    )
+    commit += "-dirty" * bool(changed)
     return {"commit": commit, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
 
 
@@ -256,8 +262,12 @@ def differences(rows, chosen_for):
         before = earlier[kernel]
         registers = abs((row.get("registers") or 0) - (before.get("registers") or 0))
         if bool(row["faults"]) != bool(before["faults"]) or registers >= CLEARLY:
-            cells = {name: row[name] for name in KERNEL} | {name: row.get(name, "") for name in FIGURES}
-            yield cells | {f"{name} with {TRITON[0]}": before.get(name, "") for name in FIGURES}
+            cells = {name: row[name] for name in KERNEL} | {name: figure(row, name) for name in FIGURES}
+            yield cells | {f"{name} with {TRITON[0]}": figure(before, name) for name in FIGURES}
+
+
+def figure(row, name):
+    return one_line(row[name]) if name == "failure" and name in row else row.get(name, "")
 
 
 def identified(rows):
