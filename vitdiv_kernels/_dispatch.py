@@ -15,6 +15,7 @@ import re
 import torch
 
 from . import _native
+from ._exporting import exporting
 
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
@@ -199,7 +200,7 @@ def resolve(operation, device, backend, condition=None):
 
 def _exporting():
     # torch.jit.trace is also what torch.onnx.export(dynamo=False) runs
-    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and _exporting_to_onnx())
+    return torch.jit.is_tracing() or (exporting() and _exporting_to_onnx())
 
 
 def _exporting_to_onnx():
