@@ -18,6 +18,7 @@ that it has, or with registers that differ by 32 or more.
 import argparse
 import csv
 import datetime
+import fcntl
 import json
 import os
 import shlex
@@ -280,17 +281,18 @@ def identified(rows):
 
 
 def update_kernels(results, version, of, rows, chosen_for):
-    path = results / "releases_kernels.csv"
-    kept = [row for row in table(path) if (row["triton"], row["of"]) != (version, of)]
     found = [{"triton": version, "of": of} | row for row in differences(rows, chosen_for)]
-    order = ("operation", "kernel", "cc", "constants")
-    found.sort(key=lambda row: [str(row[name]) for name in order])
-    write(path, KERNEL_COLUMNS, sorted(kept + found, key=lambda row: row["triton"]))
+
+    def changed(rows):
+        kept = [row for row in rows if (row["triton"], row["of"]) != (version, of)]
+        names = ("operation", "kernel", "cc", "constants")
+        return sorted(kept + found, key=lambda row: (ordered(row["triton"]), *(str(row[n]) for n in names)))
+
+    change(results / "releases_kernels.csv", KERNEL_COLUMNS, changed)
 
 
 def update(results, row, replaced=None, of=None):
     """Write the row in place of that of the same check of the same release, whole or not finished."""
-    path = results / "releases.csv"
     replaced = replaced or row["of"]
     compared = "triton" if row["check"] == "tables" else "torch"
 
@@ -299,15 +301,33 @@ def update(results, row, replaced=None, of=None):
         release = [each[compared].partition("+")[0] for each in (row, other)]  # without +cpu, +cu130
         return begins and other["check"] == row["check"] and release[0] == release[1]
 
-    rows = [other for other in table(path) if not same(other)] + [row | {"of": of or row["of"]}]
-    rows.sort(
-        key=lambda row: (CHECKS.index(row["check"]), *map(ordered, (row[c] for c in ("torch", "triton"))))
-    )
-    write(path, COLUMNS, rows)
+    def place(row):
+        return CHECKS.index(row["check"]), ordered(row["torch"]), ordered(row["triton"])
+
+    def changed(rows):
+        return sorted([r for r in rows if not same(r)] + [row | {"of": of or row["of"]}], key=place)
+
+    change(results / "releases.csv", COLUMNS, changed)
 
 
 def ordered(version):
     return [int(part) for part in (version or "0").partition("+")[0].split(".")]
+
+
+def change(path, columns, changed):
+    """Several runs may write a table: a lock on its folder lets them take turns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        rows, new = changed(table(path)), path.with_suffix(".new")
+        with new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        new.replace(path)
+    finally:
+        os.close(folder)
 
 
 def table(path):
@@ -315,16 +335,6 @@ def table(path):
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write(path, columns, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    with new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    new.replace(path)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ TILES = {
     ("softmax", 4, 16, MOST_WIDTH, False): Tile(16, 16, 32, False, False, False, 16, 1, None, "aot"),
     ("softmax_gram", 2, 2, 64, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
     ("softmax_gram", 2, 8, 64, False): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
-    ("softmax_gram", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, None, "aot"),
+    ("softmax_gram", 2, 8, 64, True): Tile(32, 16, 64, True, False, False, 8, 1, 240, "aot"),
     ("softmax_gram", 2, 16, 64, False): Tile(32, 16, 64, True, False, False, 16, 2, None, "aot"),
     ("softmax_gram", 2, 16, MOST_WIDTH, False): Tile(16, 16, 64, True, False, False, 8, 1, 255, "aot"),
     ("softmax_gram", 2, 8, MOST_WIDTH, True): Tile(16, 16, 64, True, False, False, 8, 1, None, "aot"),
