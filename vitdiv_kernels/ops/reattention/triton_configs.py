@@ -87,7 +87,7 @@ ROWS = (
     RowsRow("backward", 16, False, 16, 64, 64, 8, 4, 1, None, "aot"),
     RowsRow("backward", 16, False, 16, 256, 256, 8, 8, 1, None, "aot"),
     RowsRow("backward", 16, False, 16, _ANY, 128, 4, 8, 1, 240, "aot"),
-    RowsRow("backward", 16, True, 16, _ANY, 64, 4, 8, 1, 240, "aot"),
+    RowsRow("backward", 16, True, 16, _ANY, 64, 4, 8, 1, 255, "aot"),
     RowsRow("backward", 32, False, 16, _ANY, 128, 4, 8, 1, None, "aot"),
     RowsRow("backward", 32, True, 16, _ANY, 64, 4, 8, 1, None, "aot"),
     RowsRow("backward", 16, False, 32, _ANY, 64, 4, 8, 1, 255, "aot"),
