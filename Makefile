@@ -28,7 +28,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(she
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(BUILD_INPUTS)) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
 
-.PHONY: help demo test pytest lint format bench gpu-check build clean
+.PHONY: help demo test pytest lint format bench gpu-check matrix build clean
 
 help:
 	@echo 'make demo     train small vision transformers on handwritten digits and show what diversity did'
@@ -38,6 +38,8 @@ help:
 	@echo 'make gpu-check  on a machine with an NVIDIA GPU: build in place, test and measure there, in twelve minutes, with'
 	@echo '              the packages that PYTHON has; installs nothing. GPU_CHECK= takes its options: --tests or --benchmarks'
 	@echo '              alone, --results DIR, --seconds N; benchmarks/results/README.md says what it leaves'
+	@echo 'make matrix   build and test beside other releases of torch and Triton, for hours; MATRIX=--help tells how to'
+	@echo '              do less'
 	@echo 'make build    environment and kernels only; compiles what changed'
 	@echo 'make clean    remove the environment and everything that was built'
 	@echo
@@ -73,6 +75,9 @@ bench: build
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+
+matrix: build
+	$(PY) tests/matrix.py $(MATRIX)
 
 build: $(STAMPS)/package
 

@@ -25,10 +25,20 @@ from pathlib import Path
 
 import torch
 import triton
-from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
+
+try:
+    from triton._C.libtriton import native_specialize_impl
+except ImportError:  # before Triton 3.6
+    from triton.runtime.jit import create_specialize_impl
+
+    _specialise = create_specialize_impl(CUDABackend.get_arg_specialization)
+
+    def native_specialize_impl(_, value, is_const, by_value, by_alignment):
+        return _specialise(value, is_const, by_value, by_alignment)
+
 
 from vitdiv_kernels.ops import _triton
 from vitdiv_kernels.ops._triton_tiles import shared_memory
@@ -78,6 +88,14 @@ def in_turn(launches):
     return {key: launches[key] for key in chosen}
 
 
+def one_in(n, launches):
+    """Every n-th launch of each kernel."""
+    of_kernel = {}
+    for key in launches:
+        of_kernel.setdefault((key[0], key[2]), []).append(key)
+    return {key: launches[key] for keys in of_kernel.values() for key in keys[::n]}
+
+
 def specialised(launch):
     """What Triton's JIT would compile: (kernel's name, signature, constexprs, attributes, options)."""
     signature, constexprs, attributes = [], [], []
@@ -107,7 +125,7 @@ def compiled(kernel, key):
     _, capability, _, signature, constexprs, attributes, (num_warps, num_stages, maxnreg) = key
     attributes = {(i,): CUDABackend.parse_attr(text) for i, text in attributes}
     constexprs = {(i,): value for i, value in constexprs}
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **_triton.OPTIONS}
     if maxnreg:
         options["maxnreg"] = maxnreg
     source = ASTSource(kernel, dict(signature), constexprs, attributes)
@@ -172,6 +190,8 @@ def _compile_in_child(launches, pipe, inherited):
         try:
             result = compiled(launches[key].kernel, key)
         except Exception as error:
+            while error.__cause__ is not None:  # what the compiler's front end wraps in the lines around it
+                error = error.__cause__
             result = {"failure": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
         pipe.send(result | {"seconds": time.monotonic() - start})
 
@@ -259,20 +279,30 @@ def main():
     parser.add_argument(
         "--sample", action="store_true", help="what several GPUs launch alike for one of them, in turn"
     )
+    parser.add_argument("--one-in", type=int, default=1, metavar="N", help="every N-th of each kernel's")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--lines", type=Path, help="append each row here, as JSON, when it is compiled")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     launches, limits = to_compile(args.operations, map(int, args.capabilities.split(",")))
     launches = {key: launch for key, launch in launches.items() if args.kernels in key[2]}
     if args.sample:
         launches = in_turn(launches)
+    launches = one_in(args.one_in, launches)
     rows = []
     # Nothing from an earlier run, which another version of the compiler may have made.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for key, result in compile_all(launches, args.jobs):
+<<<<<<< HEAD
             rows.append(described(key) | result | {"faults": faults(key[2], limits[key], result)})
+=======
+            rows.append(described(key) | result | {"faults": faults(limits[key], result)})
+            if args.lines:
+                with args.lines.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+>>>>>>> matrix
     rows.sort(key=lambda row: (row["operation"], row["kernel"], row["constants"], row["pointers"], row["cc"]))
     for row in rows:
         print(line_of(row))

@@ -5,6 +5,9 @@ bytes from and to whatever address it is given: what is out of bounds shows as a
 pointer carries the extent of its tensor through all that is done to it; one that lost it is refused.
 
 And what one program of a launch writes, no other one writes or reads: the interpreter runs them in order.
+
+And tl.maximum, tl.max, tl.minimum and tl.min pass over a NaN, as on a GPU. The interpreter's maximum kept it
+before Triton 3.8, and its max before 3.5.
 """
 
 import functools
@@ -82,7 +85,7 @@ def install():
     def carry(original, *arguments):
         made = original(*arguments)
         for argument in arguments:
-            if "extent" in getattr(argument, "attr", ()):
+            if isinstance(argument, interpreter.TensorHandle) and "extent" in argument.attr:
                 made.set_attr("extent", argument.attr["extent"])
         return made
 
@@ -99,7 +102,19 @@ def install():
         original(*arguments, **named)
         _check_races()
 
+<<<<<<< HEAD
     wrap(interpreter, "_implicit_cvt", convert)
+=======
+    def reduced(original, self, values, val_reduce_op, idx_reduce_op=None):
+        if idx_reduce_op is None:
+            val_reduce_op = {np.max: np.nanmax, np.min: np.nanmin}.get(val_reduce_op, val_reduce_op)
+        return original(self, values, val_reduce_op, idx_reduce_op)
+
+    builder.create_maxnumf = functools.partial(builder.binary_op, op=np.fmax)
+    builder.create_minnumf = functools.partial(builder.binary_op, op=np.fmin)
+    _wrap(interpreter.ReduceOps, "min_max", reduced)
+    _wrap(interpreter, "_implicit_cvt", convert)
+>>>>>>> matrix
     for name in _FROM_A_POINTER:
         wrap(builder, name, carry)
     wrap(builder, "create_masked_load", load)

@@ -1,5 +1,6 @@
 """Bad input gets a TypeError or ValueError that names the argument, what was given and what was expected."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -325,6 +326,29 @@ def test_triton_says_what_is_missing(monkeypatch):
     assert _dispatch.missing("triton", "cuda") == "Triton is not installed: do this"
     monkeypatch.setattr(_dispatch, "_TRITON_MISSING", None)
     assert _dispatch.missing("triton", "cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (None, "Triton is not installed"),
+        ("__version__ = '3.4.0'", "need Triton 3.5 or newer, and this is 3.4: install torch 2.9 or newer"),
+        ('x = 1\n__version__ = "2.9.1+git0"', "and this is 2.9"),
+        ("__version__ = '3.5.0'", None),
+        ("__version__ = '3.10.0'", None),
+        ("__version__ = '4.0.0'", None),
+        ("from .version import __version__", None),
+    ],
+)
+def test_a_triton_too_old_is_named(contents, words, tmp_path, monkeypatch):
+    package = tmp_path / "a_triton"
+    package.mkdir()
+    if contents is not None:
+        (package / "__init__.py").write_text(contents)
+    monkeypatch.syspath_prepend(tmp_path)
+    why_not = _dispatch._no_triton(importlib.util.find_spec("a_triton"))
+    assert (why_not is None) if words is None else (words in why_not)
+    assert "not installed" in _dispatch._no_triton(importlib.util.find_spec("no_such_package"))
 
 
 def test_the_gpu_that_is_asked_is_that_of_the_tensors(monkeypatch):

@@ -12,6 +12,7 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 
 import vitdiv_kernels as vd
 from vitdiv_kernels import _native
+from vitdiv_kernels._exporting import exporting
 
 
 class Scaled(torch.nn.Module):
@@ -25,6 +26,22 @@ class Scaled(torch.nn.Module):
 
     def forward(self, x):
         return self.operation(x * self.weight, self.matrices, self.backend)
+
+
+class Tells(torch.nn.Module):
+    def forward(self, x):
+        return x + 1 if exporting() else x
+
+
+def test_what_is_compiled_is_not_exported():
+    """torch.compiler.is_exporting() is True for both before torch 2.13."""
+    torch.compiler.reset()
+    x, module = torch.zeros(2), Tells()
+    assert torch.equal(module(x), x)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), x)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(module, (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), x)
 
 
 def results(module, x):

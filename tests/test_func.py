@@ -20,6 +20,23 @@ from torch.func import (
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vitdiv_kernels as vd
+from vitdiv_kernels.ops import _range
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("views", [True, False])
+def test_powers_of_two_under_vmap(dtype, views, monkeypatch):
+    """Also where vmap takes no view(dtype): before torch 2.13."""
+    if not views:
+        monkeypatch.setattr(_range, "_VIEWS_IN_VMAP", False)
+    elif not _range._VIEWS_IN_VMAP:
+        pytest.skip("vmap of this torch takes no view(dtype)")
+    least = torch.finfo(dtype).tiny
+    sizes = torch.tensor([[1.0, 5.9, 4.0], [0.7, least, torch.inf]], dtype=dtype)
+    powers = torch.tensor([[1.0, 4.0, 4.0], [0.5, least, 1.0]], dtype=dtype)
+    assert torch.equal(_range.power_of_two(sizes), powers)
+    assert torch.equal(vmap(_range.power_of_two)(sizes), powers)
+
 
 BATCHES = {
     "x": (0, None),

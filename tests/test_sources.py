@@ -79,3 +79,10 @@ def test_no_lambda_captures_a_structured_binding():
     assert len(sources) > 50
     captured = {str(path): captured_bindings(path.read_text()) for path in sources}
     assert {path: names for path, names in captured.items() if names} == {}
+
+
+def test_torchs_own_is_exporting_is_asked_in_one_place():
+    """Traced by torch.compile it is True in some releases, with nothing exported."""
+    sources = (ROOT / "vitdiv_kernels").rglob("*.py")
+    askers = [path.name for path in sources if "compiler.is_exporting" in path.read_text()]
+    assert askers == ["_exporting.py"]

@@ -68,3 +68,20 @@ def test_races():
         copy(x[1:], x[:-1, 0], 0, 40, programs=2)  # reads what the next program writes
     copy(x, y, 0, 40, programs=1)
     copy(x[1:], x[:-1, 0], 0, 16, programs=1)
+
+
+@triton.jit
+def _extremes(X, Y, OUT):
+    x, y = tl.load(X + tl.arange(0, 4)), tl.load(Y + tl.arange(0, 4))
+    tl.store(OUT + tl.arange(0, 4), tl.maximum(x, y))
+    tl.store(OUT + 4 + tl.arange(0, 4), tl.minimum(x, y))
+    tl.store(OUT + 8, tl.max(x, 0))
+    tl.store(OUT + 9, tl.min(x, 0))
+
+
+def test_extremes_pass_over_nan_as_on_a_gpu():
+    nan = float("nan")
+    x, y = torch.tensor([nan, 2, nan, -1]), torch.tensor([3, nan, nan, 0.0])
+    out = torch.zeros(10)
+    _triton.launch(_extremes, (1,), x, y, out, num_warps=1, num_stages=1)
+    assert torch.equal(out.nan_to_num(99), torch.tensor([3, 2, 99, 0, 3, 2, 99, -1, 2, -1.0]))

@@ -48,3 +48,17 @@ def test_tf32_by_the_older_setting_alone(monkeypatch):
     for setting, expected in [("highest", "tf32x3"), ("high", "tf32")]:
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
         assert _triton.input_precision(torch.float32) == expected
+
+
+@pytest.mark.parametrize("maxnreg", [None, 240])
+def test_multiply_and_add_are_fused(maxnreg):
+    """Also by releases of Triton that do so only if told to."""
+    options = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda x, **named: options.update(named)
+
+    _triton.launch(Kernel(), (1,), torch.zeros(1), num_warps=1, num_stages=1, maxnreg=maxnreg)
+    assert options.pop("maxnreg", None) == maxnreg
+    assert options == {"enable_fp_fusion": True, "num_warps": 1, "num_stages": 1}

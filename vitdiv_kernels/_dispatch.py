@@ -10,10 +10,12 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 
 import torch
 
 from . import _native
+from ._exporting import exporting
 
 BACKENDS = ("auto", "reference", "native", "triton")
 OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
@@ -54,12 +56,27 @@ TABLE = (
 _NATIVE_MISSING = None if _native.library() is not None else _native.reason()
 
 
-# Looked for without importing it: that takes a second, and reads TRITON_INTERPRET.
-_TRITON_MISSING = (
-    None
-    if importlib.util.find_spec("triton")
-    else "Triton is not installed: `pip install triton`, or a CUDA build of torch, brings it (Linux only)"
-)
+# Before it tl.dot takes no float64, and no matrices of fewer than 16 rows or columns.
+_FIRST_TRITON = 3, 5
+
+
+def _no_triton(found):
+    """Why Triton, whose importlib spec this is, cannot be used. Importing it would read TRITON_INTERPRET."""
+    if found is None or found.origin is None:  # a folder of that name is no package
+        return (
+            "Triton is not installed: `pip install triton`, or a CUDA build of torch, brings it (Linux only)"
+        )
+    with open(found.origin, encoding="utf-8") as file:
+        version = re.search(r"""^__version__ = ["'](\d+)\.(\d+)""", file.read(), re.MULTILINE)
+    if version is None or tuple(map(int, version.groups())) >= _FIRST_TRITON:
+        return None
+    return (
+        f"the Triton kernels need Triton {'.'.join(map(str, _FIRST_TRITON))} or newer, and this is "
+        f"{'.'.join(version.groups())}: install torch 2.9 or newer for CUDA, which brings it"
+    )
+
+
+_TRITON_MISSING = _no_triton(importlib.util.find_spec("triton"))
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -183,7 +200,7 @@ def resolve(operation, device, backend, condition=None):
 
 def _exporting():
     # torch.jit.trace is also what torch.onnx.export(dynamo=False) runs
-    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and _exporting_to_onnx())
+    return torch.jit.is_tracing() or (exporting() and _exporting_to_onnx())
 
 
 def _exporting_to_onnx():

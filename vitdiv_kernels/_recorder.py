@@ -5,6 +5,7 @@ import weakref
 import torch
 from torch import nn
 
+from ._exporting import exporting
 from .ops import _checks
 
 WITHOUT_GRADIENTS, IN_A_BACKWARD = "without gradients", "in a backward pass"
@@ -26,7 +27,7 @@ class _Shelf:
     def takes(self, key):
         """Whether what is made now is kept: not of a pass without gradients, nor of one that a backward pass
         runs again (activation checkpointing)."""
-        if self.kept is None or torch.compiler.is_exporting():
+        if self.kept is None or exporting():
             return False
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             self.missed[key] = IN_A_BACKWARD

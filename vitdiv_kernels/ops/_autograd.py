@@ -5,6 +5,8 @@ import functools
 import torch
 from torch.autograd import forward_ad
 
+from .._exporting import exporting
+
 transformed = torch._C._are_functorch_transforms_active  # within torch.func.grad, vmap, ...
 
 
@@ -13,7 +15,7 @@ def by_formula(x):
     transforms it, an exported program keeps its forward alone, and DTensors have rules for what it is made
     of."""
     plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return not plain or transformed() or torch.compiler.is_exporting()
+    return not plain or transformed() or exporting()
 
 
 def refuse_forward_mode(*inputs):

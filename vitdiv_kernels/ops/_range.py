@@ -5,14 +5,25 @@ For what is the same whatever the scale of the vectors.
 
 import torch
 
+from ._autograd import transformed
+
+# The first torch whose vmap takes view(dtype).
+_VIEWS_IN_VMAP = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 
 def power_of_two(size):
     """The largest power of two that `size` > 0 reaches, without gradient; 1 for Inf and NaN."""
     integer, exponent = (
         (torch.int64, 0x7FF0000000000000) if size.dtype == torch.float64 else (torch.int32, 0x7F800000)
     )
-    power = (size.detach().view(integer) & exponent).view(size.dtype)
+    power = _reinterpreted(_reinterpreted(size.detach(), integer) & exponent, size.dtype)
     return torch.where(power.isinf(), 1, power)
+
+
+def _reinterpreted(x, dtype):
+    if transformed() and not _VIEWS_IN_VMAP:
+        return torch.view_copy(x, dtype=dtype)
+    return x.view(dtype)
 
 
 def near_one(x, eps):

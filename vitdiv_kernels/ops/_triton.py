@@ -23,6 +23,10 @@ DTYPES = {
 # Of tl.dot's operands. The interpreter holds bfloat16 as integers, and gets its arithmetic wrong.
 OPERANDS = DTYPES | ({torch.bfloat16: tl.float32} if INTERPRETED else {})
 
+# Of every launch. Up to Triton 3.9 multiply and add are fused unless told not to, from 3.10 on only if told
+# to; 3.9 warns of that.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 class Launch(NamedTuple):
     """One launch as `recording` sees it; `arguments` are the kernel's, by name, constexprs included."""
@@ -67,7 +71,7 @@ def launch(kernel, grid, *arguments, num_warps, num_stages, maxnreg=None, **cons
         return
     if 0 in grid:
         return
-    options = {} if maxnreg is None else {"maxnreg": maxnreg}
+    options = OPTIONS if maxnreg is None else OPTIONS | {"maxnreg": maxnreg}
     device = torch.cuda.device_of(arguments[0]) if arguments[0].is_cuda else contextlib.nullcontext()
     with device:
         kernel[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=num_stages, **options)

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from ..._exporting import exporting
 from .. import _flops
 from .._autograd import once_differentiable, refuse_forward_mode, transformed
 from .._checks import autocast_off, values_at_hand
@@ -391,7 +392,7 @@ def reattention(
     updates = from_batch and running_mean is not None and (q.shape[0] > 0 or process_group is not None)
     given = (None, None) if from_batch else (running_mean, running_var)
     apply = ReattentionFunction.apply
-    if torch.compiler.is_exporting() or transformed():
+    if exporting() or transformed():
         if process_group is not None:
             raise RuntimeError(
                 "batch norm of several processes (SyncBatchNorm) can't be exported, nor be transformed by "

@@ -1,0 +1,83 @@
+"""`make matrix` keeps what it has, counts what pytest reports, and names the kernels that differ."""
+
+import matrix
+import pytest
+
+
+def row(check, version, of, passed, **cells):
+    columns = (
+        {"torch": version, "triton": "3.6.0"}
+        if check != "tables"
+        else {"torch": "2.13.0+cpu", "triton": version}
+    )
+    return {"check": check, **columns, "of": of, "passed": passed, "failed": 0, **cells}
+
+
+def test_a_row_replaces_that_of_the_same_check_and_release(tmp_path):
+    matrix.update(tmp_path, row("tables", "3.10.0", "sm_90", 7))
+    matrix.update(tmp_path, row("tables", "3.9.0", "sm_90", 6))
+    matrix.update(
+        tmp_path, row("tests", "2.8.0+cu128", "all files", 1), "all files", "all files; until now 1"
+    )
+    matrix.update(tmp_path, row("tests", "2.8.0+cu128", "2 files: a b", 2))
+    matrix.update(tmp_path, row("tests", "2.8.0+cpu", "all files", 3), "all files", "all files; until now 2")
+    matrix.update(tmp_path, row("tests", "2.11.0", "all files", 4))
+    matrix.update(tmp_path, row("build", "2.11.0", "make build", 1))
+    kept = [(r["check"], r["of"], r["passed"]) for r in matrix.table(tmp_path / "releases.csv")]
+    assert kept == [
+        ("build", "make build", "1"),
+        ("tests", "2 files: a b", "2"),
+        ("tests", "all files; until now 2", "3"),
+        ("tests", "all files", "4"),
+        ("tables", "sm_90", "6"),
+        ("tables", "sm_90", "7"),
+    ]
+
+
+def test_what_pytest_reports_is_counted(tmp_path):
+    cases = "<failure/>", "<error/>", "<skipped/>", "", "<system-out/>"
+    inner = "".join(
+        f'<testcase classname="tests.test_a" name="{i}">{c}</testcase>' for i, c in enumerate(cases)
+    )
+    (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{inner}</testsuite></testsuites>")
+    counted = {"passed": 10, "failed": 0, "skipped": 0, "what_failed": ""}
+    matrix.count(tmp_path / "report.xml", counted)
+    assert counted == {"passed": 12, "failed": 2, "skipped": 1, "what_failed": "test_a::0; test_a::1"}
+
+
+def compiled(kernel, registers, stack=0, **cells):
+    faults = [f"spills: stack of {stack} bytes a thread"] if stack else []
+    figures = {"registers": registers, "stack": stack, "faults": faults}
+    return dict.fromkeys(matrix.KERNEL, 1) | {"kernel": kernel} | figures | cells
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "found"),
+    [
+        (compiled("k", 100), compiled("k", 131), []),
+        (compiled("k", 100), compiled("k", 132), [(100, 132)]),
+        (compiled("k", 255, 8), compiled("k", 255), [(255, 255)]),
+        (compiled("k", 255), compiled("k", 255, 8), [(255, 255)]),
+        (compiled("k", 255), compiled("another", 1), []),
+        (
+            {**compiled("k", 0), "registers": "", "failure": "no", "faults": ["no"]},
+            compiled("k", 9),
+            [("", 9)],
+        ),
+    ],
+)
+def test_kernels_that_differ_clearly_are_named(now, before, found):
+    rows = list(matrix.differences([now], [before]))
+    assert [(r["registers"], r[f"registers with {matrix.TRITON[0]}"]) for r in rows] == found
+
+
+def test_launches_described_alike_are_compared_in_their_order():
+    before = [compiled("k", 10), compiled("k", 100)]
+    assert list(matrix.differences(list(before), before)) == []
+    assert len(list(matrix.differences(before[::-1], before))) == 2
+
+
+def test_a_part_of_the_kernels_is_enough_to_compare():
+    assert [
+        r["kernel"] for r in matrix.differences([compiled("k", 10)], [compiled("k", 50), compiled("l", 1)])
+    ] == ["k"]
