@@ -1,6 +1,7 @@
 """What all tests share: a seed, memory poisoned with NaN, and the backends that one test body runs over."""
 
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import os
@@ -112,6 +113,7 @@ def backend(request, monkeypatch):
         interpreter_checks.install()
     if request.param == "emulated-cuda":
         emulated_operators.need(operation_of(request.node))
+        one_emulator().configure()
         emulated_operators.take_the_place_of_native(monkeypatch)
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
@@ -186,23 +188,40 @@ def library():
     return _native.library()
 
 
+@contextlib.contextmanager
+def much_memory(device, folder):
+    """Of a GPU it is for one process at a time of those that share the folder, and given back.
+
+    Not by xdist_group: only --dist=loadgroup heeds that.
+    """
+    if device != "cuda":
+        yield
+        return
+    with (folder / "much_memory").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
-def far_apart(tmp_path):
+def far_apart(request, tmp_path, tmp_path_factory):
     """Lays out [2, ...] so that its halves lie more than 2^31 elements apart; in a sparse file on the CPU."""
+    device = BACKENDS[request.node.callspec.params["backend"]][1]
+    with much_memory(device, tmp_path_factory.getbasetemp().parent):  # the folder of all xdist's workers
+        yield functools.partial(lay_far_apart, tmp_path)
 
-    def lay_out(x):
-        distance = 2**31 + 2**12
-        size = distance + x[0].numel()
-        if x.is_cuda:
-            storage = torch.empty(size, dtype=x.dtype, device=x.device)
-        else:
-            path = tmp_path / f"sparse{len(list(tmp_path.iterdir()))}"
-            path.touch()
-            os.truncate(path, size * x.element_size())
-            storage = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
-        return storage.as_strided(x.shape, (distance, *x[0].contiguous().stride())).copy_(x)
 
-    return lay_out
+def lay_far_apart(folder, x):
+    distance = 2**31 + 2**12
+    size = distance + x[0].numel()
+    if x.is_cuda:
+        storage = torch.empty(size, dtype=x.dtype, device=x.device)
+    else:
+        path = folder / f"sparse{len(list(folder.iterdir()))}"
+        path.touch()
+        os.truncate(path, size * x.element_size())
+        storage = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
+    return storage.as_strided(x.shape, (distance, *x[0].contiguous().stride())).copy_(x)
 
 
 @pytest.fixture(params=[1, 2])

@@ -1,11 +1,16 @@
-"""Which cases of the slow backends run, and which kernels are compiled, without --every-case."""
+"""Which cases of the slow backends run, and which kernels are compiled, without --every-case; and what tests
+do not do at the same time."""
 
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
 import pytest
+import torch
 
 
 class Case:
@@ -50,3 +55,23 @@ def test_kernels_are_compiled_for_one_gpu_in_turn():
     assert [key[0] + key[2] for key in chosen] == [f"op{name}" for name in "aabbccdd"] + ["opof sm_90 alone"]
     assert [key[1] for key in chosen] == [80, 90, 100, 80, 90, 100, 80, 90, 90]
     assert set(chosen.values()) == {"launch"}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_gigabytes_of_a_gpu_are_for_one_process_at_a_time(tmp_path, monkeypatch, device):
+    """Here for one thread of three: each opens the file for itself, as processes do."""
+    events, together = [], threading.Barrier(3, timeout=30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty"))
+
+    def test():
+        together.wait()
+        with conftest.much_memory(device, tmp_path):
+            events.append("in")
+            time.sleep(0.05) if device == "cuda" else together.wait()
+            events.append("out")
+
+    with ThreadPoolExecutor(3) as pool:
+        for ended in [pool.submit(test) for _ in range(3)]:
+            ended.result()
+    in_turn = ["in", "out", "empty"] * 3
+    assert events == (in_turn if device == "cuda" else ["in"] * 3 + ["out"] * 3)
