@@ -83,7 +83,8 @@ def test_kernels_neither_spill_nor_miss_tensor_cores(built, source, architecture
     for name, found in kernels.items():
         # a spill is to the stack
         assert found["stack"] == 0, (name, found)
-        assert found["static shared"] <= 48 << 10, (name, found)
+        # what the hardware keeps: launch.cpp allows kernels all that there is
+        assert found["static shared"] <= 1 << 10, (name, found)
         assert 0 < found["registers"] <= 255, (name, found)
         needed = [instructions for pattern, instructions in TENSOR_CORES.items() if re.search(pattern, name)]
         assert bool(needed) != bool(re.search(NO_PRODUCTS, name)), name
