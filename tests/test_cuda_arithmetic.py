@@ -16,6 +16,7 @@ DTYPES = [*LOW, torch.float32]
 CASES = [
     (attn_diversity.test_forward, dict(B=2, H=3, N=65, d=35), DTYPES),
     (attn_diversity.test_keys_may_be_more_or_fewer_than_queries, dict(N=1, M=1025), DTYPES),
+    (attn_diversity.test_forward_at_the_length_of_an_image_of_224_pixels, dict(H=3), [torch.float32]),
     (attn_diversity.test_two_layers, dict(H=3, H2=6, d=16, d2=33), DTYPES),
     (attn_diversity.test_extreme_and_uniform_maps, {}, DTYPES),
     (attn_diversity.test_backward, dict(B=1, H=12, N=17, d=33), DTYPES),
@@ -30,6 +31,11 @@ CASES = [
     (two_gram.test_values_and_gradients, dict(L=1, N=33, D=35, E=3, penalties=["square", "hinge"]), DTYPES),
     (two_gram.test_inner_products, dict(size=100.0, E=5, penalty="square"), DTYPES),
     *[(reattention.test_forward, dict(case=case), DTYPES) for case in reattention.GRID[4:9:2]],
+    (
+        reattention.test_forward_at_the_length_of_an_image_of_224_pixels,
+        dict(H=3, pre="mix"),
+        [torch.float32],
+    ),
     (reattention.test_extreme_logits, dict(pre="mix and bias"), DTYPES),
     (reattention.test_nearly_uniform_maps, dict(larger="mix", scale=1e-3), DTYPES),
     *[(reattention_bwd.test_backward, dict(case=case), DTYPES) for case in reattention_bwd.GRID[4:9:2]],
