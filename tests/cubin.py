@@ -1,10 +1,14 @@
-"""What nvcc made of the CUDA kernels: their resources and their instructions, read from the built library."""
+"""What nvcc made of the CUDA kernels: their resources and their instructions, read from the built library.
+
+python tests/cubin.py     # a line for each kernel and architecture
+"""
 
 import collections
 import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from elf import sections as elf_sections
@@ -60,3 +64,17 @@ def opcode(elf, at):
 def named(elf, at):
     name = OPCODES[opcode(elf, at)]
     return name + WIDTHS[elf[at + 9] >> 1 & 7] if name == "STG" else name
+
+
+def print_kernels(library):
+    with tempfile.TemporaryDirectory() as folder:
+        architectures = kernels_of(library, Path(folder))
+    for architecture, kernels in sorted(architectures.items()):
+        for name, found in sorted(kernels.items()):
+            resources = ", ".join(f"{found[key]} {key}" for key in RESOURCES)
+            counts = ", ".join(f"{count} {each}" for each, count in sorted(found["instructions"].items()))
+            print(f"sm_{architecture} {name}: {resources}; {counts}")
+
+
+if __name__ == "__main__":
+    print_kernels(Path(__file__).resolve().parents[1] / "vitdiv_kernels/libvitdiv.so")
