@@ -46,6 +46,10 @@ NARROW_STORES = {
 }
 
 
+# Bytes of the stack, likewise. These are spilled once a tile, not in the loop of the products.
+SPILLS = {(120, "pairwise_cosine", "similarity_tile"): 24}
+
+
 def kernels_in(source, kernels):
     """Those of a source file, by their mangled names."""
     # the length of the file's name, and the name, stand in that of its anonymous namespace
@@ -81,15 +85,16 @@ def test_kernels_neither_spill_nor_miss_tensor_cores(built, source, architecture
     kernels = kernels_in(source, built[architecture])
     assert kernels
     for name, found in kernels.items():
+        kernel = plain_name(name)
         # a spill is to the stack
-        assert found["stack"] == 0, (name, found)
+        assert found["stack"] <= SPILLS.get((architecture, source.stem, kernel), 0), (name, found)
         # what the hardware keeps: launch.cpp allows kernels all that there is
         assert found["static shared"] <= 1 << 10, (name, found)
         assert 0 < found["registers"] <= 255, (name, found)
         needed = [instructions for pattern, instructions in TENSOR_CORES.items() if re.search(pattern, name)]
         assert bool(needed) != bool(re.search(NO_PRODUCTS, name)), name
         assert all(instructions <= set(found["instructions"]) for instructions in needed), (name, found)
-        assert narrow_stores(found) <= NARROW_STORES.get((source.stem, plain_name(name)), 0), (name, found)
+        assert narrow_stores(found) <= NARROW_STORES.get((source.stem, kernel), 0), (name, found)
 
 
 @pytest.mark.parametrize("row", NARROW_STORES, ids="-".join)
@@ -98,6 +103,14 @@ def test_kernels_that_are_to_be_mended_are_there(built, row):
     for kernels in built.values():
         found = kernels_in(Path(f"{file}.cu"), kernels)
         assert any(narrow_stores(each) for name, each in found.items() if plain_name(name) == kernel)
+
+
+def test_spills_that_are_to_be_mended_are_there(built):
+    for architecture, file, kernel in SPILLS:
+        found = kernels_in(Path(f"{file}.cu"), built.get(architecture, {}))
+        if not found:
+            pytest.skip(f"the extension was not built for sm_{architecture}")
+        assert any(each["stack"] for name, each in found.items() if plain_name(name) == kernel)
 
 
 @needs_nvcc
