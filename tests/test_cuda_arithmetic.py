@@ -31,11 +31,6 @@ CASES = [
     (two_gram.test_values_and_gradients, dict(L=1, N=33, D=35, E=3, penalties=["square", "hinge"]), DTYPES),
     (two_gram.test_inner_products, dict(size=100.0, E=5, penalty="square"), DTYPES),
     *[(reattention.test_forward, dict(case=case), DTYPES) for case in reattention.GRID[4:9:2]],
-    (
-        reattention.test_forward_at_the_length_of_an_image_of_224_pixels,
-        dict(H=3, pre="mix"),
-        [torch.float32],
-    ),
     (reattention.test_extreme_logits, dict(pre="mix and bias"), DTYPES),
     (reattention.test_nearly_uniform_maps, dict(larger="mix", scale=1e-3), DTYPES),
     *[(reattention_bwd.test_backward, dict(case=case), DTYPES) for case in reattention_bwd.GRID[4:9:2]],
