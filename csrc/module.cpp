@@ -10,4 +10,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const std::string architectures = VITDIV_CUDA_ARCHITECTURES;
   m.attr("with_cuda") = !architectures.empty();
   m.attr("cuda_architectures") = architectures;  // as CMake has them: with -real without PTX
+#if defined(VITDIV_WITH_CUDA)
+  m.def("cuda_runtime_version", &vitdiv::cuda_runtime_version);
+  m.def("cuda_driver_version", &vitdiv::cuda_driver_version);
+#endif
 }

@@ -138,6 +138,7 @@ def backend(request, monkeypatch):
         interpreter_arithmetic.install()
     if request.param == "emulated-cuda":
         emulated_operators.need(operation_of(request.node))
+        one_emulator().configure()
         emulated_operators.take_the_place_of_native(monkeypatch)
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name

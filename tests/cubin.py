@@ -1,15 +1,22 @@
-"""What nvcc made of the CUDA kernels: their resources and their instructions, read from the built library."""
+"""What nvcc made of the CUDA kernels: their resources and their instructions, read from the built library.
+
+python tests/cubin.py     # a line for each kernel and architecture
+"""
 
 import collections
 import importlib.util
 import re
 import shutil
-import struct
 import subprocess
+import tempfile
 from pathlib import Path
 
-# The low 12 bits of an instruction of 16 bytes, the same from sm_80 to sm_100.
-OPCODES = {0x23C: "HMMA", 0x23F: "DMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS"}
+from elf import sections as elf_sections
+
+# The low 12 bits of an instruction of 16 bytes, the same from sm_80 to sm_120; of stores to device memory
+# bits 73 to 75 say how wide they are.
+OPCODES = {0x23C: "HMMA", 0x23F: "DMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x986: "STG"}
+WIDTHS = {0: ".U8", 1: ".U8", 2: ".U16", 3: ".U16", 4: ".32", 5: ".64", 6: ".128"}
 RESOURCES = {"registers": r"REG:(\d+)", "stack": r"STACK:(\d+)", "static shared": r"SHARED:(\d+)"}
 
 
@@ -38,16 +45,36 @@ def kernels_of(library, folder):
 
 
 def count_instructions(elf):
-    """How often each kernel has the instructions of OPCODES; its code is the ELF section .text.<name>."""
-    table = struct.unpack_from("<Q", elf, 0x28)[0]
-    size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
-    # name, type, flags, address, offset, size
-    sections = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
-    names = sections[names_index][4]
+    """How often each kernel has the instructions of OPCODES, STG by its width; its code is the ELF section
+    .text.<name>.
+    """
     counts = {}
-    for name_at, _, _, _, offset, length in sections:
-        name = elf[names + name_at : elf.index(b"\0", names + name_at)].decode()
+    for name, offset, length, _ in elf_sections(elf):
         if name.startswith(".text."):
-            opcodes = (elf[i] | (elf[i + 1] & 0xF) << 8 for i in range(offset, offset + length, 16))
-            counts[name[6:]] = collections.Counter(OPCODES[o] for o in opcodes if o in OPCODES)
+            counts[name[6:]] = collections.Counter(
+                named(elf, i) for i in range(offset, offset + length, 16) if opcode(elf, i) in OPCODES
+            )
     return counts
+
+
+def opcode(elf, at):
+    return elf[at] | (elf[at + 1] & 0xF) << 8
+
+
+def named(elf, at):
+    name = OPCODES[opcode(elf, at)]
+    return name + WIDTHS[elf[at + 9] >> 1 & 7] if name == "STG" else name
+
+
+def print_kernels(library):
+    with tempfile.TemporaryDirectory() as folder:
+        architectures = kernels_of(library, Path(folder))
+    for architecture, kernels in sorted(architectures.items()):
+        for name, found in sorted(kernels.items()):
+            resources = ", ".join(f"{found[key]} {key}" for key in RESOURCES)
+            counts = ", ".join(f"{count} {each}" for each, count in sorted(found["instructions"].items()))
+            print(f"sm_{architecture} {name}: {resources}; {counts}")
+
+
+if __name__ == "__main__":
+    print_kernels(Path(__file__).resolve().parents[1] / "vitdiv_kernels/libvitdiv.so")

@@ -1,6 +1,7 @@
 """Calls the CUDA kernels of csrc/cuda, emulated on the CPU, with tensors."""
 
 import ctypes
+import os
 
 import torch
 from emulation_build import kernels
@@ -209,10 +210,14 @@ class Emulator:
         self.library.pairwise_cosine_saved_words.restype = ctypes.c_int64
         self.configure()
 
-    def configure(self, order="forward", seed=0, architecture=90):
-        """The order in which warps, lanes and blocks run, and the GPU whose shared memory there is."""
+    def configure(self, order="forward", seed=0, architecture=90, as_hardware=None):
+        """The order in which warps, lanes and blocks run, the GPU whose shared memory there is, and whether
+        tensor cores and approximate functions round as hardware does (arithmetic.h) or once.
+        """
+        if as_hardware is None:
+            as_hardware = os.environ.get("VITDIV_EMULATION_ARITHMETIC") == "hardware"
         shared = ctypes.c_int64(SHARED_BYTES[architecture])
-        self.library.emulation_configure(ORDERS[order], seed, shared)
+        self.library.emulation_configure(ORDERS[order], seed, shared, as_hardware)
 
     def counts(self):
         """What the kernels did since the last time."""

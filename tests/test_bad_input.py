@@ -264,6 +264,15 @@ class NewGpu:
 
 class Library:
     cuda_architectures = "80-real 90-real"
+    runtime, driver = 12080, 12020  # a driver runs all runtimes of its major version
+
+    @classmethod
+    def cuda_runtime_version(cls):
+        return cls.runtime
+
+    @classmethod
+    def cuda_driver_version(cls):
+        return cls.driver
 
 
 def test_native_says_what_is_missing_on_a_gpu(monkeypatch):
@@ -288,6 +297,15 @@ def test_native_says_what_is_missing_on_a_gpu(monkeypatch):
     assert missing() is None
     assert missing(None) is None
     assert _dispatch.resolve("attn_diversity", "cuda", "native") == "native"
+    monkeypatch.setattr(Library, "runtime", 13000)
+    for words in (
+        "compiled with CUDA 13.0, which needs an NVIDIA driver for CUDA 13 (580 or newer), and the driver",
+        "the driver here is for CUDA 12.2: update the driver, or reinstall from the source tree with CUDACXX",
+        "CUDACXX naming an nvcc of CUDA 12",
+    ):
+        assert words in missing()
+    monkeypatch.setattr(Library, "driver", 13000)
+    assert missing() is None
     monkeypatch.setattr(Library, "cuda_architectures", "")
     assert "compiled for CPUs only" in missing()
     assert "VITDIV_CUDA=1" in missing()
@@ -298,7 +316,7 @@ def test_native_says_what_is_missing_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("architectures", "runs", "does_not_run"),
     [
-        ("80-real 90-real 100", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
+        ("80-real 90-real 100 120-real", [(8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 1)], [(7, 5)]),
         ("80-real", [(8, 0), (8, 6)], [(7, 5), (9, 0)]),
         ("86-real 90", [(8, 6), (8, 9), (9, 0), (10, 3)], [(8, 0)]),
         ("90a", [(9, 0)], [(8, 9), (10, 0)]),

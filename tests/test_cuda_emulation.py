@@ -19,6 +19,9 @@ DEFINITIONS = [
         "cp.async",
         "numbers",
     ],
+    *[f"tensor cores {t}" for t in ("f16", "bf16", "tf32")],
+    *[f"a long sum{how}" for how in (", rounded", " in tensor cores", " by multiply_add")],
+    "approximations",
     *[f"tile product {t}{how}" for t in ("f16", "bf16", "f32", "f64") for how in ("", ", transposed")],
 ]
 FAULTS = {

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import conftest
 import pytest
+import torch
 
 
 class Case:

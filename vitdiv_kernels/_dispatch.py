@@ -117,6 +117,9 @@ def _native_absent_on_gpu(operation, device):
     why_not = _gpu_unfit("CUDA", device)
     if why_not is not None:
         return why_not
+    why_not = _driver_too_old()
+    if why_not is not None:
+        return why_not
     gpu = _properties(device)
     if not _native.runs_on(architectures, gpu.major, gpu.minor):
         return (
@@ -125,6 +128,25 @@ def _native_absent_on_gpu(operation, device):
             f"{gpu.major}.{gpu.minor}"
         )
     return None
+
+
+# The first NVIDIA driver for each major version of CUDA. Within one, older drivers run newer runtimes.
+_DRIVERS = {12: "525", 13: "580"}
+
+
+def _driver_too_old():
+    """torch may be of an older CUDA, and run: the kernels bring the runtime of their own nvcc."""
+    library = _native.library()
+    runtime, driver = library.cuda_runtime_version(), library.cuda_driver_version()
+    major, latest = runtime // 1000, driver // 1000
+    if latest >= major:
+        return None
+    needed = f" ({_DRIVERS[major]} or newer)" if major in _DRIVERS else ""
+    return (
+        f"the CUDA kernels were compiled with CUDA {major}.{runtime % 1000 // 10}, which needs an NVIDIA "
+        f"driver for CUDA {major}{needed}, and the driver here is for CUDA {latest}.{driver % 1000 // 10}: "
+        f"update the driver, or reinstall from the source tree with CUDACXX naming an nvcc of CUDA {latest}"
+    )
 
 
 def _triton_absent_on(device):

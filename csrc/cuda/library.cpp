@@ -4,26 +4,10 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "operators.h"
-
-// The C interface that compiled models use, in libtorch_cuda; null beside a torch without it.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "stream.h"
 
 namespace vitdiv {
 namespace {
-
-template <class Stream>
-void* handle_of(const Stream& stream) {
-  if constexpr (requires { stream.native_handle(); }) {
-    return stream.native_handle();
-  } else {  // torch before 2.12
-    void* handle = nullptr;
-    TORCH_CHECK(
-        aoti_torch_get_current_cuda_stream != nullptr &&
-            aoti_torch_get_current_cuda_stream(stream.device_index(), &handle) == 0,
-        "the current CUDA stream of this torch cannot be asked for: the kernels need torch 2.12 or later");
-    return handle;
-  }
-}
 
 class Gpu {
  public:
@@ -35,7 +19,10 @@ class Gpu {
   void run(void (*kernels)(const Args&, void*, void*), const Args& args, const at::Tensor& scratch) {
     const c10::Device device = guard_.current_device();
     const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-    kernels(args, scratch.data_ptr(), handle_of(stream));
+    void* handle = nullptr;
+    TORCH_CHECK(cuda_stream_of(stream, &handle),
+                "this torch does not tell its current CUDA stream: the kernels need torch 2.11 or later");
+    kernels(args, scratch.data_ptr(), handle);
   }
 
  private:

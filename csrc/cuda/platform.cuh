@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#include "launch.h"
 
 #define KERNEL __global__ void
 #define DEVICE __device__ __forceinline__
@@ -228,34 +231,11 @@ DEVICE void mma_884_f64(double& c0, double& c1, double a, double b) {
       : "d"(a), "d"(b));
 }
 
-inline void check(const char* operation, cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(operation) + ": CUDA says: " + cudaGetErrorString(error));
-}
-
-// Bytes of shared memory that one block may use on the current device.
-inline int64_t shared_memory_limit(const char* operation) {
-  int device = 0, bytes = 0;
-  check(operation, cudaGetDevice(&device));
-  check(operation, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
-}
-
-template <class... P, class... A>
+template <class... P>
 void launch(const char* operation, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
-            void* stream, A... args) {
-  if (blocks > 0x7fffffff)
-    throw std::invalid_argument(std::string(operation) + ": the tensors are too large: " +
-                                std::to_string(blocks) + " blocks, and a launch has at most 2147483647");
-  if (shared_bytes > 48 << 10)  // what a kernel may use without asking
-    check(operation, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  check(operation, cudaLaunchKernelEx(&config, kernel, args...));
+            void* stream, std::type_identity_t<P>... arguments) {
+  void* pointers[] = {&arguments...};
+  launch(operation, reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, stream, pointers);
 }
 
 }  // namespace vitdiv::cuda

@@ -206,6 +206,120 @@ KERNEL copies(Global<const float> from, float* out) {
   for (int x = l; x < 128; x += 32) out[x] = s.ld(127 - x);
 }
 
+// Element (0, 0) of one product, with the arithmetic of the hardware: c + a_0 b_0 + ...
+template <class T>
+float on_hardware(float c, std::initializer_list<std::pair<float, float>> factors) {
+  constexpr int K = kDepth<T>;
+  float a[K] = {}, b[K] = {}, result;
+  int k = 0;
+  for (const auto& [x, y] : factors) a[k] = x, b[k++] = y;
+  emulation::config.as_hardware = true;
+  if constexpr (sizeof(T) == 2) {
+    Registers r{};
+    r.c[0][0] = c;
+    for (int lane = 0; lane < 4; ++lane)  // of row 0 and of column 0
+      for (int half = 0; half < 2; ++half) {
+        const int first = 2 * lane + 8 * half;
+        r.a[lane][2 * half] = pack2<T>(a[first], a[first + 1]);
+        r.b[lane][half] = pack2<T>(b[first], b[first + 1]);
+      }
+    runs(0, mma_16<T>, &r);
+    result = r.c[0][0];
+  } else {
+    Tf32Registers r{};
+    r.c[0][0] = c;
+    for (int lane = 0; lane < 4; ++lane)
+      for (int half = 0; half < 2; ++half)
+        r.a[lane][2 * half] = a[lane + 4 * half], r.b[lane][half] = b[lane + 4 * half];
+    runs(0, mma_8, &r);
+    result = r.c[0][0];
+  }
+  emulation::config.as_hardware = false;
+  return result;
+}
+
+// Known values, of an A100: Fasi et al. 2021, Khattak and Mikaitis 2025.
+template <class T>
+void test_tensor_cores(const char* name) {
+  constexpr float e = 0x1p-12f;  // its square is half of the last place of 1
+  const std::pair<float, float> none{0, 0}, half{e, e}, quarter{e, e / 2}, less{-e, 0.75f * e};
+  // cut, not rounded to 1 + 2^-23; of both signs
+  bool good = on_hardware<T>(1, {half, quarter}) == 1 && on_hardware<T>(-1, {{-e, e}, {-e, e / 2}}) == -1;
+  // one bit more than float32 has is kept of each number: together two are seen, and of one alone nothing
+  good &= on_hardware<T>(1, {half, half}) == 1 + 0x1p-23f && on_hardware<T>(1, {half}) == 1;
+  good &= on_hardware<T>(1, {quarter, quarter, quarter, quarter}) == 1;
+  good &= on_hardware<T>(1, {{-e, e}}) == 1 - 0x1p-24f && on_hardware<T>(1, {less}) == 1;
+  // but not from one half of K to the next
+  if constexpr (kDepth<T> == 16)
+    good &= on_hardware<T>(1, {half, none, none, none, none, none, none, none, half}) == 1;
+  else
+    good &= on_hardware<T>(1, {half, none, none, none, half}) == 1;
+  // aligned by the factors' exponents: 1.5 by 1.5 counts as less than 2
+  good &= on_hardware<T>(0, {{1.5f, 1.5f}, half, half, half}) == 2.25f;
+  good &= on_hardware<T>(0x1p-24f, {{1.5f, 1.5f}, half, half, half}) == 2.25f + 0x1p-22f;
+  good &= std::isnan(on_hardware<T>(NAN, {half})) && std::isinf(on_hardware<T>(1, {{INFINITY, 1}}));
+  if constexpr (!std::is_same_v<T, half_t>)
+    good &= std::isinf(on_hardware<T>(0x1p127f, {{0x1p100f, 0x1p27f}}));
+  report(name, good);
+}
+
+// A planted fault: a long sum of one sign that stays in tensor cores, which nothing sees if sums are rounded; and the same by
+// multiply_add, which adds each step to the sum itself.
+float term(int step) { return 0.5f + static_cast<float>(step * 37 % 101) / 202; }
+
+template <bool CHAINED>
+KERNEL long_sum(float* out, int steps) {
+  float chained[4] = {}, acc[2][4] = {};
+  FragmentA<float> a;
+  FragmentB<float> b[2];
+  for (int i = 0; i < 4; ++i) split_tf32(0.9f, b[i / 2].hi[i % 2], b[i / 2].lo[i % 2]);
+  for (int step = 0; step < steps; ++step) {
+    for (int i = 0; i < 4; ++i) split_tf32(term(step), a.hi[i], a.lo[i]);
+    if constexpr (CHAINED) {
+      mma_1688_tf32(chained, a.lo, b[0].hi);
+      mma_1688_tf32(chained, a.hi, b[0].lo);
+      mma_1688_tf32(chained, a.hi, b[0].hi);
+    } else {
+      multiply_add<float>(acc, a, b);
+    }
+  }
+  out[thread_x()] = CHAINED ? chained[0] : acc[0][0];
+}
+
+template <bool CHAINED>
+double error_of_long_sum(bool as_hardware) {
+  constexpr int steps = 1000;
+  float out[32];
+  emulation::config.as_hardware = as_hardware;
+  runs(0, long_sum<CHAINED>, out, steps);
+  emulation::config.as_hardware = false;
+  double want = 0;
+  for (int step = 0; step < steps; ++step) want += double(8) * term(step) * 0.9f;
+  return std::abs(out[0] / want - 1);
+}
+
+void test_long_sums() {
+  constexpr double budget = 1e-5;
+  report("a long sum, rounded", error_of_long_sum<true>(false) < budget, "is not within the budget");
+  report("a long sum in tensor cores", error_of_long_sum<true>(true) > 3 * budget, "does not drift");
+  report("a long sum by multiply_add", error_of_long_sum<false>(true) < budget, "is not within the budget");
+}
+
+void test_approximations() {
+  emulation::config.as_hardware = true;
+  double largest = 0, largest_root = 0;
+  for (float x = -20; x < 20; x += 0.0371f) {
+    largest = std::max(largest, std::abs(fast_exp2(x) / std::exp2(double(x)) - 1));
+    largest_root = std::max(largest_root, std::abs(reciprocal_sqrt(x + 21) * std::sqrt(double(x) + 21) - 1));
+  }
+  const auto near = [](double error) { return 0x1p-23 < error && error < 0x1.4p-22; };
+  bool good = near(largest) && near(largest_root);
+  good &= fast_exp2(0.0f) == 1 && fast_exp2(-INFINITY) == 0 && std::isinf(fast_exp2(INFINITY));
+  good &= fast_exp2(0x1p-140f) == 1 && fast_exp2(-127.0f) == 0 && std::isnan(fast_exp2(NAN));
+  emulation::config.as_hardware = false;
+  report("approximations", good);
+}
+
 void test_numbers() {
   bool good = rounded<half_t>(1 + 0x1p-11f) == 1 && rounded<half_t>(1 + 0x1.8p-10f) == 1 + 0x1p-9f;
   good &= rounded<bf16_t>(1 + 0x1p-8f) == 1 && rounded<bf16_t>(1 + 0x1.8p-7f) == 1 + 0x1p-6f;
@@ -294,6 +408,11 @@ int main() {
   for (int i = 0; i < 128; ++i) all &= out[127 - i] == (i / 4 % 2 == 0 ? i + 1 : 0);
   report("cp.async", all);
   test_numbers();
+  test_tensor_cores<half_t>("tensor cores f16");
+  test_tensor_cores<bf16_t>("tensor cores bf16");
+  test_tensor_cores<float>("tensor cores tf32");
+  test_long_sums();
+  test_approximations();
   test_products<half_t, false>("tile product f16", 1e-5);
   test_products<half_t, true>("tile product f16, transposed", 1e-5);
   test_products<bf16_t, false>("tile product bf16", 1e-5);

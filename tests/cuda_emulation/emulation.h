@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "arithmetic.h"
+
 #define KERNEL void
 #define DEVICE inline
 #define HOST_DEVICE inline
@@ -49,7 +51,8 @@ struct Config {
   Order order = Order::kForward;
   unsigned seed = 0;
   int64_t shared_limit =
-      227 << 10;  // bytes a block may have: sm_90; 163 << 10 is sm_80, 99 << 10 sm_86 and sm_89
+      227 << 10;             // bytes a block may have: sm_90; 163 << 10 is sm_80, 99 << 10 sm_86 and sm_89
+  bool as_hardware = false;  // the arithmetic: arithmetic.h
 };
 struct Counts {
   uint64_t mma, ldmatrix, ldmatrix_rounds, shuffles, barriers, shared_bytes, global_bytes, copied_bytes,
@@ -136,9 +139,16 @@ uint32_t pack2(float lo, float hi) {
 inline float to_tf32(float x) {  // to nearest, ties away from zero
   return std::isfinite(x) ? std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & ~0x1fffu) : x;
 }
-inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_exp2(float x) {
+  if (!emulation::config.as_hardware) return std::exp2(x);
+  const float result = std::abs(x) < 0x1p-126f ? 1 : emulation::approximately(std::exp2(double(x)), x);
+  return result < 0x1p-126f ? 0 : result;
+}
 inline double fast_exp2(double x) { return std::exp2(x); }
-inline float reciprocal_sqrt(float x) { return 1 / std::sqrt(x); }
+inline float reciprocal_sqrt(float x) {
+  return emulation::config.as_hardware ? emulation::approximately(1 / std::sqrt(double(x)), x)
+                                       : 1 / std::sqrt(x);
+}
 inline double reciprocal_sqrt(double x) { return 1 / std::sqrt(x); }
 
 template <class T>
@@ -295,15 +305,14 @@ struct Operands {
   float* c;
   const R *a, *b;
 };
-// Products and sums in float64, rounded once: hardware does not round each sum either.
-template <int K, class R>
+template <int K, int LEAST, class R>
 void multiply(void* const* lane, const float (&a)[16][K], const float (&b)[8][K]) {
+  const auto sum = emulation::config.as_hardware ? emulation::sum_of_tensor_cores<K, LEAST>
+                                                 : emulation::sum_rounded_once<K>;
   for (int l = 0; l < 32; ++l)
     for (int i = 0; i < 4; ++i) {
-      double sum = 0;
-      for (int k = 0; k < K; ++k) sum += double(a[l / 4 + 8 * (i / 2)][k]) * b[l % 4 * 2 + i % 2][k];
       float& c = emulation::of<Operands<R>>(lane, l).c[i];
-      c = static_cast<float>(c + sum);
+      c = sum(c, a[l / 4 + 8 * (i / 2)], b[l % 4 * 2 + i % 2]);
     }
   ++emulation::counts.mma;
 }
@@ -325,7 +334,7 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
             for (int i = 0; i < 2; ++i) B[l / 4][l % 4 * 2 + 8 * i + e] = value(from.b[i]);
           }
         }
-        mma::multiply<16, uint32_t>(lane, A, B);
+        mma::multiply<16, std::is_same_v<T, half_t> ? -14 : -126, uint32_t>(lane, A, B);
       },
       &mine, place);
 }
@@ -343,7 +352,7 @@ inline void mma_1688_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
           for (int i = 0; i < 4; ++i) A[l / 4 + 8 * (i % 2)][l % 4 + 4 * (i / 2)] = value(from.a[i]);
           for (int i = 0; i < 2; ++i) B[l / 4][l % 4 + 4 * i] = value(from.b[i]);
         }
-        mma::multiply<8, float>(lane, A, B);
+        mma::multiply<8, -126, float>(lane, A, B);
       },
       &mine, place);
 }

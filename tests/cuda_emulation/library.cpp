@@ -26,8 +26,8 @@ int64_t guarded_bytes(Call call) {  // 0: the call that follows says what is wro
 
 extern "C" {
 
-void emulation_configure(int order, unsigned seed, int64_t shared_limit) {
-  emulation::config = {static_cast<emulation::Order>(order), seed, shared_limit};
+void emulation_configure(int order, unsigned seed, int64_t shared_limit, int as_hardware) {
+  emulation::config = {static_cast<emulation::Order>(order), seed, shared_limit, as_hardware != 0};
 }
 void emulation_allow(const void* memory, int64_t bytes, int writable, int initialised) {
   emulation::allow(memory, bytes, writable, initialised);
