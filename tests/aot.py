@@ -295,14 +295,10 @@ def main():
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for key, result in compile_all(launches, args.jobs):
-<<<<<<< HEAD
             rows.append(described(key) | result | {"faults": faults(key[2], limits[key], result)})
-=======
-            rows.append(described(key) | result | {"faults": faults(limits[key], result)})
             if args.lines:
                 with args.lines.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
->>>>>>> matrix
     rows.sort(key=lambda row: (row["operation"], row["kernel"], row["constants"], row["pointers"], row["cc"]))
     for row in rows:
         print(line_of(row))

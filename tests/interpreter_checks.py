@@ -102,9 +102,6 @@ def install():
         original(*arguments, **named)
         _check_races()
 
-<<<<<<< HEAD
-    wrap(interpreter, "_implicit_cvt", convert)
-=======
     def reduced(original, self, values, val_reduce_op, idx_reduce_op=None):
         if idx_reduce_op is None:
             val_reduce_op = {np.max: np.nanmax, np.min: np.nanmin}.get(val_reduce_op, val_reduce_op)
@@ -112,9 +109,8 @@ def install():
 
     builder.create_maxnumf = functools.partial(builder.binary_op, op=np.fmax)
     builder.create_minnumf = functools.partial(builder.binary_op, op=np.fmin)
-    _wrap(interpreter.ReduceOps, "min_max", reduced)
-    _wrap(interpreter, "_implicit_cvt", convert)
->>>>>>> matrix
+    wrap(interpreter.ReduceOps, "min_max", reduced)
+    wrap(interpreter, "_implicit_cvt", convert)
     for name in _FROM_A_POINTER:
         wrap(builder, name, carry)
     wrap(builder, "create_masked_load", load)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import conftest
 import pytest
-import torch
 
 
 class Case:
