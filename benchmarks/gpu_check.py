@@ -31,7 +31,7 @@ END = GRACE + 3  # seconds for what is interrupted, and for the summary
 OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
 TESTED = (
     *("gpu", *OPERATIONS, "triton_streaming", "triton_workspace"),
-    *("plain_formulas", "determinism", "compile"),
+    *("plain_formulas", "determinism", "compile", "cuda_host"),
 )
 # What pytest selects, the backend first, by device; on a CPU to rehearse.
 TRITON = "triton-gpu or triton_streaming or triton_workspace or plain_formulas"
