@@ -218,24 +218,27 @@ def cosines(
         far = tl.maximum(x_far, _any_far(tl.where(y_norm > 0, y_norm, 1.0), ACC))
         if far > 0:
             # Of what depends on `far`, which is 1, the compiler moves nothing out of the branch and out of
-            # the loops around it, where it would take registers.
-            x_norm, y_norm, first = x_norm * far, y_norm * far, far - 1
-            s = _far_cosines(x_rows, y_rows, x_mask, y_mask, first, D, x_norm, y_norm, BR, BC, DT, PREC, ACC)
+            # the loops around it, where it would take registers. Multiples of 16 keep the loads wide.
+            nothing, x_norm, y_norm = 16 * (far - 1), x_norm * far, y_norm * far
+            x_rows, y_rows = x_rows + nothing, y_rows + nothing
+            s = _far_cosines(x_rows, y_rows, x_mask, y_mask, D, x_norm, y_norm, BR, BC, BD, DT, PREC, ACC)
     return s
 
 
 @triton.jit
 def _far_cosines(
-    x_rows, y_rows, x_mask, y_mask, first, D, x_norm, y_norm, BR: tl.constexpr, BC: tl.constexpr,
+    x_rows, y_rows, x_mask, y_mask, D, x_norm, y_norm, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """`cosines` of vectors of any length, multiplied by powers of two first, which is exact."""
-    FD: tl.constexpr = 16  # and no stages: no more registers than `products` takes
+    """`cosines` of vectors of any length, multiplied by powers of two first, which is exact.
+
+    In slices as wide as those of `products`: narrower ones had places of their own to keep, and spilled.
+    """
     x_power, x_inverse = _powers(x_norm, ACC)
     y_power, y_inverse = _powers(y_norm, ACC)
-    d = tl.arange(0, FD)
+    d = tl.arange(0, BD)
     s = tl.zeros((BR, BC), ACC)
-    for d0 in tl.range(first, D, FD * (first + 1), num_stages=1):
+    for d0 in tl.range(0, D, BD, num_stages=1):
         width_mask = (d0 + d < D)[None, :]
         x = tl.load(x_rows + (d0 + d)[None, :], mask=x_mask[:, None] & width_mask, other=0.0).to(DT)
         y = tl.load(y_rows + (d0 + d)[None, :], mask=y_mask[:, None] & width_mask, other=0.0).to(DT)
