@@ -107,8 +107,8 @@ def install():
             val_reduce_op = {np.max: np.nanmax, np.min: np.nanmin}.get(val_reduce_op, val_reduce_op)
         return original(self, values, val_reduce_op, idx_reduce_op)
 
-    builder.create_maxnumf = functools.partial(builder.binary_op, op=np.fmax)
-    builder.create_minnumf = functools.partial(builder.binary_op, op=np.fmin)
+    builder.create_maxnumf = lambda a, b: builder.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda a, b: builder.binary_op(a, b, np.fmin)
     wrap(interpreter.ReduceOps, "min_max", reduced)
     wrap(interpreter, "_implicit_cvt", convert)
     for name in _FROM_A_POINTER:

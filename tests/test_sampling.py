@@ -48,7 +48,7 @@ def test_a_gpu_runs_the_cases_that_were_chosen(monkeypatch):
     values = list(itertools.product((1, 3, 12), ("float32", "float16")))
     on_gpu, elsewhere, unknown = (
         [Case(*where[:1], *value, *where[1:]) for value in values]
-        for where in (("triton-gpu",), ("native-cuda",), ("triton-gpu", "test_new.py"))
+        for where in (("triton-gpu",), ("native-cpu",), ("triton-gpu", "test_new.py"))
     )
     assert kept(list(on_gpu)) == [on_gpu[2]]
     assert kept(list(on_gpu), every_case=True) == on_gpu
