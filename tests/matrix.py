@@ -23,6 +23,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -170,6 +171,8 @@ def tests(python, tree, folder, args):
         begin = time.monotonic()
         run = finished(args.prefix + command, tree)
         report.with_suffix(".log").write_text(run.stdout)
+        if run.returncode in (-signal.SIGTERM, -signal.SIGKILL):
+            return  # stopped, not wrong: the row says until where
         row["seconds"] += round(time.monotonic() - begin)
         if report.exists():
             count(report, row)
