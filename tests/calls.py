@@ -8,7 +8,7 @@ from vitdiv_kernels import losses
 from vitdiv_kernels.ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from vitdiv_kernels.ops.two_gram import two_gram
 
-B, H, N, D = 2, 3, 17, 8
+B, H, N, D = 2, 4, 17, 8
 
 
 def qkv_views(x):
