@@ -438,7 +438,7 @@ def test_streaming_is_timed_where_its_tiles_hold_the_heads(module, heads, option
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory needs Linux's /proc")
 def test_peak_memory_sees_what_is_freed_again(module, fake):
-    """Of three: while one is measured the kernel may take pages of files away, and the peak is then seen as lower."""
+    """In the highest of three: the kernel may take pages of files away meanwhile, which hides the peak."""
     settings = {"dtype": "float32", "device": "cpu", "threads": 1}
     peaks = [module("harness").peak_extra_mb(fake, "eager", "fwd", **settings) for _ in range(3)]
     assert 60 < max(peaks) < 80
