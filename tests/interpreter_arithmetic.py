@@ -130,7 +130,7 @@ def _dot(original, a, b, c, input_precision, *others):
             small = np.where(np.isnan(small), np.float32(0), small)
             result = multiplied(big_x, big_y, small, "TF32") + start
         else:
-            raise NotImplementedError(f"tl.dot of {kind} with the input precision {precision}")
+            raise ValueError(f"no model of tl.dot of {kind} with the input precision {precision}")
     return interpreter.TensorHandle(result, c.dtype.scalar)
 
 

@@ -62,7 +62,7 @@ def train(norm, backend, steps=STEPS, batch=24):
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 def test_fused_and_reference_losses_are_the_same(backend, interpreted, norm):
-    size = dict(steps=3, batch=4) if interpreted else {}
+    size = dict(steps=2, batch=2) if interpreted else {}
     expected = train(norm, "reference", **size)
     if not interpreted:
         assert expected[-5:].mean() < 0.7 * expected[:5].mean()

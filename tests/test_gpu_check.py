@@ -246,7 +246,7 @@ def test_a_slow_suite_is_not_finished(rehearse, check, monkeypatch, workers):
     monkeypatch.setattr(check, "workers_here", lambda: workers)
     begin = time.monotonic()
     status, said, kept = rehearse("slow", "--tests", seconds=12 if workers else 9)
-    assert time.monotonic() - begin < 25
+    assert time.monotonic() - begin < 60
     assert status == 0
     assert "FAILED" not in said
     found = states(kept["summary.md"])
