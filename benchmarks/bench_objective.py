@@ -20,7 +20,7 @@ from harness import Workload
 from torch.nn import functional as F
 
 from vitdiv_kernels import CollapseMonitor, DiversityObjective, losses
-from vitdiv_kernels.objective import LOSSES, PRESETS, Term
+from vitdiv_kernels.attach.objective import LOSSES, PRESETS, Term
 from vitdiv_kernels.vit import CONFIGS, ViT
 
 CHEN = (

@@ -112,8 +112,8 @@ _SCHEDULE = contextlib.ExitStack()
 
 def scheduled(package, name, heads=0, dtype=torch.float32, extras=False):
     """The Triton backend under the schedule of this name, or, with None, that of its table."""
-    from vitdiv_kernels.ops._triton_tiles import most_heads
-    from vitdiv_kernels.ops.reattention.triton_kernels.schedule import schedule
+    from vitdiv_kernels.ops.maps._triton.tiles import most_heads
+    from vitdiv_kernels.ops.maps.reattention.triton_kernels.schedule import schedule
 
     most = most_heads(dtype, extras)
     if name == "streaming" and heads > most:

@@ -5,7 +5,7 @@ It measures the three operations with the command line of their own benchmarks. 
     python benchmarks/bench_scaling.py --threads 1,2
 """
 
-import bench_attn_diversity
+import bench_attention_gram
 import bench_pairwise_cosine
 import bench_reattention
 import cli
@@ -21,7 +21,7 @@ def main():
     chosen = [
         bench_reattention.workload(attention),
         bench_reattention.workload(attention, norm="batch"),
-        bench_attn_diversity.workload(attention),
+        bench_attention_gram.workload(attention),
         bench_pairwise_cosine.workload((1, args.tokens, 768)),
     ]
     cli.run(parser, args, chosen)

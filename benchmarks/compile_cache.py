@@ -45,7 +45,7 @@ from triton import knobs  # noqa: E402
 from vitdiv_kernels import _dispatch  # noqa: E402
 from vitdiv_kernels.ops import _operators  # noqa: E402
 
-Launch = tuple[str, str, str]  # module, kernel, specialization: see tests/fake_driver.py
+Launch = tuple[str, str, str]  # module, kernel, specialization: see tests/support/fake_driver.py
 EXTENSIONS = ".py", ".so"
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import bench_attn_diversity
+import bench_attention_gram
 import bench_pairwise_cosine
 import bench_reattention
 import micro
@@ -27,7 +27,7 @@ from vitdiv_kernels import _dispatch
 
 BENCHMARKS = {
     "reattention": bench_reattention.workload,
-    "attn_diversity": bench_attn_diversity.workload,
+    "attention_gram": bench_attention_gram.workload,
     "pairwise_cosine": bench_pairwise_cosine.workload,
 }
 TRITON = ("eager", "triton")
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 REATTENTION, GRAM, COSINE = (128, 12, 197, 64), (128, 12, 197, 64), (256, 196, 384)
 ENTRIES = (
     Entry("reattention", REATTENTION, {}, SCHEDULES),
-    Entry("attn_diversity", GRAM, {}),
+    Entry("attention_gram", GRAM, {}),
     Entry("pairwise_cosine", COSINE, {}),
     Entry("reattention", REATTENTION, {"norm": "batch"}, SCHEDULES),
     Entry("reattention", REATTENTION, {"packed": "yes"}, ("eager", "sdpa", "triton")),
@@ -63,29 +63,29 @@ ENTRIES = (
     Entry("reattention", REATTENTION, {"norm": "layer"}),
     Entry("reattention", (32, 12, 577, 64), {}, SCHEDULES),
     Entry("reattention", REATTENTION, {}, COMPILED),
-    Entry("attn_diversity", GRAM, {}, COMPILED),
+    Entry("attention_gram", GRAM, {}, COMPILED),
     Entry("pairwise_cosine", COSINE, {}, COMPILED),
     Entry("reattention", REATTENTION, {"norm": "batch"}, COMPILED),
     Entry("reattention", REATTENTION, {}, NATIVE),
-    Entry("attn_diversity", GRAM, {}, NATIVE),
+    Entry("attention_gram", GRAM, {}, NATIVE),
     Entry("pairwise_cosine", COSINE, {}, NATIVE),
     Entry("reattention", (128, 6, 197, 64), {}, NATIVE),
     Entry("reattention", REATTENTION, {"norm": "batch"}, NATIVE),
     Entry("reattention", REATTENTION, {"norm": "batch", "packed": "yes"}),
     Entry("pairwise_cosine", (64, 1024, 768), {}),
-    Entry("attn_diversity", GRAM, {"function": "cosine"}),
+    Entry("attention_gram", GRAM, {"function": "cosine"}),
     Entry("reattention", REATTENTION, {"pre_mix": "yes"}),
     Entry("reattention", (128, 12, 197, 32), {"norm": "batch"}),
     Entry("reattention", REATTENTION, {}, SCHEDULES, "float16"),
     Entry("reattention", REATTENTION, {}, TRITON, "float32"),
     Entry("pairwise_cosine", COSINE, {"penalty": "square"}, ("eager", "triton")),
     Entry("pairwise_cosine", COSINE, {"penalty": "signed"}, ("eager", "closed", "triton")),
-    Entry("attn_diversity", (8, 16, 1025, 64), {}),
+    Entry("attention_gram", (8, 16, 1025, 64), {}),
     Entry("reattention", (8, 16, 1025, 64), {"norm": "batch"}),
     Entry("reattention", (1, 12, 4096, 64), {}),
     Entry("pairwise_cosine", (8, 4096, 1024), {}),
     Entry("reattention", (128, 12, 197, 35), {"norm": "batch"}),
-    Entry("attn_diversity", GRAM, {}, TRITON, "float16"),
+    Entry("attention_gram", GRAM, {}, TRITON, "float16"),
     Entry("pairwise_cosine", COSINE, {}, TRITON, "float16"),
     Entry("reattention", REATTENTION, {}, ("eager", "reference", "conv2d")),
 )

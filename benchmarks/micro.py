@@ -116,7 +116,7 @@ def products(device, dtype, shape):
 
 def workspaces(device, dtype, shape):
     """Re-attention with workspaces of several sizes: small ones stay in L2, large ones take few launches."""
-    from vitdiv_kernels.ops.reattention import triton_configs
+    from vitdiv_kernels.ops.maps.reattention import triton_configs
 
     name = str(dtype).removeprefix("torch.")
     maker = reattention(shape, dtype=name)

@@ -74,7 +74,7 @@ def two_gram(inputs, shape):
         inputs.operators.two_gram_bwd(inputs.wide(*sums.shape), x, y, saved, *options)
 
 
-def attn_diversity(inputs, shape):
+def attention_gram(inputs, shape):
     b, h, n, m, d = shape
     q, k, q2, k2 = (inputs(b, h, rows, d) for rows in (n, m, n, m))
     for layers in ((q, k, 0.3, None, None, 0.3), (q, k, 0.3, q2, k2, 0.4)):
@@ -102,7 +102,7 @@ def reattention(inputs, shape):
     inputs.operators.head_dots(dout, q)
 
 
-RUN = pairwise_cosine, pairwise_rows, two_gram, attn_diversity, reattention
+RUN = pairwise_cosine, pairwise_rows, two_gram, attention_gram, reattention
 
 
 def cases(backends):

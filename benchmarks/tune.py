@@ -1,7 +1,7 @@
 """Finds the fastest rows of a table of the Triton kernels on the GPU that is here, and writes them into it.
 
 It knows the tables of pairwise_cosine, pairwise_rows and two_gram, dicts in their triton_configs.py, a row a
-line, whose last field says where the row comes from. TILES of ops/_triton_tiles.py, and SCHEDULES, ROWS and
+line, whose last field says where the row comes from. TILES of ops/maps/_triton/tiles.py, and SCHEDULES, ROWS and
 WORKSPACE_BYTES of reattention, are changed by hand. Candidates that do not fit the GPU are passed over. Run
 the ahead-of-time test afterwards: a row has to compile for every GPU of its generation. Example:
 
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 import vitdiv_kernels
-from vitdiv_kernels.ops.pairwise_rows import pairwise_logsumexp
-from vitdiv_kernels.ops.two_gram import two_gram
+from vitdiv_kernels.ops.pairs.pairwise_rows import pairwise_logsumexp
+from vitdiv_kernels.ops.pairs.two_gram import two_gram
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPES = {

@@ -71,10 +71,10 @@ if(NOT cuda_architectures)
 endif()
 
 add_library(cuda_kernels OBJECT
-  csrc/cuda/attn_diversity.cu csrc/cuda/attn_diversity_bwd.cu csrc/cuda/head_dots.cu
-  csrc/cuda/pairwise_cosine.cu csrc/cuda/pairwise_cosine_bwd.cu csrc/cuda/pairwise_cosine_signed.cu
-  csrc/cuda/pairwise_rows.cu csrc/cuda/pairwise_rows_bwd.cu csrc/cuda/two_gram.cu csrc/cuda/two_gram_bwd.cu
-  csrc/cuda/reattention.cu csrc/cuda/reattention_bwd.cu csrc/cuda/reattention_bwd_keys.cu csrc/cuda/reattention_bwd_rows.cu)
+  csrc/cuda/maps/attention_gram.cu csrc/cuda/maps/attention_gram_bwd.cu csrc/cuda/maps/head_dots.cu
+  csrc/cuda/pairs/pairwise_cosine.cu csrc/cuda/pairs/pairwise_cosine_bwd.cu csrc/cuda/pairs/pairwise_cosine_signed.cu
+  csrc/cuda/pairs/pairwise_rows.cu csrc/cuda/pairs/pairwise_rows_bwd.cu csrc/cuda/pairs/two_gram.cu csrc/cuda/pairs/two_gram_bwd.cu
+  csrc/cuda/maps/reattention.cu csrc/cuda/maps/reattention_bwd.cu csrc/cuda/maps/reattention_bwd_keys.cu csrc/cuda/maps/reattention_bwd_rows.cu)
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_ARCHITECTURES "${cuda_architectures}"
   CUDA_VISIBILITY_PRESET hidden)
@@ -86,6 +86,6 @@ if(with_120) # Two thirds of nvcc's time go to PTX, and that for 10.0 serves 12.
   list(APPEND cuda_architectures 120-real)
 endif()
 message(STATUS "CUDA kernels for ${cuda_architectures}")
-set(cuda_sources csrc/cuda/library.cpp csrc/cuda/launch.cpp)
+set(cuda_sources csrc/cuda/library.cpp csrc/cuda/core/launch.cpp)
 set(cuda_objects $<TARGET_OBJECTS:cuda_kernels>)
 set(cuda_libraries CUDA::cudart_static ${CMAKE_DL_LIBS})

@@ -1,4 +1,4 @@
-// Batch norm on the mixed maps of re-attention, of which everything is H x H: vitdiv_kernels/ops/reattention/fold.py says
+// Batch norm on the mixed maps of re-attention, of which everything is H x H: vitdiv_kernels/ops/maps/reattention/fold.py says
 // the maths and does the same with torch. A dozen small torch calls cost some 5 us each, more than the maths; hence these.
 #pragma once
 

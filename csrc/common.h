@@ -115,7 +115,7 @@ inline at::Tensor empty(const at::Tensor& like, at::IntArrayRef sizes, at::Scala
                    like.options().dtype(needed ? dtype : like.scalar_type()));
 }
 
-// The layout that heads_like of ops/_layout.py gives: [B, N, H, d] where the model has its heads inside its tokens.
+// The layout that heads_like of _layout.py gives: [B, N, H, d] where the model has its heads inside its tokens.
 inline at::Tensor empty_heads(const at::Tensor& like, bool needed = true) {
   if (!needed) return empty(like, {0}, like.scalar_type());
   const int64_t H = like.size(1), N = like.size(2), d = like.size(3);

@@ -8,7 +8,7 @@
 #include "batch_norm.h"
 #include "cpu/dispatch.h"
 #include "facts.h"
-#include "operators/attn_diversity.h"
+#include "operators/attention_gram.h"
 #include "operators/pairwise_cosine.h"
 #include "operators/pairwise_rows.h"
 #include "operators/reattention.h"
@@ -110,7 +110,7 @@ int num_threads() { return cpu().count_threads(at::get_num_threads()); }
 
 }  // namespace vitdiv
 
-// The same as in vitdiv_kernels/ops, for the Triton kernels; tests/test_operators.py compares.
+// The same as in vitdiv_kernels/ops, for the Triton kernels; tests/ops/test_operators.py compares.
 TORCH_LIBRARY(vitdiv, m) {
   const auto define = [&m](const auto& schemas) {
     for (const char* schema : schemas) m.def(schema);

@@ -40,8 +40,8 @@ except ImportError:  # before Triton 3.6
         return _specialise(value, is_const, by_value, by_alignment)
 
 
-from vitdiv_kernels.ops import _triton
-from vitdiv_kernels.ops._triton_tiles import shared_memory
+from vitdiv_kernels.ops import _launch as _triton
+from vitdiv_kernels.ops.maps._triton.tiles import shared_memory
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 CAPABILITIES = 80, 89, 90, 100

@@ -65,7 +65,7 @@ def reattention(emulator, heads):
         yield f"backward{name}, key sweep", {what: both[what] - queries[what] for what in both}
 
 
-def attn_diversity(emulator, heads):
+def attention_gram(emulator, heads):
     q, k = torch.randn(2, 1, heads, N, WIDTH).half()
     coupling = torch.randn(1, heads, heads)
     yield "forward", counted(emulator, lambda: emulator.attention_gram_fwd(q, k, 0.1))
@@ -90,7 +90,7 @@ def two_gram(emulator, shape):
 
 OPERATIONS = {
     "reattention": reattention,
-    "attn_diversity": attn_diversity,
+    "attention_gram": attention_gram,
     "pairwise_cosine": pairwise_cosine,
     "two_gram": two_gram,
 }

@@ -10,11 +10,11 @@ which backends are here.
 
 from . import losses, nn
 from ._dispatch import use_backend
-from .monitor import CollapseMonitor
-from .objective import DiversityObjective, Term
-from .ops.attn_diversity import attention_cosine, attention_diversity, attention_gram
-from .ops.pairwise_cosine import pairwise_cosine
-from .ops.reattention import reattention
+from .attach.monitor import CollapseMonitor
+from .attach.objective import DiversityObjective, Term
+from .ops.maps.attention_gram import attention_cosine, attention_diversity, attention_gram
+from .ops.pairs.pairwise_cosine import pairwise_cosine
+from .ops.maps.reattention import reattention
 
 __version__ = "0.1.0"
 

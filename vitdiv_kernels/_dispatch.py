@@ -18,7 +18,7 @@ from . import _native
 from ._exporting import exporting
 
 BACKENDS = ("auto", "reference", "native", "triton")
-OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attn_diversity", "reattention")
+OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attention_gram", "reattention")
 
 # Conditions of a call that some backend cannot meet; at most one counts: export first, then dropout.
 EXPORT = "export to ONNX or TorchScript"
@@ -46,7 +46,7 @@ TABLE = (
     ("*", "*", EXPORT, "reference", "what is exported must run without this package"),
     ("*", "reattention", DROPOUT, "reference", "attention dropout is done by the reference operation only"),
     ("cpu", "*", None, "native", "compiled C++ kernels"),
-    ("cuda", "attn_diversity", MANY_HEADS, "reference", f"Triton holds the maps of {TRITON_HEADS} heads"),
+    ("cuda", "attention_gram", MANY_HEADS, "reference", f"Triton holds the maps of {TRITON_HEADS} heads"),
     ("cuda", "reattention", MANY_HEADS, "reference", f"Triton holds the maps of {TRITON_HEADS} heads"),
     ("cuda", "*", None, "triton", "Triton kernels"),
     ("*", "*", None, "reference", "plain PyTorch, on every device"),

@@ -91,7 +91,7 @@ _CUDA_OPERATORS = {
     "pairwise_cosine": ("pairwise_cosine_fwd", "pairwise_cosine_bwd"),
     "pairwise_rows": ("pairwise_logsumexp_fwd", "pairwise_logsumexp_bwd", "pairwise_nearest"),
     "two_gram": ("two_gram_fwd", "two_gram_bwd"),
-    "attn_diversity": ("attention_gram_fwd", "attention_gram_bwd"),
+    "attention_gram": ("attention_gram_fwd", "attention_gram_bwd"),
     "reattention": ("reattention_fwd", "reattention_bwd", "head_dots"),
 }
 

@@ -4,7 +4,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "operators.h"
-#include "stream.h"
+#include "core/stream.h"
 
 namespace vitdiv {
 namespace {

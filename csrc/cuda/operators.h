@@ -6,7 +6,7 @@
 
 #include <stdexcept>
 
-#include "../operators/attn_diversity.h"
+#include "../operators/attention_gram.h"
 #include "../operators/pairwise_cosine.h"
 #include "../operators/pairwise_rows.h"
 #include "../operators/reattention.h"

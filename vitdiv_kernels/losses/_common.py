@@ -2,11 +2,11 @@
 
 import torch
 
-from ..ops import _checks
-from ..ops._layout import accumulation_dtype
-from ..ops._range import near_one
-from ..ops.pairwise_cosine.reference import normalise
-from ..ops.pairwise_rows import pairwise_nearest
+from .. import _checks
+from .._layout import accumulation_dtype
+from .._vectors import near_one
+from ..ops.pairs.pairwise_cosine.reference import normalise
+from ..ops.pairs.pairwise_rows import pairwise_nearest
 from ._spectral import GramDeterminant, evaluate
 
 MHS_VARIANTS = ("paper", "released")

@@ -3,8 +3,8 @@ autograd differentiates product by product, and makes a matrix as large as x or 
 
 import torch
 
-from ..ops import _checks
-from ..ops._autograd import by_formula, once_differentiable
+from .. import _checks
+from .._autograd import by_formula, once_differentiable
 
 
 class GramGap(torch.autograd.Function):

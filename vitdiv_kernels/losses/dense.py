@@ -8,11 +8,11 @@ import math
 import torch
 
 from .. import _dispatch
-from ..ops import _checks
-from ..ops._autograd import by_formula, once_differentiable
-from ..ops._range import matrices_near_one
-from ..ops.pairwise_rows import pairwise_logsumexp, pairwise_nearest
-from ..ops.two_gram import two_gram
+from .. import _checks
+from .._autograd import by_formula, once_differentiable
+from .._vectors import matrices_near_one
+from ..ops.pairs.pairwise_rows import pairwise_logsumexp, pairwise_nearest
+from ..ops.pairs.two_gram import two_gram
 from . import _common
 
 NEGATIVES = {

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..ops import _checks
-from ..ops._range import matrices_near_one
+from .. import _checks
+from .._vectors import matrices_near_one
 from . import _common
 
 

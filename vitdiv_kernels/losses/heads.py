@@ -7,9 +7,9 @@ under autocast, and costs what `attention_gram` costs: the maps once, tile by ti
 
 import torch
 
-from ..ops import _checks
-from ..ops.attn_diversity import attention_cosine, attention_gram
-from ..ops.pairwise_cosine.reference import PENALTIES
+from .. import _checks
+from ..ops.maps.attention_gram import attention_cosine, attention_gram
+from ..ops.pairs.pairwise_cosine.reference import PENALTIES
 from . import _common
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import _checks
-from ..ops._layout import accumulation_dtype
-from ..ops._range import power_of_two
+from .. import _checks
+from .._layout import accumulation_dtype
+from .._vectors import power_of_two
 from . import _common
 
 ALONG = ("columns", "rows", "maps", "heads")

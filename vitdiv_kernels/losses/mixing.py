@@ -2,7 +2,7 @@
 
 import torch
 
-from ..ops import _checks
+from .. import _checks
 
 
 def cutmix_shares(box, *, image_size, grid):

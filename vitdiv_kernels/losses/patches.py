@@ -6,10 +6,10 @@ The mean cosine of patches, within a layer and across layers, is `pairwise_cosin
 import torch
 from torch.nn import functional as F
 
-from ..ops import _checks
-from ..ops._autograd import by_formula, once_differentiable
-from ..ops.pairwise_cosine import pairwise_cosine
-from ..ops.two_gram import two_gram
+from .. import _checks
+from .._autograd import by_formula, once_differentiable
+from ..ops.pairs.pairwise_cosine import pairwise_cosine
+from ..ops.pairs.two_gram import two_gram
 from . import _common
 from ._spectral import GramGap, evaluate
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ..ops import _checks
-from ..ops.two_gram import two_gram
+from .. import _checks
+from ..ops.pairs.two_gram import two_gram
 from . import _common
 from ._spectral import GramGap, evaluate
 

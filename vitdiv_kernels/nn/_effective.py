@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops import _checks
+from .. import _checks
 from ._initial import MapBatchNorm2d, MapLayerNorm, MixConv2d
 
 MIXES = (MixConv2d, nn.Conv2d, nn.Linear)

@@ -9,9 +9,9 @@ import inspect
 from torch import nn
 
 from .. import losses
-from ..ops import _checks
-from ..ops.attn_diversity import attention_diversity
-from ..ops.pairwise_cosine import pairwise_cosine
+from .. import _checks
+from ..ops.maps.attention_gram import attention_diversity
+from ..ops.pairs.pairwise_cosine import pairwise_cosine
 
 
 class PatchCosineLoss(nn.Module):

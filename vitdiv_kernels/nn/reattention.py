@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops.attn_diversity import attention_gram
-from ..ops.reattention import reattention
+from ..ops.maps.attention_gram import attention_gram
+from ..ops.maps.reattention import reattention
 from . import _attention, _effective, _statistics
 from ._initial import MapBatchNorm2d, MapLayerNorm, MixConv2d
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..ops.reattention import reattention
+from ..ops.maps.reattention import reattention
 from . import _attention, _effective
 
 

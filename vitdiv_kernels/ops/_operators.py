@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .._imports import when_imported
 from . import _sharding
-from ._autograd import refuse_forward_mode, transformed
+from .._autograd import refuse_forward_mode, transformed
 from ._vmap import vmap_rule
 
 NAMESPACES = {"native": "vitdiv", "triton": "vitdiv_triton"}

@@ -1,4 +1,4 @@
-"""A reference ViT, its trainer (`python -m vitdiv_kernels.vit.train --help`), the report on a run (`.report`)
+"""A reference ViT, its trainer (`python -m vitdiv_kernels.train --help`), the report on a run (`.report`)
 and the demo (`.demo`)."""
 
 from .model import CONFIGS, ViT, ViTConfig

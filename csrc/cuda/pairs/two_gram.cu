@@ -1,0 +1,144 @@
+// Forward of penalties on two Gram matrices; the maths is in vitdiv_kernels/ops/pairs/two_gram/README.md.
+//
+// A block makes one tile of both matrices and sums its penalties. Only the upper triangle is made, and counts both ways. A
+// tile's sum has a place of its own; they are added in order.
+#include "two_gram.cuh"
+
+namespace vitdiv::cuda {
+namespace {
+
+constexpr const char* kName = "two_gram_fwd";
+
+template <class T>
+struct TwoGramKernel {
+  Vectors<T> x, y;  // y.width is 0: the second matrix is the identity
+  Global<const Acc<T>> x_rates, y_rates;
+  Global<Acc<T>> sums;  // of tiles
+  int row_tiles, tiles, stages;
+  PairPenalty<Acc<T>> penalty;
+};
+
+template <class T>
+KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> a) {
+  using Tile = CosineTile<T>;
+  using A = Acc<T>;
+  const int n = a.x.count;
+  const auto [row_tile, column_tile] = tile_place(block_x() % a.tiles, a.row_tiles, a.row_tiles, true);
+  const int64_t item = block_x() / a.tiles;
+  const int row0 = row_tile * Tile::kSize, column0 = column_tile * Tile::kSize;
+  Carver carve;
+  const CosineProducts<T> products{carve.take<T>(a.stages * Tile::kStage), a.stages, Tile::kStage,
+                                   Tile::kSize};
+  const Shared<double> memory = carve.take<double>(Tile::kThreads / 32);
+  const auto part = CosinePart<T>::of_tile(row0, column0, n, n, true);
+  const bool identity = a.y.width == 0;
+  CosineSums<T> s, t;
+  Powers<T> powers{}, other_powers;
+  ROLLED_FOR (int gram = identity ? 0 : 1; gram >= 0; --gram) {
+    const Vectors<T> z = gram ? a.y : a.x;
+    UNROLLED_FOR (int i = 0; i < 32 * Tile::kGroups; ++i) {
+      A& sum = s[i / 32][i / 16 % 2][i / 8 % 2][i / 4 % 2][i % 4];
+      if (gram == 0) t[i / 32][i / 16 % 2][i / 8 % 2][i / 4 % 2][i % 4] = identity ? A(0) : sum;
+      sum = 0;
+    }
+    sync_block();  // the memory may still be in use
+    other_powers = powers;
+    const auto rate = [&](int set, int i) {
+      const int at = (set ? column0 : row0) + i;
+      return at < n ? (gram ? a.y_rates : a.x_rates).ld(item * n + at) : A(0);
+    };
+    powers = Powers<T>::of_tile(Tile::kSize, rate);
+    products.add(s, part, z, item * z.item, row0, z, item * z.item, column0, row_tile == column_tile, powers,
+                 rate, [](int) {});
+  }
+
+  const int row = row0 + part.row;
+  A rate[2][2], other_rate[2][2], sum = 0;
+  UNROLLED_FOR (int r = 0; r < 2; ++r)
+    UNROLLED_FOR (int i = 0; i < 2; ++i) {
+      const int at = row + 16 * r + tile_row(2 * i);
+      rate[r][i] = at < n ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
+      other_rate[r][i] = at < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + at)) : A(0);
+    }
+  UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
+    if (g < part.first || g >= part.end) continue;
+    const int column = column0 + part.column + 32 * g;
+    A square_sum = 0;
+    UNROLLED_FOR (int h = 0; h < 2; ++h)
+      UNROLLED_FOR (int j = 0; j < 2; ++j)
+        UNROLLED_FOR (int e = 0; e < 2; ++e) {
+          const int to = column + 16 * h + 8 * j + tile_col(e);
+          const A column_rate = to < n ? powers.left_of(a.x_rates.ld(item * n + to)) : A(0);
+          const A other_column_rate =
+              to < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + to)) : A(0);
+          UNROLLED_FOR (int r = 0; r < 2; ++r)
+            UNROLLED_FOR (int i = 0; i < 2; ++i) {
+              const int from = row + 16 * r + tile_row(2 * i);
+              const A x = s[g][h][r][j][2 * i + e] * (rate[r][i] * column_rate);
+              const A y = identity ? A(from == to)
+                                   : t[g][h][r][j][2 * i + e] * (other_rate[r][i] * other_column_rate);
+              square_sum += from < n && to < n ? a.penalty.value(x, y) : A(0);
+            }
+        }
+    sum += column > row ? 2 * square_sum : square_sum;
+  }
+  const double total = block_sum(sum, memory);
+  if (thread_x() == 0) a.sums.st(block_x(), static_cast<A>(total));
+}
+
+// Places in scratch, in bytes.
+struct Places {
+  int64_t rates[2], sums, size = 0;
+  explicit Places(const TwoGramArgs& args) {
+    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
+    const int64_t tile =
+        with_type(args.x.dtype, [](auto number) { return int64_t(CosineTile<decltype(number)>::kSize); });
+    const int64_t tiles = ceil_div(args.N, tile);
+    const auto take = [&](int64_t numbers) {
+      const int64_t at = size;
+      size += whole_pieces(numbers * bytes);
+      return at;
+    };
+    rates[0] = rates[1] = take(args.L * args.N);
+    if (args.y.data && args.normalise) rates[1] = take(args.L * args.N);
+    sums = take(args.L * tiles * (tiles + 1) / 2);
+  }
+};
+
+template <class T>
+void forward(const TwoGramForward& args, void* scratch, void* stream) {
+  using A = Acc<T>;
+  using Tile = CosineTile<T>;
+  const Places at(args);
+  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  A* const rates[2] = {place(at.rates[0]), place(at.rates[1])};
+  const int row_tiles = static_cast<int>(ceil_div(args.N, Tile::kSize)),
+            tiles = row_tiles * (row_tiles + 1) / 2;
+  A* const sums = tiles > 1 ? place(at.sums) : static_cast<A*>(args.sums);
+  const int64_t stage = Tile::kStage * int64_t(sizeof(T)), others = Tile::kThreads / 32 * sizeof(double);
+  const int stages = stages_of(kName, stage, others, 1);
+  const TwoGramKernel<T> a{gram_vectors<T>(args, 0),
+                           gram_vectors<T>(args, 1),
+                           {rates[0]},
+                           {rates[1]},
+                           {sums},
+                           row_tiles,
+                           tiles,
+                           stages,
+                           pair_penalty<A>(args)};
+  gram_rates(kName, args, rates, stream);
+  launch(kName, two_gram_tile<T>, args.L * tiles, Tile::kThreads, stages * stage + others, stream, a);
+  if (tiles > 1) launch_sum_parts(kName, sums, static_cast<A*>(args.sums), args.L, tiles, 1, stream);
+}
+
+}  // namespace
+
+int64_t two_gram_fwd_scratch(const TwoGramForward& args) { return Places(args).size; }
+
+void two_gram_fwd(const TwoGramForward& args, void* scratch, void* stream) {
+  if (args.L == 0) return;
+  check_sizes(args);
+  with_type(args.x.dtype, [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+}
+
+}  // namespace vitdiv::cuda

@@ -1,0 +1,125 @@
+// Backward of penalties on two Gram matrices; the maths is in vitdiv_kernels/ops/pairs/two_gram/README.md.
+#include "pairwise_gradient.cuh"
+#include "two_gram.cuh"
+
+namespace vitdiv::cuda {
+namespace {
+
+constexpr const char* kName = "two_gram_bwd";
+constexpr int kRangeThreads = 256;
+
+// float16 ends at 65504 and begins at 2^-24. No weight is larger than a multiple of the squares of the largest norms, and
+// with this factor than 2^14.
+template <class A>
+KERNEL LAUNCH_BOUNDS(kRangeThreads, 1)
+    norm_ranges(Global<const A> x_rates, Global<const A> y_rates, A bound, Global<A> ranges, int n) {
+  Carver carve;
+  const Shared<A> memory = carve.take<A>(kRangeThreads / 32);
+  const int64_t item = block_x();
+  UNROLLED_FOR (int s = 0; s < 2; ++s) {
+    const Global<const A> rates = s ? y_rates : x_rates;
+    A top = 0;
+    if (rates.p)
+      for (int i = thread_x(); i < n; i += threads()) top = larger(top, 1 / rates.ld(item * n + i));
+    top = block_max(top, memory);
+    bound += top * top;
+  }
+  if (thread_x() == 0) ranges.st(item, A(4096) / larger(bound, A(1e-30)));
+}
+
+// The slopes of the penalty.
+template <class A>
+struct PenaltyWeights {
+  static constexpr int kGrams = 2;
+  static constexpr bool kNarrow = true;
+  struct Side {};
+  PairPenalty<A> penalty;
+  bool of_y, identity;
+  Global<const A> dsums;
+  Global<const A> ranges;  // of items, or null: `range` of all
+  A range;
+
+  DEVICE void begin(int64_t item) {
+    if (ranges.p) range = ranges.ld(item);
+  }
+  DEVICE Side row(int64_t) const { return {}; }
+  DEVICE Side column(int64_t) const { return {}; }
+  DEVICE A weight(Side, Side, A own, A other, bool itself) const {
+    if (identity) other = A(itself);
+    return range * penalty.slope(of_y ? other : own, of_y ? own : other, of_y);
+  }
+  DEVICE A factor(int64_t item) const { return 2 / range * dsums.ld(item); }
+};
+
+// Places in scratch, in bytes.
+struct Places {
+  int64_t rates[2], norms[2], ranges, size = 0;
+  bool finds_ranges;
+  explicit Places(const TwoGramArgs& args)
+      : finds_ranges(!args.normalise && args.x.dtype == ScalarType::kHalf) {
+    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
+    const auto take = [&](int64_t numbers) {
+      const int64_t at = size;
+      size += whole_pieces(numbers * bytes);
+      return at;
+    };
+    const int sets = args.y.data ? 2 : 1;
+    rates[0] = rates[1] = take(args.L * args.N);
+    if (args.y.data && args.normalise) rates[1] = take(args.L * args.N);
+    for (int s = 0; s < 2; ++s) norms[s] = take(finds_ranges && s < sets ? args.L * args.N : 0);
+    ranges = take(finds_ranges ? args.L : 0);
+  }
+};
+
+template <class T>
+void backward(const TwoGramBackward& args, void* scratch, void* stream) {
+  using A = Acc<T>;
+  const Places at(args);
+  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  A* const rates[2] = {place(at.rates[0]), place(at.rates[1])};
+  gram_rates(kName, args, rates, stream);
+  const bool half = args.x.dtype == ScalarType::kHalf, product = args.penalty == GramPenalty::kProduct;
+  for (int s = 0; at.finds_ranges && s < (args.y.data ? 2 : 1); ++s) {
+    CosineArgs set = vectors_of(args, s);
+    set.eps = 0;
+    vector_rates(kName, set, 0, place(at.norms[s]), stream);
+  }
+  for (int s = 0; s < 2; ++s) {
+    const BatchView& dx = s ? args.dy : args.dx;
+    if (!dx.data) continue;
+    WeightedKernel<T, PenaltyWeights<A>> a{};
+    a.weights.penalty = pair_penalty<A>(args);
+    a.weights.of_y = s == 1;
+    a.weights.identity = !args.y.data;
+    a.weights.dsums = {static_cast<const A*>(args.dsums)};
+    a.weights.range = half ? A(1024) : A(1);  // slopes of cosines are at most 4
+    if (at.finds_ranges) {                    // the slope of a product is the other's
+      const auto norms = [&](int set, bool counts) {
+        return Global<const A>{counts && (set == 0 || args.y.data) ? place(at.norms[set]) : nullptr};
+      };
+      launch(kName, norm_ranges<A>, args.L, kRangeThreads, kRangeThreads / 32 * sizeof(A), stream,
+             norms(0, !product || s == 1), norms(1, !product || s == 0), args.y.data ? A(0) : A(1),
+             Global<A>{place(at.ranges)}, static_cast<int>(args.N));
+      a.weights.ranges = {place(at.ranges)};
+    }
+    a.x = a.y = gram_vectors<T>(args, s);
+    a.z = gram_vectors<T>(args, 1 - s);
+    a.x_rates = a.y_rates = {rates[s]};
+    a.z_rates = {rates[1 - s]};
+    a.within = true;
+    a.inverse_eps = static_cast<A>(args.normalise ? inverse_of(args.eps) : 0);
+    launch_weighted(kName, a, s ? "dy" : "dx", dx, args.L, stream);
+  }
+}
+
+}  // namespace
+
+int64_t two_gram_bwd_scratch(const TwoGramBackward& args) { return Places(args).size; }
+
+void two_gram_bwd(const TwoGramBackward& args, void* scratch, void* stream) {
+  if (args.L == 0 || !(args.dx.data || args.dy.data)) return;
+  check_sizes(args);
+  with_type(args.x.dtype, [&](auto number) { backward<decltype(number)>(args, scratch, stream); });
+}
+
+}  // namespace vitdiv::cuda

@@ -1,0 +1,74 @@
+"""The emulated CUDA kernels as programs: compiles csrc/cuda with the emulation in tests/cuda/emulation."""
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EMULATION = ROOT / "tests/cuda/emulation"
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def compiler():
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def build(*sources, defines=(), shared=True, libraries=(), includes=()):
+    """Compile sources with the emulation to a library or a program, once for each state of the sources.
+
+    With `libraries` the emulation is in one of them.
+    """
+    # Plain -O2: g++ 12 at -O3 stores vectors to stack arrays that it has not aligned.
+    options = [
+        "-std=c++20",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Wno-clobbered",
+        f"-I{EMULATION}",
+        f"-I{ROOT / 'csrc/cuda'}",
+    ]
+    options += os.environ.get("VITDIV_EMULATION_FLAGS", "").split()
+    options += [f"-isystem{include}" for include in includes]
+    options += [f"-D{define}" for define in defines] + (["-shared", "-fPIC"] if shared else [])
+    if not libraries:
+        sources += (EMULATION / "emulation.cpp",)
+    state = hashlib.sha256(" ".join(map(str, [compiler(), *options, *sources, *libraries])).encode())
+    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*"), *EMULATION.glob("*")]):
+        state.update(path.read_bytes())
+    folder, name = ROOT / "build/emulation", sources[0].stem
+    target = folder / f"{name}-{state.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as objects:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        if not target.exists():
+            for earlier in folder.glob(f"{name}-*"):
+                earlier.unlink()
+            places = [f"{objects}/{source.stem}.o" for source in sources]
+            commands = [
+                [*options, "-c", "-x", "c++", source, "-o", place]
+                for source, place in zip(sources, places, strict=True)
+            ]
+            with ThreadPool(os.cpu_count()) as pool:
+                pool.map(compile_cleanly, commands)
+            compile_cleanly([*options, *places, *libraries, "-o", f"{objects}/{name}"])
+            os.replace(f"{objects}/{name}", target)
+    return target
+
+
+def compile_cleanly(arguments):
+    run = subprocess.run([compiler(), *map(str, arguments)], capture_output=True, text=True)
+    if run.returncode != 0 or "warning" in run.stderr:
+        raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
+
+
+@functools.cache
+def kernels():
+    """The library of all kernels."""
+    return build(EMULATION / "library.cpp", *KERNELS)

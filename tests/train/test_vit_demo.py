@@ -1,0 +1,94 @@
+"""The demo, end to end with few steps, and the parts of it that judge."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from vitdiv_kernels import _dispatch, use_backend
+from vitdiv_kernels.nn import ReAttention
+from vitdiv_kernels.demo import cost, digits as demo
+from vitdiv_kernels.train.loop import TrainError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_demo_ends_with_table_figure_and_cost(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    image = pytest.importorskip("matplotlib.image")
+    assert demo.main(["--steps", "3", "--out", str(tmp_path), "--cost-batch", "1", "--cost-rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    for title in ("test accuracy", "|patch cosine|", "effective rank", "head cosine"):
+        assert title in out
+    for name in demo.TITLES.values():
+        assert out.count(f"\n{name}") == 1
+    assert "95 % interval" in out
+    assert "does not show" in " ".join(out.split())
+    assert "published form (Conv2d mix)" in out
+
+    pixels = image.imread(tmp_path / "demo.png")
+    assert min(pixels.shape[:2]) > 600
+    assert pixels[..., :3].std() > 0.1
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    for model in results["models"].values():
+        assert [len(values) for values in model["diversity"].values()] == [24] * 4
+        assert (len(model["matrix"]), len(model["matrix"][0])) == (16, 16)
+        assert model["rows"][-1]["val_accuracy"] > 0
+    native = _dispatch.missing("native", "cpu") is None
+    assert set(results["cost"]) == {"published", "reference", "native"} - (set() if native else {"native"})
+    assert all(row["ms"] > 0 and row["megabytes"] > 0 for row in results["cost"].values())
+    assert {p.name for p in tmp_path.iterdir()} == {"demo.png", "results.json", *demo.TITLES}
+
+
+def test_the_demo_without_scikit_learn(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert demo.main(["--steps", "1"]) == 2
+    assert "scikit-learn" in capsys.readouterr().err
+
+
+def test_wilson_interval_is_the_published_one():
+    # Newcombe 1998, table I: 81 of 263 and 15 of 148.
+    assert demo.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert demo.wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+
+
+def result(abs_cosine, accuracy):
+    return {"diversity": {"abs_cosine": [abs_cosine]}, "test_accuracy": accuracy, "matrix": [[1.0]]}
+
+
+@pytest.mark.parametrize(
+    ("plain", "sentence"), [(0.7, "patches become alike in the plain ViT"), (0.3, "are not the most alike")]
+)
+def test_the_notes_claim_what_the_run_shows(plain, sentence):
+    results = {"plain": result(plain, 0.95), "losses": result(0.4, 0.96), "reattention": result(0.5, 0.98)}
+    assert sentence in " ".join(demo.notes(results, 360).split())
+
+
+def test_what_another_study_found_is_said_to_be_from_there():
+    results = {"plain": result(0.7, 0.95), "losses": result(0.4, 0.96), "reattention": result(0.5, 0.98)}
+    own, other = " ".join(demo.notes(results, 360).split()).split("Not from this run: ")
+    assert "frozen" not in own
+    for words in ("an earlier study with other settings (lr 1.5e-3, three seeds", "on its test split"):
+        assert words in other
+
+
+def test_the_backend_that_runs_is_named():
+    with use_backend("auto"):
+        by_table = _dispatch.auto_choice("reattention", "cpu")
+        assert demo.backend_line() == "backend {}: {}".format(*by_table)
+    with use_backend("reference"):
+        assert demo.backend_line().startswith("backend reference: ")
+    with use_backend("triton"), pytest.raises(TrainError, match="triton"):
+        demo.backend_line()
+
+
+def test_published_and_reference_steps_are_the_same_training():
+    """From the same weights, so that the times compare like with like."""
+    torch.manual_seed(0)
+    published = cost.PublishedReAttention(24, 3)
+    ours = ReAttention(24, 3, qkv_bias=True)
+    ours.load_state_dict(published.state_dict())
+    x = torch.randn(2, 17, 24)
+    torch.testing.assert_close(ours(x), published(x))

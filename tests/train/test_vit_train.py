@@ -1,0 +1,376 @@
+"""The trainer: exact resume, log, checkpoints, its command line, and the same losses on every backend."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vitdiv_kernels as vd
+from vitdiv_kernels import _dispatch
+from vitdiv_kernels.attach.objective import LOSSES, PRESETS
+from vitdiv_kernels.train import __main__ as train
+from vitdiv_kernels.train.data import Augment, Data, Tensors
+from vitdiv_kernels.train.losses import DIVERSITY
+from vitdiv_kernels.vit.model import CONFIGS, ViT, ViTConfig
+from vitdiv_kernels.train.loop import (CHECKPOINT, Recipe, StepBatches, Trainer, TrainError, learning_rate,)
+
+SMALL = ViTConfig(
+    image_size=8,
+    channels=1,
+    patch=2,
+    overlap=1,
+    dim=16,
+    depth=4,
+    heads=2,
+    mlp_ratio=2.0,
+    classes=3,
+    drop_path=0.2,
+    pos_std=0.2,
+    reattention=(2, 3),
+)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def random_data(config=SMALL, count=50):
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(count, config.channels, config.image_size, config.image_size, generator=generator)
+    labels = torch.randint(0, config.classes, (count,), generator=generator)
+    part = Tensors(images, labels)
+    augment = Augment(rotation=10, zoom=(0.9, 1.1), shift=0.1, mirror=True)
+    return Data(part, part, part, [str(i) for i in range(config.classes)], augment)
+
+
+def trainer(recipe=None, config=SMALL, **options):
+    recipe = recipe or Recipe(steps=24, batch=8, losses=DIVERSITY)
+    torch.manual_seed(recipe.seed)
+    return Trainer(ViT(config), random_data(config), recipe, log_every=1, eval_every=12, **options)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_resume_is_exact(tmp_path):
+    whole = trainer(log_path=tmp_path / "whole.csv")
+    whole.fit()
+
+    first = trainer(log_path=tmp_path / "halves.csv")
+    first.fit(until=11)
+    first.save(tmp_path / "checkpoint.pt")
+    first.fit(until=13)  # these rows were never saved: the resumed run must write them once
+
+    torch.manual_seed(99)
+    second = Trainer(
+        ViT(SMALL), random_data(), first.recipe, log_every=1, eval_every=12, log_path=tmp_path / "halves.csv"
+    )
+    second.load(tmp_path / "checkpoint.pt")
+    assert second.step == 11
+    second.fit()
+
+    assert second.rows == whole.rows
+    assert (tmp_path / "halves.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), second.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_the_log_has_every_step_and_its_terms(tmp_path):
+    run = trainer(log_path=tmp_path / "log.csv")
+    run.fit()
+    rows = read(tmp_path / "log.csv")
+    assert list(rows[0]) == [
+        "step", "epoch", "loss", "cross_entropy", "cosine", "contrast", "heads", "lr", "grad_norm",
+        "val_accuracy",
+    ]  # fmt: skip
+    assert [int(row["step"]) for row in rows] == list(range(1, 25))
+    assert [i + 1 for i, row in enumerate(rows) if row["val_accuracy"]] == [12, 24]
+    for row in rows:
+        terms = sum(weight * float(row[name]) for name, weight in DIVERSITY.items())
+        assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + terms, rel=1e-5)
+        assert float(row["lr"]) == learning_rate(run.recipe, int(row["step"]) - 1)
+
+
+def test_the_step_is_that_of_the_losses_written_out():
+    """As the trainer had them before the objective: from the returned tokens, q and k computed once more."""
+    run = trainer(Recipe(steps=24, batch=8, losses=DIVERSITY), replace(SMALL, drop_path=0.0))
+    images, labels = run.data.train.images[:8], run.data.train.labels[:8]
+    terms = run.losses(images, labels)
+    terms["loss"].backward()
+    found = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+
+    run.model.zero_grad()
+    logits, tokens = run.model(images, return_tokens=True)
+    first, last = tokens[1][:, 1:], tokens[-1][:, 1:]
+    plain = {
+        "cosine": vd.pairwise_cosine(last, penalty="abs"),
+        "contrast": vd.losses.patch_contrast(first, last),
+        "heads": vd.attention_diversity(*run.model.query_key(tokens[0], 0), include_self=False),
+    }
+    plain["cross_entropy"] = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    plain["loss"] = plain["cross_entropy"] + sum(w * plain[name] for name, w in DIVERSITY.items())
+    plain["loss"].backward()
+    assert list(terms) == list(plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(terms[name], value)
+    for name, p in run.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
+def test_any_loss_and_preset_trains_and_is_logged():
+    run = trainer(Recipe(steps=2, batch=8, losses={"koleo": 0.1, "deepvit_cos_reg": 1.0}))
+    run.fit()
+    row = run.rows[-1]
+    expected = row["cross_entropy"] + 0.1 * row["koleo"] + 0.1 * row["deepvit_cos_reg.cos_reg"]
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_the_model_has_no_blocks_for_is_refused():
+    with pytest.raises(TrainError, match="cos_reg takes block 2, but the model has 2 blocks"):
+        trainer(Recipe(losses={"cos_reg": 1.0}), replace(SMALL, depth=2, reattention=()))
+
+
+def test_a_resume_with_another_recipe_or_model_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    trainer().save(path)
+    with pytest.raises(TrainError, match=r"made with lr 0.001, now 0.1"):
+        trainer(Recipe(steps=24, batch=8, losses=DIVERSITY, lr=0.1)).load(path)
+    with pytest.raises(TrainError, match=r"made with reattention \[2, 3\], now \[\]"):
+        trainer(config=replace(SMALL, reattention=())).load(path)
+    with pytest.raises(TrainError, match="there is no checkpoint"):
+        trainer().load(tmp_path / "none.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(TrainError, match="is no checkpoint or a damaged one"):
+        trainer().load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "absent"),
+    [
+        ({"head.weight": torch.ones(2)}, "model, optimizer, step"),
+        ([1, 2], "model"),
+        ({"model": {}}, "optimizer"),
+    ],
+    ids=["state dict", "list", "model alone"],
+)
+def test_a_file_that_is_no_checkpoint_of_ours_is_named(content, absent, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(content, path)
+    with pytest.raises(TrainError) as raised:
+        trainer().load(path)
+    assert str(raised.value).startswith(f"{path} is no checkpoint of this trainer: it has no {absent}")
+
+
+def test_a_checkpoint_holds_what_load_asks_for(tmp_path):
+    trainer().save(tmp_path / "checkpoint.pt")
+    assert tuple(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == CHECKPOINT
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path, run = tmp_path / "checkpoint.pt", trainer()
+    run.save(path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        run.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_a_sentence():
+    run = trainer(Recipe(steps=24, batch=8))
+    with torch.no_grad():
+        run.model.head.bias.fill_(float("nan"))
+    with pytest.raises(TrainError, match="the loss is nan at step 1"):
+        run.fit()
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(TrainError, match=r"the batch \(64\) is larger than the training set \(50 images\)"):
+        trainer(Recipe(batch=64))
+
+
+def test_a_missing_backend_is_refused_before_training():
+    with pytest.raises(TrainError, match="triton"):
+        trainer(backend="triton")
+
+
+def test_each_epoch_is_a_permutation_and_any_step_can_start():
+    batches = list(StepBatches(10, 3, seed=1, start=0, stop=9))
+    for epoch in range(3):
+        assert len({i for batch in batches[3 * epoch : 3 * epoch + 3] for i in batch}) == 9
+    assert batches[:3] != batches[3:6]
+    assert list(StepBatches(10, 3, seed=1, start=4, stop=9)) == batches[4:]
+
+
+def test_schedule_warms_up_and_falls_to_a_hundredth():
+    recipe = Recipe(steps=100, lr=1.0)
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_three_steps_of_each_model(name):
+    config = CONFIGS[name]
+    if not name.startswith("digits"):
+        config = replace(config, image_size=32, dim=config.dim // 4)
+    run = trainer(Recipe(steps=3, batch=2, losses=DIVERSITY), config)
+    run.data = random_data(config, 4)
+    run.fit()
+    assert [row["step"] for row in run.rows] == [1, 2, 3]
+
+
+def test_autocast_trains_in_bfloat16():
+    run = trainer(Recipe(steps=3, batch=8, losses=DIVERSITY, amp=True))
+    seen = []
+    run.model.blocks[3].attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    run.fit()
+    assert torch.bfloat16 in seen
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_fused_and_reference_operations_give_the_same_losses():
+    missing = _dispatch.missing("native", "cpu")
+    if missing:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    curves = []
+    for backend in ("reference", "native"):
+        run = trainer(Recipe(steps=30, batch=8, losses=DIVERSITY), backend=backend)
+        run.fit()
+        curves.append([row["loss"] for row in run.rows])
+    assert curves[1] == pytest.approx(curves[0], rel=2e-3)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "vitdiv_kernels.train", *arguments]
+
+
+def test_the_command_line_trains_and_resumes(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    options = [
+        "--losses",
+        "cosine=0.5",
+        "--reattention",
+        "22-23",
+        "--steps",
+        "4",
+        "--batch",
+        "4",
+        "--log-every",
+        "1",
+    ]
+    options += ["--out", str(tmp_path)]
+    assert train.main(options) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert len(read(tmp_path / "log.csv")) == 4
+    assert train.main(options) == 2
+    assert "is there already: add --resume" in capsys.readouterr().err
+    assert train.main([*options, "--resume"]) == 0
+    assert len(read(tmp_path / "log.csv")) == 4
+
+
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["--out", str(tmp_path / "run")]) == 2
+    assert re.match(r"error: .* one of 2 \(WORLD_SIZE\).* start it with python, not", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    trainer()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--data", "cifar"], "unknown data 'cifar': give digits or imagefolder:PATH"),
+        (["--data", "imagefolder:/no/such/folder"], "the image folder /no/such/folder does not exist"),
+        (["--model", "deit_small"], "the digits are 1x8x8 images but the model takes 3x224x224"),
+        (["--reattention", "20-30"], "reattention must list blocks from 0 to 23"),
+        (["--backend", "triton"], "triton"),
+        (["--device", "abacus"], "the device 'abacus' can't be used"),
+        (["--batch", "2000"], "the batch (2000) is larger than the training set (1149 images)"),
+        (["--resume"], "there is no checkpoint"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(options, sentence, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    assert train.main(["--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--steps", "0"], "must be a whole number at least 1, got '0'"),
+        (["--lr", "-1"], "must be a number at least 0, got '-1'"),
+        (["--losses", "entropy=1"], "unknown loss 'entropy'"),
+        (["--losses", "cosine=1,cosine=2"], "the loss 'cosine' is given twice"),
+        (["--cutmix", "-1"], "must be a number from 0 to 1000, got '-1'"),
+        (["--cutmix", "inf"], "must be a number from 0 to 1000, got 'inf'"),
+        (["--cutmix", "yes"], "must be a number from 0 to 1000, got 'yes'"),
+        (["--reattention", "a-b"], "must be none, all, or blocks such as 8-11,15"),
+        (["--steps", "3", "--epochs", "1"], "not allowed with argument"),
+    ],
+)
+def test_arguments_that_do_not_parse_get_a_sentence(options, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(options)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_help_names_every_option():
+    out = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
+    for option in (
+        "--data",
+        "--model",
+        "--losses",
+        "--cutmix",
+        "--amp",
+        "--resume",
+        "--seed",
+        "--device",
+        "--backend",
+        "--epochs",
+    ):
+        assert option in out
+    below = out[out.index("losses by short name") :]
+    for names, part in zip((DIVERSITY, PRESETS, LOSSES), below.split("\n\n"), strict=True):
+        assert all(re.search(rf"\b{name}\b", part) for name in names)
+    assert max(map(len, below.splitlines())) <= 80
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interrupt_saves_and_the_run_goes_on(tmp_path):
+    pytest.importorskip("sklearn")
+    options = ["--batch", "2", "--log-every", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command(*options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    log, deadline = tmp_path / "log.csv", time.monotonic() + 60
+    while not (log.exists() and len(read(log)) > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "stopped after step" in out
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert len(read(log)) == step

@@ -1,0 +1,274 @@
+"""The workspace schedule of re-attention in Triton: chunks of images and of rows, memory, and the tables."""
+
+import importlib.util
+
+import pytest
+import torch
+from comparing import assert_within_budget
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import interpreter_arithmetic
+import interpreter_checks
+from allocations import beyond_results
+from conftest import need
+
+from vitdiv_kernels.ops import _launch as _triton
+from vitdiv_kernels.ops.maps.reattention import triton_configs, triton_kernels
+from vitdiv_kernels.ops.maps._triton import workspace
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if _triton.INTERPRETED:
+    interpreter_checks.install()
+    interpreter_arithmetic.install()
+runs = pytest.mark.skipif(
+    not (ON_GPU or _triton.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported"
+)
+NAMES = ("out", "gram", "dq", "dk", "dv", "dpre_mix", "dmix", "dbias", "dnorm_weight", "dnorm_bias")
+
+
+def inputs_of(sizes, dtype=torch.float64, pre=False, layer=False, device=None):
+    """(dout, coupling, arguments from q to eps); heads lie beside each other, as a projection leaves them."""
+    images, heads, queries, keys, width = sizes
+
+    def heads_of(rows):
+        x = torch.randn(images, rows, heads, width, dtype=torch.float64)
+        return x.to(device or DEVICE, dtype).transpose(1, 2)
+
+    def parameter(*shape):
+        x = torch.randn(*shape, dtype=torch.float64) * heads**-0.5
+        return x.to(device or DEVICE, torch.float64 if dtype == torch.float64 else torch.float32)
+
+    q, k, v, dout = heads_of(queries), heads_of(keys), heads_of(keys), heads_of(queries)
+    pre_mix, pre_bias = (parameter(heads, heads), parameter(heads)) if pre else (None, None)
+    norm = (parameter(heads), parameter(heads)) if layer else (None, None)
+    coupling = parameter(images, heads, heads)
+    mix, bias = parameter(heads, heads), parameter(heads)
+    return (
+        dout,
+        coupling + coupling.mT,
+        (q, k, v, width**-0.5, pre_mix, pre_bias, mix, bias, False, *norm, 1e-5),
+    )
+
+
+def run(module, dout, coupling, arguments):
+    needs = [True] * 3 + [arguments[4] is not None, True, arguments[9] is not None]
+    return *module.forward(*arguments, True, True), *module.backward(dout, coupling, *arguments, needs)
+
+
+class Compiled:
+    """The compiled CPU kernels in float64, with the functions of a schedule."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.vitdiv.reattention_fwd(*map(Compiled.double, arguments))
+
+    @staticmethod
+    def backward(*arguments):
+        return torch.ops.vitdiv.reattention_bwd(*map(Compiled.double, arguments))
+
+    @staticmethod
+    def double(x):
+        return x.double().cpu() if torch.is_tensor(x) else x
+
+
+def check(sizes, dtype=torch.float64, **options):
+    given = inputs_of(sizes, dtype, **options)
+    truth, got = run(Compiled, *given), run(workspace, *given)
+    for name, g, t in zip(NAMES, got, truth, strict=True):
+        # ten times what a value off by rounding has: plain formulas in this dtype are in test_reattention.py
+        if t.numel():
+            assert_within_budget(g.cpu(), t, t, dtype, name, scale=10 * t.abs().max().item())
+    return got
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """limit(bytes) sets the size of the workspace."""
+
+    def set_limit(size):
+        monkeypatch.setattr(workspace, "workspace_bytes", lambda capability: size)
+
+    return set_limit
+
+
+@runs
+@pytest.mark.parametrize("heads", [3, 12, 24])
+@pytest.mark.parametrize("size", [1, 40_000])
+def test_chunks_of_rows_and_of_images(limit, heads, size):
+    """1 byte: 16 rows of one image at a time. 40 KB: rows or images, as the heads have it."""
+    need("native")
+    limit(size)
+    check((3, heads, 21, 19, 8))
+
+
+@runs
+def test_rows_walked_in_blocks_with_everything(limit, monkeypatch):
+    """70 keys in blocks of 32 (float64), 20 rows in chunks of 16."""
+    need("native")
+    limit(1)
+    monkeypatch.setattr(workspace, "INTERPRETED_BLOCK", 32)
+    check((1, 2, 20, 70, 8), pre=True, layer=True)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dk_and_dv_grow_in_float32(limit, dtype):
+    need("native")
+    whole = check((1, 4, 64, 33, 16), dtype)
+    limit(1)
+    in_chunks = check((1, 4, 64, 33, 16), dtype)
+    for name, a, b in zip(NAMES, whole, in_chunks, strict=True):
+        assert a.dtype == b.dtype, name
+
+
+@runs
+def test_many_heads_in_float16():
+    """Where tiles have 32 rows, the coupling is mixed in one product of TF32."""
+    need("native")
+    check((1, 17, 3, 19, 16), torch.float16, pre=True)
+
+
+@runs
+@pytest.mark.parametrize("layout", ["packed", "heads first", "width 5", "last stride 2", "expanded dout"])
+def test_layouts(layout):
+    need("native")
+    dout, coupling, arguments = inputs_of((2, 3, 16, 16, 5 if layout == "width 5" else 16))
+    if layout == "heads first":
+        arguments = *(x.contiguous() for x in arguments[:3]), *arguments[3:]
+    elif layout == "last stride 2":
+        arguments = *(torch.stack([x, x], -1)[..., 0] for x in arguments[:3]), *arguments[3:]
+    elif layout == "expanded dout":
+        dout = dout[:, :, :1, :1].expand_as(dout)
+    given = dout, coupling, arguments
+    for name, g, t in zip(NAMES, run(workspace, *given), run(Compiled, *given), strict=True):
+        torch.testing.assert_close(g.cpu(), t, msg=name)
+
+
+def test_views_are_not_copied():
+    """Contiguous heads with aligned keys, and one image of any layout, are operands as they are."""
+    contiguous = torch.empty(4, 3, 32, 64, device="meta", dtype=torch.bfloat16)
+    packed = torch.empty(4, 32, 3, 3, 64, device="meta", dtype=torch.bfloat16)[:, :, 1].transpose(1, 2)
+    images, rows = workspace.Plan(2, 32), workspace.Plan(1, 16)
+    assert workspace._Batched(contiguous, images).in_place
+    assert workspace._Batched(contiguous, images, keys=True).in_place
+    assert not workspace._Batched(packed, images).in_place
+    assert workspace._Batched(packed, rows).in_place
+    assert workspace._Batched(packed, rows, keys=True).in_place
+    assert not workspace._Batched(packed[:, :, :31], rows, keys=True).in_place  # 31 keys
+
+
+@pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize("heads", [1, 12, 32])
+@pytest.mark.parametrize(
+    ("images", "queries", "keys"), [(0, 5, 5), (128, 197, 197), (7, 577, 577), (3, 4097, 4097), (5, 1, 65)]
+)
+def test_the_workspace_is_bounded(images, heads, queries, keys, maps):
+    limit, operands = 32 << 20, 4 * heads * queries * 128
+    size = workspace.plan(images, heads, queries, keys, 2, maps, operands, limit)
+    covered = torch.zeros(images, queries, dtype=torch.int)
+    for chunk in workspace.chunks(size, images, queries):
+        assert chunk.last - chunk.first <= size.images
+        assert chunk.bottom - chunk.top <= size.rows
+        covered[chunk.first : chunk.last, chunk.top : chunk.bottom] += 1
+    assert bool((covered == 1).all())
+    bytes_of_maps = maps * size.images * size.rows * heads * 2 * -(-keys // 16) * 16
+    assert bytes_of_maps <= limit
+    assert size.rows == queries or size.rows % 16 == 0
+    if size.rows < queries:
+        last = (queries - 1) % size.rows + 1
+        assert size.rows - last < 16 * -(-queries // size.rows)
+
+
+def held(direction, images, sizes, dtype=torch.bfloat16):
+    """Bytes of all tensors that a call makes on meta tensors, but for its outputs: at least its peak."""
+    dout, coupling, arguments = inputs_of((images, *sizes), dtype, device="meta")
+    with _triton.recording((9, 0)):
+        if direction == "forward":
+            return beyond_results(workspace.forward, *arguments, True, True)
+        needs = [True] * 3 + [False, True, False]
+        return beyond_results(workspace.backward, dout, coupling, *arguments, needs)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_memory_does_not_grow_with_the_maps(direction, monkeypatch):
+    # on a GPU products write in place; elsewhere they convert operands of 16 bits
+    monkeypatch.setattr(workspace, "_product", lambda *arguments, **options: None)
+    limit = triton_configs.workspace_bytes((9, 0))
+    few, many = (held(direction, images, (12, 197, 197, 64)) for images in (64, 128))
+    partial_sums = 25 * 3 * 16 * 16 * 4  # an image
+    assert many <= limit + 128 * partial_sums
+    assert many <= few + limit // 2 + 64 * partial_sums
+    # 4096 tokens: the maps of one image are 512 MB
+    assert held(direction, 1, (16, 4096, 4096, 64)) <= limit + 8 * 16 * 4096 * 64 * 4
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_call_has_a_schedule_and_tiles(direction, capability):
+    for heads in range(1, 33):
+        for keys in (1, 2, 17, 197, 577, 4097):
+            for dtype in _triton.DTYPES:
+                name = triton_configs.schedule_for(direction, heads, 64, keys, dtype, capability)
+                assert name in ("streaming", "workspace")
+                for extras in (False, True):
+                    tiles = triton_configs.row_config(direction, heads, keys, dtype, extras)
+                    assert heads <= tiles.share * heads <= tiles.tile_rows
+                    assert tiles.one_block == (keys <= tiles.block)
+                    assert tiles.block % (16 * tiles.split) == 0
+    sources = {row.source for row in (*triton_configs.SCHEDULES, *triton_configs.ROWS)}
+    assert all(s in ("cost model", "aot") or s.startswith("measured on ") for s in sources)
+
+
+def test_schedule_override():
+    q = torch.empty(1, 3, 5, 8)
+    by_table = triton_kernels.chosen("backward", q, q)
+    with triton_kernels.schedule("streaming"):
+        nested = triton_kernels.schedule("workspace")
+        with nested:
+            assert triton_kernels.chosen("forward", q, q) == "workspace"
+        assert triton_kernels.chosen("backward", q, q) == "streaming"
+    assert triton_kernels.chosen("backward", q, q) == by_table
+    with pytest.raises(ValueError, match="schedule must be one of 'streaming', 'workspace', got 'fast'"):
+        triton_kernels.schedule("fast").__enter__()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_meta_tensors_record_the_launches(capability):
+    dout, coupling, arguments = inputs_of((128, 12, 197, 197, 64), torch.bfloat16, device="meta")
+    needs = [True] * 3 + [False, True, False]
+    with _triton.recording(capability) as launches, triton_kernels.schedule("workspace"):
+        out, gram = triton_kernels.reattention_fwd(*arguments, True, True)
+        forward = len(launches)
+        triton_kernels.reattention_bwd(dout, coupling, *arguments, needs)
+        sums = triton_kernels.head_dots(dout, out)
+    assert (out.shape, gram.shape, sums.shape) == ((128, 12, 197, 64), (128, 12, 12), (12,))
+    kernels = [launch.kernel.__name__ for launch in launches]
+    backward = len(kernels) - forward - 1
+    assert kernels == ["forward_rows"] * forward + ["backward_rows"] * backward + ["dot_rows"]
+    # a chunk costs ten launches of all kinds, which should not outlast its work
+    assert forward <= 5
+    assert backward <= 10
+
+
+@runs
+@pytest.mark.parametrize("shape", [(2, 3, 300, 35), (1, 1, 1, 1), (0, 4, 5, 8)])
+def test_head_dots(shape):
+    x, y = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE).mT.contiguous().mT
+    expected = (x.double() * y.double()).sum((0, 2, 3))
+    torch.testing.assert_close(triton_kernels.head_dots(x, y), expected.float())
+
+
+@runs
+@pytest.mark.parametrize("heads", [3, 12])
+def test_nan_stays_in_its_query_row(heads):
+    """Tiles of 3 heads hold several query rows, which a mix must not mingle."""
+    dout, _, (q, *others) = inputs_of((1, heads, 6, 6, 8))
+    q[0, 1, 2, 3] = float("nan")
+    out, _ = workspace.forward(q, *others, True, False)
+    assert out.isnan().any(-1)[0].tolist() == [[i == 2 for i in range(6)]] * heads
+    q[0, 1, 2, 3], dout[0, 2, 4] = 1, float("inf")
+    dq = workspace.backward(dout, None, q, *others, [True] + [False] * 5)[0]
+    assert dq.isfinite().all(-1)[0].tolist() == [[i != 4 for i in range(6)]] * heads

@@ -1,0 +1,347 @@
+"""All diversity losses of a training step in one object, attached to a ViT by hooks."""
+
+import inspect
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from . import _blocks, _recorder, _sharded, _tokens
+from .. import losses
+from .. import _checks
+
+# loss: what it looks at, how many layers it takes (None: any number at once), and the layers by default.
+# "patches" are the tokens that leave a block, without prefix tokens; "embeddings" are those after the final
+# norm and, second, the output of patch_embed; "heads" are q and k.
+LOSSES = {
+    "pairwise_cosine": ("patches", 1, (-1,)),
+    "patch_cross_cosine": ("patches", 2, (0, -1)),
+    "patch_contrast": ("patches", 2, (0, -1)),
+    "patch_mhs": ("patches", 1, (-1,)),
+    "patch_mgd": ("patches", 1, (-1,)),
+    "patch_soft_orthogonality": ("patches", 1, (-1,)),
+    "patch_condition_orthogonality": ("patches", 1, (-1,)),
+    "koleo": ("patches", 1, (-1,)),
+    "uniformity": ("patches", 1, (-1,)),
+    "neighbourhood_contrast": ("embeddings", 1, (-1,)),
+    "patch_mixing": ("logits", 1, (-1,)),
+    "attention_diversity": ("heads", 1, (0,)),
+    "head_cross_cosine": ("heads", 2, (0, -1)),
+    "head_contrast": ("heads", 2, (0, -1)),
+    "head_mhs": ("heads", 1, (0,)),
+    "head_mgd": ("heads", 1, (0,)),
+    "head_soft_orthogonality": ("heads", 1, (0,)),
+    "head_condition_orthogonality": ("heads", 1, (0,)),
+    "cos_reg": ("maps", None, (0, 1, 2)),
+    "weight_mhs": ("weights", None, "all"),
+    "weight_mgd": ("weights", None, "all"),
+    "weight_soft_orthogonality": ("weights", None, "all"),
+    "weight_condition_orthogonality": ("weights", None, "all"),
+}
+EMBEDDINGS = "embeddings"  # among layers: the tokens that enter block 0
+# patch_cross_cosine is pairwise_cosine of two sets: a name of its own tells how many layers are meant
+_FUNCTIONS = {"patch_cross_cosine": losses.pairwise_cosine}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss, its weight, and where it is taken.
+
+    Args:
+        loss: a name in `LOSSES`; patch_cross_cosine is `pairwise_cosine` between two layers.
+        weight: the factor in the total.
+        layers: blocks, negative ones from the end, or "all"; None is the loss's own choice. For losses on
+            patches "embeddings" among them is the tokens that enter block 0, with their positions. A loss of
+            one layer is averaged over them; a loss of two takes exactly two.
+        options: of the function of that name in `vitdiv_kernels.losses`.
+
+    Raises ValueError or TypeError, with a sentence, for what does not fit.
+    """
+
+    loss: str
+    weight: float = 1.0
+    layers: tuple[int | str, ...] | str | None = None
+    options: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}: the objective has {', '.join(LOSSES)}")
+        _checks.number(f"the weight of {self.loss}", self.weight)
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of {self.loss} must be finite, got {self.weight}")
+        kind, count, default = LOSSES[self.loss]
+        layers = default if self.layers is None else self.layers
+        if layers != "all":
+            named = (EMBEDDINGS,) if kind == "patches" else ()
+            several = isinstance(layers, Iterable) and not isinstance(layers, str)
+            numbers = tuple(_layer(i, named) for i in layers) if several else ()
+            if not numbers or None in numbers:
+                known = " or ".join(["block numbers", *map(repr, (*named, "all"))])
+                raise ValueError(f"layers of {self.loss} must be {known}, got {layers!r}")
+            layers = numbers
+        if count == 2 and (layers == "all" or len(layers) != 2):
+            raise ValueError(f"layers of {self.loss} must be two blocks, got {layers!r}")
+        object.__setattr__(self, "layers", layers)
+        known = _options(self.function)
+        for name in self.options:
+            if name not in known:
+                raise ValueError(f"{self.loss} has no option {name!r}; its options are {', '.join(known)}")
+        if self.options.get("reduction") == "none":
+            raise ValueError(f"reduction of {self.loss} must be 'mean' or 'sum', got 'none'")
+
+    @property
+    def function(self):
+        return _FUNCTIONS.get(self.loss) or getattr(losses, self.loss)
+
+
+def _layer(layer, named):
+    """A block number as an int, also one of NumPy, or a name among `named`; else None."""
+    if isinstance(layer, str):
+        return layer if layer in named else None
+    try:
+        return None if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:
+        return None
+
+
+def _options(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+# Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1, the first layer of
+# the contrast a target; its training code is not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of
+# DeiT-S in the released code, whose contrast is between the tokens that enter the first block and those that
+# leave the last; its sum of mixing losses is divided by N + 1, a mean here, and its labels of patches are
+# smoothed by 0.1, as those of images, not at all here: the reference trainer gives its own label smoothing.
+# Zhou et al. 2021 (arXiv 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
+PRESETS = {
+    "gong2021": {
+        "cosine": Term("pairwise_cosine"),
+        "contrast": Term("patch_contrast", options={"detach_first": True}),
+        "mixing": Term("patch_mixing"),
+    },
+    "diverse_vit_deit_small": {
+        "cosine": Term("pairwise_cosine", 0.5, options={"penalty": "signed", "include_self": True}),
+        "contrast": Term("patch_contrast", 0.5, (EMBEDDINGS, -1)),
+        "heads": Term("attention_diversity", 1e-4),
+        "weights": Term("weight_condition_orthogonality", 5e-4),
+        "mixing": Term("patch_mixing"),
+    },
+    "deepvit_cos_reg": {"cos_reg": Term("cos_reg", 0.1)},
+}
+
+
+class DiversityObjective:
+    """The weighted sum of diversity losses, of what a ViT computes in its forward pass.
+
+    Args:
+        config: the name of a preset, "gong2021", "diverse_vit_deit_small" or "deepvit_cos_reg"; or a mapping
+            of names of your own to `Term`s, or of names of losses to weights; or of both.
+        num_prefix_tokens: class and register tokens in front, which losses on patches drop; None takes those
+            that the model tells (num_prefix_tokens, or DINOv2's num_register_tokens or DINOv3's
+            n_storage_tokens and the class token), else those that are there beside its patches.
+
+    It hooks the blocks that its losses need, and their q, k and v projections; the model is not changed, and
+    `detach` takes the hooks away, as does the end of the objective. Nothing is copied: it holds references to
+    tensors that the backward pass holds anyway, until it is called. A forward pass without gradients
+    (validation) leaves no trace. Of several forward passes the last one counts.
+
+    DistributedDataParallel: attach before or after wrapping; the losses are those of the images of each
+    process, and their gradients are averaged as those of the task are. The same holds for fully_shard
+    (FSDP2), where all processes must call the objective, which gathers weights that it reads outside of the
+    forward pass. FullyShardedDataParallel (FSDP1) runs all losses but those that read such weights, which
+    `attach` refuses.
+
+    torch.compile: hooks are compiled into the model if they are there at its first call; attach before it. A
+    model that was compiled without them runs on without them, and the objective says so with a RuntimeError
+    when it is called. torch.compile does not see the hooks of a module where it has code of another of its
+    class, of a model without an objective or, where blocks are compiled one by one, of a block that has no
+    hook: with `torch._dynamo.config.skip_nnmodule_hook_guards = False` it does. torch.export leaves no trace,
+    and no hooks in what it exports.
+
+    Activation checkpointing with use_reentrant=False is exact; with use_reentrant=True blocks run without
+    gradients, and the objective says so. Call it before the backward pass: what that runs again is not kept.
+
+    A copy of an attached objective, also one that was pickled, is attached to a copy of its model, the one
+    that is made with it. A copy of the model alone, such as that of a moving average, keeps nothing.
+
+    Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
+    cos_reg takes the mixed and normalised maps, as published. A mask, where blocks are called with attn_mask
+    or is_causal, is refused for them, and padded tokens for all losses. neighbourhood_contrast takes, as
+    released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
+    the output of model.patch_embed; its grid is that of the images in the forward pass.
+
+    The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1, patch_mixing's option
+    `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the patches: both the
+    caller's to do. Losses that need a teacher or the gradients of patches are not here: see
+    `vitdiv_kernels.losses`.
+
+    Example:
+        >>> import torch
+        >>> from vitdiv_kernels import DiversityObjective
+        >>> from vitdiv_kernels.vit import CONFIGS, ViT
+        >>> model = ViT(CONFIGS["digits24"])
+        >>> with DiversityObjective({"pairwise_cosine": 0.5, "koleo": 0.1}).attach(model) as objective:
+        ...     logits = model(torch.rand(8, 1, 8, 8))
+        ...     total, parts = objective()
+        ...     (logits.logsumexp(-1).mean() + total).backward()
+    """
+
+    def __init__(self, config, *, num_prefix_tokens=None):
+        if isinstance(config, str):
+            if config not in PRESETS:
+                raise ValueError(f"unknown preset {config!r}: there are {', '.join(PRESETS)}")
+            config = PRESETS[config]
+        if not isinstance(config, Mapping) or not config:
+            raise TypeError(f"config must be a preset or a mapping of names to terms, got {config!r}")
+        self.terms = {
+            name: value if isinstance(value, Term) else Term(name, value) for name, value in config.items()
+        }
+        self.num_prefix_tokens = num_prefix_tokens
+        self.model = self.recorder = None
+
+    def attach(self, model):
+        """Puts hooks on the blocks of model; returns the objective, which as a context manager detaches.
+
+        Raises TypeError for a model that is not made of timm-like blocks, for losses on weights that are
+        adapted or quantised, and for those that need weights which FSDP1 holds; ValueError for blocks that it
+        has not; RuntimeError where the objective is attached already.
+        """
+        if self.attached:
+            raise RuntimeError("the objective is attached already: detach it first")
+        model = _blocks.plain_model(model)
+        blocks = _blocks.blocks_of(model)
+        layers = {name: self._layers(term, len(blocks)) for name, term in self.terms.items()}
+        tokens, heads, patch_embed = set(), set(), False
+        for name, term in self.terms.items():
+            kind = LOSSES[term.loss][0]
+            if kind in ("patches", "embeddings", "logits"):
+                tokens |= set(layers[name])
+            elif kind in ("heads", "maps"):
+                heads |= set(layers[name])
+            for i in layers[name] if kind in ("heads", "maps", "weights") else ():
+                (_blocks.check_weight if kind == "weights" else _blocks.check_maps)(blocks[i], i)
+            if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
+                raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
+            if kind == "embeddings":
+                if not all(hasattr(model, part) for part in ("patch_embed", "norm")):
+                    raise TypeError(f"{term.loss} needs model.patch_embed and model.norm, the final norm")
+                patch_embed = True
+        _tokens.check_prefix(model, self.num_prefix_tokens)
+        if _sharded.is_flat(model):
+            self._check_flat(blocks, layers)
+        self.recorder = _recorder.Recorder(
+            model, tokens, {i: _blocks.projection_of(blocks[i], i) for i in heads}, patch_embed=patch_embed
+        )
+        self.model, self.layers = model, layers
+        return self
+
+    @property
+    def attached(self):
+        """Whether its hooks are on a model."""
+        return self.recorder is not None and self.recorder.remove.alive
+
+    def detach(self):
+        """Takes the hooks away; does nothing where there are none."""
+        if self.recorder is not None:
+            self.recorder.remove()
+        self.model = self.recorder = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.detach()
+
+    def __call__(self, *, mixing=None, generator=None):
+        """The losses of the last forward pass, which is then forgotten.
+
+        Args:
+            mixing: for patch_mixing: labels [B], others [B] and shares [N] or [B, N], as
+                `losses.patch_mixing` takes them (`losses.cutmix_shares` makes shares from a box).
+            generator: torch.Generator on the model's device, for the losses that draw start vectors.
+
+        Returns:
+            total, a scalar, the weighted sum; and parts, a dict of the losses before weighting, by the names
+            in the config.
+
+        Raises RuntimeError where it is not attached, or where no forward pass was recorded, with the blocks
+        and the likely cause; ValueError where patch_mixing has no `mixing`, where the prefix tokens or the
+        grid are not known, or where tokens are padded.
+        """
+        if not self.attached:
+            raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
+        kept = self.recorder.take()
+        layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
+        layout.check_masks(maps=any(key[0] == "heads" for key in kept))
+        for key in [key for key in kept if key[0] == "tokens"]:
+            # cut once: the gradient of each cut is a copy of all tokens
+            prefix, tokens = layout.prefix(key[1], kept[key]), kept[key].shape[1]
+            if prefix >= tokens:
+                raise ValueError(
+                    f"num_prefix_tokens must leave patches: of {tokens} tokens {prefix} are dropped"
+                )
+            kept[key] = kept[key][:, prefix:]
+        parts = {name: self._part(name, kept, layout, mixing, generator) for name in self.terms}
+        return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
+
+    def _check_flat(self, blocks, layers):
+        for name, term in self.terms.items():
+            kind = LOSSES[term.loss][0]
+            if any(_blocks.reads_weights(blocks[i], kind) for i in layers[name]):
+                raise TypeError(
+                    f"{term.loss} reads weights outside of the forward pass, where FullyShardedDataParallel "
+                    "has parts of them only: shard the model with torch.distributed.fsdp.fully_shard instead"
+                )
+
+    def _layers(self, term, depth):
+        """Block numbers from 0, and -1 for the embeddings, as the recorder has them."""
+        layers = range(depth) if term.layers == "all" else term.layers
+        for i in layers:
+            if i != EMBEDDINGS and not -depth <= i < depth:
+                raise ValueError(f"{term.loss} takes block {i}, but the model has {depth} blocks")
+        return [-1 if i == EMBEDDINGS else i % depth for i in layers]
+
+    def _part(self, name, kept, layout, mixing, generator):
+        term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
+        kind, count, _ = LOSSES[term.loss]
+        options = dict(term.options)
+        if generator is not None and "start" not in options and "generator" in _options(term.function):
+            options["generator"] = generator
+        if kind == "weights":
+            return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
+        if kind == "logits":
+            return _mean([self._mixing(term, kept["tokens", i], mixing, options) for i in layers])
+        if kind == "patches":
+            inputs = [(kept["tokens", i],) for i in layers]
+        elif kind == "embeddings":
+            patches = [self._normed(kept["tokens", i]) for i in layers]
+            if options.get("grid") is None:
+                options["grid"] = layout.known_grid(patches[0].shape[-2])
+            # under autocast the embedding is a convolution in half precision, the norm is not
+            inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
+        else:
+            inputs = [_blocks.query_key(blocks[i].attn, kept["heads", i]) for i in layers]
+        if kind == "maps":
+            mixed = [_blocks.mixed_layer(blocks[i].attn, *qk) for i, qk in zip(layers, inputs, strict=True)]
+            return term.function(mixed, **options)
+        if count == 2:
+            return term.function(*inputs[0], *inputs[1], **options)
+        return _mean([term.function(*each, **options) for each in inputs])
+
+    def _normed(self, patches):
+        x = _sharded.call(self.model.norm, patches)
+        return _sharded.call(self.model.fc_norm, x) if hasattr(self.model, "fc_norm") else x
+
+    def _mixing(self, term, patches, mixing, options):
+        if mixing is None:
+            raise ValueError(
+                "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
+                "(labels, labels, ones)"
+            )
+        return term.function(_sharded.call(self.model.head, self._normed(patches)), *mixing, **options)
+
+
+def _mean(values):
+    return values[0] if len(values) == 1 else sum(values) / len(values)

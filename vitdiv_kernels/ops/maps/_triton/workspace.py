@@ -1,0 +1,349 @@
+"""Schedule S2: maps of a chunk of images, or of query rows of one image, in a workspace of constant size.
+
+Library products write the chunk's logits, one row kernel makes of them what the next products need, in place.
+../README.md describes both directions and counts their bytes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ...._layout import accumulation_dtype, heads_like, nothing
+from ..._launch import (INTERPRETED, OPERANDS, accumulator, capability, input_precision, launch,)
+from ..reattention.triton_configs import row_config, workspace_bytes
+from .rows import backward_rows, forward_rows
+
+# Rows of the maps start at multiples of this many elements: 16-byte loads and stores, and the alignment that
+# the library's tensor-core products want, for any number of keys.
+_KEYS_MULTIPLE = 16
+
+# The interpreter's time goes with the number of steps, hardly with their size.
+INTERPRETED_BLOCK = 256
+
+
+class Plan(NamedTuple):
+    """Chunks: `images` at a time with all their rows, or one image and `rows` of its rows at a time."""
+
+    images: int
+    rows: int
+
+
+class Chunk(NamedTuple):
+    """Images first ... last, query rows top ... bottom."""
+
+    first: int
+    last: int
+    top: int
+    bottom: int
+
+
+def plan(images, heads, queries, keys, itemsize, maps, operands, limit):
+    """The largest chunks whose maps and operands take at most `limit` bytes, all of about the same size.
+
+    `maps` sets of maps, and `operands` bytes an image for copies of its queries, keys and so on. Where not
+    even one image fits, its rows are shared out so that the maps alone do, but never less than 16 at a time.
+    """
+    row_bytes = maps * heads * _round_up(keys, _KEYS_MULTIPLE) * itemsize
+    if row_bytes * queries + operands <= limit:
+        most = limit // max(row_bytes * queries + operands, 1)
+        return Plan(triton.cdiv(images, triton.cdiv(images, most)) if images else 1, queries)
+    affordable = max(limit // row_bytes // 16, 1) * 16
+    even = triton.cdiv(queries, triton.cdiv(queries, affordable))
+    return Plan(1, min(queries, _round_up(even, 16)))
+
+
+def chunks(size, images, queries):
+    for first in range(0, images, size.images):
+        for top in range(0, queries, size.rows):
+            yield Chunk(first, min(first + size.images, images), top, min(top + size.rows, queries))
+
+
+def _round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+def _plan(q, k, maps, like_queries, like_keys):
+    """The plan for a call with so many sets of maps, and operands and results of the rows of q and of k."""
+    images, heads, queries, width = q.shape
+    keys, itemsize = k.shape[2], q.element_size()
+    rows = like_queries * queries + like_keys * _round_up(keys, _KEYS_MULTIPLE)
+    operands = heads * rows * _round_up(width, 16 // itemsize) * itemsize
+    return plan(images, heads, queries, keys, itemsize, maps, operands, workspace_bytes(capability(q)))
+
+
+class _Batched:
+    """A [B, H, n, d] tensor as the [images * H, rows, width] that a batched product takes, chunk by chunk.
+
+    A view where strides and alignment allow it. Else one buffer for all chunks, which `load` and `store` copy
+    to and from, with rows and widths padded by zeros to what the products run well on.
+    """
+
+    def __init__(self, tensor, size, *, keys=False, dtype=None):
+        _, heads, rows, width = tensor.shape
+        align = 16 // tensor.element_size()
+        self.tensor, self.keys, self.held = tensor, keys, None
+        self.width = _round_up(width, align)
+        self.rows = _round_up(rows, _KEYS_MULTIPLE) if keys else size.rows
+        by_image, by_head, by_row, by_element = tensor.stride()
+        self.in_place = (
+            dtype in (None, tensor.dtype)
+            and self.width == width
+            and not (keys and self.rows != rows)
+            and by_element == 1
+            and by_row >= width
+            and (size.images == 1 or heads == 1 or by_image == heads * by_head)
+            and all(n % align == 0 for n in (by_image, by_head, by_row, tensor.storage_offset()))
+        )
+        if not self.in_place:
+            padded = (self.width, self.rows) != (width, rows if keys else size.rows)
+            make = tensor.new_zeros if padded else tensor.new_empty
+            self.buffer = make((size.images * heads, self.rows, self.width), dtype=dtype)
+
+    def view(self, chunk):
+        """[images * H, rows, width], for a product to write to or, after `load`, to read."""
+        part = self._part(chunk)
+        images, heads, rows, width = part.shape
+        if self.in_place:
+            by_batch = part.stride(1) if heads > 1 else part.stride(0)
+            return part.as_strided((images * heads, rows, width), (by_batch, part.stride(2), 1))
+        return self.buffer[: images * heads, : self.rows if self.keys else rows]
+
+    def load(self, chunk):
+        held = chunk[:2] if self.keys else chunk
+        if not self.in_place and self.held != held:
+            self._inside(chunk).copy_(self._part(chunk))
+            self.held = held
+        return self.view(chunk)
+
+    def store(self, chunk):
+        if not self.in_place:
+            self._part(chunk).copy_(self._inside(chunk))
+
+    def _part(self, chunk):
+        images = self.tensor[chunk.first : chunk.last]
+        return images if self.keys else images[:, :, chunk.top : chunk.bottom]
+
+    def _inside(self, chunk):
+        _, heads, rows, width = self._part(chunk).shape
+        return self.view(chunk).unflatten(0, (-1, heads))[:, :, :rows, :width]
+
+
+class _Workspace:
+    """The maps [images * H, rows, padded keys] of one chunk."""
+
+    def __init__(self, like, size, heads, keys):
+        self.heads, self.padded_keys = heads, _round_up(keys, _KEYS_MULTIPLE)
+        self.memory = like.new_empty(size.images * heads * size.rows * self.padded_keys)
+
+    def maps(self, chunk):
+        shape = (chunk.last - chunk.first) * self.heads, chunk.bottom - chunk.top, self.padded_keys
+        return self.memory[: shape[0] * shape[1] * shape[2]].view(shape)
+
+
+def _product(out, a, b, alpha=1.0, add=False):
+    """out = alpha a b, or out += alpha a b; a float32 sum of 16-bit factors is not rounded to 16 bits."""
+    beta = 1 if add else 0
+    if out.dtype == a.dtype:
+        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif a.is_cuda:
+        torch.baddbmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.baddbmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
+
+
+class _Rows:
+    """What the row kernels of one call share: how they run, and the constants that they are compiled for."""
+
+    def __init__(self, direction, q, keys, eps, centred, extras, size):
+        heads, self.queries = q.shape[1], q.shape[2]
+        self.heads, self.rows = heads, size.rows
+        config = row_config(direction, heads, keys, q.dtype, extras)
+        if INTERPRETED:
+            config = config.in_blocks(INTERPRETED_BLOCK, keys)
+        self.share, self.tile = config.share, config.tile_rows
+        self.tiles = config.tiles
+        self.program_rows = config.share * config.tiles
+        # Which launch makes what. Forward the Gram matrix, the mixed maps; backward the parameters' sums, the
+        # gradient of the pre-mix, that of the products, the mixed maps. These take the logits' place: last.
+        results = 2 if direction == "forward" else 4
+        self.steps = [(True,) * results]
+        if config.apart:
+            self.steps = [tuple(i == j for j in range(results)) for i in range(results)]
+        self.options = dict(
+            EPS=eps, CENTRED=centred, H=heads, SHARE=config.share, T=config.tile_rows, BLOCK=config.block,
+            ONE_BLOCK=config.one_block, SPLIT=config.split, RELOAD=config.reload, DOT=OPERANDS[q.dtype],
+            PRECISION=input_precision(q.dtype),
+            # lifts centred maps, which are small where attention is nearly uniform, into float16's range
+            BOOST=4096 if q.dtype == torch.float16 else 1, ACC=accumulator(q.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
+        )  # fmt: skip
+
+    def programs(self, rows):
+        return triton.cdiv(rows, self.program_rows)
+
+    def total_programs(self):
+        whole = (self.queries - 1) // self.rows
+        return whole * self.programs(self.rows) + self.programs(self.queries - whole * self.rows)
+
+    def partial_sums(self, like, images, needed, *shape):
+        """One [*shape] per image and program, in the order of the rows."""
+        programs = (images, self.total_programs()) if needed else (0, 0)
+        return like.new_empty(*programs, *shape, dtype=accumulation_dtype(like))
+
+    def part(self, sums, chunk):
+        """The chunk's partial sums: a pointer to the first, images a stride apart."""
+        return sums[chunk.first : chunk.last, self.programs(self.rows) * (chunk.top // self.rows) :]
+
+    def grid(self, chunk):
+        return chunk.last - chunk.first, self.programs(chunk.bottom - chunk.top)
+
+    def matrix(self, sums):
+        """[..., T, T] -> [..., H, H]: the sum of the diagonal blocks, one per query row of a tile."""
+        used = self.share * self.heads
+        blocks = sums[..., :used, :used].unflatten(-1, (self.share, -1)).unflatten(-3, (self.share, -1))
+        return blocks.diagonal(dim1=-4, dim2=-2).sum(-1)
+
+    def vector(self, sums):
+        return sums[..., : self.share * self.heads].unflatten(-1, (self.share, -1)).sum(-2)
+
+
+def forward(
+    q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs_out, needs_gram
+):  # fmt: skip
+    """As `vitdiv::reattention_fwd`: (out, centred Gram); `nothing` for what is not needed."""
+    images, heads, queries, _ = q.shape
+    keys, dtype = k.shape[2], accumulation_dtype(q)
+    size = _plan(q, k, 1, 2, 2)
+    extras = pre_mix is not None or norm_weight is not None
+    rows = _Rows("forward", q, keys, eps, centred, extras, size)
+    out = heads_like(q) if needs_out else nothing(q)
+    grams = rows.partial_sums(q, images, needs_gram, rows.tile, rows.tile)
+    workspace = _Workspace(q, size, heads, keys)
+    queries_of, keys_of = _Batched(q, size), _Batched(k, size, keys=True)
+    if needs_out:
+        values_of, out_of = _Batched(v, size, keys=True), _Batched(out, size)
+
+    for chunk in chunks(size, images, queries):
+        z = workspace.maps(chunk)
+        _product(z, queries_of.load(chunk), keys_of.load(chunk).mT, scale)
+        gram_part = rows.part(grams, chunk)
+        for of_maps, mixed_maps in rows.steps:
+            does = dict(NEEDS_GRAM=needs_gram and of_maps, NEEDS_OUT=needs_out and mixed_maps)
+            if not any(does.values()):
+                continue
+            launch(
+                forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias,
+                gram_part, z.shape[1], keys, z.shape[2], rows.tiles, gram_part.stride(0), **does,
+                **rows.options,
+            )  # fmt: skip
+        if needs_out:
+            _product(out_of.view(chunk), z, values_of.load(chunk))
+            out_of.store(chunk)
+
+    gram = rows.matrix(grams.sum(1, dtype=torch.float64)).to(dtype) if needs_gram else nothing(q)
+    return out, gram
+
+
+class _Gradient:
+    """dk or dv: over the chunks of rows of an image it grows in float32, in their order."""
+
+    def __init__(self, tensor, size, queries):
+        self.several = size.rows < queries
+        self.queries = queries
+        dtype = accumulation_dtype(tensor) if self.several else None
+        self.batched = _Batched(tensor, size, keys=True, dtype=dtype)
+
+    def add(self, chunk, maps, rows, alpha=1.0):
+        _product(self.batched.view(chunk), maps.mT, rows, alpha, add=chunk.top > 0)
+        if chunk.bottom == self.queries:
+            self.batched.store(chunk)
+
+
+def backward(
+    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs
+):  # fmt: skip
+    """As `vitdiv::reattention_bwd`: dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias."""
+    images, heads, queries, _ = q.shape
+    keys, dtype = k.shape[2], accumulation_dtype(q)
+    needs_dq, needs_dk, needs_dv, needs_dpre_mix, needs_dmix, needs_dnorm = needs
+    needs_dz = needs_dq or needs_dk
+    # dv alone does not need the gradient of the mixed maps
+    has_dy = dout is not None and (needs_dz or needs_dpre_mix or needs_dmix or needs_dnorm)
+    size = _plan(q, k, 2 if has_dy else 1, 3, 4)
+    extras = pre_mix is not None or norm_weight is not None
+    rows = _Rows("backward", q, keys, eps, centred, extras, size)
+    dq, dk, dv = (
+        heads_like(x) if need else nothing(x)
+        for x, need in zip((q, k, v), (needs_dq, needs_dk, needs_dv), strict=True)
+    )
+    matrices = rows.partial_sums(q, images, needs_dpre_mix or needs_dmix, 2, rows.tile, rows.tile)
+    vectors = rows.partial_sums(q, images, needs_dmix or needs_dnorm, 3, rows.tile)
+    if coupling is not None:
+        coupling = coupling.reshape(-1, heads, heads).contiguous()
+    shared_coupling = coupling is None or coupling.shape[0] < images
+
+    z_space = _Workspace(q, size, heads, keys)
+    queries_of, keys_of = _Batched(q, size), _Batched(k, size, keys=True)
+    if has_dy:
+        dy_space, values_of = _Workspace(q, size, heads, keys), _Batched(v, size, keys=True)
+    if dout is not None:
+        douts_of = _Batched(dout, size)
+    if needs_dq:
+        dq_of = _Batched(dq, size)
+    if needs_dk:
+        dk_of = _Gradient(dk, size, queries)
+    if needs_dv:
+        dv_of = _Gradient(dv, size, queries)
+
+    # results apart: the layer norm's gradient is stored by the first launch, not made again in the next two
+    norm_first = len(rows.steps) > 1 and norm_weight is not None and has_dy and (needs_dz or needs_dpre_mix)
+
+    for chunk in chunks(size, images, queries):
+        z, dy = z_space.maps(chunk), None
+        _product(z, queries_of.load(chunk), keys_of.load(chunk).mT, scale)
+        if has_dy:
+            dy = dy_space.maps(chunk)
+            _product(dy, douts_of.load(chunk), values_of.load(chunk).mT)
+        matrix_part, vector_part = rows.part(matrices, chunk), rows.part(vectors, chunk)
+        for sums, of_pre_mix, of_products, values in rows.steps:
+            does = dict(
+                NEEDS_DMIX=needs_dmix and sums, NEEDS_DNORM=needs_dnorm and sums,
+                NEEDS_DPRE=needs_dpre_mix and of_pre_mix, NEEDS_DZ=needs_dz and of_products,
+                NEEDS_DV=needs_dv and values, STORES_DM=norm_first and sums,
+            )  # fmt: skip
+            if not any(does.values()):
+                continue
+            norm = norm_weight, norm_bias
+            if norm_first and (of_pre_mix or of_products):
+                norm = None, None
+            launch(
+                backward_rows, rows.grid(chunk), z, dy if sums or of_pre_mix or of_products else None,
+                coupling if shared_coupling else coupling[chunk.first : chunk.last],
+                pre_mix, pre_bias, mix, bias, *norm, matrix_part, vector_part, z.shape[1],
+                keys, z.shape[2], rows.tiles, 0 if shared_coupling else heads * heads, matrix_part.stride(0),
+                vector_part.stride(0), **does, **rows.options,
+            )  # fmt: skip
+        if needs_dv:
+            dv_of.add(chunk, z, douts_of.load(chunk))
+        dz = dy if has_dy else z
+        if needs_dq:
+            _product(dq_of.view(chunk), dz, keys_of.load(chunk), scale)
+            dq_of.store(chunk)
+        if needs_dk:
+            dk_of.add(chunk, dz, queries_of.load(chunk), scale)
+
+    dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias = (nothing(q) for _ in range(5))
+    if needs_dpre_mix or needs_dmix:
+        from_centred, from_logits = rows.matrix(matrices.sum((0, 1), dtype=torch.float64))
+    if needs_dmix or needs_dnorm:
+        bias_sums, weight_sums, norm_bias_sums = rows.vector(vectors.sum((0, 1), dtype=torch.float64))
+    if needs_dpre_mix:
+        dpre_mix = from_logits.to(dtype)
+    if needs_dmix:
+        if not centred:
+            from_centred = from_centred + bias_sums[:, None] / keys
+        dmix, dbias = from_centred.to(dtype), bias_sums.to(dtype)
+    if needs_dnorm:
+        dnorm_weight, dnorm_bias = weight_sums.to(dtype), norm_bias_sums.to(dtype)
+    return dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias

@@ -1,0 +1,188 @@
+"""What the Triton kernels of pairs of vectors share: inverse norms, tiles of products, gradients of rows.
+
+Vectors are multiplied as they are, and the inverse norms applied to the tiles of products.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .._launch import OPERANDS, accumulator, input_precision, launch, to_tf32
+
+BLOCK_ROWS, BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
+# Of variants that the tables' rows were not chosen for. Without a limit ptxas aims at 128, and may spill a
+# little to get there.
+_ALL_REGISTERS = 255
+
+
+def items_of(x):
+    """[items, N, D] with a last stride of 1; a view where the leading axes are one in memory."""
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def slices(config, *rows):
+    """What a program of this row of a table takes of the vectors at a time, and registers at most."""
+    if all(map(_aligned, rows)):
+        return dict(BD=config.width, maxnreg=None)
+    return dict(BD=max(16, config.width // 2), maxnreg=_ALL_REGISTERS)
+
+
+def gradient_slices(config, width, *rows):
+    """`slices` of a program that makes some columns of the gradient, [items, N, width]."""
+    # no wider than the gradient: narrow rows would be mostly padding
+    out = min(config.out, max(16, triton.next_power_of_2(width)))
+    if not all(map(_aligned, rows)):
+        out = min(out, 32)
+    options = slices(config, *rows) | dict(BO=out)
+    return options if out == config.out else options | dict(maxnreg=_ALL_REGISTERS)
+
+
+def _aligned(x):
+    """Whether Triton, too, can tell that its rows start at multiples of 16 bytes.
+
+    Otherwise every load is of one element, and needs a register for every address.
+    """
+    return x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def read_rows(x, norms, eps, *, squares=None, sums=None, unit=None):
+    """Inverse norms and what else is asked for: |x_hat|^2, sums of x_hat over blocks of rows, x_hat."""
+    items, rows, width = x.shape
+    launch(
+        rows_kernel, (items * triton.cdiv(rows, BLOCK_ROWS),),
+        x, x.stride(0), x.stride(1), norms, squares, sums, unit, rows, width,
+        EPS=eps, INVERSE_EPS=inverse(eps), BN=BLOCK_ROWS, BD=BLOCK_WIDTH, ACC=accumulator(x.dtype),
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def inverse(eps):
+    return 1 / eps if eps else math.inf
+
+
+def dot_types(x):
+    """Element type of the products' operands, precision and accumulator."""
+    return dict(DT=OPERANDS[x.dtype], PREC=input_precision(x.dtype), ACC=accumulator(x.dtype))
+
+
+def weight_types(x):
+    """Element type and precision of products of rows with weights of any size, more than float16 holds."""
+    if x.dtype == torch.float16:
+        return dict(WT=tl.float32, WPREC="rounded tf32")  # whose 11 bits hold the rows
+    types = dot_types(x)
+    return dict(WT=types["DT"], WPREC=types["PREC"])
+
+
+# Triton's usual ones of float32 are off by 1 and 2 units in the last place, which a log-sum-exp of large
+# scale shows. These are one a row.
+@triton.jit
+def square_root(x, ACC: tl.constexpr):
+    if ACC == tl.float32:  # noqa: SIM300
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def inverse_of(x, ACC: tl.constexpr):
+    if ACC == tl.float32:  # noqa: SIM300
+        return tl.div_rn(tl.full(x.shape, 1.0, ACC), x)
+    else:
+        return 1.0 / x
+
+
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Norms are
+# loaded one by one, and where those of y start depends on the number of rows.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["NORMS"])
+def rows_kernel(
+    X, x_item, x_row, NORMS, SQUARES, SUMS, UNIT, N, D,
+    EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A block of BN rows: 1 / max(|x|, eps), and from it, in a second reading, what has a pointer."""
+    blocks = tl.cdiv(N, BN)
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    n = block * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    row_mask = (n < N)[:, None]
+    rows = X + item * x_item + n.to(tl.int64)[:, None] * x_row
+    squares = tl.zeros((BN, BD), ACC)
+    for d0 in tl.range(0, D, BD):
+        mask = row_mask & (d0 + d < D)[None, :]
+        x = tl.load(rows + (d0 + d)[None, :], mask=mask, other=0.0).to(ACC)
+        squares += x * x
+    length = square_root(tl.sum(squares, 1), ACC)
+    # of a NaN stays NaN
+    short = length <= tl.full((BN,), EPS, ACC)
+    norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), inverse_of(tl.where(short, 1.0, length), ACC))
+    tl.store(NORMS + item * N + n, norm, mask=n < N)
+    if SQUARES is not None:
+        tl.store(SQUARES + item * N + n, (length * norm) * (length * norm), mask=n < N)
+    if (SUMS is not None) or (UNIT is not None):
+        for e0 in tl.range(0, D, BD):
+            width_mask = e0 + d < D
+            row = tl.load(rows + (e0 + d)[None, :], mask=row_mask & width_mask[None, :], other=0.0).to(ACC)
+            unit = row * norm[:, None]
+            if SUMS is not None:
+                # rows past the last have the inverse norm of a zero row: 0 * 1e8, but 0 * inf when eps is 0
+                sums = tl.sum(tl.where(row_mask, unit, 0.0), 0)
+                tl.store(SUMS + (item * blocks + block) * D + e0 + d, sums, mask=width_mask)
+            if UNIT is not None:
+                place = UNIT + (item * N + n)[:, None] * D + (e0 + d)[None, :]
+                tl.store(place, unit.to(UNIT.dtype.element_ty), mask=row_mask & width_mask[None, :])
+
+
+@triton.jit
+def tile_of(tiles_of_rows, tiles_of_columns, TRIANGLE: tl.constexpr):
+    """(item, tile of rows, tile of columns) of this program; of the upper triangle alone, row by row."""
+    if TRIANGLE:
+        tiles = tiles_of_rows * (tiles_of_rows + 1) // 2
+        left = tl.program_id(0) % tiles
+        row_tile = 0
+        while left >= tiles_of_rows - row_tile:
+            left -= tiles_of_rows - row_tile
+            row_tile += 1
+        column_tile = row_tile + left
+    else:
+        tiles = tiles_of_rows * tiles_of_columns
+        row_tile = tl.program_id(0) % tiles // tiles_of_columns
+        column_tile = tl.program_id(0) % tiles_of_columns
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    return item, row_tile, column_tile
+
+
+@triton.jit
+def products(
+    x_rows, y_rows, x_mask, y_mask, D, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x y^T, [BR, BC], of rows [.., 1] of pointers, from slices of BD of the width D."""
+    d = tl.arange(0, BD)
+    s = tl.zeros((BR, BC), ACC)
+    for d0 in tl.range(0, D, BD):
+        width_mask = (d0 + d < D)[None, :]
+        x = tl.load(x_rows + (d0 + d)[None, :], mask=x_mask[:, None] & width_mask, other=0.0).to(DT)
+        y = tl.load(y_rows + (d0 + d)[None, :], mask=y_mask[:, None] & width_mask, other=0.0).to(DT)
+        s = tl.dot(x, tl.trans(y), s, input_precision=PREC, out_dtype=ACC)
+    return s
+
+
+@triton.jit
+def add_rows(dx, weights, y_places, y_mask, WT: tl.constexpr, WPREC: tl.constexpr, ACC: tl.constexpr):
+    """dx + weights y."""
+    y = tl.load(y_places, mask=y_mask, other=0.0).to(WT)
+    if WPREC == "rounded tf32":
+        return tl.dot(to_tf32(weights), y, dx, input_precision="tf32", out_dtype=ACC)
+    else:
+        return tl.dot(weights.to(WT), y, dx, input_precision=WPREC, out_dtype=ACC)
+
+
+@triton.jit
+def through_norm(dx, x, norm, along, INVERSE_EPS: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of rows x from that of x_hat, whose part along x_hat is known."""
+    # a row that was divided by eps has no part taken out
+    along = tl.where(norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
+    return norm[:, None] * (dx - x * (norm * along)[:, None])

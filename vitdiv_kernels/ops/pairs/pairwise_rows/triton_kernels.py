@@ -1,0 +1,274 @@
+"""pairwise_rows on NVIDIA GPUs: the operators' functions, then the kernels; the maths is in README.md."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...._layout import nothing
+from .._inverse_norms import new_norms, norms_of
+from .._tiles import row_for
+from ..._launch import accumulator, capability, double, launch, split
+from .._triton import (add_rows, dot_types, gradient_slices, inverse, items_of, products, read_rows, slices, through_norm, tile_of, weight_types,)
+from . import triton_configs as configs
+
+_JOINED_ROWS = 128  # of a program that joins tiles: one a thread
+
+# Up to this scale exp(scale S) and the sums of it, exp(-rows) too, are far from both ends of float32.
+_BOUNDED_SCALE = 32
+
+
+def pairwise_logsumexp_fwd(x, y, scale, eps, for_backward):
+    x, y = items_of(x), None if y is None else items_of(y)
+    saved = new_norms(x, y)
+    parts, _ = _tiles(x, y, saved, eps, scale)
+    if parts.shape[1] > 1:
+        rows = parts.new_empty(parts.shape[0], parts.shape[2])
+        _join(_join_logarithms_kernel, parts, rows)
+    else:
+        rows = parts[:, 0]
+    return rows, saved if for_backward else nothing(x)
+
+
+def pairwise_nearest(x, y, eps):
+    x, y = items_of(x), None if y is None else items_of(y)
+    parts, indices = _tiles(x, y, new_norms(x, y), eps, None)
+    nearest = indices.new_empty(parts.shape[0], parts.shape[2], dtype=torch.int64)
+    _join(_join_nearest_kernel, parts, indices, nearest)
+    return nearest
+
+
+def pairwise_logsumexp_bwd(drows, rows, x, y, saved, scale, eps, needs_dx, needs_dy):
+    shapes = x.shape, None if y is None else y.shape
+    x, y = items_of(x), None if y is None else items_of(y)
+    x_norms, y_norms = norms_of(saved, x, y)
+    own, statistics = (x, x_norms), (drows.contiguous(), rows.contiguous())
+    other = own if y is None else (y, y_norms)
+    dx = dy = nothing(x)
+    if needs_dx:
+        dx = _gradient(*own, *other, statistics, "both" if y is None else "own", scale, eps).view(shapes[0])
+    if needs_dy:
+        dy = _gradient(*other, *own, statistics, "other", scale, eps).view(shapes[1])
+    return dx, dy
+
+
+def _tiles(x, y, saved, eps, scale):
+    """Log-sum-exp of each row of a tile of S, or with no scale its largest element and where that is.
+
+    [items, tiles of columns, N] each, of which one program writes a slot.
+    """
+    one_set, other = y is None, x if y is None else y
+    x_norms, y_norms = norms_of(saved, x, y)
+    read_rows(x, x_norms, eps)
+    if not one_set:
+        read_rows(y, y_norms, eps)
+    items, rows, width = x.shape
+    columns = other.shape[1]
+    config = row_for(configs.FORWARD, x, capability(x))
+    row_tiles, column_tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.rows)
+    # Products of float32 in three of TF32 are not the same to the bit when their factors change places: equal
+    # vectors on both sides of the diagonal would not be equally near.
+    triangle = one_set and (scale is not None or x.dtype != torch.float32)
+    tiles = row_tiles * (row_tiles + 1) // 2 if triangle else row_tiles * column_tiles
+    parts = saved.new_empty(items, column_tiles, rows)
+    indices = None if scale is not None else parts.new_empty(parts.shape, dtype=torch.int32)
+    launch(
+        _tiles_kernel, (items * tiles,),
+        x, x.stride(0), x.stride(1), other, other.stride(0), other.stride(1),
+        x_norms, x_norms if one_set else y_norms, parts, indices, rows, columns, width,
+        *split(1.0 if scale is None else scale),
+        ONE_SET=one_set, TRIANGLE=triangle, BOUNDED=scale is not None and scale <= _BOUNDED_SCALE,
+        BR=config.rows, BC=config.rows, **slices(config, x, other),
+        **dot_types(x), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return parts, indices
+
+
+def _join(kernel, parts, *others):
+    items, tiles, rows = parts.shape
+    launch(
+        kernel, (items * triton.cdiv(rows, _JOINED_ROWS),),
+        parts, *others, rows, tiles, BN=_JOINED_ROWS, ACC=accumulator(parts.dtype), num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def _gradient(own, own_norms, other, other_norms, statistics, of, scale, eps):
+    """The gradient of `own`; the statistics belong to its rows, to the other set's, or to both, one set."""
+    items, rows, width = own.shape
+    config = row_for(configs.BACKWARD, own, capability(own))
+    sizes = gradient_slices(config, width, own, other)
+    gradient = own.new_empty(own.shape)
+    launch(
+        _gradient_kernel,
+        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
+        own, own.stride(0), own.stride(1), other, other.stride(0), other.stride(1), own_norms, other_norms,
+        *statistics, gradient, rows, other.shape[1], width, *split(scale),
+        OF=of, BOUNDED=scale <= _BOUNDED_SCALE, INVERSE_EPS=inverse(eps),
+        BR=config.rows, BC=config.columns, **sizes,
+        **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return gradient
+
+
+@triton.jit
+def _logarithms(s, AXIS: tl.constexpr, BOUNDED: tl.constexpr):
+    """Log-sum-exp along an axis, -inf of nothing but -inf."""
+    if BOUNDED:
+        return tl.log(tl.sum(tl.exp(s), AXIS))
+    else:
+        largest = tl.max(s, AXIS)
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        return shift + tl.log(tl.sum(tl.exp(s - tl.expand_dims(shift, AXIS)), AXIS))
+
+
+@triton.jit
+def _largest(s, places, AXIS: tl.constexpr):
+    """The largest element along an axis and the first of `places` that has it; NaN counts as infinite."""
+    s = tl.where(s != s, float("inf"), s)
+    largest = tl.max(s, AXIS)
+    first = tl.min(tl.where(s == tl.expand_dims(largest, AXIS), places, 2147483647), AXIS)
+    return largest, first
+
+
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
+@triton.jit(do_not_specialize=["N", "M"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+def _tiles_kernel(
+    X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, PARTS, INDICES, N, M, D, scale_high, scale_low,
+    ONE_SET: tl.constexpr, TRIANGLE: tl.constexpr, BOUNDED: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of S, reduced along its rows and, where it stands for two of one set, along its columns."""
+    row_tiles = tl.cdiv(N, BR)
+    column_tiles = tl.cdiv(M, BC)
+    item, row_tile, column_tile = tile_of(row_tiles, column_tiles, TRIANGLE)
+    i = row_tile * BR + tl.arange(0, BR)
+    j = column_tile * BC + tl.arange(0, BC)
+    x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
+    y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
+    s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
+    x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
+    y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
+    counted = (i < N)[:, None] & (j < M)[None, :]
+    if ONE_SET:
+        counted = counted & (i[:, None] != j[None, :])
+    place = (item * column_tiles + column_tile) * N + i
+    turned_place = (item * column_tiles + row_tile) * M + j
+    if INDICES is None:
+        s = s * x_norm[:, None] * y_norm[None, :] * double(scale_high, scale_low, ACC)
+        s = tl.where(counted, s, float("-inf"))
+        tl.store(PARTS + place, _logarithms(s, 1, BOUNDED), mask=i < N)
+        if TRIANGLE:
+            if row_tile != column_tile:
+                tl.store(PARTS + turned_place, _logarithms(s, 0, BOUNDED), mask=j < M)
+    else:
+        # Each set's norms in the same order, for vectors that are equal to be equally near.
+        by_row = tl.where(counted, s * x_norm[:, None] * y_norm[None, :], float("-inf"))
+        largest, first = _largest(by_row, tl.broadcast_to(j[None, :], (BR, BC)), 1)
+        tl.store(PARTS + place, largest, mask=i < N)
+        tl.store(INDICES + place, first, mask=i < N)
+        if TRIANGLE:
+            if row_tile != column_tile:
+                by_column = tl.where(counted, s * y_norm[None, :] * x_norm[:, None], float("-inf"))
+                turned, turned_first = _largest(by_column, tl.broadcast_to(i[:, None], (BR, BC)), 0)
+                tl.store(PARTS + turned_place, turned, mask=j < M)
+                tl.store(INDICES + turned_place, turned_first, mask=j < M)
+
+
+@triton.jit(do_not_specialize=["N", "tiles"])
+def _join_logarithms_kernel(PARTS, ROWS, N, tiles, BN: tl.constexpr, ACC: tl.constexpr):
+    """Log-sum-exp of BN rows over the tiles."""
+    blocks = tl.cdiv(N, BN)
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    mask = n < N
+    place = item * tiles * N + n
+    largest = tl.full((BN,), float("-inf"), ACC)
+    for _ in tl.range(0, tiles):
+        largest = tl.maximum(largest, tl.load(PARTS + place, mask=mask, other=0.0))
+        place += N
+    total = tl.zeros((BN,), ACC)
+    place = item * tiles * N + n
+    for _ in tl.range(0, tiles):
+        total += tl.exp(tl.load(PARTS + place, mask=mask, other=0.0) - largest)
+        place += N
+    tl.store(ROWS + item * N + n, largest + tl.log(total), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "tiles"])
+def _join_nearest_kernel(PARTS, INDICES, NEAREST, N, tiles, BN: tl.constexpr, ACC: tl.constexpr):
+    """Where the first of the largest elements of BN rows is."""
+    blocks = tl.cdiv(N, BN)
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    mask = n < N
+    place = item * tiles * N + n
+    largest = tl.full((BN,), float("-inf"), ACC)
+    nearest = tl.zeros((BN,), tl.int32)
+    for _ in tl.range(0, tiles):
+        candidate = tl.load(PARTS + place, mask=mask, other=0.0)
+        index = tl.load(INDICES + place, mask=mask, other=0)
+        nearest = tl.where(candidate > largest, index, nearest)
+        largest = tl.maximum(largest, candidate)
+        place += N
+    tl.store(NEAREST + item * N + n, nearest.to(tl.int64), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "M"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+def _gradient_kernel(
+    X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, DROWS, ROWS, DX, N, M, D, scale_high, scale_low,
+    OF: tl.constexpr, BOUNDED: tl.constexpr, INVERSE_EPS: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr, WT: tl.constexpr, WPREC: tl.constexpr,
+):  # fmt: skip
+    """BR x BO of dx: sum_j W[i, j] y_hat[j], W from S made again, then the normalisation.
+
+    W = scale drows exp(scale S - rows) with the statistics of x's rows (OF "own"), of y's ("other", for which
+    x are the vectors that the columns of S belong to), or, of one set, the sum of both.
+    """
+    row_tiles = tl.cdiv(N, BR)
+    out_tiles = tl.cdiv(D, BO)
+    item = (tl.program_id(0) // (row_tiles * out_tiles)).to(tl.int64)
+    i = tl.program_id(0) // out_tiles % row_tiles * BR + tl.arange(0, BR)
+    o = tl.program_id(0) % out_tiles * BO + tl.arange(0, BO)
+    out_mask = (o < D)[None, :]
+    x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
+    x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
+    scale = double(scale_high, scale_low, ACC)
+    if OF != "other":
+        own_drow = tl.load(DROWS + item * N + i, mask=i < N, other=0.0)
+        own_row = tl.load(ROWS + item * N + i, mask=i < N, other=0.0)
+        own_rate = own_drow * tl.exp(-own_row)  # used where BOUNDED
+    dx = tl.zeros((BR, BO), ACC)
+    along = tl.zeros((BR,), ACC)
+    for j0 in tl.range(0, M, BC):
+        j = j0 + tl.arange(0, BC)
+        y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
+        y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
+        s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
+        s = s * x_norm[:, None] * y_norm[None, :]
+        weights = tl.zeros((BR, BC), ACC)
+        if OF != "own":
+            drow = tl.load(DROWS + item * M + j, mask=j < M, other=0.0)
+            row = tl.load(ROWS + item * M + j, mask=j < M, other=0.0)
+        if BOUNDED:
+            if OF != "own":
+                weights += (drow * tl.exp(-row))[None, :]
+            if OF != "other":
+                weights += own_rate[:, None]
+            weights *= tl.exp(scale * s)
+        else:
+            if OF != "own":
+                weights += drow[None, :] * tl.exp(scale * s - row[None, :])
+            if OF != "other":
+                weights += own_drow[:, None] * tl.exp(scale * s - own_row[:, None])
+        counted = (j < M)[None, :]
+        if OF == "both":
+            counted = counted & (i[:, None] != j[None, :])
+        weights = tl.where(counted, weights, 0.0)
+        along += tl.sum(weights * s, 1)
+        y_mask = (j < M)[:, None] & out_mask
+        dx = add_rows(dx, weights * y_norm[None, :], y_rows + o[None, :], y_mask, WT, WPREC, ACC)
+    x = tl.load(x_rows + o[None, :], mask=(i < N)[:, None] & out_mask, other=0.0).to(ACC)
+    dx = scale * through_norm(dx, x, x_norm, along, INVERSE_EPS, BR, ACC)
+    place = DX + (item * N + i)[:, None] * D + o[None, :]
+    tl.store(place, dx.to(DX.dtype.element_ty), mask=(i < N)[:, None] & out_mask)

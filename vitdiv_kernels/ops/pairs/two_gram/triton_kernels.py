@@ -1,0 +1,202 @@
+"""two_gram on NVIDIA GPUs: the operators' functions, then the kernels; the maths is in README.md."""
+
+import triton
+import triton.language as tl
+
+from ...._layout import accumulation_dtype, nothing
+from .._inverse_norms import new_norms, norms_of
+from .._tiles import row_for
+from ..._launch import capability, double, launch, split
+from .._triton import (add_rows, dot_types, gradient_slices, inverse, items_of, products, read_rows, slices, through_norm, tile_of, weight_types,)
+from . import triton_configs as configs
+
+
+def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
+    x, y = items_of(x), None if y is None else items_of(y)
+    saved = nothing(x)
+    x_norms = y_norms = None
+    if normalise:
+        saved = new_norms(x, y)
+        x_norms, y_norms = norms_of(saved, x, y)
+        read_rows(x, x_norms, eps)
+        if y is not None:
+            read_rows(y, y_norms, eps)
+    items, rows, _ = x.shape
+    config = row_for(configs.FORWARD, x, capability(x))
+    row_tiles = triton.cdiv(rows, config.rows)
+    parts = x.new_empty(items, row_tiles * (row_tiles + 1) // 2, dtype=accumulation_dtype(x))
+    launch(
+        _tiles_kernel, (parts.numel(),),
+        *_set(x, x_norms), *_set(y, y_norms), parts, rows, *split(margin),
+        PENALTY=penalty, BR=config.rows, **slices(config, x, x if y is None else y),
+        **dot_types(x), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return parts.sum(1), saved if normalise and (needs_dx or needs_dy) else nothing(x)
+
+
+def two_gram_bwd(dsums, x, y, saved, penalty, margin, normalise, eps, needs_dx, needs_dy):
+    shapes = x.shape, None if y is None else y.shape
+    x, y = items_of(x), None if y is None else items_of(y)
+    x_norms, y_norms = norms_of(saved, x, y) if normalise else (None, None)
+    x_set, y_set = (x, x_norms), (y, y_norms)
+    arguments = dsums.contiguous(), penalty, margin, eps
+    dx = dy = nothing(x)
+    if needs_dx:
+        dx = _gradient("x", x_set, y_set, *arguments).view(shapes[0])
+    if needs_dy:
+        dy = _gradient("y", y_set, x_set, *arguments).view(shapes[1])
+    return dx, dy
+
+
+def _set(x, norms):
+    """Vectors as the kernels take them, or none."""
+    return (None,) * 5 if x is None else (x, x.stride(0), x.stride(1), x.shape[2], norms)
+
+
+def _gradient(of, own_set, other_set, dsums, penalty, margin, eps):
+    own = own_set[0]
+    items, rows, width = own.shape
+    config = row_for(configs.BACKWARD, own, capability(own))
+    sizes = gradient_slices(config, width, *(x for x in (own, other_set[0]) if x is not None))
+    gradient = own.new_empty(own.shape)
+    launch(
+        _gradient_kernel,
+        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
+        *_set(*own_set), *_set(*other_set), dsums, gradient, rows, *split(margin),
+        OF=of, PENALTY=penalty, INVERSE_EPS=inverse(eps),
+        BR=config.rows, BC=config.columns, **sizes,
+        **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return gradient
+
+
+@triton.jit
+def _relu(s):
+    return tl.where(s < 0, 0.0, s)  # a NaN stays
+
+
+@triton.jit
+def _penalties(s, t, margin, PENALTY: tl.constexpr):
+    if PENALTY == "product":
+        penalties = s * t
+    elif PENALTY == "hinge":
+        penalties = _relu(tl.abs(s - t) - margin)
+    else:
+        r = _difference(s, t, PENALTY)
+        penalties = r * r
+    return penalties
+
+
+@triton.jit
+def _difference(s, t, PENALTY: tl.constexpr):
+    """What the penalty is the square of."""
+    if PENALTY == "square":
+        r = s - t
+    elif PENALTY == "relu_square":
+        r = _relu(s) - _relu(t)
+    elif PENALTY == "relu_teacher_square":
+        r = tl.where((s < 0) & (t < 0), 0.0, s) - _relu(t)
+    else:
+        r = s - _relu(t)
+    return r
+
+
+@triton.jit
+def _slopes(s, t, margin, PENALTY: tl.constexpr, OF: tl.constexpr):
+    """The penalty's derivative by s (OF "x") or by t; those with a kink have the one of the plain formula."""
+    if PENALTY == "product":
+        slopes = t if OF == "x" else s
+    elif PENALTY == "hinge":
+        sign = tl.where(s > t, tl.full(s.shape, 1.0, s.dtype), tl.where(s < t, -1.0, 0.0))
+        slopes = tl.where(tl.abs(s - t) <= margin, 0.0, sign if OF == "x" else -sign)
+    else:
+        slopes = 2.0 * _difference(s, t, PENALTY)
+        if OF == "y":
+            slopes = -slopes
+            if PENALTY != "square":
+                slopes = tl.where(t <= 0, 0.0, slopes)
+        elif PENALTY == "relu_square":
+            slopes = tl.where(s <= 0, 0.0, slopes)
+        elif PENALTY == "relu_teacher_square":
+            slopes = tl.where((s < 0) & (t < 0), 0.0, slopes)
+    return slopes
+
+
+@triton.jit
+def _gram(
+    X, x_item, x_row, D, NORMS, item, i, j, N, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of the Gram matrix; that of no vectors is the identity."""
+    if X is None:
+        gram = tl.where(i[:, None] == j[None, :], tl.full((BR, BC), 1.0, ACC), 0.0)
+    else:
+        i_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
+        j_rows = X + item * x_item + j.to(tl.int64)[:, None] * x_row
+        gram = products(i_rows, j_rows, i < N, j < N, D, BR, BC, BD, DT, PREC, ACC)
+        if NORMS is not None:
+            i_norm = tl.load(NORMS + item * N + i, mask=i < N, other=0.0)
+            j_norm = tl.load(NORMS + item * N + j, mask=j < N, other=0.0)
+            gram = gram * i_norm[:, None] * j_norm[None, :]
+    return gram
+
+
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+def _tiles_kernel(
+    X, x_item, x_row, D, X_NORMS, Y, y_item, y_row, E, Y_NORMS, PARTS, N, margin_high, margin_low,
+    PENALTY: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The sum of the penalty over a tile of the upper triangle, twice where it stands for two."""
+    row_tiles = tl.cdiv(N, BR)
+    item, row_tile, column_tile = tile_of(row_tiles, row_tiles, True)
+    i = row_tile * BR + tl.arange(0, BR)
+    j = column_tile * BR + tl.arange(0, BR)
+    s = _gram(X, x_item, x_row, D, X_NORMS, item, i, j, N, BR, BR, BD, DT, PREC, ACC)
+    t = _gram(Y, y_item, y_row, E, Y_NORMS, item, i, j, N, BR, BR, BD, DT, PREC, ACC)
+    penalties = _penalties(s, t, double(margin_high, margin_low, ACC), PENALTY)
+    total = tl.sum(tl.where((i < N)[:, None] & (j < N)[None, :], penalties, 0.0))
+    tl.store(PARTS + tl.program_id(0), tl.where(row_tile == column_tile, total, 2.0 * total))
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+def _gradient_kernel(
+    X, x_item, x_row, D, X_NORMS, Y, y_item, y_row, E, Y_NORMS, DSUMS, DX, N, margin_high, margin_low,
+    OF: tl.constexpr, PENALTY: tl.constexpr, INVERSE_EPS: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr, WT: tl.constexpr, WPREC: tl.constexpr,
+):  # fmt: skip
+    """BR x BO of the gradient of X: 2 sum_j W[i, j] x_hat[j], W from S and T made again, then the
+    normalisation. With OF "y" X are the vectors of T, and Y those of S."""
+    row_tiles = tl.cdiv(N, BR)
+    out_tiles = tl.cdiv(D, BO)
+    item = (tl.program_id(0) // (row_tiles * out_tiles)).to(tl.int64)
+    i = tl.program_id(0) // out_tiles % row_tiles * BR + tl.arange(0, BR)
+    o = tl.program_id(0) % out_tiles * BO + tl.arange(0, BO)
+    out_mask = (o < D)[None, :]
+    x_columns = X + item * x_item + o[None, :]
+    margin = double(margin_high, margin_low, ACC)
+    dx = tl.zeros((BR, BO), ACC)
+    along = tl.zeros((BR,), ACC)
+    for j0 in tl.range(0, N, BC):
+        j = j0 + tl.arange(0, BC)
+        own = _gram(X, x_item, x_row, D, X_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
+        other = _gram(Y, y_item, y_row, E, Y_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
+        if OF == "x":
+            slopes = _slopes(own, other, margin, PENALTY, OF)
+        else:
+            slopes = _slopes(other, own, margin, PENALTY, OF)
+        along += tl.sum(slopes * own, 1)
+        if X_NORMS is not None:
+            slopes *= tl.load(X_NORMS + item * N + j, mask=j < N, other=0.0)[None, :]
+        places = x_columns + j.to(tl.int64)[:, None] * x_row
+        dx = add_rows(dx, slopes, places, (j < N)[:, None] & out_mask, WT, WPREC, ACC)
+    mask = (i < N)[:, None] & out_mask
+    if X_NORMS is not None:
+        x = tl.load(x_columns + i.to(tl.int64)[:, None] * x_row, mask=mask, other=0.0).to(ACC)
+        x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
+        dx = through_norm(dx, x, x_norm, along, INVERSE_EPS, BR, ACC)
+    dx = 2.0 * tl.load(DSUMS + item) * dx
+    place = DX + (item * N + i)[:, None] * D + o[None, :]
+    tl.store(place, dx.to(DX.dtype.element_ty), mask=mask)

@@ -1,0 +1,95 @@
+"""The trainer's diversity losses: short names, presets and losses of `DiversityObjective`, with weights."""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..attach.objective import LOSSES, PRESETS, Term
+
+# Gong et al. (arXiv 2104.12753), Chen et al. (arXiv 2203.06345). Chen et al. weigh heads with 1e-4, beside
+# the cross-entropy of 1,000 classes; the first two weights are theirs.
+TERMS = {
+    "cosine": Term("pairwise_cosine", 0.5),
+    "contrast": Term("patch_contrast", 0.5),
+    "heads": Term("attention_diversity", 0.01, options={"include_self": False}),
+}
+DIVERSITY = {name: term.weight for name, term in TERMS.items()}
+WEIGHTS = DIVERSITY | {name: 1.0 for name in (*PRESETS, *LOSSES)}
+
+
+def parse_losses(text: str) -> dict[str, float]:
+    """`none`, `diversity` (all three), or a list such as `cosine=0.5,koleo=0.1`.
+
+    A name is a short name, a preset or a loss. Raises ValueError.
+    """
+    if text == "none":
+        return {}
+    if text == "diversity":
+        return dict(DIVERSITY)
+    weights = {}
+    for item in text.split(","):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in WEIGHTS:
+            raise ValueError(
+                f"unknown loss {name!r}: give none or diversity alone, or NAME=WEIGHT,... of "
+                f"{', '.join(WEIGHTS)}"
+            )
+        if name in weights:
+            raise ValueError(f"the loss {name!r} is given twice: give it one weight")
+        try:
+            weights[name] = float(value) if value else WEIGHTS[name]
+        except ValueError:
+            raise ValueError(f"the weight of the loss {name!r} must be a number, got {value!r}") from None
+    return weights
+
+
+def objective_terms(weights: Mapping[str, float], label_smoothing: float = 0.0) -> dict[str, Term]:
+    """The configuration of a `DiversityObjective` for what `parse_losses` gave.
+
+    A preset becomes its losses, as PRESET.NAME, each with the preset's weight times its own. patch_mixing
+    smooths the labels of patches as the task does those of images, which is how Chen et al. train. (They also
+    divide the class token's cross-entropy by N + 1; here its weight stays 1.) Raises ValueError for a weight
+    that is not finite.
+    """
+    terms = {}
+    for name, weight in weights.items():
+        if name in PRESETS:
+            for part, term in PRESETS[name].items():
+                terms[f"{name}.{part}"] = replace(term, weight=weight * term.weight)
+        else:
+            terms[name] = replace(TERMS[name], weight=weight) if name in TERMS else Term(name, weight)
+    return {
+        name: replace(term, options={"smoothing": label_smoothing, **term.options}) if mixes(term) else term
+        for name, term in terms.items()
+    }
+
+
+def mixes(term: Term) -> bool:
+    """Whether the loss is made for mixed images."""
+    return term.loss == "patch_mixing"
+
+
+def listing() -> str:
+    """The names for `--losses`, for its help."""
+    sets = {name: [term] for name, term in TERMS.items()}
+    sets |= {name: list(terms.values()) for name, terms in PRESETS.items()}
+    lines = {
+        name: textwrap.fill(
+            f"{name:24}" + " + ".join(f"{term.weight:g}*{term.loss}" for term in terms),
+            initial_indent="  ",
+            subsequent_indent=" " * 26,
+            width=80,
+        )
+        for name, terms in sets.items()
+    }
+    names = textwrap.fill(", ".join(LOSSES), initial_indent="  ", subsequent_indent="  ", width=80)
+    return "\n".join(
+        [
+            "losses by short name (diversity is all three; NAME=WEIGHT sets another weight):",
+            *(lines[name] for name in TERMS),
+            "\npublished recipes (a weight multiplies the whole):",
+            *(lines[name] for name in PRESETS),
+            "\nlosses by name (weight 1 unless given):",
+            names,
+        ]
+    )
