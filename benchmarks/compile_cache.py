@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / name) for name in (".", "tests", "tests/support")]
 
 import fake_driver  # noqa: E402
 import gpu_rows  # noqa: E402

@@ -132,7 +132,8 @@ class Check:
             environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         if select is None:
             environment["VITDIV_TEST_BACKENDS"] = SELECTED[name][self.device].split(" or ")[0]
-            files = [f"tests/test_{test}.py" for test in TESTED]
+            files = [path for test in TESTED for path in ROOT.glob(f"tests/*/test_{test}.py")]
+            files = [str(path.relative_to(ROOT)) for path in files]
             select = ["-k", SELECTED[name][self.device], *files]
         status, text = self.python(
             "tests.log", "-m", "pytest", "-q", "-p", "report_events", "--report-events", Stage.EVENTS,

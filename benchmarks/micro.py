@@ -116,16 +116,16 @@ def products(device, dtype, shape):
 
 def workspaces(device, dtype, shape):
     """Re-attention with workspaces of several sizes: small ones stay in L2, large ones take few launches."""
-    from vitdiv_kernels.ops.maps.reattention import triton_configs
+    from vitdiv_kernels.ops.maps._triton import row_tiles
 
     name = str(dtype).removeprefix("torch.")
     maker = reattention(shape, dtype=name)
     torch.manual_seed(0)
     inputs = maker.inputs(torch.device(device), dtype)
-    before = triton_configs.WORKSPACE_BYTES
+    before = row_tiles.WORKSPACE_BYTES
     try:
         for size in WORKSPACES:
-            triton_configs.WORKSPACE_BYTES = (((0, 0), size),)
+            row_tiles.WORKSPACE_BYTES = (((0, 0), size),)
             for mode in ("fwd", "fwd+bwd"):
                 call = Call(maker.providers["triton-s2"](), inputs, mode)
                 call.prepare()
@@ -134,4 +134,4 @@ def workspaces(device, dtype, shape):
                 row = _row("workspace", f"{size // MIB} MB, {mode}", dtype, seconds)
                 yield row | {"wall_ms": wall and wall * 1e3}
     finally:
-        triton_configs.WORKSPACE_BYTES = before
+        row_tiles.WORKSPACE_BYTES = before

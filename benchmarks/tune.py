@@ -1,8 +1,7 @@
 """Finds the fastest rows of a table of the Triton kernels on the GPU that is here, and writes them into it.
 
 It knows the tables of pairwise_cosine, pairwise_rows and two_gram, dicts in their triton_configs.py, a row a
-line, whose last field says where the row comes from. TILES of ops/maps/_triton/tiles.py, and SCHEDULES, ROWS and
-WORKSPACE_BYTES of reattention, are changed by hand. Candidates that do not fit the GPU are passed over. Run
+line, whose last field says where the row comes from. The tables of maps are changed by hand. Candidates that do not fit the GPU are passed over. Run
 the ahead-of-time test afterwards: a row has to compile for every GPU of its generation. Example:
 
     python benchmarks/tune.py pairwise_cosine.FORWARD --dtype bfloat16 --seconds 120
@@ -100,7 +99,9 @@ def tune(name: str, shapes, dtype, device: str, seconds: float, limit: int | Non
     """(key, best row, its time over that of the present row): the geometric mean over the shapes decides."""
     make, candidates = TABLES[name]
     operation, table_name = name.split(".")
-    table = getattr(importlib.import_module(f"vitdiv_kernels.ops.{operation}.triton_configs"), table_name)
+    table = getattr(
+        importlib.import_module(f"vitdiv_kernels.ops.pairs.{operation}.triton_configs"), table_name
+    )
     major = torch.cuda.get_device_capability()[0] if device == "cuda" else 9
     key = dtype.itemsize, major
     present = table.get(key, table[dtype.itemsize, 8])

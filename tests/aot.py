@@ -2,8 +2,8 @@
 
     python tests/aot.py pairwise_cosine
 
-What is compiled is what a GPU would launch: tests/aot_<operation>.py calls the operators' functions on meta
-tensors, and every launch is recorded, once for each compute capability. Needs TRITON_INTERPRET unset.
+What is compiled is what a GPU would launch: tests/support/aot_<operation>.py calls the operators' functions
+on meta tensors, and every launch is recorded, once for each compute capability. Needs TRITON_INTERPRET unset.
 
 89 stands for the GPUs with little shared memory, 86 and 120 among them. Triton makes the same of a kernel for
 80 and for 89: what both would launch is compiled for 80 alone, and may take the shared memory of 89.
@@ -272,7 +272,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operations", nargs="+", help="as in tests/aot_<operation>.py")
+    parser.add_argument("operations", nargs="+", help="as in tests/support/aot_<operation>.py")
     default = ",".join(map(str, CAPABILITIES))
     parser.add_argument("--capabilities", default=default, help=f"comma-separated; default: {default}")
     parser.add_argument("--kernels", default="", help="only kernels whose name contains this")
@@ -284,7 +284,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--lines", type=Path, help="append each row here, as JSON, when it is compiled")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).with_name("support")))
     launches, limits = to_compile(args.operations, map(int, args.capabilities.split(",")))
     launches = {key: launch for key, launch in launches.items() if args.kernels in key[2]}
     if args.sample:

@@ -8,8 +8,11 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).with_name("support")))
 
 from elf import sections as elf_sections
 

@@ -8,8 +8,13 @@ multiprocessor are the most that one of its parts needs: 128 bytes of shared mem
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path += [str(Path(__file__).with_name(name)) for name in ("support", "cuda")]
+
 from emulated_cuda import Emulator
 from test_cuda_reattention import Case, inputs_of
 

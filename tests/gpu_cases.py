@@ -92,7 +92,7 @@ def choose(launches, most):
 
 
 def main():
-    sys.path[:0] = [str(PATH.parents[1]), str(PATH.parents[1] / "benchmarks")]
+    sys.path[:0] = [str(PATH.parents[1] / name) for name in (".", "benchmarks", "tests/support")]
     import launch_recorder
 
     launches = launch_recorder.record(90, "--candidates")

@@ -157,7 +157,7 @@ def origin():
 
 def tests(python, tree, folder, args):
     """Runs file by file, and updates the row after each."""
-    stems = args.tests or (SAMPLE if args.sample else sorted(p.stem[5:] for p in TESTS.glob("test_*.py")))
+    stems = args.tests or (SAMPLE if args.sample else sorted(p.stem[5:] for p in TESTS.glob("*/test_*.py")))
     chosen = " and ".join(filter(None, (args.k and f"({args.k})", args.sample and "not emulated")))
     of = "all files" if not (args.tests or args.sample) else f"{len(stems)} files: {' '.join(stems)}"
     row = {"check": "tests", **versions(python), "of": f"{of}; {chosen}" if chosen else of, **origin()}
@@ -165,7 +165,7 @@ def tests(python, tree, folder, args):
     for done, stem in enumerate(stems, 1):
         report = folder / f"tests-{row['torch']}-{stem}.xml"
         report.unlink(missing_ok=True)
-        command = [python, "-m", "pytest", "-q", f"tests/test_{stem}.py", f"--junitxml={report}"]
+        command = [python, "-m", "pytest", "-q", *TESTS.glob(f"*/test_{stem}.py"), f"--junitxml={report}"]
         command += ["-k", chosen] if chosen else []
         command += [f"--numprocesses={args.jobs}", "--dist=worksteal"] if args.jobs > 1 else []
         begin = time.monotonic()
@@ -207,7 +207,7 @@ def with_triton(version, folder, args):
     of += f"; every {args.one_in}th launch of each kernel" if args.one_in > 1 else ""
     lines = folder / f"tables-{version}-{args.capabilities}-{args.one_in}.jsonl"
     lines.unlink(missing_ok=True)
-    operations = sorted(path.stem.removeprefix("aot_") for path in TESTS.glob("aot_*.py"))
+    operations = sorted(path.stem.removeprefix("aot_") for path in TESTS.glob("support/aot_*.py"))
     command = [sys.executable, TESTS / "aot.py", *operations, "--lines", lines, f"--jobs={args.jobs}"]
     command += [f"--one-in={args.one_in}", f"--capabilities={args.capabilities}"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -13,8 +13,8 @@ from ._dispatch import use_backend
 from .attach.monitor import CollapseMonitor
 from .attach.objective import DiversityObjective, Term
 from .ops.maps.attention_gram import attention_cosine, attention_diversity, attention_gram
-from .ops.pairs.pairwise_cosine import pairwise_cosine
 from .ops.maps.reattention import reattention
+from .ops.pairs.pairwise_cosine import pairwise_cosine
 
 __version__ = "0.1.0"
 

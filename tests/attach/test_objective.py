@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitdiv_kernels import DiversityObjective, Term, losses
-from vitdiv_kernels.nn import ReAttention, TalkingHeadsAttention
 from vitdiv_kernels.attach.objective import LOSSES, PRESETS
+from vitdiv_kernels.nn import ReAttention, TalkingHeadsAttention
 from vitdiv_kernels.vit import ViT, ViTConfig
 
 CONFIG = ViTConfig(image_size=8, channels=1, patch=2, dim=16, depth=4, heads=2, mlp_ratio=1.0, classes=5)

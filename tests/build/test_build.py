@@ -12,10 +12,10 @@ from pathlib import Path
 import isa_leaks
 import pytest
 import torch
+from places import ROOT
 
 from vitdiv_kernels import _native
 
-ROOT = Path(__file__).parents[1]
 CAPABILITIES = ["default", "avx2", "avx512"]
 
 x86_64_only = pytest.mark.skipif(

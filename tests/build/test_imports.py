@@ -4,15 +4,13 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import vitdiv_kernels
 from vitdiv_kernels import _native
-
-ROOT = Path(__file__).parents[1]
 
 HIDE_THE_EXTENSION = """
 import sys

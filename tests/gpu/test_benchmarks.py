@@ -12,13 +12,13 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from places import BENCHMARKS
 
 import vitdiv_kernels
 from vitdiv_kernels import DiversityObjective, _dispatch
 from vitdiv_kernels.ops.pairs.pairwise_cosine import triton_configs as configs
 from vitdiv_kernels.vit import CONFIGS, ViT
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {
     "bench_pairwise_cosine.py": ["--shapes", "2x6x4", "--penalty", "signed"],
     "bench_attention_gram.py": ["--shapes", "1x2x5x8"],

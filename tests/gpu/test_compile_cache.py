@@ -10,13 +10,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import triton
 
-ROOT = Path(__file__).resolve().parents[1]
 # The two kernels of this workload, launched by Triton's own JIT for a GPU that only compiles.
 LAUNCHES = """
 import sys

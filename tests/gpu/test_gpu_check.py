@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import without_hypothesis
+from places import ROOT
 
 from vitdiv_kernels import _dispatch
-from vitdiv_kernels.ops.maps.reattention import triton_configs
+from vitdiv_kernels.ops.maps._triton import row_tiles
 
-ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SETUP = """
 import os, sys, time
@@ -471,7 +470,7 @@ def test_every_operation_is_tested_and_measured(monkeypatch):
     assert set(check.OPERATIONS) <= set(check.TESTED)
     assert {"triton_streaming", "triton_workspace"} <= set(check.TESTED)
     for name in check.TESTED:
-        assert (ROOT / f"tests/test_{name}.py").exists()
+        assert len(list(ROOT.glob(f"tests/*/test_{name}.py"))) == 1
     for name in ("gpu_check", "stages", "suites"):
         sys.modules.pop(name, None)
 
@@ -558,12 +557,12 @@ def test_the_triton_providers_and_workspaces(gpu_rows, monkeypatch, tmp_path, on
         gpu_rows.Entry("reattention", shape, {}, ("eager", "triton-s2"), "float32"),
         gpu_rows.Entry("micro", shape, {}, (), "float32"),
     )
-    before = triton_configs.WORKSPACE_BYTES
+    before = row_tiles.WORKSPACE_BYTES
     status, _, rows = measured(gpu_rows, monkeypatch, tmp_path, entries)
     assert status == 0
     assert [row["provider"] for row in rows["rows.csv"]] == ["eager", "triton-s2"] * 2
     assert [row["case"] for row in rows["micro.csv"]] == ["1 MB, fwd", "1 MB, fwd+bwd"]
-    assert before == triton_configs.WORKSPACE_BYTES
+    assert before == row_tiles.WORKSPACE_BYTES
 
 
 def test_entries_that_are_left(gpu_rows, monkeypatch, tmp_path):

@@ -2,11 +2,11 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import need
+from places import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +14,7 @@ from vitdiv_kernels import losses, use_backend
 
 # Sizes apart from each other, so that a number of elements tells what a tensor is.
 B, N, D, H, WIDTH, CLASSES = 2, 211, 13, 3, 7, 17
-README = Path(__file__).parents[1] / "vitdiv_kernels" / "losses" / "README.md"
+README = ROOT / "vitdiv_kernels" / "losses" / "README.md"
 
 
 class Largest(TorchDispatchMode):

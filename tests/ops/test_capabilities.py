@@ -4,9 +4,9 @@ choice is made once. The other tests run under the processor's best only."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT, python_path
 
 CHECKS = """
 import sys
@@ -57,10 +57,9 @@ print("all pass")
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_values_and_gradients(capability):
-    here = Path(__file__).parent
-    env = os.environ | {"VITDIV_CPU_CAPABILITY": capability, "PYTHONPATH": str(here)}
+    env = os.environ | {"VITDIV_CPU_CAPABILITY": capability, "PYTHONPATH": python_path()}
     run = subprocess.run(
-        [sys.executable, "-c", CHECKS, capability], capture_output=True, text=True, env=env, cwd=here.parent
+        [sys.executable, "-c", CHECKS, capability], capture_output=True, text=True, env=env, cwd=ROOT
     )
     chosen = run.stdout.split()
     if chosen and chosen[0] != capability:

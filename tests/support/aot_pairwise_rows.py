@@ -2,7 +2,11 @@
 
 import torch
 
-from vitdiv_kernels.ops.pairs.pairwise_rows.triton_kernels import pairwise_logsumexp_bwd, pairwise_logsumexp_fwd, pairwise_nearest
+from vitdiv_kernels.ops.pairs.pairwise_rows.triton_kernels import (
+    pairwise_logsumexp_bwd,
+    pairwise_logsumexp_fwd,
+    pairwise_nearest,
+)
 
 
 def calls():

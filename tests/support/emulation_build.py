@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import tempfile
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-EMULATION = ROOT / "tests/cuda/emulation"
-KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+from places import ROOT, TESTS
+
+EMULATION = TESTS / "cuda/emulation"
+KERNELS = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 
 
 def compiler():
@@ -40,7 +40,7 @@ def build(*sources, defines=(), shared=True, libraries=(), includes=()):
     if not libraries:
         sources += (EMULATION / "emulation.cpp",)
     state = hashlib.sha256(" ".join(map(str, [compiler(), *options, *sources, *libraries])).encode())
-    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*"), *EMULATION.glob("*")]):
+    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/**/*.cu*"), *EMULATION.glob("*")]):
         state.update(path.read_bytes())
     folder, name = ROOT / "build/emulation", sources[0].stem
     target = folder / f"{name}-{state.hexdigest()[:16]}"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT, python_path, test_file
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCHES = {}
 # Tests on meta tensors, which record for themselves.
 WITHOUT = "not memory_does_not_grow and not meta_tensors_record"
@@ -29,10 +29,10 @@ def record(capability=90, *options):
     from vitdiv_kernels import _dispatch
 
     names = {*_dispatch.OPERATIONS, *gpu_check.TESTED} - {"gpu"}
-    files = [f"tests/test_{name}.py" for name in sorted(names)]
+    files = [test_file(name) for name in sorted(names)]
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     environment["VITDIV_TEST_BACKENDS"] = "triton-gpu"
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment["PYTHONPATH"] = python_path()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "launches.json"
         command = [sys.executable, "-O", "-m", "pytest", "--assert=plain", "-q", "-p", "launch_recorder"]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from vitdiv_kernels import DiversityObjective
-from vitdiv_kernels.losses import patch_contrast
 from vitdiv_kernels.attach.objective import PRESETS
+from vitdiv_kernels.losses import patch_contrast
 from vitdiv_kernels.train import losses, metrics
 from vitdiv_kernels.train.data import Tensors
 from vitdiv_kernels.vit.model import CONFIGS, ViT, ViTConfig

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from vitdiv_kernels.train import __main__ as train
+from vitdiv_kernels.train import command as train
 from vitdiv_kernels.train.data import Augment, DataError, load
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vitdiv_kernels import _dispatch, use_backend
+from vitdiv_kernels.demo import cost
+from vitdiv_kernels.demo import digits as demo
 from vitdiv_kernels.nn import ReAttention
-from vitdiv_kernels.demo import cost, digits as demo
 from vitdiv_kernels.train.loop import TrainError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

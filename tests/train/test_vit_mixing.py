@@ -10,10 +10,11 @@ from torch.nn.functional import log_softmax
 
 from vitdiv_kernels import DiversityObjective
 from vitdiv_kernels.attach.objective import PRESETS
-from vitdiv_kernels.train import cutmix, __main__ as train
+from vitdiv_kernels.train import command as train
+from vitdiv_kernels.train import cutmix
 from vitdiv_kernels.train.data import Augment, Data, Tensors
-from vitdiv_kernels.vit.model import ViT, ViTConfig
 from vitdiv_kernels.train.loop import Recipe, Trainer, TrainError, learning_rate
+from vitdiv_kernels.vit.model import ViT, ViTConfig
 
 CONFIG = ViTConfig(
     image_size=12, channels=2, patch=3, dim=16, depth=3, heads=2, mlp_ratio=2.0, classes=4, drop_path=0.2

@@ -8,10 +8,10 @@ import torch
 
 from vitdiv_kernels import CollapseMonitor
 from vitdiv_kernels.attach.monitor import MEASURES, read_records
-from vitdiv_kernels.vit import CONFIGS, ViT
 from vitdiv_kernels.train import report
 from vitdiv_kernels.train.data import Augment, Data, DataError, Tensors
 from vitdiv_kernels.train.loop import Recipe, Trainer, TrainError
+from vitdiv_kernels.vit import CONFIGS, ViT
 
 CONFIG = replace(CONFIGS["digits24"], depth=3, dim=16, heads=2, reattention=(2,))
 

@@ -15,11 +15,18 @@ import torch
 import vitdiv_kernels as vd
 from vitdiv_kernels import _dispatch
 from vitdiv_kernels.attach.objective import LOSSES, PRESETS
-from vitdiv_kernels.train import __main__ as train
+from vitdiv_kernels.train import command as train
 from vitdiv_kernels.train.data import Augment, Data, Tensors
+from vitdiv_kernels.train.loop import (
+    CHECKPOINT,
+    Recipe,
+    StepBatches,
+    Trainer,
+    TrainError,
+    learning_rate,
+)
 from vitdiv_kernels.train.losses import DIVERSITY
 from vitdiv_kernels.vit.model import CONFIGS, ViT, ViTConfig
-from vitdiv_kernels.train.loop import (CHECKPOINT, Recipe, StepBatches, Trainer, TrainError, learning_rate,)
 
 SMALL = ViTConfig(
     image_size=8,

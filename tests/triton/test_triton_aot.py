@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
+from places import SUPPORT, TESTS, python_path
 
-HERE = Path(__file__).parent
 CHOSEN_FOR = "3.6.0"
-OPERATIONS = sorted(path.stem.removeprefix("aot_") for path in HERE.glob("aot_*.py"))
+OPERATIONS = sorted(path.stem.removeprefix("aot_") for path in SUPPORT.glob("aot_*.py"))
 
 
 def installed():
@@ -29,10 +28,10 @@ def test_compiles_without_spills(operation, tmp_path, pytestconfig):
             f"the tables were chosen for triton {CHOSEN_FOR}, here is {installed()}: spills may differ"
         )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "aot.py"), operation, "--json", str(tmp_path / "rows.json")]
+    command = [sys.executable, str(TESTS / "aot.py"), operation, "--json", str(tmp_path / "rows.json")]
     if not pytestconfig.getoption("--every-case"):
         command.append("--sample")
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = python_path()
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(run.stdout)
     assert (tmp_path / "rows.json").exists(), run.stderr[-3000:]

@@ -8,10 +8,10 @@ import re
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
+from places import python_path
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -247,10 +247,8 @@ json.dump(found, sys.stdout)
 
 
 def test_the_ptx_is_as_modelled(tmp_path):
-    here = Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = [str(here), str(here.parent), environment.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": python_path(), "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     ptx = json.loads(run.stdout)

@@ -5,9 +5,9 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import python_path
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -17,7 +17,8 @@ SIZES = """
 import sys
 import torch
 from aot import specialised
-from vitdiv_kernels.ops import _triton
+from vitdiv_kernels.ops import _launch
+from vitdiv_kernels.ops.maps._triton import workspace
 from vitdiv_kernels.ops.maps.attention_gram import triton_kernels as maps
 from vitdiv_kernels.ops.pairs.pairwise_cosine import triton_kernels as cosine
 from vitdiv_kernels.ops.pairs.pairwise_rows import triton_kernels as rows
@@ -55,7 +56,7 @@ for calls in (pairs, gram, reattention("streaming"), reattention("workspace")):
     for tokens in (129, 197, 208, 209, 224, 240, 256):
         q, k, v = torch.empty(2, tokens, 3, 6, 64, dtype=torch.bfloat16, device="meta").permute(2, 0, 3, 1, 4)
         matrix, vector = torch.empty(6, 6, device="meta"), torch.empty(6, device="meta")
-        with _triton.recording((9, 0)) as launches:
+        with _launch.recording((9, 0)) as launches:
             calls(q, k, v, matrix, vector)
         for launch in launches:
             name, signature, constexprs, attributes, options = kind = specialised(launch)
@@ -75,15 +76,15 @@ CHUNKS = """
 import sys
 import torch
 from aot import specialised
-from vitdiv_kernels.ops import _triton
-from vitdiv_kernels.ops.maps.reattention.triton_kernels import workspace
+from vitdiv_kernels.ops import _launch
+from vitdiv_kernels.ops.maps._triton import workspace
 
 workspace.workspace_bytes = lambda capability: 3_200_000  # of 3 images, or of 1
 for heads in (3, 7):
     q, k, v = torch.empty(3, 15, heads, 197, 64, dtype=torch.bfloat16, device="meta")
     matrix, coupling = (torch.empty(*images, heads, heads, device="meta") for images in ([], [15]))
     arguments = q, k, v, 0.125, None, None, matrix, None, True, None, None, 1e-5
-    with _triton.recording((9, 0)) as launches:
+    with _launch.recording((9, 0)) as launches:
         workspace.backward(q, coupling, *arguments, [True] * 3 + [False, True, False])
     starts = [launch.arguments["coupling"].storage_offset() % 4 for launch in launches]
     kinds = set(map(specialised, launches))
@@ -95,10 +96,7 @@ for heads in (3, 7):
 
 @pytest.mark.parametrize("script", [SIZES, CHUNKS], ids=["sizes", "chunks"])
 def test_nothing_is_compiled_anew_for(script):
-    here = Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    )
+    environment["PYTHONPATH"] = python_path()
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -15,9 +15,9 @@ from allocations import Allocations, beyond_results
 
 from vitdiv_kernels.ops import _launch as _triton
 from vitdiv_kernels.ops.maps.attention_gram import triton_kernels as gram
+from vitdiv_kernels.ops.maps.reattention.triton_kernels import streaming
 from vitdiv_kernels.ops.pairs.pairwise_cosine import triton_kernels as cosine
 from vitdiv_kernels.ops.pairs.pairwise_rows import triton_kernels as rows
-from vitdiv_kernels.ops.maps.reattention.triton_kernels import streaming
 from vitdiv_kernels.ops.pairs.two_gram import triton_kernels as grams
 
 IMAGES, HEADS, WIDTH = 8, 8, 64

@@ -14,7 +14,8 @@ import interpreter_arithmetic
 import interpreter_checks
 
 from vitdiv_kernels.ops import _launch as _triton
-from vitdiv_kernels.ops.maps._triton import heads as _triton_heads, tiles as _triton_tiles
+from vitdiv_kernels.ops.maps._triton import heads as _triton_heads
+from vitdiv_kernels.ops.maps._triton import tiles as _triton_tiles
 from vitdiv_kernels.ops.maps.reattention import triton_kernels
 from vitdiv_kernels.ops.maps.reattention.triton_kernels import streaming
 

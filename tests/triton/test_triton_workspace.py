@@ -15,8 +15,8 @@ from allocations import beyond_results
 from conftest import need
 
 from vitdiv_kernels.ops import _launch as _triton
+from vitdiv_kernels.ops.maps._triton import row_tiles, workspace
 from vitdiv_kernels.ops.maps.reattention import triton_configs, triton_kernels
-from vitdiv_kernels.ops.maps._triton import workspace
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -196,7 +196,7 @@ def held(direction, images, sizes, dtype=torch.bfloat16):
 def test_memory_does_not_grow_with_the_maps(direction, monkeypatch):
     # on a GPU products write in place; elsewhere they convert operands of 16 bits
     monkeypatch.setattr(workspace, "_product", lambda *arguments, **options: None)
-    limit = triton_configs.workspace_bytes((9, 0))
+    limit = row_tiles.workspace_bytes((9, 0))
     few, many = (held(direction, images, (12, 197, 197, 64)) for images in (64, 128))
     partial_sums = 25 * 3 * 16 * 16 * 4  # an image
     assert many <= limit + 128 * partial_sums
@@ -214,11 +214,11 @@ def test_every_call_has_a_schedule_and_tiles(direction, capability):
                 name = triton_configs.schedule_for(direction, heads, 64, keys, dtype, capability)
                 assert name in ("streaming", "workspace")
                 for extras in (False, True):
-                    tiles = triton_configs.row_config(direction, heads, keys, dtype, extras)
+                    tiles = row_tiles.row_config(direction, heads, keys, dtype, extras)
                     assert heads <= tiles.share * heads <= tiles.tile_rows
                     assert tiles.one_block == (keys <= tiles.block)
                     assert tiles.block % (16 * tiles.split) == 0
-    sources = {row.source for row in (*triton_configs.SCHEDULES, *triton_configs.ROWS)}
+    sources = {row.source for row in (*triton_configs.SCHEDULES, *row_tiles.ROWS)}
     assert all(s in ("cost model", "aot") or s.startswith("measured on ") for s in sources)
 
 

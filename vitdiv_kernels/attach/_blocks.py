@@ -11,11 +11,11 @@ import inspect
 import torch
 from torch import nn
 
-from . import _sharded
+from .. import _checks
 from ..losses import _common
 from ..nn._effective import effective_mix, norm_kind, read_norm
-from .. import _checks
 from ..ops.maps.attention_gram import attention_gram
+from . import _sharded
 
 
 def plain_model(model):

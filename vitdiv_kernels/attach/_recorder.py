@@ -5,8 +5,8 @@ import weakref
 import torch
 from torch import nn
 
-from .._exporting import exporting
 from .. import _checks
+from .._exporting import exporting
 
 WITHOUT_GRADIENTS, IN_A_BACKWARD = "without gradients", "in a backward pass"
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from . import _blocks, _recorder, _sharded, _tokens
-from ..losses import _common, layer_similarity
 from .. import _checks
 from .._vectors import matrices_near_one
+from ..losses import _common, layer_similarity
 from ..ops.maps.attention_gram import attention_cosine
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
+from . import _blocks, _recorder, _sharded, _tokens
 
 QUANTILES = (0.05, 0.5, 0.95)
 BINS = 4096  # of the cosines in [-1, 1], interpolated: quantiles are exact to 5e-4

@@ -6,9 +6,8 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from .. import _checks, losses
 from . import _blocks, _recorder, _sharded, _tokens
-from .. import losses
-from .. import _checks
 
 # loss: what it looks at, how many layers it takes (None: any number at once), and the layers by default.
 # "patches" are the tokens that leave a block, without prefix tokens; "embeddings" are those after the final

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from .. import _dispatch
-from . import cost
 from ..train.cli import HelpFormatter, number
 from ..train.data import Data, DataError, load_digits
+from ..train.loop import Recipe, Trainer, TrainError, flushed_denormals
 from ..train.losses import DIVERSITY
 from ..train.metrics import accuracy, diversity, patch_matrix
-from ..vit.model import CONFIGS, ViT
 from ..train.progress import Progress
-from ..train.loop import Recipe, Trainer, TrainError, flushed_denormals
+from ..vit.model import CONFIGS, ViT
+from . import cost
 
 TITLES = {"plain": "plain ViT", "losses": "+ diversity losses", "reattention": "re-attention (DeepViT)"}
 
@@ -218,7 +218,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

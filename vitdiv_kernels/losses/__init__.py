@@ -2,12 +2,33 @@
 
 from ..ops.maps.attention_gram import attention_diversity
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
-from .dense import (gram_anchoring, info_nce, koleo, linear_cka, uniformity, vf_loss,)
+from .dense import (
+    gram_anchoring,
+    info_nce,
+    koleo,
+    linear_cka,
+    uniformity,
+    vf_loss,
+)
 from .gradients import gradient_diversity
-from .heads import (head_condition_orthogonality, head_contrast, head_cross_cosine, head_mgd, head_mhs, head_soft_orthogonality,)
+from .heads import (
+    head_condition_orthogonality,
+    head_contrast,
+    head_cross_cosine,
+    head_mgd,
+    head_mhs,
+    head_soft_orthogonality,
+)
 from .layers import cos_reg, layer_similarity, similar_block_ratio
 from .mixing import cutmix_shares, patch_mixing, patch_targets
-from .patches import (neighbourhood_contrast, patch_condition_orthogonality, patch_contrast, patch_mgd, patch_mhs, patch_soft_orthogonality,)
+from .patches import (
+    neighbourhood_contrast,
+    patch_condition_orthogonality,
+    patch_contrast,
+    patch_mgd,
+    patch_mhs,
+    patch_soft_orthogonality,
+)
 from .weights import weight_condition_orthogonality, weight_mgd, weight_mhs, weight_soft_orthogonality
 
 __all__ = [

@@ -7,8 +7,7 @@ import math
 
 import torch
 
-from .. import _dispatch
-from .. import _checks
+from .. import _checks, _dispatch
 from .._autograd import by_formula, once_differentiable
 from .._vectors import matrices_near_one
 from ..ops.pairs.pairwise_rows import pairwise_logsumexp, pairwise_nearest

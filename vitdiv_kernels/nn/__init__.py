@@ -1,6 +1,34 @@
 """Modules over the operations: attention with head mixing, and diversity losses."""
 
-from .losses import (AttentionDiversityLoss, CosRegLoss, GradientDiversityLoss, GramAnchoringLoss, HeadConditionOrthogonalityLoss, HeadContrastLoss, HeadCrossCosineLoss, HeadMGDLoss, HeadMHSLoss, HeadSoftOrthogonalityLoss, InfoNCELoss, KoLeoLoss, LinearCKALoss, NeighbourhoodContrastLoss, PatchConditionOrthogonalityLoss, PatchContrastLoss, PatchCosineLoss, PatchMGDLoss, PatchMHSLoss, PatchMixingLoss, PatchSoftOrthogonalityLoss, UniformityLoss, VFLoss, WeightConditionOrthogonalityLoss, WeightMGDLoss, WeightMHSLoss, WeightSoftOrthogonalityLoss,)
+from .losses import (
+    AttentionDiversityLoss,
+    CosRegLoss,
+    GradientDiversityLoss,
+    GramAnchoringLoss,
+    HeadConditionOrthogonalityLoss,
+    HeadContrastLoss,
+    HeadCrossCosineLoss,
+    HeadMGDLoss,
+    HeadMHSLoss,
+    HeadSoftOrthogonalityLoss,
+    InfoNCELoss,
+    KoLeoLoss,
+    LinearCKALoss,
+    NeighbourhoodContrastLoss,
+    PatchConditionOrthogonalityLoss,
+    PatchContrastLoss,
+    PatchCosineLoss,
+    PatchMGDLoss,
+    PatchMHSLoss,
+    PatchMixingLoss,
+    PatchSoftOrthogonalityLoss,
+    UniformityLoss,
+    VFLoss,
+    WeightConditionOrthogonalityLoss,
+    WeightMGDLoss,
+    WeightMHSLoss,
+    WeightSoftOrthogonalityLoss,
+)
 from .reattention import ReAttention
 from .talking_heads import TalkingHeadsAttention
 

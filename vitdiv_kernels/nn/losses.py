@@ -8,8 +8,7 @@ import inspect
 
 from torch import nn
 
-from .. import losses
-from .. import _checks
+from .. import _checks, losses
 from ..ops.maps.attention_gram import attention_diversity
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
 

@@ -16,9 +16,9 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from .._autograd import refuse_forward_mode, transformed
 from .._imports import when_imported
 from . import _sharding
-from .._autograd import refuse_forward_mode, transformed
 from ._vmap import vmap_rule
 
 NAMESPACES = {"native": "vitdiv", "triton": "vitdiv_triton"}

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _dispatch, use_backend
-from ..losses import cutmix_shares
 from ..attach.monitor import CollapseMonitor, read_records, write_records
 from ..attach.objective import DiversityObjective
+from ..losses import cutmix_shares
+from ..vit.model import ViT
 from . import cutmix
 from .data import Data, DataError
 from .losses import mixes, objective_terms
 from .metrics import accuracy
-from ..vit.model import ViT
 
 CHECKPOINT = (
     "model",

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..attach.monitor import CollapseMonitor, read_records
+from ..vit.model import ViT, ViTConfig
 from .cli import HelpFormatter, number
 from .data import DataError, load
-from ..vit.model import ViT, ViTConfig
 from .loop import TrainError, read_checkpoint
 
 COLUMNS = {
@@ -175,7 +175,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,22 @@ import triton
 import triton.language as tl
 
 from ..._launch import double, to_tf32
-from .heads import (couple, factors, head_values, hold_heads, kronecker, load_heads, magnitude, mix_heads, natural, products, row_values, scaled_kronecker, store_coupled, store_heads,)
+from .heads import (
+    couple,
+    factors,
+    head_values,
+    hold_heads,
+    kronecker,
+    load_heads,
+    magnitude,
+    mix_heads,
+    natural,
+    products,
+    row_values,
+    scaled_kronecker,
+    store_coupled,
+    store_heads,
+)
 
 
 @triton.jit

@@ -5,8 +5,22 @@ import triton
 import triton.language as tl
 
 from ...._layout import accumulation_dtype
-from ..._launch import (INTERPRETED, OPERANDS, accumulator, input_precision, launch, split,)
-from .heads import (LOG2_E, aligned, aligned_empty, deliver, padded_heads, uncouple,)
+from ..._launch import (
+    INTERPRETED,
+    OPERANDS,
+    accumulator,
+    input_precision,
+    launch,
+    split,
+)
+from .heads import (
+    LOG2_E,
+    aligned,
+    aligned_empty,
+    deliver,
+    padded_heads,
+    uncouple,
+)
 from .maps import key_gradient, query_gradient, softmax_sweep
 from .tiles import tile
 

@@ -10,8 +10,15 @@ import torch
 import triton
 
 from ...._layout import accumulation_dtype, heads_like, nothing
-from ..._launch import (INTERPRETED, OPERANDS, accumulator, capability, input_precision, launch,)
-from ..reattention.triton_configs import row_config, workspace_bytes
+from ..._launch import (
+    INTERPRETED,
+    OPERANDS,
+    accumulator,
+    capability,
+    input_precision,
+    launch,
+)
+from .row_tiles import row_config, workspace_bytes
 from .rows import backward_rows, forward_rows
 
 # Rows of the maps start at multiples of this many elements: 16-byte loads and stores, and the alignment that

@@ -5,8 +5,7 @@ The kernels give the centred Gram matrix G~; everything after it is H x H mathem
 
 import torch
 
-from .... import _dispatch
-from .... import _checks
+from .... import _checks, _dispatch
 from ...pairs.pairwise_cosine.reference import PENALTIES
 from . import function, reference
 

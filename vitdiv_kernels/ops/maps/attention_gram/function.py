@@ -1,7 +1,7 @@
 """The operators `attention_gram_{fwd,bwd}`: schemas, fake kernels, derivative; the maths is in README.md."""
 
-from ... import _flops
 from ...._layout import accumulation_dtype, heads_like, nothing, when
+from ... import _flops
 from ..._operators import define
 from ..._sharding import BATCH, WHOLE, batch_where, by_items
 from ..._vmap import JOIN

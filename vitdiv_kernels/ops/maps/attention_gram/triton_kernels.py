@@ -5,9 +5,9 @@ More heads, or wider ones, than their tiles hold go through the workspace of re-
 
 from ...._layout import accumulation_dtype, heads_like, nothing
 from ..._launch import capability
+from .._triton import workspace
 from .._triton.sweeps import Maps
 from .._triton.tiles import too_large
-from .._triton import workspace
 
 
 def attention_gram_fwd(q, k, scale, q2, k2, scale2):

@@ -1,7 +1,6 @@
 """The public function `reattention`."""
 
-from .... import _dispatch
-from .... import _checks
+from .... import _checks, _dispatch
 from . import function, reference
 
 NORMS = ("none", "batch", "layer")

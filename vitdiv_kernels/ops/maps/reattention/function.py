@@ -5,15 +5,22 @@ import math
 
 import torch
 
-from ...._exporting import exporting
-from ... import _flops
 from ...._autograd import once_differentiable, refuse_forward_mode, transformed
 from ...._checks import autocast_off, values_at_hand
+from ...._exporting import exporting
 from ...._layout import accumulation_dtype, heads_like, nothing, when
+from ... import _flops
 from ..._operators import define
 from ..._sharding import BATCH, SUM, WHOLE, batch_where, by_items
 from ..._vmap import JOIN
-from .fold import (batch_norm_backward, batch_statistics, differentiable_statistics, fold, fold_backward, variance_gradient,)
+from .fold import (
+    batch_norm_backward,
+    batch_statistics,
+    differentiable_statistics,
+    fold,
+    fold_backward,
+    variance_gradient,
+)
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias,"

@@ -1,7 +1,6 @@
 """The public function `pairwise_cosine`."""
 
-from .... import _dispatch
-from .... import _checks
+from .... import _checks, _dispatch
 from . import function, reference
 
 PENALTIES = ("signed", "abs", "square", "relu")

@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from ... import _flops, _sharding, _vmap
 from ...._layout import accumulation_dtype, items, nothing, requires_grad, when
+from ... import _flops, _sharding, _vmap
 from ..._operators import define
 from .gpu_saved import new_saved
 

@@ -6,9 +6,21 @@ import triton.language as tl
 
 from ...._checks import autocast_off
 from ...._layout import accumulation_dtype, nothing
-from .._tiles import row_for
 from ..._launch import accumulator, capability, launch
-from .._triton import (BLOCK_ROWS, BLOCK_WIDTH, dot_types, gradient_slices, inverse, items_of, products, read_rows, slices, through_norm, tile_of,)
+from .._tiles import row_for
+from .._triton import (
+    BLOCK_ROWS,
+    BLOCK_WIDTH,
+    dot_types,
+    gradient_slices,
+    inverse,
+    items_of,
+    products,
+    read_rows,
+    slices,
+    through_norm,
+    tile_of,
+)
 from . import triton_configs as configs
 from .gpu_saved import is_closed, new_saved, sections
 

@@ -1,7 +1,6 @@
 """The public functions `pairwise_logsumexp` and `pairwise_nearest`."""
 
-from .... import _dispatch
-from .... import _checks
+from .... import _checks, _dispatch
 from . import function, reference
 
 

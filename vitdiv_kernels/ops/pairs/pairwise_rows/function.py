@@ -5,10 +5,10 @@ import functools
 
 import torch
 
-from ... import _flops, _sharding, _vmap
 from ...._layout import accumulation_dtype, items, nothing, requires_grad, when
-from .._inverse_norms import new_norms
+from ... import _flops, _sharding, _vmap
 from ..._operators import define
+from .._inverse_norms import new_norms
 
 
 def _fwd_fake(x, y, scale, eps, for_backward):

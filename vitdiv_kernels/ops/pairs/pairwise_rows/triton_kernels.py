@@ -5,10 +5,22 @@ import triton
 import triton.language as tl
 
 from ...._layout import nothing
+from ..._launch import accumulator, capability, double, launch, split
 from .._inverse_norms import new_norms, norms_of
 from .._tiles import row_for
-from ..._launch import accumulator, capability, double, launch, split
-from .._triton import (add_rows, dot_types, gradient_slices, inverse, items_of, products, read_rows, slices, through_norm, tile_of, weight_types,)
+from .._triton import (
+    add_rows,
+    dot_types,
+    gradient_slices,
+    inverse,
+    items_of,
+    products,
+    read_rows,
+    slices,
+    through_norm,
+    tile_of,
+    weight_types,
+)
 from . import triton_configs as configs
 
 _JOINED_ROWS = 128  # of a program that joins tiles: one a thread

@@ -2,10 +2,10 @@
 
 import functools
 
-from ... import _flops, _sharding, _vmap
 from ...._layout import accumulation_dtype, items, nothing, requires_grad, when
-from .._inverse_norms import new_norms
+from ... import _flops, _sharding, _vmap
 from ..._operators import define
+from .._inverse_norms import new_norms
 
 
 def new_saved(x, y, needs_dx, needs_dy):

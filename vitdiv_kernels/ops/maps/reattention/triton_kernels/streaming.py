@@ -11,9 +11,34 @@ import triton.language as tl
 
 from ....._layout import accumulation_dtype, nothing
 from ...._launch import double, launch, split
-from ..._triton.heads import (aligned, aligned_empty, couple, deliver, factors, head_values, hold_heads, kronecker, load_heads, magnitude, mix_heads, products, row_values, scaled_kronecker, store_coupled, store_heads, uncouple,)
+from ..._triton.heads import (
+    aligned,
+    aligned_empty,
+    couple,
+    deliver,
+    factors,
+    head_values,
+    hold_heads,
+    kronecker,
+    load_heads,
+    magnitude,
+    mix_heads,
+    products,
+    row_values,
+    scaled_kronecker,
+    store_coupled,
+    store_heads,
+    uncouple,
+)
 from ..._triton.maps import layer_norm, layer_norm_gradient, logits, mix_constant, mixed_maps
-from ..._triton.sweeps import (Maps, located, or_else, parts, warp_split, with_image_stride,)
+from ..._triton.sweeps import (
+    Maps,
+    located,
+    or_else,
+    parts,
+    warp_split,
+    with_image_stride,
+)
 
 
 @triton.jit(do_not_specialize=["tiles", "N", "M"])

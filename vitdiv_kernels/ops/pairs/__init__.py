@@ -1,0 +1,1 @@
+"""Operations on pairs of vectors: cosines of all pairs, which are never all in memory."""

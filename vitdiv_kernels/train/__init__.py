@@ -1,0 +1,1 @@
+"""The trainer of the reference ViT: `python -m vitdiv_kernels.train --help`."""
