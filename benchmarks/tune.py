@@ -1,8 +1,9 @@
 """Finds the fastest rows of a table of the Triton kernels on the GPU that is here, and writes them into it.
 
 It knows the tables of pairwise_cosine, pairwise_rows and two_gram, dicts in their triton_configs.py, a row a
-line, whose last field says where the row comes from. The tables of maps are changed by hand. Candidates that do not fit the GPU are passed over. Run
-the ahead-of-time test afterwards: a row has to compile for every GPU of its generation. Example:
+line, whose last field says where the row comes from. The tables of maps are changed by hand.
+Candidates that do not fit the GPU are passed over. Run the ahead-of-time test afterwards: a row has to
+compile for every GPU of its generation. Example:
 
     python benchmarks/tune.py pairwise_cosine.FORWARD --dtype bfloat16 --seconds 120
 """

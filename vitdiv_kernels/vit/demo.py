@@ -3,6 +3,4 @@
 import sys
 
 if __name__ == "__main__":
-    sys.exit(
-        "vitdiv_kernels.vit.demo is vitdiv_kernels.demo now: python -m vitdiv_kernels.demo, with the same options"
-    )
+    sys.exit("it has moved: run python -m vitdiv_kernels.demo, with the same options")
