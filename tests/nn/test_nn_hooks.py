@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import fusion, parametrizations, prune
 
 import vitdiv_kernels as vd
-from vitdiv_kernels.nn import _effective
+from vitdiv_kernels.nn import effective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -386,15 +386,15 @@ def test_fsdp_of_the_mix_and_the_norm(whole, tmp_path):
 def test_what_others_read():
     """effective_mix and effective_norm, for measures that fold the norm into the mix."""
     attn = treated(RE, "old weight_norm")
-    mix, bias = _effective.effective_mix(attn)
-    norm = _effective.effective_norm(attn)
+    mix, bias = effective.effective_mix(attn)
+    norm = effective.effective_norm(attn)
     attn.reatten_matrix(torch.zeros(1, 4, 1, 1, dtype=torch.float64))  # its hook sets the weight
     torch.testing.assert_close(mix, attn.reatten_matrix.weight.flatten(1))
     assert bias is attn.reatten_matrix.bias
     assert (norm.kind, norm.from_batch, norm.eps) == ("batch", True, 1e-5)
     assert norm.weight is attn.var_norm.weight
     assert norm.running_var is attn.var_norm.running_var
-    assert not _effective.effective_norm(attn.eval()).from_batch
+    assert not effective.effective_norm(attn.eval()).from_batch
     attn.var_norm = nn.GroupNorm(1, 4)
     with pytest.raises(TypeError, match="got GroupNorm"):
-        _effective.effective_norm(attn)
+        effective.effective_norm(attn)

@@ -11,9 +11,8 @@ import inspect
 import torch
 from torch import nn
 
-from .. import _checks
-from ..losses import _common
-from ..nn._effective import effective_mix, norm_kind, read_norm
+from .. import _checks, _vectors
+from ..nn.effective import effective_mix, norm_kind, read_norm
 from ..ops.maps.attention_gram import attention_gram
 from . import _sharded
 
@@ -153,4 +152,4 @@ def mixed_layer(attn, q, k):
 
 
 def _whole(tensor):
-    return None if tensor is None else _common.full_precision(_sharded.gathered(tensor))[0]
+    return None if tensor is None else _vectors.full_precision(_sharded.gathered(tensor))[0]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .. import _checks
+from .. import _checks, _vectors
 from .._vectors import matrices_near_one
-from ..losses import _common, layer_similarity
+from ..losses import layer_similarity
 from ..ops.maps.attention_gram import attention_cosine
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
 from . import _blocks, _recorder, _sharded, _tokens
@@ -44,7 +44,7 @@ def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
     Cost: rows in turn, N^2 D / 2 multiply-adds per set; B `rows` N numbers at a time.
     """
     _checks.vectors("x", x, at_least=2)
-    x_hat = _common.unit(x.detach(), 1e-8)
+    x_hat = _vectors.unit(x.detach(), 1e-8)
     if not x_hat.isfinite().all():
         return [math.nan] * len(levels)
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
@@ -75,7 +75,7 @@ def attention_entropy(q, k, *, rows=64):
     Cost: rows in turn, B H N M d multiply-adds; B H `rows` M numbers at a time.
     """
     _checks.queries_and_keys(q, k)
-    q, k = _common.full_precision(q, k)
+    q, k = _vectors.full_precision(q, k)
     total = 0
     for start in range(0, q.shape[2], rows):
         with _checks.autocast_off(q):
@@ -87,7 +87,7 @@ def attention_entropy(q, k, *, rows=64):
 def effective_rank(tokens):
     """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images: 0
     where all are zero, a matrix of rank 0; nan where an entry is not finite."""
-    x_hat = _common.unit(tokens, 1e-12)
+    x_hat = _vectors.unit(tokens, 1e-12)
     if not x_hat.isfinite().all():  # svdvals raises
         return x_hat.new_full((), math.nan)
     values = torch.linalg.svdvals(x_hat) ** 2
@@ -99,7 +99,7 @@ def effective_rank(tokens):
 def residual(x):
     """|X - 1 mean(X)^T| / |X| of the vectors [B, N, D] of each image, mean over images: 0 where all are
     equal, also where they are zero. Source: Dong et al. 2021 (arXiv 2103.03404), in the Frobenius norm."""
-    x = matrices_near_one(*_common.full_precision(x))
+    x = matrices_near_one(*_vectors.full_precision(x))
     away = torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1))
     return (away / torch.linalg.vector_norm(x, dim=(-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)).mean()
 

@@ -1,56 +1,14 @@
-"""What the losses share: arithmetic, reductions, the spectral and hyperspherical measures of all levels."""
+"""What the losses share: reductions, the spectral and hyperspherical measures of all levels."""
 
 import torch
 
 from .. import _checks
 from .._layout import accumulation_dtype
-from .._vectors import near_one
-from ..ops.pairs.pairwise_cosine.reference import normalise
+from .._vectors import full_precision, normalise, unit
 from ..ops.pairs.pairwise_rows import pairwise_nearest
 from ._spectral import GramDeterminant, evaluate
 
 MHS_VARIANTS = ("paper", "released")
-
-
-def full_precision(*tensors):
-    """The tensors in float32, or in float64 where they are."""
-    return [tensor.to(accumulation_dtype(tensor)) for tensor in tensors]
-
-
-def unit(x, eps):
-    """`x / max(|x|, eps)` in float32 or float64."""
-    (x,) = full_precision(x)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.clamp_min(eps) if within_range(x, norm, eps) else normalise(x, eps)
-
-
-def scaled(x, eps):
-    """(x, scale, radial), for gradients by hand: `x * scale`, scale [..., 1], are the unit vectors, or x with
-    an eps of None. radial is the scale of the part along x that the normalisation takes out of a gradient:
-    none, 0, where eps stands for the norm. The vectors are divided by powers of two where that is needed.
-    """
-    if eps is None:
-        scale = x.new_ones(()).expand(*x.shape[:-1], 1)
-        return x, scale, torch.zeros_like(scale)
-    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
-    if not within_range(x, norm, eps):
-        x, eps = near_one(x, eps)
-        norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
-    scale = norm.clamp_min(eps).reciprocal()
-    return x, scale, scale.masked_fill(norm <= eps, 0)
-
-
-def within_range(x, norm, eps):
-    """Whether the norms of x, or eps for shorter ones, are known to be such that squares of x and of its
-    products stay within range."""
-    if not _checks.values_at_hand(x):
-        return False
-    if norm.numel() == 0:
-        return True
-    least, most = torch.aminmax(norm.detach().clamp_min(eps))
-    # a third of the exponents on both sides of 1: scale^2 and what it multiplies keep their digits, too
-    bound = 2.0**340 if x.dtype == torch.float64 else 2.0**42
-    return bool((least > 1 / bound) & (most < bound))
 
 
 def reduced(values, reduction):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .. import _checks, _dispatch
+from .. import _checks, _dispatch, _vectors
 from .._autograd import by_formula, once_differentiable
 from .._vectors import matrices_near_one
 from ..ops.pairs.pairwise_rows import pairwise_logsumexp, pairwise_nearest
@@ -64,7 +64,7 @@ def gram_anchoring(
     if negatives == "keep" and width == teacher.shape[-1] and 6 * width <= n:
         with _checks.autocast_off(student):
             x, y = (
-                _common.unit(t, eps) if normalise else _common.full_precision(t)[0]
+                _vectors.unit(t, eps) if normalise else _vectors.full_precision(t)[0]
                 for t in (student, teacher)
             )
             values = _square_of_gram_difference(x, y) / n**2
@@ -110,11 +110,11 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
     nearest = pairwise_nearest(x, eps=eps, backend=backend)
     with _checks.autocast_off(x):
         if _plain(x, backend):
-            x_hat = _common.unit(x, eps)
+            x_hat = _vectors.unit(x, eps)
             chosen = x_hat.gather(-2, nearest.unsqueeze(-1).expand_as(x_hat))
             distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
         else:
-            distance = _DistanceToOne.apply(*_common.scaled(*_common.full_precision(x), eps), nearest)
+            distance = _DistanceToOne.apply(*_vectors.scaled(*_vectors.full_precision(x), eps), nearest)
         return _common.reduced(-(distance + eps).log().mean(-1), reduction)
 
 
@@ -129,7 +129,7 @@ def _plain(x, backend):
 
 
 class _DistanceToOne(torch.autograd.Function):
-    """x [..., N, D] with its `_common.scaled` and indices [..., N] to |x_hat_i - x_hat_index(i)|, [..., N].
+    """x [..., N, D] with its `_vectors.scaled` and indices [..., N] to |x_hat_i - x_hat_index(i)|, [..., N].
 
     On CPUs some items at a time, so that the passes over them find them in cache; only numbers per vector are
     kept. Autograd would make twice the passes, over memory, which take longer than the search of the indices.
@@ -226,7 +226,7 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
     _checks.second_vectors("y", y, "x", x, same_number=True, any_width=True)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     with _checks.autocast_off(x):
-        x, y = map(_centred, _common.full_precision(x, y))
+        x, y = map(_centred, _vectors.full_precision(x, y))
         if 4 * max(x.shape[-1], y.shape[-1]) <= 3 * x.shape[-2]:
             xy, xx, yy = ((a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y)))
         else:
@@ -328,9 +328,9 @@ def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e
 def _own_cosines(x, y, eps, backend):
     """S_ii, [..., N]."""
     if _plain(x, backend):
-        return torch.linalg.vecdot(_common.unit(x, eps), _common.unit(y, eps))
-    x, y = _common.full_precision(x, y)
-    return _OwnCosines.apply(*_common.scaled(x, eps), *_common.scaled(y, eps))
+        return torch.linalg.vecdot(_vectors.unit(x, eps), _vectors.unit(y, eps))
+    x, y = _vectors.full_precision(x, y)
+    return _OwnCosines.apply(*_vectors.scaled(x, eps), *_vectors.scaled(y, eps))
 
 
 class _OwnCosines(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _checks
+from .. import _checks, _vectors
 from .._vectors import matrices_near_one
 from . import _common
 
@@ -28,11 +28,11 @@ def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e
     _checks.vectors("gradients", gradients)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     eps = _checks.positive("eps", eps)
-    (g,) = _common.full_precision(gradients)
+    (g,) = _vectors.full_precision(gradients)
     if replace_nan:
         g = torch.where(g.isnan(), 1e-8, g)
     size = torch.linalg.vector_norm(g.detach().flatten(-2), dim=-1)
-    if not _common.within_range(g, size, 0):
+    if not _vectors.within_range(g, size, 0):
         g = matrices_near_one(g)
     each, together = g.square().sum((-2, -1)), g.sum(-2).square().sum(-1)
     least = (eps * each).clamp_min(torch.finfo(g.dtype).tiny)

@@ -8,8 +8,8 @@ under autocast, and costs what `attention_gram` costs: the maps once, tile by ti
 import torch
 
 from .. import _checks
+from .._vectors import PENALTIES
 from ..ops.maps.attention_gram import attention_cosine, attention_gram
-from ..ops.pairs.pairwise_cosine.reference import PENALTIES
 from . import _common
 
 

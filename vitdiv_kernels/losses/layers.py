@@ -11,10 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .. import _checks
+from .. import _checks, _vectors
 from .._layout import accumulation_dtype
 from .._vectors import power_of_two
-from . import _common
 
 ALONG = ("columns", "rows", "maps", "heads")
 EPS = 1e-8  # stands for smaller norms, as in torch.nn.CosineSimilarity
@@ -190,7 +189,7 @@ def _near_one(layer):
     """The layer with mixes divided by powers of two, one for each head, where they are larger than 1; and
     these, [H]: squares of the mixed maps stay within range."""
     q, k, *mixing = layer
-    mixing = _common.full_precision(*mixing)
+    mixing = _vectors.full_precision(*mixing)
     size = q.new_ones(q.shape[1], dtype=accumulation_dtype(q))
     for tensor in mixing:
         size = torch.maximum(size, tensor.detach().abs().reshape(len(size), -1).amax(-1).to(size.dtype))
@@ -203,7 +202,7 @@ def _maps(layer, start, stop, scale):
     """Rows start ... stop of a layer's maps, [B, H, rows, M]."""
     q, k, *mixing = layer
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k = _common.full_precision(q[:, :, start:stop], k)
+    q, k = _vectors.full_precision(q[:, :, start:stop], k)
     maps = (scale * q @ k.mT).softmax(-1)
     if mixing:
         maps = torch.einsum("gh,bhij->bgij", mixing[0].to(maps.dtype), maps)
@@ -215,7 +214,7 @@ def _maps(layer, start, stop, scale):
 def _sums(maps, pairs, along):
     """What these rows add: for "heads" cosines [pairs, B], else squares of layers, then products of pairs."""
     if along == "heads":
-        units = [_common.unit(layer.movedim(1, -1), EPS) for layer in maps]
+        units = [_vectors.unit(layer.movedim(1, -1), EPS) for layer in maps]
         return torch.stack([torch.einsum("bijh,bijh->b", units[p], units[q]) for p, q in pairs])
     axes = {"columns": -2, "rows": -1, "maps": (-2, -1)}[along]
     both = [(p, p) for p in range(len(maps))] + list(pairs)

@@ -6,7 +6,7 @@ The mean cosine of patches, within a layer and across layers, is `pairwise_cosin
 import torch
 from torch.nn import functional as F
 
-from .. import _checks
+from .. import _checks, _vectors
 from .._autograd import by_formula, once_differentiable
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
 from ..ops.pairs.two_gram import two_gram
@@ -44,21 +44,21 @@ def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction
     eps = _checks.number("eps", eps, at_least=0)
     if detach_first:
         first = first.detach()
-    first, last = _common.full_precision(first, last)
+    first, last = _vectors.full_precision(first, last)
     with _checks.autocast_off(first):
         if by_formula(first):
-            first, last = (_common.unit(x, eps) if normalise else x for x in (first, last))
+            first, last = (_vectors.unit(x, eps) if normalise else x for x in (first, last))
             own = torch.linalg.vecdot(first, last)
             others = (torch.linalg.vecdot(first, last.sum(-2, keepdim=True)) - own) / (first.shape[-2] - 1)
         else:
-            first, *first_scales = _common.scaled(first, eps if normalise else None)
-            last, *last_scales = _common.scaled(last, eps if normalise else None)
+            first, *first_scales = _vectors.scaled(first, eps if normalise else None)
+            last, *last_scales = _vectors.scaled(last, eps if normalise else None)
             own, others = _OwnAndOthers.apply(first, last, *first_scales, *last_scales)
         return _common.reduced(_common.contrast(own, others).mean(-1), reduction)
 
 
 class _OwnAndOthers(torch.autograd.Function):
-    """x, y [..., N, D], with `_common.scaled` of both, to S_ii and mean_{j != i} S_ij, [..., N].
+    """x, y [..., N, D], with `_vectors.scaled` of both, to S_ii and mean_{j != i} S_ij, [..., N].
 
     Each gradient is a combination of two vectors of x and y and one that all patches share: written out, it
     makes a fourth of the passes over x and y that autograd would, and no copy of unit vectors.
@@ -127,7 +127,7 @@ def neighbourhood_contrast(
         raise ValueError(f"window must be an odd number of patches, at least 3, got {window!r}")
     n = patches.shape[-2]
     rows, columns = _grid(grid, n)
-    p, c = _common.full_precision(patches, context.detach())
+    p, c = _vectors.full_precision(patches, context.detach())
     with _checks.autocast_off(p):
         boxes = p.mT.reshape(-1, p.shape[-1], rows, columns)
         boxes = F.avg_pool2d(boxes, window, 1, window // 2, divisor_override=1)
@@ -235,7 +235,7 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
         x, penalty="square", include_self=True, reduction="none", eps=eps, backend=backend
     )
     with _checks.autocast_off(x):
-        x, scale, radial = _common.scaled(*_common.full_precision(x), eps)
+        x, scale, radial = _vectors.scaled(*_vectors.full_precision(x), eps)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         # N, but for vectors shorter than eps
         own = torch.where(radial > 0, 1, norm * scale).square().sum((-2, -1))
@@ -268,4 +268,4 @@ def patch_condition_orthogonality(x, *, start=None, generator=None, reduction="m
     eps = _checks.number("eps", eps, at_least=0)
     start = _common.starts(x, start, generator, torch.randn)
     with _checks.autocast_off(x):
-        return _common.reduced(evaluate(GramGap, _common.unit(x, eps), start, 1e-6), reduction)
+        return _common.reduced(evaluate(GramGap, _vectors.unit(x, eps), start, 1e-6), reduction)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .. import _checks
+from .. import _checks, _vectors
 from ..ops.pairs.two_gram import two_gram
 from . import _common
 from ._spectral import GramGap, evaluate
@@ -140,7 +140,7 @@ def _over_shapes(loss, weights, reduction, at_least=1):
     parts = [None] * len(given)
     for members in groups.values():
         stacks = [given[i].flatten(0, -3) if given[i].dim() > 2 else given[i].unsqueeze(0) for i in members]
-        (stack,) = _common.full_precision(stacks[0] if len(stacks) == 1 else torch.cat(stacks))
+        (stack,) = _vectors.full_precision(stacks[0] if len(stacks) == 1 else torch.cat(stacks))
         with _checks.autocast_off(stack):
             values = loss(stack).split([part.shape[0] for part in stacks])
         for i, value in zip(members, values, strict=True):

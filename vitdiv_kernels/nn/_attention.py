@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import _dispatch
-from . import _effective
+from . import effective
 
 
 def attend(attn, x, attn_mask, is_causal, **options):
@@ -71,8 +71,8 @@ class PackedAttention(nn.Module):
     def _calls_modules(self, q):
         """Whether the mixes and the norm are called on the maps: by the backend "reference", where they can't
         be read or have hooks. Raises TypeError for what can't be read, if another backend is to run."""
-        sentence = _effective.why_not(self)
-        if sentence is None and not _effective.hooked(self):
+        sentence = effective.why_not(self)
+        if sentence is None and not effective.hooked(self):
             return False
         if _dispatch.resolve("reattention", q.device, self.backend) == "reference":
             return True

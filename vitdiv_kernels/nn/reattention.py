@@ -6,7 +6,7 @@ from torch import nn
 
 from ..ops.maps.attention_gram import attention_gram
 from ..ops.maps.reattention import reattention
-from . import _attention, _effective, _statistics
+from . import _attention, _statistics, effective
 from ._initial import MapBatchNorm2d, MapLayerNorm, MixConv2d
 
 NORM_GAIN = 0.05
@@ -119,8 +119,8 @@ class ReAttention(_attention.PackedAttention):
         return (out, gram) if return_gram else out
 
     def _mixed_attention(self, q, k, v, return_gram):
-        mix, mix_bias = _effective.read_mix(self, "reatten_matrix")
-        norm, training, put_back = _effective.read_norm(self), self.training, False
+        mix, mix_bias = effective.read_mix(self, "reatten_matrix")
+        norm, training, put_back = effective.read_norm(self), self.training, False
         options = {"norm": norm.kind}
         if norm.kind != "none":
             options.update(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ops.maps.reattention import reattention
-from . import _attention, _effective
+from . import _attention, effective
 
 
 class TalkingHeadsAttention(_attention.PackedAttention):
@@ -55,8 +55,8 @@ class TalkingHeadsAttention(_attention.PackedAttention):
             maps = self._called(self.proj_w, maps).to(dtype).movedim(-1, 1)
             out = (maps @ v.to(dtype)).to(q.dtype)
         else:
-            pre_mix, pre_bias = _effective.read_mix(self, "proj_l")
-            mix, bias = _effective.read_mix(self, "proj_w")
+            pre_mix, pre_bias = effective.read_mix(self, "proj_l")
+            mix, bias = effective.read_mix(self, "proj_w")
             out = reattention(
                 q, k, v, mix, mix_bias=bias, pre_mix=pre_mix, pre_bias=pre_bias, scale=self.scale,
                 backend=self.backend,

@@ -6,7 +6,7 @@ The kernels give the centred Gram matrix G~; everything after it is H x H mathem
 import torch
 
 from .... import _checks, _dispatch
-from ...pairs.pairwise_cosine.reference import PENALTIES
+from ...._vectors import PENALTIES
 from . import function, reference
 
 

@@ -9,20 +9,7 @@ signed and, where D is less than N and M, of square.
 
 import torch
 
-from ...._vectors import near_one
-
-PENALTIES = {
-    "signed": lambda s: s,
-    "abs": torch.abs,
-    "square": torch.square,
-    "relu": torch.relu,
-}
-
-
-def normalise(x, eps):
-    """Unit vectors along the last axis; a vector no longer than eps is divided by eps."""
-    x, eps = near_one(x, eps)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+from ...._vectors import PENALTIES, normalise
 
 
 def pairwise_cosine_sums(x, y, *, penalty, include_self, eps):

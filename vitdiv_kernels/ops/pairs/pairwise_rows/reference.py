@@ -8,7 +8,7 @@ float16 and bfloat16 are computed in float32. Holds [*leading, N, M] maps.
 
 import torch
 
-from ..pairwise_cosine.reference import normalise
+from ...._vectors import normalise
 
 
 def _cosines(x, y, eps, self_pairs):

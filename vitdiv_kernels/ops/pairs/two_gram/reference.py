@@ -8,7 +8,7 @@ float16 and bfloat16 are computed in float32. Holds several [*leading, N, N] map
 
 import torch
 
-from ..pairwise_cosine.reference import normalise as unit_vectors
+from ...._vectors import normalise as unit_vectors
 
 PENALTIES = {
     "square": lambda s, t, margin: (s - t).square(),
