@@ -12,9 +12,12 @@ from .schedule import chosen, schedule
 __all__ = ["chosen", "head_dots", "reattention_bwd", "reattention_fwd", "schedule"]
 
 
+_WALKS = {"streaming": ".streaming", "workspace": "..._triton.workspace"}  # imported at their first call
+
+
 def _module(direction, q, k, pre_mix, norm_weight):
     extras = pre_mix is not None or norm_weight is not None
-    return importlib.import_module(f".{chosen(direction, q, k, extras)}", __name__)
+    return importlib.import_module(_WALKS[chosen(direction, q, k, extras)], __name__)
 
 
 def reattention_fwd(q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, *arguments):
