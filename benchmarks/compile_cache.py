@@ -35,11 +35,9 @@ sys.path[:0] = [str(ROOT / name) for name in (".", "tests", "tests/support")]
 import fake_driver  # noqa: E402
 import gpu_rows  # noqa: E402
 import harness  # noqa: E402
-import launch_recorder  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 from triton import knobs  # noqa: E402
 
 from vitdiv_kernels import _dispatch  # noqa: E402
@@ -82,6 +80,8 @@ def main() -> int:
 
 def of_tests(capability: int) -> set[Launch]:
     """What the tests of `make gpu-check` launch."""
+    import launch_recorder  # needs pytest, as --moved does not
+
     return set().union(*launch_recorder.record(capability).values())
 
 
@@ -144,9 +144,13 @@ def fill(folder: Path, launches: set[Launch], capability: int, jobs: int, wheel:
         triton.runtime.cache.triton_key = lambda: key
     fake_driver.install(capability)
     context = multiprocessing.get_context("fork")
+    bar, failures = harness.progress_bar(total=len(launches), desc="kernels"), []
     with ProcessPoolExecutor(jobs, context) as pool:
-        results = tqdm(pool.map(compile_one, sorted(launches)), total=len(launches), unit="kernel")
-        return [result for result in results if result is not None]
+        for result in pool.map(compile_one, sorted(launches)):
+            failures += [] if result is None else [result]
+            bar.update()
+    bar.close()
+    return failures
 
 
 def compile_one(launch: Launch) -> str | None:

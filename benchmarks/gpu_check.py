@@ -14,13 +14,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import traceback
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import rows
 import torch
 from stages import GRACE, Ended, Kept, Stage
 from suites import FAILED, NOT_FINISHED, NOT_RUN, PASSED, Measurements, Result, Tests
@@ -39,7 +41,11 @@ SELECTED = {
     "Triton tests": {"cuda": TRITON, "cpu": TRITON.replace("triton-gpu", "triton-interpreter")},
     "CUDA tests": {"cuda": "native-cuda", "cpu": "native-cpu"},
 }
-STAGES = {"tests": ("build", "Triton tests", "CUDA tests", "memcheck"), "benchmarks": ("benchmarks",)}
+EVERY = "Triton tests, every case"
+SELECTED[EVERY] = SELECTED["Triton tests"]
+STAGES = {"tests": ("build", "Triton tests", "CUDA tests", "memcheck", EVERY), "benchmarks": ("benchmarks",)}
+SHORTEST = 20.0  # seconds for which a run of tests is worth its start
+ASK_SECONDS = 60.0  # for a process that only imports torch and looks at the device
 FOUND = re.compile(r"^=+ +(Invalid|Misaligned|Out-of-range|Program hit|Race|Uninitialized).*", re.M)
 ASK_NATIVE = (
     "import json, sys; from vitdiv_kernels import _dispatch as d;"
@@ -88,6 +94,12 @@ class Check:
 
     def build(self, end: float) -> None:
         """In place; the CUDA kernels for the GPU that is here, unless TORCH_CUDA_ARCH_LIST says otherwise."""
+        absent = absent_build_tools()
+        if absent:
+            self.ask_native()
+            why = f"{', '.join(absent)}; tested is what was compiled before, if anything"
+            self.conclude("build", NOT_RUN, why)
+            return
         begin, command = time.monotonic(), ("setup.py", "build_ext", "--inplace")
         status, text = self.python("build.log", *command, until=lambda: end, **build_environment(self.device))
         took = f"in {time.monotonic() - begin:.0f} s"
@@ -106,10 +118,11 @@ class Check:
 
     def ask_native(self) -> None:
         """In a process of its own, after the build."""
-        command = [sys.executable, "-c", ASK_NATIVE, self.device]
-        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        lines = asked.stdout.splitlines() or [json.dumps(dict.fromkeys(OPERATIONS, asked.stderr[-300:]))]
-        self.native = json.loads(lines[-1])
+        end, command = time.monotonic() + ASK_SECONDS, [sys.executable, "-c", ASK_NATIVE, self.device]
+        _, text = self.stage("build.log").run(command, lambda: end)
+        answers = [line for line in text.splitlines() if line.startswith("{")]
+        cannot = dict.fromkeys(OPERATIONS, f"importing them fails: {text[-300:]}")
+        self.native = json.loads(answers[-1]) if answers else cannot
 
     def why_no_native(self) -> str | None:
         """Why there is no compiled kernel of any operation."""
@@ -133,8 +146,9 @@ class Check:
         if select is None:
             environment["VITDIV_TEST_BACKENDS"] = SELECTED[name][self.device].split(" or ")[0]
             files = [path for test in TESTED for path in ROOT.glob(f"tests/*/test_{test}.py")]
+            every = ["--every-case"] if name == EVERY else []
             files = [str(path.relative_to(ROOT)) for path in files]
-            select = ["-k", SELECTED[name][self.device], *files]
+            select = [*every, "-k", SELECTED[name][self.device], *files]
         status, text = self.python(
             "tests.log", "-m", "pytest", "-q", "-p", "report_events", "--report-events", Stage.EVENTS,
             "-p", "no:cacheprovider", "--continue-on-collection-errors", "-o", "faulthandler_timeout=100",
@@ -150,9 +164,11 @@ class Check:
         Triton 3.6 brings, was reported to compile a kernel with wgmma wrongly.
         """
         ptxas, name = shutil.which("ptxas"), "Triton tests with the toolkit's ptxas"
-        if failed and ptxas is not None and end - time.monotonic() > 20 and not self.stop.is_set():
+        left = end - time.monotonic()
+        if failed and ptxas is not None and left > SHORTEST and not self.stop.is_set():
             self.stages.append(name)
-            self.suite(name, lambda: end, failed[:40], TRITON_PTXAS_PATH=ptxas)
+            select = ["--every-case", *failed[:40]]  # those that are named, not a sample of them
+            self.suite(name, lambda: end, select, TRITON_PTXAS_PATH=ptxas)
 
     def memcheck(self, end: float) -> None:
         """The kernels of both families under compute-sanitizer's memcheck. Each tensor has memory of its own:
@@ -172,7 +188,10 @@ class Check:
         self.conclude("memcheck", state, *why)
 
     def tests(self, begin: float, seconds: float) -> None:
-        """The build and memcheck beside the Triton tests, which mostly compile; then the CUDA tests."""
+        """The build and memcheck beside the Triton tests, which mostly compile; then the CUDA tests.
+
+        In the time that is left every case of the Triton tests, which compile three times as many kernels.
+        """
         end, built = begin + seconds, threading.Event()
 
         def build_and_memcheck():
@@ -201,6 +220,10 @@ class Check:
                 else:
                     self.conclude("CUDA tests", NOT_RUN, why_not)
                 self.with_other_ptxas(triton.failed(), end)
+                if end - time.monotonic() > SHORTEST:
+                    self.suite(EVERY, lambda: end)
+                else:
+                    self.conclude(EVERY, NOT_RUN, "no time was left")
                 beside.result()
             except BaseException:
                 self.stop.set()
@@ -223,7 +246,6 @@ class Check:
                 "--from", str(first), *without, until=lambda: measured.until(end), take=measured.take,
             )  # fmt: skip
             first = measured.next_after(status)
-        self.table = summary_of_file(self.kept.folder / "rows.csv")
         state, why = measured.result()
         if not measured.rows and state == PASSED:
             state = FAILED if status else NOT_RUN
@@ -268,6 +290,33 @@ def absent_packages() -> list[str]:
     ]
 
 
+def absent_build_tools() -> list[str]:
+    """What setup.py needs and is not here; of a compiler, of nvcc and of Python.h it speaks itself."""
+    here = sysconfig.get_path("scripts")
+    absent = [
+        f"{name} is not installed"
+        for name in ("cmake", "ninja")
+        if shutil.which(name, path=here) is None and shutil.which(name) is None
+    ]
+    try:
+        found = version("setuptools")
+        if int(found.split(".")[0]) < 77:
+            absent.append(f"setuptools is {found}, and the build needs 77 or newer")
+    except PackageNotFoundError:
+        absent.append("setuptools is not installed")
+    return absent
+
+
+def find_cuda_toolkit() -> None:
+    """Put its folder at the end of PATH: images have it in the usual place, and on PATH not all of its tools,
+    or none."""
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(place) / "bin" for place in places if place]
+    found = [str(folder) for folder in folders if (folder / "nvcc").is_file()][:1]
+    path = os.environ.get("PATH", "").split(os.pathsep)
+    os.environ["PATH"] = os.pathsep.join(path + [folder for folder in found if folder not in path])
+
+
 def why_no_device(device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "gpu-check needs an NVIDIA GPU, and torch sees no CUDA device here"
@@ -286,12 +335,10 @@ def build_environment(device: str) -> dict[str, str]:
 
 
 def summary_of_file(path: Path) -> str:
-    from rows import read
-
-    return summary_of(read(path)) if path.is_file() else ""
+    return summary_of(rows.read(path)) if path.is_file() else ""
 
 
-def summary_of(rows: list[dict]) -> str:
+def summary_of(measured: list[dict]) -> str:
     """A Markdown table of the kernels' rows: speed over eager and compile, share of the floor, memory.
 
     What was measured twice has the later numbers, and ratio_compile from where it was measured.
@@ -303,7 +350,7 @@ def summary_of(rows: list[dict]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     same = ("op", "variant", "shape", "dtype", "mode")
     merged = {}
-    for row in rows:
+    for row in measured:
         key = tuple(row[k] for k in (*same, "provider"))
         merged[key] = merged.get(key, {}) | {name: cell for name, cell in row.items() if cell}
     eager = {key[:-1]: row for key, row in merged.items() if key[-1] == "eager"}
@@ -345,9 +392,12 @@ def main() -> int:
     phases = asked(args)
     if not phases:
         parser.error("--no-tests and --no-benchmarks together leave nothing to do")
-    seconds = args.seconds or sum(SECONDS[phase] for phase in phases)
-    if seconds < 2 * END:
-        parser.error(f"--seconds must be at least {2 * END:.0f}, got {seconds:g}")
+    whole = sum(SECONDS[phase] for phase in phases)
+    seconds = whole if args.seconds is None else args.seconds
+    least = 2 * END * whole / min(SECONDS[phase] for phase in phases)
+    if not seconds >= least:
+        of = " and ".join(f"--{phase}" for phase in phases)
+        parser.error(f"--seconds must be at least {least:.0f} for {of}, got {seconds:g}")
     why_not = why_no_device(args.device)
     if why_not is not None:
         sys.exit(why_not)
@@ -355,8 +405,12 @@ def main() -> int:
     check = Check(args.device, args.results.absolute(), stages)
     try:
         check.kept.probe()
+        for name, columns in rows.FILES.items():
+            rows.check_columns(check.kept.folder / name, columns)
     except OSError as error:
         sys.exit(f"--results {args.results}: {error.strerror}; name a folder that can be written")
+    except ValueError as error:
+        sys.exit(f"--results: {error}")
     # A handler also for what it starts: where SIGINT is ignored, as in the background of a script, children
     # would ignore it, too.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -365,6 +419,7 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if args.device == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)
+        find_cuda_toolkit()
     return run(check, phases, seconds)
 
 
@@ -379,10 +434,10 @@ def run(check: Check, phases: list[str], seconds: float) -> int:
             check.tests(check.begin, seconds * share - END)
         if "benchmarks" in phases:
             check.benchmarks(end)
+        check.table = summary_of_file(check.kept.folder / "rows.csv")
     except Exception:
-        check.conclude("gpu-check itself", FAILED, *traceback.format_exc().splitlines())
         check.stages.append("gpu-check itself")
-    check.table = check.table or summary_of_file(check.kept.folder / "rows.csv")
+        check.conclude("gpu-check itself", FAILED, *traceback.format_exc().splitlines())
     check.kept.replace("summary.md", check.summary())
     check.kept.say("\n" + check.summary())
     for name, why in check.kept.lost.items():

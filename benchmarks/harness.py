@@ -175,7 +175,7 @@ def _alternate(
         torch.set_num_threads(count)
         numbers[provider, count] = call.calls_a_sample()
     order = list(calls)
-    bar = _bar(total=repeats * len(order), desc=desc)
+    bar = progress_bar(total=repeats * len(order), desc=desc)
     for _ in range(repeats):
         for provider, count in order:
             call = calls[provider, count]
@@ -190,7 +190,7 @@ def _alternate(
     return samples
 
 
-def _bar(total: int, desc: str):
+def progress_bar(total: int, desc: str):
     """A progress bar on a terminal, where tqdm is installed."""
     if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         return SimpleNamespace(update=lambda: None, close=lambda: None)

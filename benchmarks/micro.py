@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 
 MIB = 1 << 20
 WORKSPACES = tuple(mib * MIB for mib in (48, 96, 192, 384, 768))
-COLUMNS = ("section", "case", "dtype", "ms", "wall_ms", "gb_s", "gflop_s")
 
 
 def rows(

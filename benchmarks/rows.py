@@ -28,6 +28,9 @@ COLUMNS = (
     *("floor_ms", "copy_gb_s", "gemm_gflop_s"),
     *ORIGIN,
 )
+MICRO_COLUMNS = ("section", "case", "dtype", "ms", "wall_ms", "gb_s", "gflop_s", *ORIGIN)
+# What gpu-check writes, by name.
+FILES = {"rows.csv": COLUMNS, "micro.csv": MICRO_COLUMNS}
 # Of the printed table: column, title, width, number format.
 LAST_CELLS = (
     ("device_ms", "device", 9, ".4g"),
@@ -77,39 +80,44 @@ def _commit() -> str:
         return "unknown"
 
 
-def append(path: Path, rows: list[dict]) -> None:
+def append(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
     """Add rows, each on disk when this returns. A file of an earlier version gets the columns that it lacks.
 
     Raises ValueError for a file with columns that this version does not write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    earlier = check_columns(path)
-    if earlier not in (None, COLUMNS):
-        _write(path, "w", read(path), header=True)
-    _write(path, "a", rows, header=earlier is None)
+    earlier = check_columns(path, columns)
+    if earlier not in (None, columns):
+        _write(path, "w", read(path, columns), columns, header=True)
+    _write(path, "a", rows, columns, header=earlier is None)
 
 
-def check_columns(path: Path) -> tuple[str, ...] | None:
+def check_columns(path: Path, columns: tuple[str, ...] = COLUMNS) -> tuple[str, ...] | None:
     """Those of a CSV file, None where there is none. Raises ValueError where `append` does."""
     if not path.is_file():
         return None
     with path.open(newline="") as file:
-        columns = tuple(next(csv.reader(file), ()))
-    if not set(columns) <= set(COLUMNS):
+        found = tuple(next(csv.reader(file), ()))
+    if not set(found) <= set(columns):
         raise ValueError(f"{path} has other columns than this version writes; name a new file")
-    return columns or None
+    return found or None
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict[str, str]]:
     """The rows of a CSV file of this version or of an earlier one, which lacks columns: their cells are
-    empty."""
+    empty. A line that was not written to its end is left out."""
     with path.open(newline="") as file:
-        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    whole = (row for row in rows if None not in row and None not in row.values())
+    return [dict.fromkeys(columns, "") | row for row in whole]
 
 
-def _write(path: Path, mode: str, rows: list[dict], header: bool) -> None:
+def _write(path: Path, mode: str, rows: list[dict], columns: tuple[str, ...], header: bool) -> None:
+    ends = mode == "w" or header or path.read_bytes().endswith(b"\n")
     with path.open(mode, newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if not ends:  # behind the line of a process that was killed, or of a full disk
+            file.write("\r\n")
+        writer = csv.DictWriter(file, columns, restval="")
         if header:
             writer.writeheader()
         writer.writerows(map(rounded, rows))

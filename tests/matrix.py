@@ -77,6 +77,12 @@ def main():
     add("--folder", type=Path, help="of environments and builds, kept; default: a temporary one")
     add("--results", type=Path, default=RESULTS, help="folder of the tables; default: benchmarks/results")
     args = parser.parse_args()
+    unknown = [stem for stem in args.tests or () if not list(TESTS.glob(f"*/test_{stem}.py"))]
+    if unknown:
+        parser.error(f"--tests: there is no tests/*/test_{unknown[0]}.py")
+    unknown = [capability for capability in names(args.capabilities) if capability not in CAPABILITIES]
+    if unknown:
+        parser.error(f"--capabilities must be of {', '.join(CAPABILITIES)}, got {unknown[0]}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +116,7 @@ def with_torch(version, folder, args):
     if tree.exists() and args.only != "build":
         tests(environment / "bin/python", tree, folder, args)
     if not args.folder:
-        shutil.rmtree(environment)
+        shutil.rmtree(environment, ignore_errors=True)
 
 
 def build(version, environment, tree, folder, args):
@@ -120,6 +126,8 @@ def build(version, environment, tree, folder, args):
     (environment / "stamps/package").unlink(missing_ok=True)
     command = ["make", "build", f"PYTHON={sys.executable}", f"VENV={environment}", f"TORCH=torch=={version}"]
     built = finished(args.prefix + command, source)
+    if "No matching distribution found for torch==" in built.stdout:
+        sys.exit(f"--torch {version}: pip finds no such release")
     row = {"check": "build", "torch": version, "of": "make build", **origin(), "skipped": 0}
     row |= {"passed": int(built.returncode == 0), "failed": int(built.returncode != 0)}
     shutil.rmtree(tree, ignore_errors=True)
@@ -137,9 +145,10 @@ def finished(command, folder):
     return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def versions(python):
+def versions(python, environment=None):
     """Of torch, of the Triton beside it and of Python."""
-    run = subprocess.run([python, "-c", PRINT_VERSIONS], capture_output=True, text=True, check=True)
+    command = [python, "-c", PRINT_VERSIONS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return dict(zip(("torch", "triton", "python"), run.stdout.split(), strict=True))
 
 
@@ -202,7 +211,10 @@ def with_triton(version, folder, args):
     target = folder / f"triton-{version}"
     if not target.exists():
         command = ["install", "-q", "--no-deps", "--no-compile", "--target", target, f"triton=={version}"]
-        subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+        fetched = finished([sys.executable, "-m", "pip", *command], folder)
+        if fetched.returncode:
+            shutil.rmtree(target, ignore_errors=True)
+            sys.exit(f"--triton {version}: pip did not install it: {fetched.stdout.strip()[-300:]}")
     of = f"sm_{args.capabilities}"
     of += f"; every {args.one_in}th launch of each kernel" if args.one_in > 1 else ""
     lines = folder / f"tables-{version}-{args.capabilities}-{args.one_in}.jsonl"
@@ -212,7 +224,11 @@ def with_triton(version, folder, args):
     command += [f"--one-in={args.one_in}", f"--capabilities={args.capabilities}"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (target, ROOT)))
-    row = {"check": "tables", **versions(sys.executable), "triton": version, **origin()}
+    row = {"check": "tables", **versions(sys.executable, environment), **origin()}
+    if row["triton"] != version:
+        sys.exit(
+            f"--triton {version}: Python imports {row['triton']}; name a release in full, or delete {target}"
+        )
     with (folder / f"tables-{version}.log").open("w") as log:
         process = subprocess.Popen(args.prefix + command, env=environment, stdout=log, stderr=log)
     while True:

@@ -1,5 +1,8 @@
 """`make matrix` keeps what it has, counts what pytest reports, and names the kernels that differ."""
 
+import sys
+from types import SimpleNamespace
+
 import matrix
 import pytest
 
@@ -32,6 +35,46 @@ def test_a_row_replaces_that_of_the_same_check_and_release(tmp_path):
         ("tables", "sm_90", "6"),
         ("tables", "sm_90", "7"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--only", "tests", "--tests", "func,fnuc"], "--tests: there is no tests/*/test_fnuc.py"),
+        (["--capabilities", "90,91"], "--capabilities must be of 80, 89, 90, 100, 120, got 91"),
+        (["--only", "everything"], "invalid choice: 'everything'"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_runs(monkeypatch, capsys, options, sentence):
+    monkeypatch.setattr(sys, "argv", ["matrix.py", *options])
+    with pytest.raises(SystemExit):
+        matrix.main()
+    assert sentence in capsys.readouterr().err
+
+
+def arguments(folder):
+    return SimpleNamespace(
+        folder=folder, results=folder / "results", prefix=[], capabilities="90", one_in=1, jobs=1, only=None
+    )
+
+
+def test_releases_that_do_not_exist_are_no_failures(monkeypatch, tmp_path):
+    """They leave no row; nor is the Triton that is installed taken for another one."""
+    said = "ERROR: No matching distribution found for torch==9.9.9"
+    monkeypatch.setattr(
+        matrix, "finished", lambda command, folder: SimpleNamespace(returncode=1, stdout=said)
+    )
+    monkeypatch.setattr(matrix, "copy_of_tree", lambda folder: folder)
+    with pytest.raises(SystemExit, match=r"--torch 9\.9\.9: pip finds no such release"):
+        matrix.with_torch("9.9.9", tmp_path, arguments(tmp_path))
+    with pytest.raises(SystemExit, match=r"--triton 9\.9\.9: pip did not install it: ERROR: No matching"):
+        matrix.with_triton("9.9.9", tmp_path, arguments(tmp_path))
+    (tmp_path / "triton-9.9.9").mkdir()
+    here = {"torch": "2.11.0", "triton": "3.6.0", "python": "3.12.3"}
+    monkeypatch.setattr(matrix, "versions", lambda python, environment: here)
+    with pytest.raises(SystemExit, match=r"--triton 9\.9\.9: Python imports 3\.6\.0"):
+        matrix.with_triton("9.9.9", tmp_path, arguments(tmp_path))
+    assert not (tmp_path / "results").exists()
 
 
 def test_what_pytest_reports_is_counted(tmp_path):

@@ -60,3 +60,4 @@ def as_hardware(emulator):
 )
 def test_within_the_budgets(as_hardware, test, arguments, dtype):
     test(as_hardware, **arguments, dtype=dtype)
+    assert as_hardware.as_hardware  # a test that configures the emulator itself would have turned it off

@@ -1,4 +1,4 @@
-"""How much memory a function makes: every new storage, on any device, on the meta device too."""
+"""How much memory a function makes, and how much it copies; on any device, on the meta device too."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,3 +35,19 @@ def beyond_results(function, *arguments):
         results = function(*arguments)
     storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(results)}
     return made.bytes - sum(storage.nbytes() for storage in storages.values())
+
+
+class Copies(TorchDispatchMode):
+    """Within the block `bytes` grows by what operations write that only copy, to another layout or dtype."""
+
+    NAMES = ("aten::copy_", "aten::clone", "aten::_to_copy", "aten::cat", "aten::constant_pad_nd")
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function._schema.name in self.NAMES:
+            self.bytes += out.numel() * out.element_size()
+        return out

@@ -216,6 +216,7 @@ class Emulator:
         """
         if as_hardware is None:
             as_hardware = os.environ.get("VITDIV_EMULATION_ARITHMETIC") == "hardware"
+        self.as_hardware = as_hardware
         shared = ctypes.c_int64(SHARED_BYTES[architecture])
         self.library.emulation_configure(ORDERS[order], seed, shared, as_hardware)
 

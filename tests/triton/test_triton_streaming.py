@@ -240,6 +240,7 @@ def test_the_table_has_a_tile_for_every_call(extras, dtype):
                 tile = _triton_tiles.tile(kernel, padded, width, dtype, extras, interpreted=False)
                 assert tile.warps <= padded
                 assert tile.width <= max(16, width)
+                assert 32 * tile.warps * (tile.maxnreg or 0) <= 65536  # registers of an SM: else no launch
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
 
 import interpreter_arithmetic
 import interpreter_checks
-from allocations import beyond_results
+from allocations import Copies, beyond_results
 from conftest import need
 
 from vitdiv_kernels.ops import _launch as _triton
@@ -160,6 +160,44 @@ def test_views_are_not_copied():
     assert not workspace._Batched(packed[:, :, :31], rows, keys=True).in_place  # 31 keys
 
 
+# A call's tensors that are copied whole, forward and backward, by layout, heads and tokens. Each is read and
+# written once more than it must be: what lowers a number makes the call faster.
+COPIED = [
+    ("packed", 12, 197, 4, 7),  # q, k, v, out; q, k, v, dout, dq, dk, dv
+    ("packed", 12, 208, 4, 7),
+    ("packed", 6, 197, 0, 7),  # forward by the streaming schedule
+    ("[B, N, H, d]", 12, 197, 4, 7),
+    ("[B, H, N, d]", 12, 197, 2, 4),  # k and v, which products take 208 rows of; their gradients
+    ("[B, H, N, d]", 12, 208, 0, 0),
+    ("[B, H, N, d]", 6, 197, 0, 4),
+]
+
+
+@pytest.mark.parametrize(("layout", "heads", "tokens", "forward", "backward"), COPIED)
+def test_what_is_copied_to_another_layout(layout, heads, tokens, forward, backward, monkeypatch):
+    """As the tables have it for bfloat16 on sm_90, at 128 images and at few: chunks copy each part once."""
+    # on a GPU products write in place; elsewhere they convert operands of 16 bits
+    monkeypatch.setattr(workspace, "_product", lambda *arguments, **options: None)
+    for images in (3, 128):
+        made = {"dtype": torch.bfloat16, "device": "meta"}
+        if layout == "packed":
+            q, k, v = torch.empty(images, tokens, 3, heads, 64, **made).permute(2, 0, 3, 1, 4)
+            dout = torch.empty(images, tokens, heads, 64, **made).transpose(1, 2)
+        elif layout == "[B, N, H, d]":
+            q, k, v, dout = torch.empty(4, images, tokens, heads, 64, **made).transpose(2, 3)
+        else:
+            q, k, v, dout = torch.empty(4, images, heads, tokens, 64, **made)
+        mix = torch.empty(heads, heads, device="meta")
+        arguments = q, k, v, 0.125, None, None, mix, None, False, None, None, 1e-5
+        with _triton.recording((9, 0)), Copies() as of_forward:
+            triton_kernels.reattention_fwd(*arguments, True, False)
+        with _triton.recording((9, 0)), Copies() as of_backward:
+            needs = [True] * 3 + [False, True, False]
+            triton_kernels.reattention_bwd(dout, None, *arguments, needs)
+        one, parameters = q.numel() * q.element_size(), 4 * heads * (heads + 1)  # made in float64
+        assert (of_forward.bytes, of_backward.bytes) == (forward * one, backward * one + parameters)
+
+
 @pytest.mark.parametrize("maps", [1, 2])
 @pytest.mark.parametrize("heads", [1, 12, 32])
 @pytest.mark.parametrize(
@@ -218,6 +256,7 @@ def test_every_call_has_a_schedule_and_tiles(direction, capability):
                     assert heads <= tiles.share * heads <= tiles.tile_rows
                     assert tiles.one_block == (keys <= tiles.block)
                     assert tiles.block % (16 * tiles.split) == 0
+                    assert 32 * tiles.num_warps * (tiles.maxnreg or 0) <= 65536  # registers of an SM
     sources = {row.source for row in (*triton_configs.SCHEDULES, *row_tiles.ROWS)}
     assert all(s in ("cost model", "aot") or s.startswith("measured on ") for s in sources)
 
