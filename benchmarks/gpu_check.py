@@ -215,7 +215,7 @@ class Check:
                 while not built.wait(0.2):
                     pass
                 why_not = self.why_no_native()
-                if why_not is None:
+                if why_not is None or self.stop.is_set():
                     self.suite("CUDA tests", lambda: end)
                 else:
                     self.conclude("CUDA tests", NOT_RUN, why_not)
@@ -357,12 +357,13 @@ def summary_of(measured: list[dict]) -> str:
     for key, row in merged.items():
         if not key[-1].startswith(("native", "triton")):
             continue
-        name = " ".join(filter(None, (row["op"], row.get("variant"))))
+        name = " ".join(filter(None, (row.get("op"), row.get("variant"))))
+        of = ", ".join(filter(None, (row.get("shape"), row.get("dtype"))))
         names = ("ms", "device_ms", "wall_ms", "ratio_eager", "ratio_compile", "ratio_floor")
         numbers = [_rounded(row.get(k)) for k in names]
         plain = eager.get(key[:-1], {})
         memory = f"{_rounded(row.get('peak_extra_mb'))} ({_rounded(plain.get('peak_extra_mb'))})"
-        cells = [name, f"{row['shape']}, {row['dtype']}", row["provider"], row["mode"], *numbers, memory]
+        cells = [name, of, *key[-2:][::-1], *numbers, memory]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
