@@ -1,6 +1,5 @@
 """pairwise_cosine: values, gradients, layouts and extremes, on every backend."""
 
-import far_vectors
 import formulas
 import pytest
 import torch
@@ -320,7 +319,6 @@ def test_any_shape_layout_and_options(backend, interpreted):
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("width", [5, 40])
 def test_vectors_of_any_length(backend, request, far, penalty, sets, width):
-    far_vectors.need(backend)
     if far[0] == torch.bfloat16 and sets == 1 and "cuda" in request.node.name:
         pytest.skip("CUDA kernels read the norms of a short set of bfloat16 with its products: README.md")
 

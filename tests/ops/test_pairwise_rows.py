@@ -1,11 +1,10 @@
 """pairwise_logsumexp and pairwise_nearest: values, gradients, layouts and extremes, on every backend."""
 
-import far_vectors
 import formulas
 import pytest
 import torch
 from comparing import FLOOR, assert_within_budget, gradients
-from far_vectors import EVERY_RANGE, assert_length_does_not_matter
+from far_vectors import EVERY_RANGE, assert_length_does_not_matter, lengths_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
@@ -406,7 +405,6 @@ def test_any_shape_layout_and_options(backend, interpreted):
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("scale", [2.0, 60.0])
 def test_vectors_of_any_length(backend, far, sets, scale):
-    far_vectors.need(backend)
     vectors = (torch.randn(1, 9, 12), torch.randn(1, 11, 12))[:sets]
     weights = torch.rand(9, dtype=torch.float64)
 
@@ -419,12 +417,25 @@ def test_vectors_of_any_length(backend, far, sets, scale):
     assert_length_does_not_matter(loss, formula, far, *vectors)
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("lengths", [(1e-25,), (1.0,) * 66 + (1e25,)], ids=["first", "second"])
+def test_a_far_vector_in_one_of_two_tiles(backend, sets, lengths):
+    far = torch.float32, lengths, 0.0
+
+    def loss(*vectors, eps):
+        return pairwise_logsumexp(*vectors, scale=2.0, eps=eps, backend=backend).sum()
+
+    vectors = torch.randn(2, 1, 70, 24)[:sets]
+    assert_length_does_not_matter(
+        loss, lambda *v: formulas.pairwise_logsumexp(*v, scale=2.0).sum(), far, *vectors
+    )
+
+
 @EVERY_RANGE
 def test_the_nearest_of_vectors_of_any_length(backend, far):
-    far_vectors.need(backend)
-    dtype, length, eps = far
+    dtype, _, eps = far
     x = torch.randn(2, 9, 12).to(dtype).double()
-    lengths = 10.0 ** torch.linspace(-15, 15, 9).unsqueeze(-1).double() if length is None else length
+    lengths = lengths_of(far, 9)
     given = (x * lengths).to(dtype)
     truth = cosines(given.double() / lengths).argmax(-1)
     assert torch.equal(pairwise_nearest(given, eps=eps, backend=backend), truth)

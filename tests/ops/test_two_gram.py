@@ -1,6 +1,5 @@
 """two_gram: values, gradients, layouts and extremes, on every backend."""
 
-import far_vectors
 import formulas
 import pytest
 import torch
@@ -347,7 +346,6 @@ def test_any_shape_layout_and_options(backend, interpreted):
 @EVERY_RANGE
 @pytest.mark.parametrize("penalty", ["square", "relu_square", "hinge", "product"])
 def test_vectors_of_any_length(backend, far, penalty):
-    far_vectors.need(backend)
     x, y = draw((1,), 9, 12, 7, far[0], normalise=True)
     options = dict(penalty=penalty, margin=MARGIN)
     assert_length_does_not_matter(

@@ -1,6 +1,7 @@
 """What the Triton kernels of pairs of vectors share: inverse norms, tiles of products, gradients of rows.
 
-Vectors are multiplied as they are, and the inverse norms applied to the tiles of products.
+Vectors are multiplied as they are, and the inverse norms applied to the tiles of products; tiles of vectors
+far from 1, whose products would leave the range, are made again of vectors brought near 1.
 """
 
 import math
@@ -26,7 +27,8 @@ def items_of(x):
 def slices(config, *rows):
     """What a program of this row of a table takes of the vectors at a time, and registers at most."""
     if all(map(_aligned, rows)):
-        return dict(BD=config.width, maxnreg=None)
+        # float64 spilled at 168 registers
+        return dict(BD=config.width, maxnreg=_ALL_REGISTERS if rows[0].dtype == torch.float64 else None)
     return dict(BD=max(16, config.width // 2), maxnreg=_ALL_REGISTERS)
 
 
@@ -94,6 +96,45 @@ def inverse_of(x, ACC: tl.constexpr):
         return 1.0 / x
 
 
+@triton.jit
+def _any_far(length, ACC: tl.constexpr):
+    """1 if products of vectors of any of these lengths, or inverse lengths, may leave the range, else 0."""
+    bound: tl.constexpr = 2.0**340 if ACC == tl.float64 else 2.0**42  # noqa: SIM300
+    far = (length > bound) | (length < 1.0 / bound)
+    return tl.max(far.to(tl.int32), 0)
+
+
+@triton.jit
+def _powers(x, ACC: tl.constexpr):
+    """The largest power of two up to x > 0, and its inverse, both normal numbers."""
+    largest: tl.constexpr = 2.0**1022 if ACC == tl.float64 else 2.0**126  # noqa: SIM300
+    x = tl.minimum(tl.maximum(x, 1.0 / largest), largest)
+    if ACC == tl.float64:  # noqa: SIM300
+        bits = x.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        inverse_bits = 0x7FE0000000000000 - bits
+    else:
+        bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+        inverse_bits = 0x7F000000 - bits
+    return bits.to(ACC, bitcast=True), inverse_bits.to(ACC, bitcast=True)
+
+
+@triton.jit
+def _far_lengths(rows, row_mask, D, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
+    """|x| of vectors of any length, read twice more: a power of two times the length of x by it."""
+    d = tl.arange(0, BD)
+    largest = tl.zeros((BN, BD), ACC)
+    for d0 in tl.range(0, D, BD):
+        mask = row_mask & (d0 + d < D)[None, :]
+        largest = tl.maximum(largest, tl.abs(tl.load(rows + (d0 + d)[None, :], mask=mask, other=0.0).to(ACC)))
+    power, inverse_power = _powers(tl.max(largest, 1), ACC)
+    squares = tl.zeros((BN, BD), ACC)
+    for e0 in tl.range(0, D, BD):
+        mask = row_mask & (e0 + d < D)[None, :]
+        x = tl.load(rows + (e0 + d)[None, :], mask=mask, other=0.0).to(ACC) * inverse_power[:, None]
+        squares += x * x
+    return square_root(tl.sum(squares, 1), ACC) * power
+
+
 # Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Norms are
 # loaded one by one, and where those of y start depends on the number of rows.
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["NORMS"])
@@ -115,8 +156,13 @@ def rows_kernel(
         x = tl.load(rows + (d0 + d)[None, :], mask=mask, other=0.0).to(ACC)
         squares += x * x
     length = square_root(tl.sum(squares, 1), ACC)
+    eps = tl.full((BN,), EPS, ACC)
+    if X.dtype.element_ty != tl.float16:  # whose squares are all within range
+        size = tl.where(n < N, tl.where(length <= eps, eps, length), 1.0)
+        if _any_far(size, ACC) > 0:
+            length = _far_lengths(rows, row_mask, D, BN, BD, ACC)
     # of a NaN stays NaN
-    short = length <= tl.full((BN,), EPS, ACC)
+    short = length <= eps
     norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), inverse_of(tl.where(short, 1.0, length), ACC))
     tl.store(NORMS + item * N + n, norm, mask=n < N)
     if SQUARES is not None:
@@ -171,6 +217,47 @@ def products(
 
 
 @triton.jit
+def cosines(
+    x_rows, y_rows, x_mask, y_mask, D, x_norm, y_norm, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`products` of unit vectors, of inverse norms as given."""
+    s = products(x_rows, y_rows, x_mask, y_mask, D, BR, BC, BD, DT, PREC, ACC)
+    # the same when x and y change places, for vectors that are equal to be equally near
+    s = s * (x_norm[:, None] * y_norm[None, :])
+    if DT != tl.float16:  # noqa: SIM300 -- whose products are all within range
+        # 0 is the inverse norm of no row
+        x_far = _any_far(tl.where(x_norm > 0, x_norm, 1.0), ACC)
+        far = tl.maximum(x_far, _any_far(tl.where(y_norm > 0, y_norm, 1.0), ACC))
+        if far > 0:
+            # Of what depends on `far`, which is 1, the compiler moves nothing out of the branch and out of
+            # the loops around it, where it would take registers. Multiples of 16 keep the loads wide.
+            first, x_norm, y_norm = 16 * (far - 1), x_norm * far, y_norm * far
+            s = _far_cosines(x_rows, y_rows, x_mask, y_mask, first, D, x_norm, y_norm, BR, BC, DT, PREC, ACC)
+    return s
+
+
+@triton.jit
+def _far_cosines(
+    x_rows, y_rows, x_mask, y_mask, first, D, x_norm, y_norm, BR: tl.constexpr, BC: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`cosines` of vectors of any length, multiplied by powers of two first, which is exact."""
+    FD: tl.constexpr = 16  # and no stages: no more registers than `products` takes
+    x_power, x_inverse = _powers(x_norm, ACC)
+    y_power, y_inverse = _powers(y_norm, ACC)
+    d = tl.arange(0, FD)
+    s = tl.zeros((BR, BC), ACC)
+    for d0 in tl.range(first, D, FD * (first + 1), num_stages=1):
+        width_mask = (d0 + d < D)[None, :]
+        x = tl.load(x_rows + (d0 + d)[None, :], mask=x_mask[:, None] & width_mask, other=0.0).to(ACC)
+        y = tl.load(y_rows + (d0 + d)[None, :], mask=y_mask[:, None] & width_mask, other=0.0).to(ACC)
+        x, y = (x * x_power[:, None]).to(DT), (y * y_power[:, None]).to(DT)
+        s = tl.dot(x, tl.trans(y), s, input_precision=PREC, out_dtype=ACC)
+    return s * ((x_norm * x_inverse)[:, None] * (y_norm * y_inverse)[None, :])
+
+
+@triton.jit
 def add_rows(dx, weights, y_places, y_mask, WT: tl.constexpr, WPREC: tl.constexpr, ACC: tl.constexpr):
     """dx + weights y."""
     y = tl.load(y_places, mask=y_mask, other=0.0).to(WT)
@@ -185,4 +272,4 @@ def through_norm(dx, x, norm, along, INVERSE_EPS: tl.constexpr, BR: tl.constexpr
     """The gradient of rows x from that of x_hat, whose part along x_hat is known."""
     # a row that was divided by eps has no part taken out
     along = tl.where(norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
-    return norm[:, None] * (dx - x * (norm * along)[:, None])
+    return norm[:, None] * (dx - x * norm[:, None] * along[:, None])

@@ -11,11 +11,11 @@ from .._tiles import row_for
 from .._triton import (
     BLOCK_ROWS,
     BLOCK_WIDTH,
+    cosines,
     dot_types,
     gradient_slices,
     inverse,
     items_of,
-    products,
     read_rows,
     slices,
     through_norm,
@@ -192,10 +192,9 @@ def _tiles_kernel(
     j = column_tile * BC + tl.arange(0, BC)
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
     y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
-    s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
     x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
     y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-    s = s * x_norm[:, None] * y_norm[None, :]
+    s = cosines(x_rows, y_rows, i < N, j < M, D, x_norm, y_norm, BR, BC, BD, DT, PREC, ACC)
     if ONE_SET and not SELF:
         s = tl.where(i[:, None] == j[None, :], 0.0, s)
     if PENALTY == "abs":
@@ -287,8 +286,7 @@ def _tiles_backward_kernel(
             j = j0 + columns
             y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
             y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-            s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
-            slope = 2.0 * s * norm[:, None] * y_norm[None, :]
+            slope = 2.0 * cosines(x_rows, y_rows, i < N, j < M, D, norm, y_norm, BR, BC, BD, DT, PREC, ACC)
             if ONE_SET and not SELF:
                 slope = tl.where(i[:, None] == j[None, :], 0.0, slope)
             y_mask = (j < M)[:, None] & out_mask

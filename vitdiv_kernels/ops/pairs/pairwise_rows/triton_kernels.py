@@ -10,11 +10,11 @@ from .._inverse_norms import new_norms, norms_of
 from .._tiles import row_for
 from .._triton import (
     add_rows,
+    cosines,
     dot_types,
     gradient_slices,
     inverse,
     items_of,
-    products,
     read_rows,
     slices,
     through_norm,
@@ -157,31 +157,28 @@ def _tiles_kernel(
     j = column_tile * BC + tl.arange(0, BC)
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
     y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
-    s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
     x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
     y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
+    s = cosines(x_rows, y_rows, i < N, j < M, D, x_norm, y_norm, BR, BC, BD, DT, PREC, ACC)
     counted = (i < N)[:, None] & (j < M)[None, :]
     if ONE_SET:
         counted = counted & (i[:, None] != j[None, :])
     place = (item * column_tiles + column_tile) * N + i
     turned_place = (item * column_tiles + row_tile) * M + j
     if INDICES is None:
-        s = s * x_norm[:, None] * y_norm[None, :] * double(scale_high, scale_low, ACC)
-        s = tl.where(counted, s, float("-inf"))
+        s = tl.where(counted, s * double(scale_high, scale_low, ACC), float("-inf"))
         tl.store(PARTS + place, _logarithms(s, 1, BOUNDED), mask=i < N)
         if TRIANGLE:
             if row_tile != column_tile:
                 tl.store(PARTS + turned_place, _logarithms(s, 0, BOUNDED), mask=j < M)
     else:
-        # Each set's norms in the same order, for vectors that are equal to be equally near.
-        by_row = tl.where(counted, s * x_norm[:, None] * y_norm[None, :], float("-inf"))
-        largest, first = _largest(by_row, tl.broadcast_to(j[None, :], (BR, BC)), 1)
+        s = tl.where(counted, s, float("-inf"))
+        largest, first = _largest(s, tl.broadcast_to(j[None, :], (BR, BC)), 1)
         tl.store(PARTS + place, largest, mask=i < N)
         tl.store(INDICES + place, first, mask=i < N)
         if TRIANGLE:
             if row_tile != column_tile:
-                by_column = tl.where(counted, s * y_norm[None, :] * x_norm[:, None], float("-inf"))
-                turned, turned_first = _largest(by_column, tl.broadcast_to(i[:, None], (BR, BC)), 0)
+                turned, turned_first = _largest(s, tl.broadcast_to(i[:, None], (BR, BC)), 0)
                 tl.store(PARTS + turned_place, turned, mask=j < M)
                 tl.store(INDICES + turned_place, turned_first, mask=j < M)
 
@@ -256,8 +253,7 @@ def _gradient_kernel(
         j = j0 + tl.arange(0, BC)
         y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
         y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-        s = products(x_rows, y_rows, i < N, j < M, D, BR, BC, BD, DT, PREC, ACC)
-        s = s * x_norm[:, None] * y_norm[None, :]
+        s = cosines(x_rows, y_rows, i < N, j < M, D, x_norm, y_norm, BR, BC, BD, DT, PREC, ACC)
         weights = tl.zeros((BR, BC), ACC)
         if OF != "own":
             drow = tl.load(DROWS + item * M + j, mask=j < M, other=0.0)

@@ -9,6 +9,7 @@ from .._inverse_norms import new_norms, norms_of
 from .._tiles import row_for
 from .._triton import (
     add_rows,
+    cosines,
     dot_types,
     gradient_slices,
     inverse,
@@ -145,11 +146,12 @@ def _gram(
     else:
         i_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
         j_rows = X + item * x_item + j.to(tl.int64)[:, None] * x_row
-        gram = products(i_rows, j_rows, i < N, j < N, D, BR, BC, BD, DT, PREC, ACC)
-        if NORMS is not None:
+        if NORMS is None:
+            gram = products(i_rows, j_rows, i < N, j < N, D, BR, BC, BD, DT, PREC, ACC)
+        else:
             i_norm = tl.load(NORMS + item * N + i, mask=i < N, other=0.0)
             j_norm = tl.load(NORMS + item * N + j, mask=j < N, other=0.0)
-            gram = gram * i_norm[:, None] * j_norm[None, :]
+            gram = cosines(i_rows, j_rows, i < N, j < N, D, i_norm, j_norm, BR, BC, BD, DT, PREC, ACC)
     return gram
 
 
