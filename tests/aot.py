@@ -40,6 +40,9 @@ except ImportError:  # before Triton 3.6
         return _specialise(value, is_const, by_value, by_alignment)
 
 
+sys.path.append(str(Path(__file__).with_name("support")))
+import sampling
+
 from vitdiv_kernels.ops import _launch as _triton
 from vitdiv_kernels.ops.maps._triton.tiles import shared_memory
 
@@ -86,6 +89,25 @@ def in_turn(launches):
         alike.setdefault((key[0], *key[2:]), []).append(key)
     chosen = [keys[i % len(keys)] for i, keys in enumerate(alike.values())]
     return {key: launches[key] for key in chosen}
+
+
+def sample(launches):
+    """Few of what `in_turn` chooses: of each kernel each GPU, list of pointers' types, alignment of all its
+    arguments, options, type of an argument and constant is in one."""
+    of_kernel = {}
+    for key in in_turn(launches):
+        of_kernel.setdefault((key[0], key[2]), {})[key] = values_of(key)
+    return {key: launches[key] for values in of_kernel.values() for key in sampling.covering(values)}
+
+
+def values_of(key):
+    """What a sample is to have of a launch."""
+    _, capability, _, signature, constexprs, attributes, options = key
+    types = tuple(kind for _, kind in signature if kind.startswith("*"))
+    values = {("GPU", capability), ("types", types), ("aligned", attributes), ("options", options)}
+    return (
+        values | {("argument", *argument) for argument in signature} | {("constant", *c) for c in constexprs}
+    )
 
 
 def one_in(n, launches):
@@ -277,18 +299,19 @@ def main():
     parser.add_argument("--capabilities", default=default, help=f"comma-separated; default: {default}")
     parser.add_argument("--kernels", default="", help="only kernels whose name contains this")
     parser.add_argument(
-        "--sample", action="store_true", help="what several GPUs launch alike for one of them, in turn"
+        "--sample",
+        action="store_true",
+        help="few: of each kernel each GPU, type, alignment, option and constant",
     )
     parser.add_argument("--one-in", type=int, default=1, metavar="N", help="every N-th of each kernel's")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--lines", type=Path, help="append each row here, as JSON, when it is compiled")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).with_name("support")))
     launches, limits = to_compile(args.operations, map(int, args.capabilities.split(",")))
     launches = {key: launch for key, launch in launches.items() if args.kernels in key[2]}
     if args.sample:
-        launches = in_turn(launches)
+        launches = sample(launches)
     launches = one_in(args.one_in, launches)
     rows = []
     # Nothing from an earlier run, which another version of the compiler may have made.

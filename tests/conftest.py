@@ -29,6 +29,7 @@ import emulated_cuda  # noqa: E402
 import emulated_operators  # noqa: E402
 import emulation_build  # noqa: E402
 import gpu_cases  # noqa: E402
+import sampling  # noqa: E402
 
 from vitdiv_kernels import _dispatch, _native  # noqa: E402
 
@@ -133,9 +134,11 @@ def backend(request, monkeypatch):
     if request.param == "triton-interpreter":
         import interpreter_arithmetic  # these import Triton
         import interpreter_checks
+        import interpreter_speed
 
         interpreter_checks.install()
         interpreter_arithmetic.install()
+        interpreter_speed.install()
     if request.param == "emulated-cuda":
         emulated_operators.need(operation_of(request.node))
         one_emulator().configure()
@@ -191,14 +194,9 @@ def pytest_collection_modifyitems(config, items):
 
 def covering(cases):
     """Few of a test's cases, in their order, that have each value of each parameter among them."""
-    values = {case: {(name, str(value)) for name, value in case.callspec.params.items()} for case in cases}
-    missing = set().union(*values.values())
-    chosen = set()
-    while missing:
-        case = max(cases, key=lambda case: len(values[case] & missing))
-        missing -= values[case]
-        chosen.add(case)
-    return [case for case in cases if case in chosen]
+    return sampling.covering(
+        {case: {(name, str(value)) for name, value in case.callspec.params.items()} for case in cases}
+    )
 
 
 @pytest.fixture

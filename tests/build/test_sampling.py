@@ -68,6 +68,30 @@ def test_kernels_are_compiled_for_one_gpu_in_turn():
     assert set(chosen.values()) == {"launch"}
 
 
+def test_compiled_kernels_have_each_value_among_them():
+    pytest.importorskip("triton")
+    import aot
+
+    launches = {}
+    for cc, kind, rows, half, warps in itertools.product(
+        (80, 90, 100), ("fp16", "fp32"), (16, 32, 64), (True, False), (4, 8)
+    ):
+        signature = (("X", f"*{kind}"), ("N", "i32"), ("ROWS", "constexpr"), ("HALF", "constexpr"))
+        aligned = ((0, "D"), (1, "D")) if half else ((0, "D"),)
+        for name in ("kernel", "other"):
+            key = "op", cc, name, signature, ((2, rows), (3, half)), aligned, (warps, 2, None)
+            launches[key] = "launch"
+    chosen = aot.sample(launches)
+    assert len(chosen) <= len(launches) / 10
+    for name in ("kernel", "other"):
+        found, every = (
+            set().union(*(aot.values_of(key) for key in keys if key[2] == name))
+            for keys in (chosen, launches)
+        )
+        assert found == every
+        assert {80, 90, 100} == {key[1] for key in chosen if key[2] == name}
+
+
 def test_tensors_that_fill_a_gpu_are_of_one_process_at_a_time():
     fcntl = pytest.importorskip("fcntl")
     path = Path(tempfile.gettempdir()) / f"vitdiv_far_apart_{os.getuid()}.lock"

@@ -39,7 +39,9 @@ def test_fullgraph(backend, tokens, name):
 
 
 @pytest.mark.parametrize("name", ["cosine abs", "two layers", "reattention batch"])
-def test_inductor(backend, tokens, name):
+def test_inductor(backend, interpreted, tokens, name):
+    if name != "reattention batch" and (backend == "reference" or interpreted):
+        pytest.skip("the code around operators is that of native, the code of plain formulas torch's own")
     torch.compiler.reset()
     compiled = torch.compile(OPERATIONS[name], fullgraph=True)
     assert_like_eager(compiled, OPERATIONS[name], *arguments(tokens=tokens), backend)

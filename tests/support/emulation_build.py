@@ -45,7 +45,7 @@ def build(*sources, defines=(), shared=True, libraries=(), includes=()):
     folder, name = ROOT / "build/emulation", sources[0].stem
     target = folder / f"{name}-{state.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as objects:
+    with (folder / f"{name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as objects:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
         if not target.exists():
             for earlier in folder.glob(f"{name}-*"):

@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
 
 import formulas
 import interpreter_arithmetic
+import interpreter_speed
 import triton
 import triton.language as tl
 from comparing import assert_within_budget
@@ -30,6 +31,7 @@ runs = pytest.mark.skipif(
 )
 if _triton.INTERPRETED:
     interpreter_arithmetic.install()
+    interpreter_speed.install()
 
 
 @triton.jit

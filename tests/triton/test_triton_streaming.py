@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None:
 
 import interpreter_arithmetic
 import interpreter_checks
+import interpreter_speed
 
 from vitdiv_kernels.ops import _launch as _triton
 from vitdiv_kernels.ops.maps._triton import heads as _triton_heads
@@ -24,6 +25,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 if _triton.INTERPRETED:
     interpreter_checks.install()
     interpreter_arithmetic.install()
+    interpreter_speed.install()
 pytestmark = pytest.mark.skipif(
     not (ON_GPU or _triton.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported"
 )

@@ -11,6 +11,7 @@ if importlib.util.find_spec("triton") is None:
 
 import interpreter_arithmetic
 import interpreter_checks
+import interpreter_speed
 from allocations import Copies, beyond_results
 from conftest import need
 
@@ -23,6 +24,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 if _triton.INTERPRETED:
     interpreter_checks.install()
     interpreter_arithmetic.install()
+    interpreter_speed.install()
 runs = pytest.mark.skipif(
     not (ON_GPU or _triton.INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported"
 )
