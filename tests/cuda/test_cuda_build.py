@@ -212,7 +212,7 @@ def configured(tmp_path_factory):
             "",
             [
                 "compute_80,code=[sm_80]",
-                "compute_90,code=[sm_90]",
+                "compute_80,code=[sm_90]",
                 "code=[compute_100,sm_100]",
                 "compute_100,code=[sm_120]",
             ],
@@ -225,8 +225,7 @@ def test_architectures_are_those_that_are_listed(configured, listed, flags):
     code, log, rules = configure(configured, VITDIV_CUDA="1", TORCH_CUDA_ARCH_LIST=listed)
     assert code == 0, log
     assert all(flag in rules for flag in flags), rules
-    built = re.findall(r"csrc/cuda/\w+\.cu\b", (ROOT / "cmake/CudaKernels.cmake").read_text())
-    assert rules.count("arch=compute_") == len(flags) * len(built)
+    assert rules.count("arch=compute_") == len(flags) * len(KERNELS) > 0
     assert "cudart_static" in rules
 
 
