@@ -86,7 +86,7 @@ def starts(x, start, generator, draw):
     _checks.same_device("start", start, "the input", x)
     # shapes of other lengths are not compared: that of a dynamic batch would become part of a program
     if start.shape != (shape if start.dim() == len(shape) else shape[-2:]):
-        expected = f"[{', '.join(map(str, shape))}] or [2, {shape[-1]}]"
+        expected = f"{_checks.sizes(*shape)} or [2, {shape[-1]}]"
         raise ValueError(f"start must have shape {expected}, got {_checks.shape_of(start)}")
     return start.to(accumulation_dtype(x)).expand(shape)
 
