@@ -9,67 +9,14 @@ import inspect
 from torch import nn
 
 from .. import _checks, losses
-from ..ops.maps.attention_gram import attention_diversity
-from ..ops.pairs.pairwise_cosine import pairwise_cosine
-
-
-class PatchCosineLoss(nn.Module):
-    """Penalty on the cosine similarity of the patches of each image: `pairwise_cosine` without the prefix
-    tokens.
-
-    forward(x [B, N, D]) takes the pairs within x, forward(x, y [B, M, D]) those between x and y, for instance
-    the tokens of two layers. The defaults are the loss of Gong et al. 2021 (arXiv 2104.12753). Arguments as
-    `pairwise_cosine`, and num_prefix_tokens: the class and register tokens that are dropped from the front of
-    x and y.
-    """
-
-    def __init__(
-        self,
-        penalty="abs",
-        *,
-        include_self=False,
-        reduction="mean",
-        num_prefix_tokens=1,
-        eps=1e-8,
-        backend="auto",
-    ):
-        super().__init__()
-        self.num_prefix_tokens = _checks.count("num_prefix_tokens", num_prefix_tokens)
-        self.options = dict(
-            penalty=penalty, include_self=include_self, reduction=reduction, eps=eps, backend=backend
-        )
-
-    def forward(self, x, y=None):
-        first = self.num_prefix_tokens
-        return pairwise_cosine(x[..., first:, :], None if y is None else y[..., first:, :], **self.options)
-
-    def extra_repr(self):
-        return f"num_prefix_tokens={self.num_prefix_tokens}, " + _repr_of(self.options)
-
-
-class AttentionDiversityLoss(nn.Module):
-    """Penalty on the cosine similarity of the attention maps of the heads: `attention_diversity`.
-
-    forward(q [B, H, N, d], k [B, H, M, d]). The defaults are the loss of Chen et al. 2022 (arXiv 2203.06345).
-    """
-
-    def __init__(self, penalty="signed", *, include_self=True, reduction="mean", scale=None, backend="auto"):
-        super().__init__()
-        self.options = dict(
-            penalty=penalty, include_self=include_self, reduction=reduction, scale=scale, backend=backend
-        )
-
-    def forward(self, q, k):
-        return attention_diversity(q, k, **self.options)
-
-    def extra_repr(self):
-        return _repr_of(self.options)
 
 
 class _Loss(nn.Module):
-    """A function with its options bound. Options that the function does not have raise TypeError."""
+    """A function, `of`, with its options bound. Options that it does not have raise TypeError."""
 
-    function = None
+    def __init_subclass__(cls, of=None):
+        if of is not None:
+            cls.function, cls.__doc__ = staticmethod(of), f"`{of.__name__}`: {cls.__doc__}"
 
     def __init__(self, **options):
         super().__init__()
@@ -86,7 +33,7 @@ class _Loss(nn.Module):
         return self.function(*inputs, **self.options)
 
     def extra_repr(self):
-        return _repr_of(self.options)
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class _TokenLoss(_Loss):
@@ -103,162 +50,141 @@ class _TokenLoss(_Loss):
         return ", ".join(filter(None, (f"num_prefix_tokens={self.num_prefix_tokens}", super().extra_repr())))
 
 
-class PatchContrastLoss(_TokenLoss):
-    """`losses.patch_contrast`: forward(first, last), tokens of two layers."""
+class PatchCosineLoss(_TokenLoss, of=losses.pairwise_cosine):
+    """penalty on the cosine similarity of the patches of each image.
 
-    function = staticmethod(losses.patch_contrast)
+    forward(x [B, N, D]) takes the pairs within x, forward(x, y [B, M, D]) those between x and y, for instance
+    the tokens of two layers. The defaults are the loss of Gong et al. 2021 (arXiv 2104.12753). Arguments as
+    `pairwise_cosine`, and num_prefix_tokens: the class and register tokens that are dropped from the front of
+    x and y.
+    """
 
+    def __init__(
+        self, penalty="abs", *, include_self=False, reduction="mean", num_prefix_tokens=1, eps=1e-8,
+        backend="auto",
+    ):  # fmt: skip
+        super().__init__(
+            num_prefix_tokens=num_prefix_tokens, penalty=penalty, include_self=include_self,
+            reduction=reduction, eps=eps, backend=backend,
+        )  # fmt: skip
 
-class NeighbourhoodContrastLoss(_TokenLoss):
-    """`losses.neighbourhood_contrast`: forward(tokens, context). Both with their prefix tokens, or
-    num_prefix_tokens=0 and both without."""
-
-    function = staticmethod(losses.neighbourhood_contrast)
-
-
-class PatchMHSLoss(_TokenLoss):
-    """`losses.patch_mhs`: forward(tokens)."""
-
-    function = staticmethod(losses.patch_mhs)
-
-
-class PatchMGDLoss(_TokenLoss):
-    """`losses.patch_mgd`: forward(tokens)."""
-
-    function = staticmethod(losses.patch_mgd)
+    def forward(self, x, y=None):
+        return super().forward(x) if y is None else super().forward(x, y)
 
 
-class PatchSoftOrthogonalityLoss(_TokenLoss):
-    """`losses.patch_soft_orthogonality`: forward(tokens)."""
+class AttentionDiversityLoss(_Loss, of=losses.attention_diversity):
+    """penalty on the cosine similarity of the attention maps of the heads.
 
-    function = staticmethod(losses.patch_soft_orthogonality)
+    forward(q [B, H, N, d], k [B, H, M, d]). The defaults are the loss of Chen et al. 2022 (arXiv 2203.06345).
+    """
+
+    def __init__(self, penalty="signed", *, include_self=True, reduction="mean", scale=None, backend="auto"):
+        super().__init__(
+            penalty=penalty, include_self=include_self, reduction=reduction, scale=scale, backend=backend
+        )
 
 
-class PatchConditionOrthogonalityLoss(_TokenLoss):
-    """`losses.patch_condition_orthogonality`: forward(tokens)."""
-
-    function = staticmethod(losses.patch_condition_orthogonality)
+class PatchContrastLoss(_TokenLoss, of=losses.patch_contrast):
+    """forward(first, last), tokens of two layers."""
 
 
-class PatchMixingLoss(_TokenLoss):
-    """`losses.patch_mixing`: forward(logits of all tokens, labels, others, shares of the patches)."""
+class NeighbourhoodContrastLoss(_TokenLoss, of=losses.neighbourhood_contrast):
+    """forward(tokens, context). Both with their prefix tokens, or num_prefix_tokens=0 and both without."""
 
-    function = staticmethod(losses.patch_mixing)
+
+class PatchMHSLoss(_TokenLoss, of=losses.patch_mhs):
+    """forward(tokens)."""
+
+
+class PatchMGDLoss(_TokenLoss, of=losses.patch_mgd):
+    """forward(tokens)."""
+
+
+class PatchSoftOrthogonalityLoss(_TokenLoss, of=losses.patch_soft_orthogonality):
+    """forward(tokens)."""
+
+
+class PatchConditionOrthogonalityLoss(_TokenLoss, of=losses.patch_condition_orthogonality):
+    """forward(tokens)."""
+
+
+class PatchMixingLoss(_TokenLoss, of=losses.patch_mixing):
+    """forward(logits of all tokens, labels, others, shares of the patches)."""
 
     def forward(self, logits, labels, others, shares):
         return self.function(logits[..., self.num_prefix_tokens :, :], labels, others, shares, **self.options)
 
 
-class HeadCrossCosineLoss(_Loss):
-    """`losses.head_cross_cosine`: forward(q, k, q2, k2)."""
-
-    function = staticmethod(losses.head_cross_cosine)
+class HeadCrossCosineLoss(_Loss, of=losses.head_cross_cosine):
+    """forward(q, k, q2, k2)."""
 
 
-class HeadContrastLoss(_Loss):
-    """`losses.head_contrast`: forward(q, k, q2, k2)."""
-
-    function = staticmethod(losses.head_contrast)
+class HeadContrastLoss(_Loss, of=losses.head_contrast):
+    """forward(q, k, q2, k2)."""
 
 
-class HeadMHSLoss(_Loss):
-    """`losses.head_mhs`: forward(q, k)."""
-
-    function = staticmethod(losses.head_mhs)
+class HeadMHSLoss(_Loss, of=losses.head_mhs):
+    """forward(q, k)."""
 
 
-class HeadMGDLoss(_Loss):
-    """`losses.head_mgd`: forward(q, k)."""
-
-    function = staticmethod(losses.head_mgd)
+class HeadMGDLoss(_Loss, of=losses.head_mgd):
+    """forward(q, k)."""
 
 
-class HeadSoftOrthogonalityLoss(_Loss):
-    """`losses.head_soft_orthogonality`: forward(q, k)."""
-
-    function = staticmethod(losses.head_soft_orthogonality)
+class HeadSoftOrthogonalityLoss(_Loss, of=losses.head_soft_orthogonality):
+    """forward(q, k)."""
 
 
-class HeadConditionOrthogonalityLoss(_Loss):
-    """`losses.head_condition_orthogonality`: forward(q, k)."""
-
-    function = staticmethod(losses.head_condition_orthogonality)
+class HeadConditionOrthogonalityLoss(_Loss, of=losses.head_condition_orthogonality):
+    """forward(q, k)."""
 
 
-class WeightMHSLoss(_Loss):
-    """`losses.weight_mhs`: forward(weights)."""
-
-    function = staticmethod(losses.weight_mhs)
+class WeightMHSLoss(_Loss, of=losses.weight_mhs):
+    """forward(weights)."""
 
 
-class WeightMGDLoss(_Loss):
-    """`losses.weight_mgd`: forward(weights)."""
-
-    function = staticmethod(losses.weight_mgd)
+class WeightMGDLoss(_Loss, of=losses.weight_mgd):
+    """forward(weights)."""
 
 
-class WeightSoftOrthogonalityLoss(_Loss):
-    """`losses.weight_soft_orthogonality`: forward(weights)."""
-
-    function = staticmethod(losses.weight_soft_orthogonality)
+class WeightSoftOrthogonalityLoss(_Loss, of=losses.weight_soft_orthogonality):
+    """forward(weights)."""
 
 
-class WeightConditionOrthogonalityLoss(_Loss):
-    """`losses.weight_condition_orthogonality`: forward(weights)."""
-
-    function = staticmethod(losses.weight_condition_orthogonality)
+class WeightConditionOrthogonalityLoss(_Loss, of=losses.weight_condition_orthogonality):
+    """forward(weights)."""
 
 
-class CosRegLoss(_Loss):
-    """`losses.cos_reg`: forward(layers)."""
-
-    function = staticmethod(losses.cos_reg)
+class CosRegLoss(_Loss, of=losses.cos_reg):
+    """forward(layers)."""
 
 
-class GramAnchoringLoss(_TokenLoss):
-    """`losses.gram_anchoring`: forward(student tokens, teacher tokens)."""
-
-    function = staticmethod(losses.gram_anchoring)
+class GramAnchoringLoss(_TokenLoss, of=losses.gram_anchoring):
+    """forward(student tokens, teacher tokens)."""
 
 
-class KoLeoLoss(_TokenLoss):
-    """`losses.koleo`: forward(tokens). For one vector an image, [B, D], give num_prefix_tokens=0."""
-
-    function = staticmethod(losses.koleo)
+class KoLeoLoss(_TokenLoss, of=losses.koleo):
+    """forward(tokens). For one vector an image, [B, D], give num_prefix_tokens=0."""
 
 
-class UniformityLoss(_TokenLoss):
-    """`losses.uniformity`: forward(tokens). For one vector an image, [B, D], give num_prefix_tokens=0."""
-
-    function = staticmethod(losses.uniformity)
+class UniformityLoss(_TokenLoss, of=losses.uniformity):
+    """forward(tokens). For one vector an image, [B, D], give num_prefix_tokens=0."""
 
 
-class LinearCKALoss(_TokenLoss):
-    """One minus `losses.linear_cka`: forward(tokens, teacher tokens)."""
-
-    function = staticmethod(losses.linear_cka)
+class LinearCKALoss(_TokenLoss, of=losses.linear_cka):
+    """one minus it; forward(tokens, teacher tokens)."""
 
     def forward(self, x, y):
         return 1 - super().forward(x, y)
 
 
-class VFLoss(_TokenLoss):
-    """`losses.vf_loss`: forward(latents, features)."""
-
-    function = staticmethod(losses.vf_loss)
+class VFLoss(_TokenLoss, of=losses.vf_loss):
+    """forward(latents, features)."""
 
 
-class InfoNCELoss(_TokenLoss):
-    """`losses.info_nce`: forward(x, y), tokens."""
-
-    function = staticmethod(losses.info_nce)
+class InfoNCELoss(_TokenLoss, of=losses.info_nce):
+    """forward(x, y), tokens."""
 
 
-class GradientDiversityLoss(_TokenLoss):
-    """`losses.gradient_diversity`: forward(gradients of the tokens)."""
-
-    function = staticmethod(losses.gradient_diversity)
-
-
-def _repr_of(options):
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+class GradientDiversityLoss(_TokenLoss, of=losses.gradient_diversity):
+    """forward(gradients of the tokens)."""
