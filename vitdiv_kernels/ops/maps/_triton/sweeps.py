@@ -13,6 +13,7 @@ from ..._launch import (
     launch,
     split,
 )
+from ..._tables import options
 from .heads import (
     LOG2_E,
     aligned,
@@ -83,7 +84,7 @@ class Maps:
             softmax_sweep, (tiles * self.images,), *located(self.q), *located(self.k),
             or_else(self.pre_mix, self.q), or_else(self.pre_bias, self.q), coupling, coupling_b, shift, rate,
             deltas, partial, tiles, 0, self.queries, self.keys, self.row_stride, *self.factors,
-            **t.options, H=self.heads, H1=self.first_heads, HP=self.padded,
+            **options(t), H=self.heads, H1=self.first_heads, HP=self.padded,
             D=self.width, DB=t.width, BR=t.rows, BC=t.columns, PRE=self.pre_mix is not None,
             PRE_BIAS=self.pre_bias is not None, STATISTICS=statistics, GRAM=gram, DELTA=delta, HOLD=t.hold,
             RELOAD=t.reload, **self.numbers(),
@@ -113,7 +114,7 @@ class Maps:
                 query_gradient, (tiles * self.images, triton.cdiv(self.width, t.width) if does_dq else 1),
                 *self._gradient_arguments(written, mixed, coupling, statistics, delta), partial,
                 tiles, 0, *self._sizes(mixed),
-                **t.options,
+                **options(t),
                 NEED_DQ=does_dq, NEED_DPRE=does_dpre_mix, W=warp_split(self.padded, t),
                 **self._gradient_constants(t, mixed, coupling),
             )  # fmt: skip
@@ -128,7 +129,7 @@ class Maps:
         launch(
             key_gradient, (tiles * self.images, triton.cdiv(self.width, t.width)),
             *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles, 0,
-            *self._sizes(mixed), **t.options,
+            *self._sizes(mixed), **options(t),
             **self._gradient_constants(t, mixed, coupling),
         )  # fmt: skip
         return deliver(dk, written)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ....._layout import accumulation_dtype, nothing
 from ...._launch import double, launch, split
+from ...._tables import options
 from ..._triton.heads import (
     aligned,
     aligned_empty,
@@ -341,7 +342,7 @@ def _output(maps, mixed, statistics):
         output_sweep, (tiles * maps.images, triton.cdiv(mixed.width, t.width)),
         *located(maps.q), *located(maps.k), *located(mixed.v), *located(written), *_matrices(maps, mixed),
         or_else(mixed.norm_bias, maps.q), *statistics, tiles, 0, *_sizes(maps, mixed),
-        **t.options, **_constants(maps, mixed, t),
+        **options(t), **_constants(maps, mixed, t),
     )  # fmt: skip
     return deliver(out, written)
 
@@ -358,7 +359,7 @@ def _parameters(maps, mixed, coupling, statistics, needs_delta, needs_dmix, need
         launch(
             parameter_sweep, (tiles * maps.images,), *located(maps.q), *located(maps.k), *located(mixed.v),
             *located(mixed.dout), *_matrices(maps, mixed), *with_image_stride(coupling, maps.q), *statistics,
-            delta, matrices, vectors, tiles, 0, *_sizes(maps, mixed), **t.options,
+            delta, matrices, vectors, tiles, 0, *_sizes(maps, mixed), **options(t),
             COUPLING=coupling is not None and does_delta, NEED_DELTA=does_delta, NEED_DMIX=does_dmix,
             NEED_DNORM=does_dnorm, W=warp_split(maps.padded, t), **_constants(maps, mixed, t),
         )  # fmt: skip
@@ -381,6 +382,6 @@ def _value_gradient(maps, mixed, statistics):
         value_gradient, (tiles * maps.images, triton.cdiv(mixed.width, t.width)),
         *located(maps.q), *located(maps.k), *located(mixed.dout), *located(written), *_matrices(maps, mixed),
         or_else(mixed.norm_bias, maps.q), *statistics, tiles, 0, *_sizes(maps, mixed),
-        **t.options, **_constants(maps, mixed, t),
+        **options(t), **_constants(maps, mixed, t),
     )  # fmt: skip
     return deliver(dv, written)
