@@ -173,9 +173,9 @@ def _similarities(layers, pairs, along, scale, rows):
             return sum(parts) / (n * m)
         totals = torch.cat(parts, -1) if along == "rows" else sum(parts)
         squares, products = totals[: len(layers)], totals[len(layers) :]
-        inverse = squares.clamp_min(least.square().clamp_min(torch.finfo(squares.dtype).tiny)).rsqrt()
+        inverse_norms = squares.clamp_min(least.square().clamp_min(torch.finfo(squares.dtype).tiny)).rsqrt()
         p, q = zip(*pairs, strict=True)
-        return products * inverse[list(p)] * inverse[list(q)]
+        return products * inverse_norms[list(p)] * inverse_norms[list(q)]
 
 
 def _near_one(layer):

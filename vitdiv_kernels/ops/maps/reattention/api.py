@@ -17,8 +17,8 @@ def reattention(
     Z_h = scale q_h k_h^T
     L   = Z, or with pre_mix  L_g = sum_h pre_mix[g, h] Z_h + pre_bias[g]       (talking heads)
     A   = softmax(L)
-    M_g = sum_h mix[g, h] A_h + mix_bias[g]
-    Y   = M | batch norm over (image, query, key), per head | layer norm over heads, per (image, query, key)
+    X_g = sum_h mix[g, h] A_h + mix_bias[g]
+    Y   = X | batch norm over (image, query, key), per head | layer norm over heads, per (image, query, key)
     O_g = out_scale Y_g v_g
     ```
 
