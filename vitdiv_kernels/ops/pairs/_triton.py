@@ -48,18 +48,18 @@ def _aligned(x):
     return x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
 
 
-def read_rows(x, norms, eps, *, squares=None, sums=None, unit=None):
+def read_rows(x, inverse_norms, eps, *, squares=None, sums=None, unit=None):
     """Inverse norms and what else is asked for: |x_hat|^2, sums of x_hat over blocks of rows, x_hat."""
     items, rows, width = x.shape
     launch(
         rows_kernel, (items * triton.cdiv(rows, BLOCK_ROWS),),
-        x, x.stride(0), x.stride(1), norms, squares, sums, unit, rows, width,
-        EPS=eps, INVERSE_EPS=inverse(eps), BN=BLOCK_ROWS, BD=BLOCK_WIDTH, ACC=accumulator(x.dtype),
+        x, x.stride(0), x.stride(1), inverse_norms, squares, sums, unit, rows, width,
+        EPS=eps, INVERSE_EPS=inverse_eps(eps), BN=BLOCK_ROWS, BD=BLOCK_WIDTH, ACC=accumulator(x.dtype),
         num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
-def inverse(eps):
+def inverse_eps(eps):
     return 1 / eps if eps else math.inf
 
 
@@ -94,14 +94,20 @@ def inverse_of(x, ACC: tl.constexpr):
         return 1.0 / x
 
 
-# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Norms are
-# loaded one by one, and where those of y start depends on the number of rows.
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["NORMS"])
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Inverse
+# norms are loaded one by one, and where those of y start depends on the number of rows.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["INVERSE_NORMS"])
 def rows_kernel(
-    X, x_item, x_row, NORMS, SQUARES, SUMS, UNIT, N, D,
+    X, x_item, x_row,  # [L, N, D] and its strides
+    INVERSE_NORMS,  # [L, N]
+    SQUARES,  # [L, N], or None, as what follows may be
+    SUMS,  # [L, blocks of rows, D]
+    UNIT,  # [L, N, D]
+    N, D,
     EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A block of BN rows: 1 / max(|x|, eps), and from it, in a second reading, what has a pointer."""
+    """inverse_norm = 1 / max(|x|, eps) of a block of BN rows and, of x_hat = x inverse_norm, in a second
+    reading, what has a pointer: SQUARES |x_hat|^2, SUMS sum_n x_hat, UNIT x_hat."""
     blocks = tl.cdiv(N, BN)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -117,15 +123,16 @@ def rows_kernel(
     length = square_root(tl.sum(squares, 1), ACC)
     # of a NaN stays NaN
     short = length <= tl.full((BN,), EPS, ACC)
-    norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), inverse_of(tl.where(short, 1.0, length), ACC))
-    tl.store(NORMS + item * N + n, norm, mask=n < N)
+    inverse_norm = inverse_of(tl.where(short, 1.0, length), ACC)
+    inverse_norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), inverse_norm)
+    tl.store(INVERSE_NORMS + item * N + n, inverse_norm, mask=n < N)
     if SQUARES is not None:
-        tl.store(SQUARES + item * N + n, (length * norm) * (length * norm), mask=n < N)
+        tl.store(SQUARES + item * N + n, (length * inverse_norm) * (length * inverse_norm), mask=n < N)
     if (SUMS is not None) or (UNIT is not None):
         for e0 in tl.range(0, D, BD):
             width_mask = e0 + d < D
             row = tl.load(rows + (e0 + d)[None, :], mask=row_mask & width_mask[None, :], other=0.0).to(ACC)
-            unit = row * norm[:, None]
+            unit = row * inverse_norm[:, None]
             if SUMS is not None:
                 # rows past the last have the inverse norm of a zero row: 0 * 1e8, but 0 * inf when eps is 0
                 sums = tl.sum(tl.where(row_mask, unit, 0.0), 0)
@@ -181,8 +188,8 @@ def add_rows(dx, weights, y_places, y_mask, WT: tl.constexpr, WPREC: tl.constexp
 
 
 @triton.jit
-def through_norm(dx, x, norm, along, INVERSE_EPS: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr):
+def through_norm(dx, x, inverse_norm, along, INVERSE_EPS: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr):
     """The gradient of rows x from that of x_hat, whose part along x_hat is known."""
     # a row that was divided by eps has no part taken out
-    along = tl.where(norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
-    return norm[:, None] * (dx - x * (norm * along)[:, None])
+    along = tl.where(inverse_norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
+    return inverse_norm[:, None] * (dx - x * (inverse_norm * along)[:, None])
