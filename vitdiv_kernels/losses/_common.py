@@ -6,7 +6,7 @@ from .. import _checks
 from .._layout import accumulation_dtype
 from .._vectors import full_precision, normalise, unit
 from ..ops.pairs.pairwise_rows import pairwise_nearest
-from ._spectral import GramDeterminant, evaluate
+from ._spectral import GramDeterminant, evaluate, log_determinant
 
 MHS_VARIANTS = ("paper", "released")
 
@@ -62,10 +62,7 @@ def rows(x, index):
 def gram_determinant(cosine, ridge):
     """MGD of the cosines [..., n, n]: [...]. In float64: with equal vectors only the ridge keeps the matrix
     regular."""
-    kernel = torch.exp(2 * cosine.double() - 2)
-    kernel = kernel + ridge * torch.eye(cosine.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    factor, _ = torch.linalg.cholesky_ex(kernel)
-    return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(cosine.dtype)
+    return log_determinant(cosine.double(), ridge)[0].to(cosine.dtype)
 
 
 def determinant(x, ridge, eps):

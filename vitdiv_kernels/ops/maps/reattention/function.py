@@ -60,16 +60,16 @@ def _bwd_fake(
     def empty(need, *shape):
         return q.new_empty(shape, dtype=dtype) if need else nothing(q)
 
-    return Gradients(
-        dq=heads_like(q) if needs.dq else nothing(q),
-        dk=heads_like(k) if needs.dk else nothing(q),
-        dv=heads_like(v) if needs.dv else nothing(q),
-        dpre_mix=empty(needs.dpre_mix, heads, heads),
-        dmix=empty(needs.dmix, heads, heads),
-        dbias=empty(needs.dmix, heads),
-        dnorm_weight=empty(needs.dnorm, heads),
-        dnorm_bias=empty(needs.dnorm, heads),
+    dq, dk, dv = (
+        heads_like(x) if need else nothing(q)
+        for x, need in zip((q, k, v), (needs.dq, needs.dk, needs.dv), strict=True)
     )
+    found = Gradients(
+        dq, dk, dv, dpre_mix=empty(needs.dpre_mix, heads, heads), dmix=empty(needs.dmix, heads, heads),
+        dbias=empty(needs.dmix, heads), dnorm_weight=empty(needs.dnorm, heads),
+        dnorm_bias=empty(needs.dnorm, heads),
+    )  # fmt: skip
+    return tuple(found)
 
 
 def _head_dots_fake(x, y):
@@ -89,13 +89,10 @@ def _backward(ctx, operator, needs, dout, dgram):
     needs_q, needs_k, needs_v, _, needs_pre_mix, needs_pre_bias, needs_mix, needs_bias, _ = needs[:9]
     needs_norm_weight, needs_norm_bias = needs[9:11]
     wanted = Needs(
-        dq=needs_q,
-        dk=needs_k,
-        dv=needs_v and has_dout,
-        dpre_mix=needs_pre_mix,
+        dq=needs_q, dk=needs_k, dv=needs_v and has_dout, dpre_mix=needs_pre_mix,
         dmix=(needs_mix or needs_bias) and has_dout,
         dnorm=(needs_norm_weight or needs_norm_bias) and has_dout,
-    )
+    )  # fmt: skip
     found = Gradients()
     if any(wanted):
         coupling = None if dgram is None else dgram + dgram.mT
@@ -105,20 +102,15 @@ def _backward(ctx, operator, needs, dout, dgram):
                 eps, list(wanted),
             )
         )  # fmt: skip
+    # a constant added to a row of logits changes no softmax
+    dpre_bias = torch.zeros_like(pre_bias) if needs_pre_bias else None
     return (
-        when(wanted.dq, found.dq),
-        when(wanted.dk, found.dk),
-        when(wanted.dv, found.dv),
-        None,
-        when(wanted.dpre_mix, found.dpre_mix),
-        # a constant added to a row of logits changes no softmax
-        torch.zeros_like(pre_bias) if needs_pre_bias else None,
-        when(needs_mix and has_dout, found.dmix),
-        when(needs_bias and has_dout, found.dbias),
-        None,
+        when(wanted.dq, found.dq), when(wanted.dk, found.dk), when(wanted.dv, found.dv), None,
+        when(wanted.dpre_mix, found.dpre_mix), dpre_bias, when(needs_mix and has_dout, found.dmix),
+        when(needs_bias and has_dout, found.dbias), None,
         when(needs_norm_weight and has_dout, found.dnorm_weight),
         when(needs_norm_bias and has_dout, found.dnorm_bias),
-    )
+    )  # fmt: skip
 
 
 def _fwd_folds(inputs, dims):

@@ -214,13 +214,9 @@ def _backward(saved, options, count, needs, dout, dgram):
     needs_norm = needs.norm_weight or needs.norm_bias
     needs_affine = needs.mix or needs.mix_bias or (norm == "batch" and needs_norm)
     wanted = Needs(
-        dq=needs.q,
-        dk=needs.k,
-        dv=needs.v and has_dout,
-        dpre_mix=needs.pre_mix,
-        dmix=needs_affine and has_dout,
-        dnorm=norm == "layer" and needs_norm and has_dout,
-    )
+        dq=needs.q, dk=needs.k, dv=needs.v and has_dout, dpre_mix=needs.pre_mix,
+        dmix=needs_affine and has_dout, dnorm=norm == "layer" and needs_norm and has_dout,
+    )  # fmt: skip
     found = Gradients()
     if any(wanted) and (has_dout or coupling is not None):
         found = Gradients(
@@ -245,18 +241,12 @@ def _backward(saved, options, count, needs, dout, dgram):
         )  # fmt: skip
     if wanted.dnorm:
         dnorm_weight, dnorm_bias = found.dnorm_weight * out_scale, found.dnorm_bias * out_scale
+    # a constant added to a row of logits changes no softmax
+    dpre_bias = torch.zeros_like(saved.pre_bias) if needs.pre_bias else None
     return Inputs(
-        q=found.dq,
-        k=found.dk,
-        v=when(wanted.dv, found.dv),
-        mix=dmix,
-        mix_bias=dmix_bias,
-        pre_mix=found.dpre_mix,
-        # a constant added to a row of logits changes no softmax
-        pre_bias=torch.zeros_like(saved.pre_bias) if needs.pre_bias else None,
-        norm_weight=dnorm_weight,
-        norm_bias=dnorm_bias,
-    )
+        q=found.dq, k=found.dk, v=when(wanted.dv, found.dv), mix=dmix, mix_bias=dmix_bias,
+        pre_mix=found.dpre_mix, pre_bias=dpre_bias, norm_weight=dnorm_weight, norm_bias=dnorm_bias,
+    )  # fmt: skip
 
 
 def _head_dots(saved, dout, backend):
