@@ -64,7 +64,7 @@ def _dot(a, b):
 
 
 def log_determinant(cosine, ridge):
-    """-log det(K + ridge I), (K, its Cholesky factor), with K = exp(2 cosine - 2)."""
+    """-log det(kernel + ridge I), (kernel, its Cholesky factor), with kernel = exp(2 cosine - 2)."""
     kernel = (2 * cosine - 2).exp_()
     # not in place: of a sharded DTensor that would change a gathered copy
     diagonal = kernel.diagonal(dim1=-2, dim2=-1) + ridge

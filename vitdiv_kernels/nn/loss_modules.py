@@ -5,8 +5,10 @@ told there. Modules on tokens drop the class and register tokens from the front,
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _checks, losses
 
@@ -14,14 +16,17 @@ from .. import _checks, losses
 class _Loss(nn.Module):
     """A function, `of`, with its options bound. Options that it does not have raise TypeError."""
 
-    def __init_subclass__(cls, of=None):
+    function: Callable[..., Tensor]
+    options: dict[str, Any]
+
+    def __init_subclass__(cls, of: Callable[..., Tensor] | None = None) -> None:
         if of is not None:
             cls.function, cls.__doc__ = staticmethod(of), f"`{of.__name__}`: {cls.__doc__}"
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = inspect.signature(self.function).parameters.values()
-        known = [option.name for option in known if option.kind is option.KEYWORD_ONLY]
+        parameters = inspect.signature(self.function).parameters.values()
+        known = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(
@@ -29,24 +34,24 @@ class _Loss(nn.Module):
             )
         self.options = options
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Tensor:
         return self.function(*inputs, **self.options)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class _TokenLoss(_Loss):
     """Drops the prefix tokens of every input."""
 
-    def __init__(self, *, num_prefix_tokens=1, **options):
+    def __init__(self, *, num_prefix_tokens: int = 1, **options: Any) -> None:
         super().__init__(**options)
         self.num_prefix_tokens = _checks.count("num_prefix_tokens", num_prefix_tokens)
 
-    def forward(self, *tokens):
+    def forward(self, *tokens: Tensor) -> Tensor:
         return super().forward(*(x[..., self.num_prefix_tokens :, :] for x in tokens))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"num_prefix_tokens={self.num_prefix_tokens}", super().extra_repr())))
 
 
@@ -68,7 +73,7 @@ class PatchCosineLoss(_TokenLoss, of=losses.pairwise_cosine):
             reduction=reduction, eps=eps, backend=backend,
         )  # fmt: skip
 
-    def forward(self, x, y=None):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return super().forward(x) if y is None else super().forward(x, y)
 
 
@@ -111,7 +116,7 @@ class PatchConditionOrthogonalityLoss(_TokenLoss, of=losses.patch_condition_orth
 class PatchMixingLoss(_TokenLoss, of=losses.patch_mixing):
     """forward(logits of all tokens, labels, others, shares of the patches)."""
 
-    def forward(self, logits, labels, others, shares):
+    def forward(self, logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) -> Tensor:
         return self.function(logits[..., self.num_prefix_tokens :, :], labels, others, shares, **self.options)
 
 
@@ -174,7 +179,7 @@ class UniformityLoss(_TokenLoss, of=losses.uniformity):
 class LinearCKALoss(_TokenLoss, of=losses.linear_cka):
     """one minus it; forward(tokens, teacher tokens)."""
 
-    def forward(self, x, y):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return 1 - super().forward(x, y)
 
 

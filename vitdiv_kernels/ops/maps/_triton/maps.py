@@ -101,8 +101,8 @@ def softmax_sweep(
     GRAM: tl.constexpr, ROW_DOT: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
     DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Z = pre_mix (scale q k^T) / ln 2,  row_max = max_j Z,  row_scale = 1 / sum_j 2^(Z - row_max),  and of
-    A = 2^(Z - row_max) row_scale the centred Gram matrix, in one pass over the keys: summed over the rows of
+    """L = pre_mix (scale q k^T) / ln 2,  row_max = max_j L,  row_scale = 1 / sum_j 2^(L - row_max),  and of
+    A = 2^(L - row_max) row_scale the centred Gram matrix, in one pass over the keys: summed over the rows of
     a tile (GRAM) or, row by row, against the coupling C (ROW_DOT):
 
         row_dot_h[i] = sum_j A_h dA_h = sum_k C[h,k] sum_j (A_h - 1/M) (A_k - 1/M)
@@ -223,8 +223,8 @@ def query_gradient(
     RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
     ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dZ = A (dA - row_dot),  dq = scale sum_j (pre_mix^T dZ) k,  dpre_mix = sum_ij dZ Z^T: DB columns of dq
-    of a tile of queries, and the tile's part of dpre_mix less a factor ln 2."""
+    """dL = A (dA - row_dot),  dZ = pre_mix^T dL,  dq = scale sum_j dZ k,  dpre_mix = sum_ij dL Z^T: DB
+    columns of dq of a tile of queries, and the tile's part of dpre_mix less a factor ln 2."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     i = (pid % tiles) * BR + tl.arange(0, BR)
@@ -347,8 +347,8 @@ def key_gradient(
     RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
     ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dZ = A (dA - row_dot),  dk = scale sum_i (pre_mix^T dZ) q: DB columns of dk of a tile of BR keys, from
-    transposed tiles [HP, keys, queries]."""
+    """dL = A (dA - row_dot),  dZ = pre_mix^T dL,  dk = scale sum_i dZ q: DB columns of dk of a tile of BR
+    keys, from transposed tiles [HP, keys, queries]."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     j = (pid % tiles) * BR + tl.arange(0, BR)
