@@ -116,18 +116,18 @@ def _forward(
         _accumulation(x, accumulation_dtype(q))
         for x in (mix, mix_bias, pre_mix, pre_bias, norm_weight, norm_bias, running_mean, running_var)
     )
-    saved = Saved(q, k, v, pre_mix, pre_bias, mix, mix_bias, norm_weight)
     if options.norm == "batch" and options.training:
+        saved = Saved(q, k, v, pre_mix, pre_bias, mix, mix_bias, norm_weight)
         out, gram, statistics, saved = _batch_norm_forward(saved, norm_bias, options)
     else:
         folded_mix, folded_bias = fold(
             mix, mix_bias, options.norm, norm_weight, norm_bias, running_mean, running_var, options.eps,
             options.out_scale,
         )  # fmt: skip
-        layer_weight, layer_bias = _layer_parameters(norm_weight, norm_bias, q, options)
-        saved = saved._replace(
-            folded_mix=folded_mix, folded_bias=folded_bias, layer_weight=layer_weight, layer_bias=layer_bias,
-            running_mean=running_mean, running_var=running_var,
+        layer = _layer_parameters(norm_weight, norm_bias, q, options)
+        saved = Saved(
+            q, k, v, pre_mix, pre_bias, mix, mix_bias, norm_weight, folded_mix, folded_bias, *layer,
+            running_mean, running_var,
         )  # fmt: skip
         out, gram = _run(saved, options, folded_mix, folded_bias, needs_gram=options.return_gram)
         statistics = None
@@ -172,18 +172,19 @@ def _batch_norm_forward(saved, norm_bias, options):
         gram, mix, saved.mix_bias, saved.norm_weight, q.shape[2], saved.k.shape[2], options.eps,
         options.out_scale, options.process_group,
     )  # fmt: skip
-    gain = statistics.gain
-    saved = saved._replace(var=statistics.var, gain=gain, mixed_covariance=statistics.mixed_covariance)
-    scaled = None
+    gain, scaled, bias = statistics.gain, None, None
     if not one_sweep:
         scaled, _ = _run(saved, options, mix * gain.unsqueeze(1), None, centred=True)
     elif norm_bias is None:
         scaled = (unscaled * gain.view(-1, 1, 1)).to(q.dtype)
+    if norm_bias is not None:
+        bias = norm_bias if options.out_scale == 1 else norm_bias * options.out_scale
+    saved = saved._replace(
+        folded_bias=bias, var=statistics.var, gain=gain, mixed_covariance=statistics.mixed_covariance,
+        before_gain=unscaled if scaled is None else None, before_shift=scaled,
+    )  # fmt: skip
     if norm_bias is None:
-        return scaled, gram, statistics, saved._replace(before_shift=scaled)
-    bias = norm_bias if options.out_scale == 1 else norm_bias * options.out_scale
-    before = dict(before_shift=scaled) if scaled is not None else dict(before_gain=unscaled)
-    saved = saved._replace(folded_bias=bias, **before)
+        return scaled, gram, statistics, saved
     shift = bias.view(-1, 1, 1) * v.sum(2, keepdim=True, dtype=bias.dtype)  # [B, H, 1, d]
     if values_at_hand(shift) and not math.isfinite(shift.sum()):
         # of an Inf in v both terms are infinite: their signs may differ, that of the sum is the mixed map's
