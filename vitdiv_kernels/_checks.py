@@ -12,8 +12,13 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def sizes(*values):
+    """Sizes, or their names, as sentences write a shape."""
+    return f"[{', '.join(map(str, values))}]"
+
+
 def shape_of(tensor):
-    return f"[{', '.join(map(str, tensor.shape))}]"
+    return sizes(*tensor.shape)
 
 
 def name_of(dtype):
@@ -56,17 +61,32 @@ def same_device(name, value, like_name, like):
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {value.device}")
 
 
+def shaped(name, value, shape, named=None, because=""):
+    """`value` has the shape; `named` are its sizes as the sentence writes them, where names say more."""
+    if value.shape != shape:
+        expected = sizes(*(named or shape))
+        raise ValueError(f"{name} must have shape {expected}{because}, got {shape_of(value)}")
+
+
+def both_or_neither(name, value, other_name, other):
+    if (value is None) != (other is None):
+        given, absent = (name, other_name) if other is None else (other_name, name)
+        raise ValueError(f"{name} and {other_name} must be given together, got {given} without {absent}")
+
+
 def one_of(name, value, known):
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def number(name, value, *, at_least=None):
+def number(name, value, *, at_least=None, at_most=None):
     """The value as a number of Python, which operators take; NumPy's are converted."""
     if not isinstance(value, (int, float)):
         value = _python_number(name, value)
     if at_least is not None and not value >= at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    if at_most is not None and not value <= at_most:
+        raise ValueError(f"{name} must be at most {at_most}, got {value}")
     return value
 
 
@@ -94,21 +114,21 @@ def integral(value):
     return int(value) if isinstance(value, numbers.Integral) else value
 
 
-def count(name, value):
+def count(name, value, at_least=0):
     value = integral(value)
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    if not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
     return value
 
 
-def vectors(name, x, at_least=1):
-    """`x [..., N, D]` with N >= at_least vectors of at least one feature."""
+def vectors(name, x, at_least=1, when=""):
+    """`x [..., N, D]` with N >= at_least vectors of at least one feature; `when` ends the sentence on N."""
     floating_tensor(name, x)
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape [..., N, D], got {shape_of(x)}")
     if x.shape[-2] < at_least or x.shape[-1] == 0:
         raise ValueError(
-            f"{name} must hold N >= {at_least} vectors of at least one feature, got shape {shape_of(x)}"
+            f"{name} must hold N >= {at_least} vectors of at least one feature{when}, got shape {shape_of(x)}"
         )
 
 
@@ -122,8 +142,7 @@ def second_vectors(name, y, like_name, x, *, same_number=False, any_width=False)
         or (same_number and y.shape[-2] != n)
         or (not any_width and y.shape[-1] != width)
     ):
-        sizes = [*leading, n if same_number else "M", "D2" if any_width else width]
-        expected = f"[{', '.join(map(str, sizes))}]"
+        expected = sizes(*leading, n if same_number else "M", "D2" if any_width else width)
         raise ValueError(f"{name} must have shape {expected} to match {like_name}, got {shape_of(y)}")
     if y.shape[-2] == 0 or y.shape[-1] == 0:
         raise ValueError(
@@ -139,7 +158,7 @@ def queries_and_keys(q, k, q_name="q", k_name="k"):
         raise ValueError(f"{q_name} must have shape [B, H, N, d], got {shape_of(q)}")
     batch, heads, queries, width = q.shape
     if k.dim() != 4 or k.shape[0] != batch or k.shape[1] != heads or k.shape[3] != width:
-        expected = f"[{batch}, {heads}, M, {width}]"
+        expected = sizes(batch, heads, "M", width)
         raise ValueError(f"{k_name} must have shape {expected} to match {q_name}, got {shape_of(k)}")
     if heads == 0 or queries == 0 or width == 0 or k.shape[2] == 0:
         raise ValueError(

@@ -56,9 +56,28 @@ def test_multiply_and_add_are_fused(maxnreg):
     options = {}
 
     class Kernel:
+        arg_names = ("x",)
+
         def __getitem__(self, grid):
             return lambda x, **named: options.update(named)
 
     _triton.launch(Kernel(), (1,), torch.zeros(1), num_warps=1, num_stages=1, maxnreg=maxnreg)
     assert options.pop("maxnreg", None) == maxnreg
     assert options == {"enable_fp_fusion": True, "num_warps": 1, "num_stages": 1}
+
+
+def test_a_launch_with_other_arguments_is_refused():
+    class Kernel:
+        __name__ = "scale_rows"
+        arg_names = "x", "rows", "factor", "BLOCK"
+
+        def __getitem__(self, grid):
+            raise AssertionError("launched")
+
+    x = torch.zeros(1)
+    options = dict(num_warps=1, num_stages=1)
+    for arguments, constexprs in [((x, 1), {}), ((x, 1, 2, 3, 4), {}), ((x, 1, 2, 3), {"BLOCK": 16})]:
+        with pytest.raises(TypeError, match=r"scale_rows must be launched with . arguments, x, rows, factor"):
+            _triton.launch(Kernel(), (1,), *arguments, **options, **constexprs)
+    with pytest.raises(TypeError, match="3 arguments, x, rows, factor, got 3 and unknown SIZE"):
+        _triton.launch(Kernel(), (1,), x, 1, 2, **options, BLOCK=16, SIZE=2)

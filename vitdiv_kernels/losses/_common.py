@@ -6,7 +6,7 @@ from .. import _checks
 from .._layout import accumulation_dtype
 from .._vectors import full_precision, normalise, unit
 from ..ops.pairs.pairwise_rows import pairwise_nearest
-from ._spectral import GramDeterminant, evaluate
+from ._spectral import GramDeterminant, evaluate, log_determinant
 
 MHS_VARIANTS = ("paper", "released")
 
@@ -62,10 +62,7 @@ def rows(x, index):
 def gram_determinant(cosine, ridge):
     """MGD of the cosines [..., n, n]: [...]. In float64: with equal vectors only the ridge keeps the matrix
     regular."""
-    kernel = torch.exp(2 * cosine.double() - 2)
-    kernel = kernel + ridge * torch.eye(cosine.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    factor, _ = torch.linalg.cholesky_ex(kernel)
-    return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(cosine.dtype)
+    return log_determinant(cosine.double(), ridge)[0].to(cosine.dtype)
 
 
 def determinant(x, ridge, eps):
@@ -86,7 +83,7 @@ def starts(x, start, generator, draw):
     _checks.same_device("start", start, "the input", x)
     # shapes of other lengths are not compared: that of a dynamic batch would become part of a program
     if start.shape != (shape if start.dim() == len(shape) else shape[-2:]):
-        expected = f"[{', '.join(map(str, shape))}] or [2, {shape[-1]}]"
+        expected = f"{_checks.sizes(*shape)} or [2, {shape[-1]}]"
         raise ValueError(f"start must have shape {expected}, got {_checks.shape_of(start)}")
     return start.to(accumulation_dtype(x)).expand(shape)
 

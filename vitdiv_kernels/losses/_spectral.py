@@ -63,6 +63,15 @@ def _dot(a, b):
     return (a * b).sum(-1, keepdim=True)
 
 
+def log_determinant(cosine, ridge):
+    """-log det(kernel + ridge I), (kernel, its Cholesky factor), with kernel = exp(2 cosine - 2)."""
+    kernel = (2 * cosine - 2).exp_()
+    # not in place: of a sharded DTensor that would change a gathered copy
+    diagonal = kernel.diagonal(dim1=-2, dim2=-1) + ridge
+    factor, _ = torch.linalg.cholesky_ex(kernel.diagonal_scatter(diagonal, dim1=-2, dim2=-1))
+    return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), (kernel, factor)
+
+
 class GramDeterminant(torch.autograd.Function):
     """`_common.gram_determinant` of x x^T, of float64 x: [...]. The gradient needs the inverse of the kernel
     matrix only, a third of the operations of the derivative of the Cholesky factor.
@@ -73,12 +82,7 @@ class GramDeterminant(torch.autograd.Function):
 
     @staticmethod
     def formula(x, ridge):
-        kernel = (2 * (x @ x.mT) - 2).exp_()
-        # not in place: of a sharded DTensor that would change a gathered copy
-        diagonal = kernel.diagonal(dim1=-2, dim2=-1) + ridge
-        regular = kernel.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
-        factor, _ = torch.linalg.cholesky_ex(regular)
-        return -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), (kernel, factor)
+        return log_determinant(x @ x.mT, ridge)
 
     @staticmethod
     def forward(ctx, x, ridge):

@@ -152,13 +152,13 @@ class _DistanceToOne(torch.autograd.Function):
     def backward(ctx, ddistance):
         x, scales, radial, index, distance = ctx.saved_tensors
         width = x.shape[-1]
-        rate = torch.where(distance == 0, 0, ddistance / distance).reshape(-1, 1)
+        slope = torch.where(distance == 0, 0, ddistance / distance).reshape(-1, 1)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         with _checks.autocast_off(x):
             for at, chosen in _chunks(index, width):
                 scale = scales.view(-1, 1)[at]
                 unit = x.reshape(-1, width)[at] * scale
-                apart = (unit - unit.index_select(0, chosen)).mul_(rate[at])
+                apart = (unit - unit.index_select(0, chosen)).mul_(slope[at])
                 apart = apart.index_add(0, chosen, apart, alpha=-1)
                 along = torch.linalg.vecdot(unit, apart).unsqueeze(-1) * radial.view(-1, 1)[at]
                 torch.mul(apart, scale, out=dx.view(-1, width)[at]).addcmul_(unit, along, value=-1)

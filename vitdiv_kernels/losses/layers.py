@@ -136,18 +136,11 @@ def _checked(layers, scale, rows):
         heads = q.shape[1]
         for what, tensor, shape in zip(("mix", "bias"), mixing, ((heads, heads), (heads,)), strict=False):
             _checks.floating_tensor(f"{what} of {name}", tensor)
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"{what} of {name} must have shape [{', '.join(map(str, shape))}], "
-                    f"got {_checks.shape_of(tensor)}"
-                )
+            _checks.shaped(f"{what} of {name}", tensor, shape)
         cast.append((q, k, *mixing))
     if scale is not None:
         scale = _checks.number("scale", scale)
-    rows = _checks.integral(rows)
-    if not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"rows must be a positive number of queries, got {rows!r}")
-    return cast, scale, rows
+    return cast, scale, _checks.count("rows", rows, at_least=1)
 
 
 def _similarities(layers, pairs, along, scale, rows):
@@ -180,9 +173,9 @@ def _similarities(layers, pairs, along, scale, rows):
             return sum(parts) / (n * m)
         totals = torch.cat(parts, -1) if along == "rows" else sum(parts)
         squares, products = totals[: len(layers)], totals[len(layers) :]
-        inverse = squares.clamp_min(least.square().clamp_min(torch.finfo(squares.dtype).tiny)).rsqrt()
+        inverse_norms = squares.clamp_min(least.square().clamp_min(torch.finfo(squares.dtype).tiny)).rsqrt()
         p, q = zip(*pairs, strict=True)
-        return products * inverse[list(p)] * inverse[list(q)]
+        return products * inverse_norms[list(p)] * inverse_norms[list(q)]
 
 
 def _near_one(layer):

@@ -130,11 +130,7 @@ def _labels(labels, others, shares, smoothing, logits=None):
         if value.dim() != 1 or (logits is not None and len(value) != logits.shape[0]):
             expected = "[B]" if logits is None else f"[{logits.shape[0]}]"
             raise ValueError(f"{name} must have shape {expected}, got {_checks.shape_of(value)}")
-    if others.shape != labels.shape:
-        raise ValueError(
-            f"others must have the shape of labels, {_checks.shape_of(labels)}, got "
-            f"{_checks.shape_of(others)}"
-        )
+    _checks.shaped("others", others, labels.shape, because=", that of labels")
     _checks.floating_tensor("shares", shares)
     n = shares.shape[-1:] if logits is None else logits.shape[1:2]
     if shares.dim() == 0 or shares.shape not in (n, (*labels.shape, *n)):
@@ -143,7 +139,4 @@ def _labels(labels, others, shares, smoothing, logits=None):
             f"shares must have shape [{patches}] or [{len(labels)}, {patches}], "
             f"got {_checks.shape_of(shares)}"
         )
-    smoothing = _checks.number("smoothing", smoothing, at_least=0)
-    if smoothing > 1:
-        raise ValueError(f"smoothing must be at most 1, got {smoothing}")
-    return smoothing
+    return _checks.number("smoothing", smoothing, at_least=0, at_most=1)

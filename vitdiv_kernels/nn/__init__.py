@@ -1,6 +1,6 @@
 """Modules over the operations: attention with head mixing, and diversity losses."""
 
-from .losses import (
+from .loss_modules import (
     AttentionDiversityLoss,
     CosRegLoss,
     GradientDiversityLoss,
@@ -33,33 +33,11 @@ from .reattention import ReAttention
 from .talking_heads import TalkingHeadsAttention
 
 __all__ = [
-    "AttentionDiversityLoss",
-    "CosRegLoss",
-    "GradientDiversityLoss",
-    "GramAnchoringLoss",
-    "HeadConditionOrthogonalityLoss",
-    "HeadContrastLoss",
-    "HeadCrossCosineLoss",
-    "HeadMGDLoss",
-    "HeadMHSLoss",
-    "HeadSoftOrthogonalityLoss",
-    "InfoNCELoss",
-    "KoLeoLoss",
-    "LinearCKALoss",
-    "NeighbourhoodContrastLoss",
-    "PatchConditionOrthogonalityLoss",
-    "PatchContrastLoss",
-    "PatchCosineLoss",
-    "PatchMGDLoss",
-    "PatchMHSLoss",
-    "PatchMixingLoss",
-    "PatchSoftOrthogonalityLoss",
-    "ReAttention",
-    "TalkingHeadsAttention",
-    "UniformityLoss",
-    "VFLoss",
-    "WeightConditionOrthogonalityLoss",
-    "WeightMGDLoss",
-    "WeightMHSLoss",
-    "WeightSoftOrthogonalityLoss",
-]
+    "AttentionDiversityLoss", "CosRegLoss", "GradientDiversityLoss", "GramAnchoringLoss",
+    "HeadConditionOrthogonalityLoss", "HeadContrastLoss", "HeadCrossCosineLoss", "HeadMGDLoss",
+    "HeadMHSLoss", "HeadSoftOrthogonalityLoss", "InfoNCELoss", "KoLeoLoss", "LinearCKALoss",
+    "NeighbourhoodContrastLoss", "PatchConditionOrthogonalityLoss", "PatchContrastLoss", "PatchCosineLoss",
+    "PatchMGDLoss", "PatchMHSLoss", "PatchMixingLoss", "PatchSoftOrthogonalityLoss", "ReAttention",
+    "TalkingHeadsAttention", "UniformityLoss", "VFLoss", "WeightConditionOrthogonalityLoss",
+    "WeightMGDLoss", "WeightMHSLoss", "WeightSoftOrthogonalityLoss",
+]  # fmt: skip

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import _checks
 from ..ops.maps.attention_gram import attention_gram
 from ..ops.maps.reattention import reattention
 from . import _attention, _statistics, effective
@@ -169,23 +170,21 @@ class ReAttention(_attention.PackedAttention):
 
 
 def _mix_of_heads(mix_init, num_heads, kind):
+    _checks.one_of("mix_init", mix_init, ("identity", "conv"))
     if mix_init == "identity":
         return MixConv2d(num_heads, num_heads, 1, **kind).start_unmixed()
-    if mix_init == "conv":
-        return nn.Conv2d(num_heads, num_heads, 1, **kind)
-    raise ValueError(f"mix_init must be one of 'identity', 'conv', got {mix_init!r}")
+    return nn.Conv2d(num_heads, num_heads, 1, **kind)
 
 
 def _norm_over_heads(norm, num_heads, eps, momentum, gain, kind):
+    _checks.one_of("norm", norm, ("none", "batch", "layer"))
     if norm == "batch":
         if gain == 1:  # torch's own, which its fuse_modules knows
             return nn.BatchNorm2d(num_heads, eps, momentum, **kind)
         return MapBatchNorm2d(num_heads, eps, momentum, **kind).start_from(gain)
     if norm == "layer":
         return MapLayerNorm(num_heads, eps, **kind).start_from(gain)
-    if norm == "none":
-        return nn.Identity()
-    raise ValueError(f"norm must be one of 'none', 'batch', 'layer', got {norm!r}")
+    return nn.Identity()
 
 
 def _process_group(batch_norm):

@@ -63,8 +63,17 @@ def capability(tensor):
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
 
 
+_checked = {}  # kernels by id, of which one launch had the right number of arguments
+
+
 def launch(kernel, grid, *arguments, num_warps, num_stages, maxnreg=None, **constexprs):
-    """kernel[grid](*arguments, **constexprs), on the device of the first argument."""
+    """kernel[grid](*arguments, **constexprs), on the device of the first argument.
+
+    By position, as arguments by name take Triton a quarter longer to sort; their number is looked at once.
+    """
+    if id(kernel) not in _checked:
+        _check(kernel, arguments, constexprs)
+        _checked[id(kernel)] = kernel
     if _recorded is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constexprs
         _recorded[0].append(Launch(kernel, named, num_warps, num_stages, maxnreg))
@@ -75,6 +84,18 @@ def launch(kernel, grid, *arguments, num_warps, num_stages, maxnreg=None, **cons
     device = torch.cuda.device_of(arguments[0]) if arguments[0].is_cuda else contextlib.nullcontext()
     with device:
         kernel[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=num_stages, **options)
+
+
+def _check(kernel, arguments, constexprs):
+    count = len(arguments)
+    by_position, by_name = kernel.arg_names[:count], kernel.arg_names[count:]
+    if len(by_position) < count or set(by_name) != set(constexprs):
+        takes = [name for name in kernel.arg_names if name not in constexprs]
+        unknown = sorted(set(constexprs) - set(kernel.arg_names))
+        raise TypeError(
+            f"{kernel.__name__} must be launched with {len(takes)} arguments, {', '.join(takes)}, got {count}"
+            + (f" and unknown {', '.join(unknown)}" if unknown else "")
+        )
 
 
 def input_precision(dtype):

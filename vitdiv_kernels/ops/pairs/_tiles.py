@@ -1,7 +1,6 @@
 """Rows of the tables of tile sizes of the Triton kernels of pairs of vectors, which are in triton_configs.py.
 
-`source` says where a row comes from: "aot" rows compile without spills and were chosen by instruction counts
-and bytes; no GPU has measured them yet.
+Rows of source "aot" were chosen by instruction counts and bytes; no GPU has measured them yet.
 
 float32 has at most 32 rows for compute capability 10: from 64 on Triton takes tcgen05, and chains the three
 products of TF32x3 in tensor memory, which gave wrong results on sm_103 (Triton's issue 10821).

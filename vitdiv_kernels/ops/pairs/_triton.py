@@ -50,18 +50,18 @@ def _aligned(x):
     return x.stride(1) % 16 == 0 and x.data_ptr() % 16 == 0
 
 
-def read_rows(x, norms, eps, *, squares=None, sums=None, unit=None):
+def read_rows(x, inverse_norms, eps, *, squares=None, sums=None, unit=None):
     """Inverse norms and what else is asked for: |x_hat|^2, sums of x_hat over blocks of rows, x_hat."""
     items, rows, width = x.shape
     launch(
         rows_kernel, (items * triton.cdiv(rows, BLOCK_ROWS),),
-        x, x.stride(0), x.stride(1), norms, squares, sums, unit, rows, width,
-        EPS=eps, INVERSE_EPS=inverse(eps), BN=BLOCK_ROWS, BD=BLOCK_WIDTH, ACC=accumulator(x.dtype),
+        x, x.stride(0), x.stride(1), inverse_norms, squares, sums, unit, rows, width,
+        EPS=eps, INVERSE_EPS=inverse_eps(eps), BN=BLOCK_ROWS, BD=BLOCK_WIDTH, ACC=accumulator(x.dtype),
         num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
-def inverse(eps):
+def inverse_eps(eps):
     return 1 / eps if eps else math.inf
 
 
@@ -135,14 +135,20 @@ def _far_lengths(rows, row_mask, D, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.
     return square_root(tl.sum(squares, 1), ACC) * power
 
 
-# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Norms are
-# loaded one by one, and where those of y start depends on the number of rows.
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["NORMS"])
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do. Inverse
+# norms are loaded one by one, and where those of y start depends on the number of rows.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["INVERSE_NORMS"])
 def rows_kernel(
-    X, x_item, x_row, NORMS, SQUARES, SUMS, UNIT, N, D,
+    X, x_item, x_row,  # [L, N, D] and its strides
+    INVERSE_NORMS,  # [L, N]
+    SQUARES,  # [L, N], or None, as what follows may be
+    SUMS,  # [L, blocks of rows, D]
+    UNIT,  # [L, N, D]
+    N, D,
     EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A block of BN rows: 1 / max(|x|, eps), and from it, in a second reading, what has a pointer."""
+    """inverse_norm = 1 / max(|x|, eps) of a block of BN rows and, of x_hat = x inverse_norm, in a second
+    reading, what has a pointer: SQUARES |x_hat|^2, SUMS sum_n x_hat, UNIT x_hat."""
     blocks = tl.cdiv(N, BN)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -163,15 +169,16 @@ def rows_kernel(
             length = _far_lengths(rows, row_mask, D, BN, BD, ACC)
     # of a NaN stays NaN
     short = length <= eps
-    norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), inverse_of(tl.where(short, 1.0, length), ACC))
-    tl.store(NORMS + item * N + n, norm, mask=n < N)
+    inverse_norm = inverse_of(tl.where(short, 1.0, length), ACC)
+    inverse_norm = tl.where(short, tl.full((BN,), INVERSE_EPS, ACC), inverse_norm)
+    tl.store(INVERSE_NORMS + item * N + n, inverse_norm, mask=n < N)
     if SQUARES is not None:
-        tl.store(SQUARES + item * N + n, (length * norm) * (length * norm), mask=n < N)
+        tl.store(SQUARES + item * N + n, (length * inverse_norm) * (length * inverse_norm), mask=n < N)
     if (SUMS is not None) or (UNIT is not None):
         for e0 in tl.range(0, D, BD):
             width_mask = e0 + d < D
             row = tl.load(rows + (e0 + d)[None, :], mask=row_mask & width_mask[None, :], other=0.0).to(ACC)
-            unit = row * norm[:, None]
+            unit = row * inverse_norm[:, None]
             if SUMS is not None:
                 # rows past the last have the inverse norm of a zero row: 0 * 1e8, but 0 * inf when eps is 0
                 sums = tl.sum(tl.where(row_mask, unit, 0.0), 0)
@@ -218,34 +225,48 @@ def products(
 
 @triton.jit
 def cosines(
-    x_rows, y_rows, x_mask, y_mask, D, x_norm, y_norm, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    x_rows, y_rows, x_mask, y_mask, D, x_inverse_norm, y_inverse_norm, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`products` of unit vectors, of inverse norms as given."""
     s = products(x_rows, y_rows, x_mask, y_mask, D, BR, BC, BD, DT, PREC, ACC)
     # the same when x and y change places, for vectors that are equal to be equally near
-    s = s * (x_norm[:, None] * y_norm[None, :])
+    s = s * (x_inverse_norm[:, None] * y_inverse_norm[None, :])
     if DT != tl.float16:  # noqa: SIM300 -- whose products are all within range
         # 0 is the inverse norm of no row
-        x_far = _any_far(tl.where(x_norm > 0, x_norm, 1.0), ACC)
-        far = tl.maximum(x_far, _any_far(tl.where(y_norm > 0, y_norm, 1.0), ACC))
+        x_far = _any_far(tl.where(x_inverse_norm > 0, x_inverse_norm, 1.0), ACC)
+        far = tl.maximum(x_far, _any_far(tl.where(y_inverse_norm > 0, y_inverse_norm, 1.0), ACC))
         if far > 0:
             # Of what depends on `far`, which is 1, the compiler moves nothing out of the branch and out of
             # the loops around it, where it would take registers. Multiples of 16 keep the loads wide.
-            first, x_norm, y_norm = 16 * (far - 1), x_norm * far, y_norm * far
-            s = _far_cosines(x_rows, y_rows, x_mask, y_mask, first, D, x_norm, y_norm, BR, BC, DT, PREC, ACC)
+            first, x_inverse_norm, y_inverse_norm = 16 * (far - 1), x_inverse_norm * far, y_inverse_norm * far
+            s = _far_cosines(
+                x_rows,
+                y_rows,
+                x_mask,
+                y_mask,
+                first,
+                D,
+                x_inverse_norm,
+                y_inverse_norm,
+                BR,
+                BC,
+                DT,
+                PREC,
+                ACC,
+            )
     return s
 
 
 @triton.jit
 def _far_cosines(
-    x_rows, y_rows, x_mask, y_mask, first, D, x_norm, y_norm, BR: tl.constexpr, BC: tl.constexpr,
+    x_rows, y_rows, x_mask, y_mask, first, D, x_inverse_norm, y_inverse_norm, BR: tl.constexpr, BC: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`cosines` of vectors of any length, multiplied by powers of two first, which is exact."""
     FD: tl.constexpr = 16  # and no stages: no more registers than `products` takes
-    x_power, x_inverse = _powers(x_norm, ACC)
-    y_power, y_inverse = _powers(y_norm, ACC)
+    x_power, x_inverse = _powers(x_inverse_norm, ACC)
+    y_power, y_inverse = _powers(y_inverse_norm, ACC)
     d = tl.arange(0, FD)
     s = tl.zeros((BR, BC), ACC)
     for d0 in tl.range(first, D, FD * (first + 1), num_stages=1):
@@ -254,7 +275,7 @@ def _far_cosines(
         y = tl.load(y_rows + (d0 + d)[None, :], mask=y_mask[:, None] & width_mask, other=0.0).to(ACC)
         x, y = (x * x_power[:, None]).to(DT), (y * y_power[:, None]).to(DT)
         s = tl.dot(x, tl.trans(y), s, input_precision=PREC, out_dtype=ACC)
-    return s * ((x_norm * x_inverse)[:, None] * (y_norm * y_inverse)[None, :])
+    return s * ((x_inverse_norm * x_inverse)[:, None] * (y_inverse_norm * y_inverse)[None, :])
 
 
 @triton.jit
@@ -268,8 +289,8 @@ def add_rows(dx, weights, y_places, y_mask, WT: tl.constexpr, WPREC: tl.constexp
 
 
 @triton.jit
-def through_norm(dx, x, norm, along, INVERSE_EPS: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr):
+def through_norm(dx, x, inverse_norm, along, INVERSE_EPS: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr):
     """The gradient of rows x from that of x_hat, whose part along x_hat is known."""
     # a row that was divided by eps has no part taken out
-    along = tl.where(norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
-    return norm[:, None] * (dx - x * norm[:, None] * along[:, None])
+    along = tl.where(inverse_norm < tl.full((BR,), INVERSE_EPS, ACC), along, 0.0)
+    return inverse_norm[:, None] * (dx - x * inverse_norm[:, None] * along[:, None])

@@ -168,10 +168,10 @@ def couple(
 ):  # fmt: skip
     """acc [W, 16 or HP, 16 or HP] plus folded x times folded y transposed; its W parts keep W warps busy."""
     S: tl.constexpr = 16 // HP if HP < 16 else 1
-    K: tl.constexpr = HP * S
-    L: tl.constexpr = A * B // S
-    x3 = tl.permute(tl.reshape(fold(x, HP, A, B, 2), (K, W, L // W)), (1, 0, 2))
-    y3 = tl.permute(tl.reshape(fold(y, HP, A, B, 2), (K, W, L // W)), (1, 2, 0))
+    ROWS: tl.constexpr = HP * S
+    COLUMNS: tl.constexpr = A * B // S
+    x3 = tl.permute(tl.reshape(fold(x, HP, A, B, 2), (ROWS, W, COLUMNS // W)), (1, 0, 2))
+    y3 = tl.permute(tl.reshape(fold(y, HP, A, B, 2), (ROWS, W, COLUMNS // W)), (1, 2, 0))
     return tl.dot(x3, y3, acc, input_precision=PREC, out_dtype=ACC)
 
 
@@ -179,14 +179,14 @@ def couple(
 def store_coupled(base, acc, HP: tl.constexpr, W: tl.constexpr):
     """A partial sum of `couple`, with zeros where the parts of the keys differ."""
     S: tl.constexpr = 16 // HP if HP < 16 else 1
-    K: tl.constexpr = HP * S
-    r = tl.arange(0, K)
+    ROWS: tl.constexpr = HP * S
+    r = tl.arange(0, ROWS)
     if W == 1:
-        total = tl.reshape(acc, (K, K))
+        total = tl.reshape(acc, (ROWS, ROWS))
     else:
         total = tl.sum(acc, 0)
     total = tl.where((r % S)[:, None] == (r % S)[None, :], total, 0.0)
-    tl.store(base + r[:, None] * K + r[None, :], total)
+    tl.store(base + r[:, None] * ROWS + r[None, :], total)
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def deliver(result, written):
 
 
 def uncouple(partial, heads):
-    """Sum over partial sums [B, programs, K, K] of `store_coupled`: [B, heads, heads], float64."""
+    """Sum over partial sums [B, programs, ROWS, ROWS] of `store_coupled`: [B, heads, heads], float64."""
     b, _, k, _ = partial.shape
     padded = padded_heads(heads)
     total = partial.sum(1, dtype=torch.float64).view(b, padded, k // padded, padded, k // padded)

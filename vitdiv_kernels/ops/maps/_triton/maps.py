@@ -1,4 +1,9 @@
-"""Triton kernels that attention_gram and re-attention share: softmax and the gradients of q and k."""
+"""Triton kernels that attention_gram and re-attention share: softmax and the gradients of q and k.
+
+Names are set to any tensor at hand (`pre = factor`) where a call does not need them: Triton wants them set on
+every way to where they are used. ZERO is 0 as an argument: a load with an offset of j0 * ZERO stays in the
+loop (RELOAD), where the compiler would move one of the same address out of it and hold what is loaded.
+"""
 
 import triton
 import triton.language as tl
@@ -46,15 +51,9 @@ def mixed_maps(
 
 @triton.jit
 def mix_constant(
-    mix,
-    bias,
-    mean,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BIAS: tl.constexpr,
+    mix, bias, mean, H: tl.constexpr, HP: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
     ACC: tl.constexpr,
-):
+):  # fmt: skip
     """What stands beside the mix of centred maps, [HP, 1, 1]: bias + sum_h mix[g, h] / M, unless CENTRED."""
     constant = tl.zeros((HP, 1, 1), ACC)
     if not CENTRED:
@@ -68,38 +67,45 @@ def mix_constant(
 
 
 @triton.jit
-def layer_norm(m, valid, eps, H: tl.constexpr, HP: tl.constexpr):
-    """(normalised over heads, reciprocal of the deviation [rows, columns]); 0 outside of `valid`."""
+def layer_norm(mixed, valid, eps, H: tl.constexpr, HP: tl.constexpr):
+    """((mixed - mean) rstd over heads, rstd = 1 / sqrt(var + eps) [rows, columns]); 0 outside of `valid`."""
     inside = (tl.arange(0, HP) < H)[:, None, None]
-    deviation = tl.where(inside, m - (tl.sum(m, 0) / H)[None, :, :], 0.0)
-    rate = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / H + eps)
-    # with eps = 0 the padding has a rate of Inf
-    rate = tl.where(valid, rate, 0.0)
-    return deviation * rate[None, :, :], rate
+    deviation = tl.where(inside, mixed - (tl.sum(mixed, 0) / H)[None, :, :], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / H + eps)
+    # with eps = 0 that of the padding is Inf
+    rstd = tl.where(valid, rstd, 0.0)
+    return deviation * rstd[None, :, :], rstd
 
 
 @triton.jit
-def layer_norm_gradient(dy, normal, rate, weight, H: tl.constexpr):
+def layer_norm_gradient(dy, normalised, rstd, weight, H: tl.constexpr):
     dn = dy * weight
     mean = tl.sum(dn, 0) / H
-    projection = tl.sum(dn * normal, 0) / H
-    return rate[None, :, :] * (dn - mean[None, :, :] - normal * projection[None, :, :])
+    projection = tl.sum(dn * normalised, 0) / H
+    return rstd[None, :, :] * (dn - mean[None, :, :] - normalised * projection[None, :, :])
 
 
 @triton.jit(do_not_specialize=["tiles", "N", "M"])
 def softmax_sweep(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, pre_mix, pre_bias, coupling, coupling_b, shift, rate, delta, gram,
-    tiles, zero, N, M, NS, factor_high, factor_low, factor2_high, factor2_low, H: tl.constexpr,
-    H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BR: tl.constexpr,
+    q, q_b, q_h, q_n,  # [B, H, N, d] and its strides
+    k, k_b, k_h, k_n,  # [B, H, M, d]
+    pre_mix,  # [H, H]
+    pre_bias,  # [H]
+    coupling, coupling_b,  # [B or 1, H, H], the stride over images
+    row_max, row_scale, row_dot,  # [B, HP, NS]
+    gram,  # [B, tiles, HP, HP]
+    tiles, ZERO, N, M, NS,  # tiles of an image; queries, keys, queries padded
+    factor_high, factor_low, factor2_high, factor2_low,
+    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, PRE: tl.constexpr, PRE_BIAS: tl.constexpr, STATISTICS: tl.constexpr,
-    GRAM: tl.constexpr, DELTA: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
+    GRAM: tl.constexpr, ROW_DOT: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
     DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the keys: of each row its largest logit `shift` and `rate` = 1 / sum, A = 2^(logit -
-    shift) rate; and the centred Gram matrix, summed over the rows of a tile (GRAM) or, row by row, against
-    the coupling (DELTA):
+    """L = pre_mix (scale q k^T) / ln 2,  row_max = max_j L,  row_scale = 1 / sum_j 2^(L - row_max),  and of
+    A = 2^(L - row_max) row_scale the centred Gram matrix, in one pass over the keys: summed over the rows of
+    a tile (GRAM) or, row by row, against the coupling C (ROW_DOT):
 
-        delta_h[i] = sum_j A_h dA_h = sum_k C[h,k] sum_j (A_h - 1/M) (A_k - 1/M)
+        row_dot_h[i] = sum_j A_h dA_h = sum_k C[h,k] sum_j (A_h - 1/M) (A_k - 1/M)
 
     The Gram matrix is kept per row, [BR, HP, HP], so that it can follow the row's maximum. It is of e -
     pivot, e the exponentials and the pivot their mean over the first keys: what nearly uniform maps have in
@@ -119,7 +125,7 @@ def softmax_sweep(
         pre = kronecker(pre_mix, H, HP, False, ACC).to(ZT)
     top = tl.full((HP, BR), float("-inf"), ACC)
     total = tl.zeros((HP, BR), ACC)
-    if GRAM or DELTA:
+    if GRAM or ROW_DOT:
         pivot = tl.zeros((HP, BR), ACC)
         rounded_total = tl.zeros((HP, BR), ACC)
         acc = tl.zeros((BR, HP, HP), ACC)
@@ -129,7 +135,7 @@ def softmax_sweep(
         pre_now = pre
         if RELOAD:
             if PRE:
-                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
+                pre_now = kronecker(pre_mix + j0 * ZERO, H, HP, False, ACC).to(ZT)
         inside = (j < M)[None, None, :]
         s = products(held, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
@@ -140,7 +146,7 @@ def softmax_sweep(
         fade = tl.exp2(top - base)
         e = tl.exp2(z - base[:, :, None])
         top = next_top
-        if GRAM or DELTA:
+        if GRAM or ROW_DOT:
             pivot = tl.where(j0 == 0, tl.sum(e, 2) / first_keys, pivot * fade)
             e = tl.where(inside, e - pivot[:, :, None], 0.0)
             rounded = (e * PS).to(DT)
@@ -150,33 +156,33 @@ def softmax_sweep(
             acc = acc * (fade_t[:, :, None] * fade_t[:, None, :])
             acc = tl.dot(rows, tl.permute(rows, (0, 2, 1)), acc, input_precision=PREC, out_dtype=ACC)
         total = total * fade + tl.sum(e, 2)
-    if GRAM or DELTA:
+    if GRAM or ROW_DOT:
         total += pivot * tl.full((), M, ACC)
-    rates = 1.0 / total
+    row_scales = 1.0 / total
     if PRE_BIAS:
         # added to a row of logits it changes no softmax, unless it is not finite
         added = tl.load(pre_bias + h, mask=h < H, other=0.0).to(ACC)
-        rates += (added - added)[:, None]
+        row_scales += (added - added)[:, None]
     if STATISTICS:
         offsets = (image * HP + h[:, None]) * NS + i[None, :]
         mask = (i < N)[None, :] & (h < HP)[:, None]
-        tl.store(shift + offsets, tl.where(top == float("-inf"), 0.0, top), mask=mask)
-        tl.store(rate + offsets, rates, mask=mask)
-    if GRAM or DELTA:
+        tl.store(row_max + offsets, tl.where(top == float("-inf"), 0.0, top), mask=mask)
+        tl.store(row_scale + offsets, row_scales, mask=mask)
+    if GRAM or ROW_DOT:
         sums = tl.trans(rounded_total) * (1.0 / PS)
-        rates_t = tl.trans(rates)
+        row_scales_t = tl.trans(row_scales)
         acc = acc * (1.0 / (PS * PS)) - sums[:, :, None] * sums[:, None, :] / tl.full((), M, ACC)
-        acc = acc * (rates_t[:, :, None] * rates_t[:, None, :])
+        acc = acc * (row_scales_t[:, :, None] * row_scales_t[:, None, :])
         if GRAM:
             tl.store(gram + pid.to(tl.int64) * HP * HP + h[:, None] * HP + h[None, :], tl.sum(acc, 0))
-        if DELTA:
+        if ROW_DOT:
             inside_c = (h < H)[:, None] & (h < H)[None, :]
             c = tl.load(
                 coupling + image * coupling_b + h[:, None] * H + h[None, :], mask=inside_c, other=0.0
             ).to(ACC)
             d = tl.trans(tl.sum(acc * c[None, :, :], 2))
             tl.store(
-                delta + (image * HP + h[:, None]) * NS + i[None, :],
+                row_dot + (image * HP + h[:, None]) * NS + i[None, :],
                 d,
                 mask=(i < N)[None, :] & (h < HP)[:, None],
             )
@@ -194,9 +200,9 @@ def maps_gradient(
     row of the maps' gradient has no effect on that of the logits."""
     if DOUT:
         if LAYER:
-            m = mixed_maps(mix, size * (1.0 / PS), constant, centred, HP, A, B, KEYS, PREC, ACC)
-            normal, rate = layer_norm(m, valid, eps, H, HP)
-            dy = layer_norm_gradient(dy, normal, rate, norm_weight, H)
+            mixed = mixed_maps(mix, size * (1.0 / PS), constant, centred, HP, A, B, KEYS, PREC, ACC)
+            normalised, rstd = layer_norm(mixed, valid, eps, H, HP)
+            dy = layer_norm_gradient(dy, normalised, rstd, norm_weight, H)
         d = mix_heads(mix_t, dy.to(DT), HP, A, B, KEYS, PREC, ACC) * size
         if COUPLING:
             d += mix_heads(c, centred, HP, A, B, KEYS, PREC, ACC) * (c_size * (1.0 / PS))
@@ -208,15 +214,17 @@ def maps_gradient(
 @triton.jit(do_not_specialize=["tiles", "N", "M"])
 def query_gradient(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dq, dq_b, dq_h, dq_n, pre_mix,
-    mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, dpre_mix, tiles, zero, N, M, NS,
-    factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
-    HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
-    DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_DQ: tl.constexpr,
-    NEED_DPRE: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
-    DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
+    mix, bias, norm_weight, coupling, coupling_b, row_max, row_scale, row_dot, dpre_mix, tiles, ZERO, N, M,
+    NS, factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr,
+    H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
+    DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr,
+    BIAS: tl.constexpr, DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr,
+    NEED_DQ: tl.constexpr, NEED_DPRE: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr,
+    RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
+    ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """DB columns of dq of a tile of queries, and the tile's part of dpre_mix less a factor ln 2."""
+    """dL = A (dA - row_dot),  dZ = pre_mix^T dL,  dq = scale sum_j dZ k,  dpre_mix = sum_ij dL Z^T: DB
+    columns of dq of a tile of queries, and the tile's part of dpre_mix less a factor ln 2."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     i = (pid % tiles) * BR + tl.arange(0, BR)
@@ -260,11 +268,11 @@ def query_gradient(
         c_acc = kronecker(coupling + image * coupling_b, H, HP, False, ACC)
         c_size = magnitude(c_acc, DT, ACC)
         c = (c_acc / c_size).to(DT)
-    shifts = row_values(shift + statistics, i, N, NS, 0.0, HP)[:, :, None]
-    rates = row_values(rate + statistics, i, N, NS, mean, HP)[:, :, None]
-    deltas = row_values(delta + statistics, i, N, NS, 0.0, HP)[:, :, None]
+    row_maxes = row_values(row_max + statistics, i, N, NS, 0.0, HP)[:, :, None]
+    row_scales = row_values(row_scale + statistics, i, N, NS, mean, HP)[:, :, None]
+    row_dots = row_values(row_dot + statistics, i, N, NS, 0.0, HP)[:, :, None]
     if not DOUT:
-        deltas = deltas / c_size
+        row_dots = row_dots / c_size
     acc = tl.zeros((HP, BR, DB), ACC)
     if NEED_DPRE:
         pre_sums = tl.zeros((W, 16 if HP < 16 else HP, 16 if HP < 16 else HP), ACC)
@@ -278,21 +286,21 @@ def query_gradient(
             pre_t_now = pre_t
         if RELOAD:
             if PRE:
-                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
+                pre_now = kronecker(pre_mix + j0 * ZERO, H, HP, False, ACC).to(ZT)
             if DOUT and LAYER:
-                w_now = scaled_kronecker(mix + j0 * zero, size, H, HP, False, DT, ACC)
+                w_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, False, DT, ACC)
             if DOUT:
-                wt_now = scaled_kronecker(mix + j0 * zero, size, H, HP, True, DT, ACC)
+                wt_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, True, DT, ACC)
             if COUPLING:
                 c_now = scaled_kronecker(
-                    coupling + image * coupling_b + j0 * zero, c_size, H, HP, False, DT, ACC
+                    coupling + image * coupling_b + j0 * ZERO, c_size, H, HP, False, DT, ACC
                 )
             if PRE:
-                pre_t_now = scaled_kronecker(pre_mix + j0 * zero, pre_size, H, HP, True, DT, ACC)
+                pre_t_now = scaled_kronecker(pre_mix + j0 * ZERO, pre_size, H, HP, True, DT, ACC)
         inside = (j < M)[None, None, :]
         s = products(held_q, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
-        p = tl.where(inside, tl.exp2(z - shifts) * rates, 0.0)
+        p = tl.where(inside, tl.exp2(z - row_maxes) * row_scales, 0.0)
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = p
         if DOUT:
@@ -304,7 +312,7 @@ def query_gradient(
             dy, centred, valid, w_now, wt_now, size, constant, gain, eps, c_now, c_size, H, HP, BR, BC, 2,
             DOUT, LAYER, COUPLING, PS, DT, PREC, ACC,
         )  # fmt: skip
-        d = p * (d - deltas)
+        d = p * (d - row_dots)
         if not DOUT:
             d = d * PS
         dz = d.to(DT)
@@ -324,22 +332,23 @@ def query_gradient(
         if not DOUT:
             pre_sums = pre_sums * (c_size * (1.0 / PS))
         if tl.program_id(1) == 0:
-            K: tl.constexpr = 16 if HP < 16 else HP
-            store_coupled(dpre_mix + pid.to(tl.int64) * K * K, pre_sums, HP, W)
+            ROWS: tl.constexpr = 16 if HP < 16 else HP
+            store_coupled(dpre_mix + pid.to(tl.int64) * ROWS * ROWS, pre_sums, HP, W)
 
 
 @triton.jit(do_not_specialize=["tiles", "N", "M"])
 def key_gradient(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, dk, dk_b, dk_h, dk_n, pre_mix,
-    mix, bias, norm_weight, coupling, coupling_b, shift, rate, delta, tiles, zero, N, M, NS, factor_high,
-    factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
+    mix, bias, norm_weight, coupling, coupling_b, row_max, row_scale, row_dot, tiles, ZERO, N, M, NS,
+    factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
     HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
     DOUT: tl.constexpr, LAYER: tl.constexpr, COUPLING: tl.constexpr, HOLD: tl.constexpr,
     RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
     ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dk of a tile of BR keys and a piece of DB columns: transposed tiles [HP, keys, queries]."""
+    """dL = A (dA - row_dot),  dZ = pre_mix^T dL,  dk = scale sum_i dZ q: DB columns of dk of a tile of BR
+    keys, from transposed tiles [HP, keys, queries]."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     j = (pid % tiles) * BR + tl.arange(0, BR)
@@ -395,22 +404,22 @@ def key_gradient(
             pre_t_now = pre_t
         if RELOAD:
             if PRE:
-                pre_now = kronecker(pre_mix + i0 * zero, H, HP, False, ACC).to(ZT)
+                pre_now = kronecker(pre_mix + i0 * ZERO, H, HP, False, ACC).to(ZT)
             if DOUT and LAYER:
-                w_now = scaled_kronecker(mix + i0 * zero, size, H, HP, False, DT, ACC)
+                w_now = scaled_kronecker(mix + i0 * ZERO, size, H, HP, False, DT, ACC)
             if DOUT:
-                wt_now = scaled_kronecker(mix + i0 * zero, size, H, HP, True, DT, ACC)
+                wt_now = scaled_kronecker(mix + i0 * ZERO, size, H, HP, True, DT, ACC)
             if COUPLING:
                 c_now = scaled_kronecker(
-                    coupling + image * coupling_b + i0 * zero, c_size, H, HP, False, DT, ACC
+                    coupling + image * coupling_b + i0 * ZERO, c_size, H, HP, False, DT, ACC
                 )
             if PRE:
-                pre_t_now = scaled_kronecker(pre_mix + i0 * zero, pre_size, H, HP, True, DT, ACC)
-        shifts = row_values(shift + statistics, i, N, NS, 0.0, HP)[:, None, :]
-        rates = row_values(rate + statistics, i, N, NS, mean, HP)[:, None, :]
-        deltas = row_values(delta + statistics, i, N, NS, 0.0, HP)[:, None, :]
+                pre_t_now = scaled_kronecker(pre_mix + i0 * ZERO, pre_size, H, HP, True, DT, ACC)
+        row_maxes = row_values(row_max + statistics, i, N, NS, 0.0, HP)[:, None, :]
+        row_scales = row_values(row_scale + statistics, i, N, NS, mean, HP)[:, None, :]
+        row_dots = row_values(row_dot + statistics, i, N, NS, 0.0, HP)[:, None, :]
         if not DOUT:
-            deltas = deltas / c_size
+            row_dots = row_dots / c_size
         if DT == tl.float32 and not DOUT:  # noqa: SIM300
             # q times k, as in the sweep for the statistics: where logits are large, their last bit, which
             # another order of sums changes, is much of a map that should be 0 or 1. With DOUT it spills.
@@ -419,7 +428,7 @@ def key_gradient(
         else:
             s = products(held_k, k, j, M, k_h, k_n, q, i, N, q_h, q_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 1, PRE, ZT, ZPREC, ACC)
-        p = tl.where(inside, tl.exp2(z - shifts) * rates, 0.0)
+        p = tl.where(inside, tl.exp2(z - row_maxes) * row_scales, 0.0)
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = p
         if DOUT:
@@ -431,7 +440,7 @@ def key_gradient(
             dy, centred, valid, w_now, wt_now, size, constant, gain, eps, c_now, c_size, H, HP, BR, BC, 1,
             DOUT, LAYER, COUPLING, PS, DT, PREC, ACC,
         )  # fmt: skip
-        d = p * (d - deltas)
+        d = p * (d - row_dots)
         if not DOUT:
             d = d * PS
         dz = d.to(DT)

@@ -5,6 +5,9 @@ T = 16, 32, ... tile rows are what a tensor-core product needs. A mix over heads
 [T, T] matrix that has the [H, H] one SHARE times on its diagonal, so few heads do not leave most of it idle.
 A row longer than BLOCK keys is walked in blocks (ONE_BLOCK is False): once for the softmax's statistics, once
 more for each thing that needs a whole row before it; it comes from L1 then.
+
+Names are set to any tensor at hand (`gain, offset = shift, shift`) where a call does not need them: Triton
+wants them set on every way to where they are used.
 """
 
 import triton
@@ -133,21 +136,26 @@ def layer_norm(mixed, used, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.con
     mean = tl.sum(mixed, 0) / H
     deviation = tl.where(used[:, None], mixed - mean[None, :], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / H + tl.full((), EPS, ACC))
-    normalized = deviation * rstd[None, :]
-    return normalized, normalized * norm_weight[:, None] + norm_bias[:, None], rstd
+    normalised = deviation * rstd[None, :]
+    return normalised, normalised * norm_weight[:, None] + norm_bias[:, None], rstd
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "tiles"])
 def forward_rows(
-    z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, grams, rows, keys, padded_keys, tiles,
-    gram_stride,
+    z,  # [B, H, rows, padded_keys]
+    pre_mix,  # [H, H], or None, as all that follows may be
+    pre_bias,  # [H]
+    mix,  # [H, H]
+    bias, norm_weight, norm_bias,  # [H]
+    grams,  # [B, programs, T, T]
+    rows, keys, padded_keys, tiles, gram_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_OUT: tl.constexpr, NEEDS_GRAM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BOOST: tl.constexpr,
-    ACC: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Logits z [images, H, rows, padded_keys] -> Y in place; centred Gram [images, programs, T, T]."""
+    """A = softmax(pre_mix z + pre_bias),  X = mix A + bias,  Y = X or its layer norm over heads, which takes
+    the place of z; and of A - 1/M the Gram matrices."""
     HAS_PRE: tl.constexpr = pre_mix is not None
     LAYER: tl.constexpr = norm_weight is not None
     image, program = tl.program_id(0), tl.program_id(1)
@@ -226,25 +234,25 @@ def maps_gradient(
     SHARE: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(maps, centred * BOOST, Y, dY, normalised M, dM, the maps' gradient); `maps` for what is not needed"""
+    """(maps, centred * BOOST, Y, dY, normalised X, dX, the maps' gradient); `maps` for what is not needed"""
     inside = live[:, None] & (j < keys)[None, :]
     maps = softmax_maps(logits, top, total, live)
     centred = tl.where(inside, maps - mean, 0.0) * BOOST
-    y, dy, normalized, dmixed, dmaps = maps, maps, maps, maps, maps
+    y, dy, normalised, dmixed, dmaps = maps, maps, maps, maps, maps
     if NEEDS_Y or (LAYER and HAS_DOUT):
         y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
         y = y * (1.0 / BOOST) + shift[:, None]
         rstd = mean
         if LAYER:
-            normalized, y, rstd = layer_norm(y, used, gain, offset, EPS, H, ACC)
+            normalised, y, rstd = layer_norm(y, used, gain, offset, EPS, H, ACC)
     if HAS_DOUT:
         dy = tl.load(dy_rows[:, None] + j[None, :], mask=inside, other=0.0).to(ACC)
         dmixed = dy
         if LAYER:
             scaled = dy * gain[:, None]
             first = tl.sum(scaled, 0)[None, :] / H
-            second = tl.sum(scaled * normalized, 0)[None, :] / H
-            dmixed = tl.where(inside, rstd[None, :] * (scaled - first - normalized * second), 0.0)
+            second = tl.sum(scaled * normalised, 0)[None, :] / H
+            dmixed = tl.where(inside, rstd[None, :] * (scaled - first - normalised * second), 0.0)
     if NEEDS_MAPS:
         if HAS_DOUT:
             dmaps = mix_heads(weight_t, dmixed, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC)
@@ -264,7 +272,7 @@ def maps_gradient(
                 dmaps += from_gram * (1.0 / BOOST)
             else:
                 dmaps = from_gram * (1.0 / BOOST)
-    return maps, centred, y, dy, normalized, dmixed, dmaps
+    return maps, centred, y, dy, normalised, dmixed, dmaps
 
 
 # Where the coupling of a chunk's first image starts depends on the chunk, and helps no load.
@@ -273,21 +281,26 @@ def maps_gradient(
     do_not_specialize_on_alignment=["coupling"],
 )
 def backward_rows(
-    z, dy, coupling, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias, matrix_sums, vector_sums, rows,
-    keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,
+    z,  # [B, H, rows, padded_keys]
+    dy,  # [B, H, rows, padded_keys], or None, as all that follows may be
+    coupling,  # [B or 1, H, H]
+    pre_mix,  # [H, H]
+    pre_bias,  # [H]
+    mix,  # [H, H]
+    bias, norm_weight, norm_bias,  # [H]
+    matrix_sums,  # [B, programs, 2, T, T]: dmix from centred maps, dpre_mix
+    vector_sums,  # [B, programs, 3, T]: dbias, dnorm_weight, dnorm_bias
+    rows, keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
     NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr, STORES_DM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BOOST: tl.constexpr,
-    ACC: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Logits z and dy [images, H, rows, padded_keys] -> Y in z, the logits' gradient in dy (in z without dy).
+    """dA = mix^T dX + coupling (A - 1/M),  dL = A (dA - sum_j A dA),  dz = pre_mix^T dL, with dX = dy, or its
+    gradient through the layer norm. Y takes the place of z, and dz that of dy (that of z without dy).
 
-    STORES_DM leaves the gradient of what is normed in dy, for launches that then need not know of the norm.
-
-    matrix_sums [images, programs, 2, T, T]: dmix from centred maps, dpre_mix.
-    vector_sums [images, programs, 3, T]: dbias, dnorm_weight, dnorm_bias.
+    STORES_DM leaves dX in dy, for launches that then need not know of the norm.
     """
     HAS_DOUT: tl.constexpr = dy is not None
     HAS_COUPLING: tl.constexpr = coupling is not None
@@ -340,7 +353,7 @@ def backward_rows(
             dy_rows = dy + offsets
         top = tl.full((T,), float("-inf"), ACC)
         total = tl.zeros((T,), ACC)
-        delta = tl.zeros((T,), ACC)
+        row_dot = tl.zeros((T,), ACC)
         if not ONE_BLOCK:
             for j0 in tl.range(0, keys, BLOCK):
                 _, block_logits = load_logits(
@@ -360,7 +373,7 @@ def backward_rows(
                         gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
                         True, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
                     )  # fmt: skip
-                    delta += tl.sum(maps_d * dmaps_d, 1)
+                    row_dot += tl.sum(maps_d * dmaps_d, 1)
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             raw, logits = load_logits(
@@ -369,7 +382,7 @@ def backward_rows(
             )  # fmt: skip
             if ONE_BLOCK:
                 top, total = add_to_statistics(logits, top, total)
-            maps, centred, y, dy_block, normalized, dmixed, dmaps = maps_gradient(
+            maps, centred, y, dy_block, normalised, dmixed, dmaps = maps_gradient(
                 logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset,
                 couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, T,
                 SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
@@ -378,7 +391,7 @@ def backward_rows(
                 dmix = add_products(dmix, dmixed, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
                 dbias += tl.sum(dmixed, 1)
             if NEEDS_DNORM:
-                dnorm_weight += tl.sum(dy_block * normalized, 1)
+                dnorm_weight += tl.sum(dy_block * normalised, 1)
                 dnorm_bias += tl.sum(dy_block, 1)
             inside = live[:, None] & (j < keys)[None, :]
             stored = live[:, None] & (j < padded_keys)[None, :]
@@ -393,8 +406,8 @@ def backward_rows(
                 )
             if NEEDS_MAPS:
                 if ONE_BLOCK:
-                    delta = tl.sum(maps * dmaps, 1)
-                dlogits = maps * (dmaps - delta[:, None])
+                    row_dot = tl.sum(maps * dmaps, 1)
+                dlogits = maps * (dmaps - row_dot[:, None])
                 if NEEDS_DPRE:
                     dpre = add_products(dpre, dlogits, raw, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
                 if NEEDS_DZ:

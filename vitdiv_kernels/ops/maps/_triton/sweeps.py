@@ -1,4 +1,4 @@
-"""Launches of the kernels of `_triton_maps.py`."""
+"""Launches of the kernels of maps.py."""
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from ..._launch import (
     launch,
     split,
 )
+from ..._tables import options
 from .heads import (
     LOG2_E,
     aligned,
@@ -24,7 +25,7 @@ from .heads import (
 from .maps import key_gradient, query_gradient, softmax_sweep
 from .tiles import tile
 
-# Precision of the pre-mix, see `logits` of _triton_maps.py.
+# Precision of the pre-mix, see `logits` of maps.py.
 LOGITS = {torch.float16: "rounded tf32", torch.bfloat16: "tf32"}
 
 
@@ -72,35 +73,35 @@ class Maps:
         )
 
     def softmax(self, coupling=None, gram=False, statistics=True):
-        """(shift, rate, delta, gram) as softmax_sweep says; None for what is not asked for."""
-        delta = coupling is not None
-        t = self.tile("softmax_gram" if gram or delta else "softmax")
+        """(row_max, row_scale, row_dot, gram) as softmax_sweep says; None for what is not asked for."""
+        needs_row_dot = coupling is not None
+        t = self.tile("softmax_gram" if gram or needs_row_dot else "softmax")
         tiles = triton.cdiv(self.queries, t.rows)
-        shift, rate, deltas = (self.rows() if x else self.q for x in (statistics, statistics, delta))
+        needed = statistics, statistics, needs_row_dot
+        row_max, row_scale, row_dot = (self.rows() if x else self.q for x in needed)
         partial = self.empty(self.images, tiles, self.padded, self.padded) if gram else self.q
-        coupling, coupling_b = with_image_stride(coupling, self.q)
         launch(
             softmax_sweep, (tiles * self.images,), *located(self.q), *located(self.k),
-            or_else(self.pre_mix, self.q), or_else(self.pre_bias, self.q), coupling, coupling_b, shift, rate,
-            deltas, partial, tiles, 0, self.queries, self.keys, self.row_stride, *self.factors,
-            **t.options, H=self.heads, H1=self.first_heads, HP=self.padded,
-            D=self.width, DB=t.width, BR=t.rows, BC=t.columns, PRE=self.pre_mix is not None,
-            PRE_BIAS=self.pre_bias is not None, STATISTICS=statistics, GRAM=gram, DELTA=delta, HOLD=t.hold,
-            RELOAD=t.reload, **self.numbers(),
+            or_else(self.pre_mix, self.q), or_else(self.pre_bias, self.q),
+            *with_image_stride(coupling, self.q), row_max, row_scale, row_dot, partial, tiles, 0,
+            self.queries, self.keys, self.row_stride, *self.factors, **options(t), H=self.heads,
+            H1=self.first_heads, HP=self.padded, D=self.width, DB=t.width, BR=t.rows, BC=t.columns,
+            PRE=self.pre_mix is not None, PRE_BIAS=self.pre_bias is not None, STATISTICS=statistics,
+            GRAM=gram, ROW_DOT=needs_row_dot, HOLD=t.hold, RELOAD=t.reload, **self.numbers(),
         )  # fmt: skip
         if gram:
             total = partial.sum(1, dtype=torch.float64)[:, : self.heads, : self.heads]
             partial = total.to(self.accumulation)
-        return shift, rate, deltas if delta else None, partial if gram else None
+        return row_max, row_scale, row_dot if needs_row_dot else None, partial if gram else None
 
-    def gradients(self, statistics, delta, coupling, mixed, needs_dq, needs_dk, needs_dpre_mix):
+    def gradients(self, statistics, row_dot, coupling, mixed, needs_dq, needs_dk, needs_dpre_mix):
         """(dq, dk, dpre_mix), None for what is not needed. `mixed` is a Mixed, or None when only the Gram
         matrix has a gradient."""
-        dq = self._query_gradient(statistics, delta, coupling, mixed, needs_dq, needs_dpre_mix)
-        dk = self._key_gradient(statistics, delta, coupling, mixed) if needs_dk else None
+        dq = self._query_gradient(statistics, row_dot, coupling, mixed, needs_dq, needs_dpre_mix)
+        dk = self._key_gradient(statistics, row_dot, coupling, mixed) if needs_dk else None
         return dq[0], dk, dq[1]
 
-    def _query_gradient(self, statistics, delta, coupling, mixed, needs_dq, needs_dpre_mix):
+    def _query_gradient(self, statistics, row_dot, coupling, mixed, needs_dq, needs_dpre_mix):
         if not (needs_dq or needs_dpre_mix):
             return None, None
         t = self.tile("query_gradient", mixed is not None)
@@ -111,9 +112,9 @@ class Maps:
         for does_dq, does_dpre_mix in parts(t, needs_dq, needs_dpre_mix):
             launch(
                 query_gradient, (tiles * self.images, triton.cdiv(self.width, t.width) if does_dq else 1),
-                *self._gradient_arguments(written, mixed, coupling, statistics, delta), partial,
+                *self._gradient_arguments(written, mixed, coupling, statistics, row_dot), partial,
                 tiles, 0, *self._sizes(mixed),
-                **t.options,
+                **options(t),
                 NEED_DQ=does_dq, NEED_DPRE=does_dpre_mix, W=warp_split(self.padded, t),
                 **self._gradient_constants(t, mixed, coupling),
             )  # fmt: skip
@@ -121,19 +122,19 @@ class Maps:
         dpre_mix = uncouple(partial, self.heads).sum(0) / LOG2_E if needs_dpre_mix else None
         return deliver(dq, written) if needs_dq else None, dpre_mix
 
-    def _key_gradient(self, statistics, delta, coupling, mixed):
+    def _key_gradient(self, statistics, row_dot, coupling, mixed):
         t = self.tile("key_gradient", mixed is not None)
         tiles = triton.cdiv(self.keys, t.rows)
         dk, written = aligned_empty(self.k_given)
         launch(
             key_gradient, (tiles * self.images, triton.cdiv(self.width, t.width)),
-            *self._gradient_arguments(written, mixed, coupling, statistics, delta), tiles, 0,
-            *self._sizes(mixed), **t.options,
+            *self._gradient_arguments(written, mixed, coupling, statistics, row_dot), tiles, 0,
+            *self._sizes(mixed), **options(t),
             **self._gradient_constants(t, mixed, coupling),
         )  # fmt: skip
         return deliver(dk, written)
 
-    def _gradient_arguments(self, written, mixed, coupling, statistics, delta):
+    def _gradient_arguments(self, written, mixed, coupling, statistics, row_dot):
         tensors = (
             (self.q,) * 5
             if mixed is None
@@ -143,7 +144,7 @@ class Maps:
         return (
             *located(self.q), *located(self.k), *located(v), *located(dout), *located(written),
             or_else(self.pre_mix, self.q), mix, bias, norm_weight, *with_image_stride(coupling, self.q),
-            *statistics, delta,
+            *statistics, row_dot,
         )  # fmt: skip
 
     def _sizes(self, mixed):

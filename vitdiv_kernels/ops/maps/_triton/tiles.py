@@ -1,11 +1,12 @@
-"""Tiles of the kernels that hold all heads. Nothing is tuned at run time.
+"""Tiles of the kernels that hold all heads.
 
-`source` says where a row comes from: "aot" rows compile without spills for sm_80, sm_90 and sm_100 and were
-chosen by instruction counts and shared memory; no GPU has measured them yet. Tiles of up to 8 heads also fit
-the GPUs with little shared memory, see `shared_memory`.
+Rows of source "aot" were chosen by instruction counts and shared memory; no GPU has measured them yet. Tiles
+of up to 8 heads also fit the GPUs with little shared memory, see `shared_memory`.
 """
 
 from typing import NamedTuple
+
+from ..._tables import first_row
 
 
 class Tile(NamedTuple):
@@ -17,12 +18,8 @@ class Tile(NamedTuple):
     apart: bool  # a kernel of several results makes one at a time
     warps: int  # at most: a product over heads gives a warp whole heads
     stages: int
-    maxnreg: int | None  # None: ptxas aims at 128 or 168, and may spill a little to get there
+    maxnreg: int | None
     source: str
-
-    @property
-    def options(self):
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.maxnreg}
 
 
 # Wider rows of 16 heads, held for a whole loop, are more than sm_80 has.
@@ -130,16 +127,17 @@ def tile(kernel, heads, width, dtype, extras, interpreted):
     """The Tile of a kernel for padded `heads` and rows of `width` numbers."""
     if interpreted:
         return fitted(INTERPRETED, heads, width)
-    for (name, most_bytes, most_heads, most_width, with_extras), row in TILES.items():
-        if (
+    row = first_row(
+        TILES,
+        lambda name, most_bytes, most_heads, most_width, with_extras: (
             name == kernel
             and dtype.itemsize <= most_bytes
             and heads <= most_heads
             and width <= most_width
             and extras <= with_extras
-        ):
-            return fitted(row, heads, width)
-    raise AssertionError("the table matches every call that is not `too_large`")
+        ),
+    )
+    return fitted(row, heads, width)
 
 
 def fitted(row, heads, width):

@@ -18,6 +18,7 @@ from ..._launch import (
     input_precision,
     launch,
 )
+from ..._tables import options
 from .row_tiles import row_config, workspace_bytes
 from .rows import backward_rows, forward_rows
 
@@ -183,7 +184,7 @@ class _Rows:
             PRECISION=input_precision(q.dtype),
             # lifts centred maps, which are small where attention is nearly uniform, into float16's range
             BOOST=4096 if q.dtype == torch.float16 else 1, ACC=accumulator(q.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
+            **options(config),
         )  # fmt: skip
 
     def programs(self, rows):

@@ -78,18 +78,13 @@ def attention_cosine(q, k, q2=None, k2=None, *, scale=None, backend="auto"):
     if _checks.autocast_enabled(q):
         q, k, q2, k2 = _checks.autocast_to(q, k, q2, k2)
     _checks.queries_and_keys(q, k)
-    if (q2 is None) != (k2 is None):
-        given, absent = ("q2", "k2") if k2 is None else ("k2", "q2")
-        raise ValueError(f"q2 and k2 must be given together, got {given} without {absent}")
+    _checks.both_or_neither("q2", q2, "k2", k2)
     if q2 is not None:
         _checks.queries_and_keys(q2, k2, "q2", "k2")
         _checks.same_kind("q2", q2, "q", q)
-        if q2.shape[0] != q.shape[0] or q2.shape[2] != q.shape[2]:
-            expected = f"[{q.shape[0]}, H2, {q.shape[2]}, d2]"
-            raise ValueError(f"q2 must have shape {expected} to match q, got {_checks.shape_of(q2)}")
-        if k2.shape[2] != k.shape[2]:
-            expected = f"[{k.shape[0]}, H2, {k.shape[2]}, d2]"
-            raise ValueError(f"k2 must have shape {expected} to match k, got {_checks.shape_of(k2)}")
+        for name, x, because, like in (("q2", q2, " to match q", q), ("k2", k2, " to match k", k)):
+            shape = like.shape[0], x.shape[1], like.shape[2], x.shape[3]
+            _checks.shaped(name, x, shape, (shape[0], "H2", shape[2], "d2"), because)
     cosine = _cosine(_centered_gram(q, k, q2, k2, scale, backend), q, k)
     return cosine if q2 is None else cosine[:, : q.shape[1], q.shape[1] :]
 

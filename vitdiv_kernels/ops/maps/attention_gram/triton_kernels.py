@@ -1,4 +1,4 @@
-"""The operators attention_gram_{fwd,bwd} in Triton; the kernels are in ../_triton_maps.py.
+"""The operators attention_gram_{fwd,bwd} in Triton; the kernels are in ../_triton.
 
 More heads, or wider ones, than their tiles hold go through the workspace of re-attention, without a mix.
 """
@@ -31,8 +31,8 @@ def attention_gram_bwd(coupling, q, k, scale, q2, k2, scale2, needs):
         dq, dk, *_ = workspace.backward(None, coupling, *arguments, wanted)
     elif needs_q or needs_k:
         maps = _maps(q, k, scale, q2, k2, scale2)
-        shift, rate, delta, _ = maps.softmax(coupling)
-        dq, dk, _ = maps.gradients((shift, rate), delta, coupling, None, needs_q, needs_k, False)
+        row_max, row_scale, row_dot, _ = maps.softmax(coupling)
+        dq, dk, _ = maps.gradients((row_max, row_scale), row_dot, coupling, None, needs_q, needs_k, False)
     heads = q.shape[1]
     return tuple(
         _part(gradient, x, slice(heads) if layer == 0 else slice(heads, None), q2 is None, factor)

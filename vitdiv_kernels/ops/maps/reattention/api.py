@@ -1,7 +1,7 @@
 """The public function `reattention`."""
 
 from .... import _checks, _dispatch
-from . import function, reference
+from . import operation, reference
 
 NORMS = ("none", "batch", "layer")
 
@@ -17,8 +17,8 @@ def reattention(
     Z_h = scale q_h k_h^T
     L   = Z, or with pre_mix  L_g = sum_h pre_mix[g, h] Z_h + pre_bias[g]       (talking heads)
     A   = softmax(L)
-    M_g = sum_h mix[g, h] A_h + mix_bias[g]
-    Y   = M | batch norm over (image, query, key), per head | layer norm over heads, per (image, query, key)
+    X_g = sum_h mix[g, h] A_h + mix_bias[g]
+    Y   = X | batch norm over (image, query, key), per head | layer norm over heads, per (image, query, key)
     O_g = out_scale Y_g v_g
     ```
 
@@ -76,24 +76,17 @@ def reattention(
         q, k, v = _checks.autocast_to(q, k, v)
     _checks.queries_and_keys(q, k)
     _checks.same_kind("v", v, "q", q)
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {_checks.shape_of(k)}, got {_checks.shape_of(v)}")
+    _checks.shaped("v", v, k.shape, because=", that of k")
     _parameter("mix", mix, q, 2)
-    if mix_bias is not None:
-        _parameter("mix_bias", mix_bias, q, 1)
-    if pre_mix is not None:
-        _parameter("pre_mix", pre_mix, q, 2)
-    if pre_bias is not None:
-        _parameter("pre_bias", pre_bias, q, 1)
-        if pre_mix is None:
-            raise ValueError(
-                "pre_bias must be None when pre_mix is None: a constant does not change a softmax"
-            )
+    for name, value, rank in (("mix_bias", mix_bias, 1), ("pre_mix", pre_mix, 2), ("pre_bias", pre_bias, 1)):
+        if value is not None:
+            _parameter(name, value, q, rank)
+    if pre_bias is not None and pre_mix is None:
+        raise ValueError("pre_bias must be None when pre_mix is None: a constant does not change a softmax")
     _checks.one_of("norm", norm, NORMS)
-    if norm_weight is not None:
-        _parameter("norm_weight", norm_weight, q, 1)
-    if norm_bias is not None:
-        _parameter("norm_bias", norm_bias, q, 1)
+    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if value is not None:
+            _parameter(name, value, q, 1)
     if norm == "batch":
         _batch_norm_arguments(q, k, running_mean, running_var, training, process_group)
     elif running_mean is not None or running_var is not None:
@@ -105,13 +98,8 @@ def reattention(
     momentum = _checks.number("momentum", momentum, at_least=0)
     eps = _checks.number("eps", eps, at_least=0)
     out_scale = _checks.number("out_scale", out_scale)
-    dropout_p = _checks.number("dropout_p", dropout_p, at_least=0)
-    if dropout_p > 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    else:
-        scale = _checks.number("scale", scale)
+    dropout_p = _checks.number("dropout_p", dropout_p, at_least=0, at_most=1)
+    scale = q.shape[3] ** -0.5 if scale is None else _checks.number("scale", scale)
 
     dropout = training and dropout_p > 0
     condition = _dispatch.MANY_HEADS if q.shape[1] > _dispatch.TRITON_HEADS else None
@@ -124,46 +112,35 @@ def reattention(
         process_group=process_group,
     )  # fmt: skip
     if backend == "reference":
-        operation = reference.reattention
+        run = reference.reattention
         arguments["dropout_p"] = dropout_p
     else:
-        operation = function.reattention
+        run = operation.reattention
         arguments["backend"] = backend
     with _checks.autocast_off(q):
-        out, gram = operation(q, k, v, mix, **arguments)
+        out, gram = run(q, k, v, mix, **arguments)
     return (out, gram) if return_gram else out
 
 
-def _parameter(name, value, q, rank):
+def _parameter(name, value, q, rank, always_float32=False):
+    """A parameter [H] or [H, H], in the dtype of q or, for 16 bits or always, in float32."""
     _checks.floating_tensor(name, value)
     heads = q.shape[1]
     if value.shape != (heads,) * rank:
-        expected = ["[H]", "[H, H]"][rank - 1]
-        raise ValueError(f"{name} must have shape {expected} with H = {heads}, got {_checks.shape_of(value)}")
-    _float32_or_like(name, value, q, allowed=q.dtype in _checks.LOW_PRECISION)
-
-
-def _float32_or_like(name, value, q, allowed):
-    if value.dtype != q.dtype and not (allowed and value.dtype == _checks.FLOATS[0]):
-        expected = _checks.name_of(q.dtype) + (" or float32" if allowed else "")
+        expected = f"{_checks.sizes(*'HH'[:rank])} with H = {heads}"
+        raise ValueError(f"{name} must have shape {expected}, got {_checks.shape_of(value)}")
+    float32_too = always_float32 or q.dtype in _checks.LOW_PRECISION
+    if value.dtype != q.dtype and not (float32_too and value.dtype == _checks.FLOATS[0]):
+        expected = _checks.name_of(q.dtype) + (" or float32" if float32_too else "")
         raise TypeError(f"{name} must have the dtype of q, {expected}, got {_checks.name_of(value.dtype)}")
     _checks.same_device(name, value, "q", q)
 
 
 def _batch_norm_arguments(q, k, running_mean, running_var, training, process_group):
-    if (running_mean is None) != (running_var is None):
-        given, absent = (
-            ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
-        )
-        raise ValueError(f"running_mean and running_var must be given together, got {given} without {absent}")
+    _checks.both_or_neither("running_mean", running_mean, "running_var", running_var)
     if running_mean is not None:
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-            _checks.floating_tensor(name, value)
-            if value.shape != (q.shape[1],):
-                raise ValueError(
-                    f"{name} must have shape [H] with H = {q.shape[1]}, got {_checks.shape_of(value)}"
-                )
-            _float32_or_like(name, value, q, allowed=True)
+            _parameter(name, value, q, 1, always_float32=True)
     elif not training:
         raise ValueError('running_mean and running_var must be given for norm "batch" when training is False')
     if training and process_group is None and q.shape[0] * q.shape[2] * k.shape[2] == 1:

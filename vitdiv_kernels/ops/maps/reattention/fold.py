@@ -1,12 +1,14 @@
 """Everything of re-attention that is H x H: the kernels know one affine mix of the maps,
 
-    Y_g = sum_h weight[g, h] A_h + bias[g],    or, centred, of A_h - 1/M,
+    Y_g = sum_h folded_mix[g, h] A_h + folded_bias[g],    or, centred, of A_h - 1/M,
 
 then, for norm "layer", a layer norm over heads. `fold` turns mix, mix_bias, out_scale and batch norm in
 evaluation into it, `fold_backward` takes the gradients back, and the operators `vitdiv::batch_norm_*` do both
-for batch norm in training: on the CPU in C++ (csrc/batch_norm.h; a dozen small torch calls cost 60 us), else
-by the functions here.
+for batch norm in training. Their specification are the functions here; on the CPU they run in C++
+(csrc/batch_norm.h; a dozen small torch calls cost 60 us), and a test compares the two.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -14,12 +16,25 @@ from ...._checks import autocast_off
 from ..._operators import define
 
 
+class Statistics(NamedTuple):
+    """Of the mixed maps over (image, query, key)."""
+
+    mean: torch.Tensor  # [H]
+    var: torch.Tensor  # [H]
+    unbiased_var: torch.Tensor  # [H]
+    mixed_covariance: torch.Tensor  # [H, H], the mix times the maps' covariance over this process's images
+    gain: torch.Tensor  # [H], see `gain_of`
+    count: int | torch.Tensor  # B N M, over all processes
+
+
 def gain_of(norm_weight, var, eps, out_scale):
-    """What batch norm and out_scale multiply a mixed map by: [H]."""
-    gain = (var + eps).rsqrt()
-    if norm_weight is not None:
-        gain = gain * norm_weight
-    return gain * out_scale
+    """What batch norm and out_scale multiply a mixed map by, [H]: with norm_weight, and without."""
+    rstd = (var + eps).rsqrt() * out_scale
+    return rstd if norm_weight is None else rstd * norm_weight, rstd
+
+
+def _count(gram, queries, keys):
+    return max(gram.shape[0] * queries * keys, 1)  # 1 for an empty batch
 
 
 def _statistics(total, count, local, mix, mix_bias, norm_weight, keys, eps, out_scale):
@@ -28,39 +43,37 @@ def _statistics(total, count, local, mix, mix_bias, norm_weight, keys, eps, out_
     if mix_bias is not None:
         mean = mean + mix_bias
     var = (mix * (mix @ (total / count))).sum(1)
-    gain = gain_of(norm_weight, var, eps, out_scale)
+    gain, _ = gain_of(norm_weight, var, eps, out_scale)
     return mean, var, var * count / (count - 1), mix @ (local / count), gain
 
 
 def batch_norm_fwd(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale):
-    total, count = gram.sum(0), max(gram.shape[0] * queries * keys, 1)  # 1 for an empty batch
+    total, count = gram.sum(0), _count(gram, queries, keys)
     return _statistics(total, count, total, mix, mix_bias, norm_weight, keys, eps, out_scale)
 
 
-def batch_norm_coupling(dots, var, mix, count, eps):
-    dvar = -0.5 * dots / (var + eps)
+def batch_norm_coupling(head_dots, var, mix, count, eps):
+    dvar = -0.5 * head_dots / (var + eps)
     return dvar, _coupling(dvar, mix, count)
-
-
-def batch_norm_bwd(dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale):
-    rstd = (var + eps).rsqrt() * out_scale
-    gain = rstd if norm_weight is None else rstd * norm_weight
-    dmix = gain.unsqueeze(1) * dweight
-    if dvar is not None:
-        dmix = dmix + (2 * dvar).unsqueeze(1) * mixed_covariance
-    return dmix, (dweight * mix).sum(1) * rstd
 
 
 def _coupling(dvar, mix, count):
     return ((mix * dvar.unsqueeze(1)).t() @ mix * 2 / count).unsqueeze(0)
 
 
+def batch_norm_bwd(dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale):
+    gain, rstd = gain_of(norm_weight, var, eps, out_scale)
+    dmix = gain.unsqueeze(1) * dweight
+    if dvar is not None:
+        dmix = dmix + (2 * dvar).unsqueeze(1) * mixed_covariance
+    return dmix, (dweight * mix).sum(1) * rstd
+
+
 def batch_norm_gain_bwd(dgain, mix, norm_weight, var, mixed_covariance, count, eps, out_scale):
-    rstd = (var + eps).rsqrt() * out_scale
-    dnorm_weight = dgain * rstd
-    dvar = -0.5 * (dnorm_weight if norm_weight is None else dnorm_weight * norm_weight) / (var + eps)
+    gain, rstd = gain_of(norm_weight, var, eps, out_scale)
     with autocast_off(mix):
-        return _coupling(dvar, mix, count) / 2, (2 * dvar).unsqueeze(1) * mixed_covariance, dnorm_weight
+        dvar, coupling = batch_norm_coupling(dgain * gain, var, mix, count, eps)
+        return coupling.squeeze(0) / 2, (2 * dvar).unsqueeze(1) * mixed_covariance, dgain * rstd
 
 
 def _fwd_fake(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale):
@@ -75,7 +88,7 @@ def _setup(ctx, inputs, outputs):
     mean, var, unbiased_var, mixed_covariance, _ = outputs
     ctx.mark_non_differentiable(mean, var, unbiased_var, mixed_covariance)
     ctx.save_for_backward(mix, mix_bias, norm_weight, var, mixed_covariance)
-    ctx.images, ctx.count = gram.shape[0], max(gram.shape[0] * queries * keys, 1)
+    ctx.images, ctx.count = gram.shape[0], _count(gram, queries, keys)
 
 
 def _backward(ctx, operator, needs, dmean, dvar, dunbiased, dcovariance, dgain):
@@ -130,51 +143,47 @@ _batch_norm_gain_bwd = define(
 )
 
 
-def differentiable_statistics(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale):
-    """Of the mixed maps (mean, unbiased var, `gain_of`), the last with a derivative."""
-    results = _batch_norm_fwd["native"](gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale)
-    mean, _, unbiased_var, _, gain = results
-    return mean, unbiased_var, gain
-
-
 def batch_statistics(gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale, process_group):
-    """Of the mixed maps over (image, query, key): mean, var, unbiased var [H], the mix times the maps'
-    covariance over this process's images [H, H], `gain_of`, and the number B N M over all processes."""
+    """The `Statistics` from the maps' centred Gram matrices [B, H, H]. Only the gain has a derivative, and
+    that without a process group."""
     if process_group is None:
         results = _batch_norm_fwd["native"](gram, mix, mix_bias, norm_weight, queries, keys, eps, out_scale)
-        return *results, max(gram.shape[0] * queries * keys, 1)
+        return Statistics(*results, _count(gram, queries, keys))
     local = gram.sum(0)
     # filled on the device: a copy of a Python number would wait for it
     packed = torch.cat([local.flatten(), local.new_full((1,), gram.shape[0] * queries * keys)])
     torch.distributed.all_reduce(packed, group=process_group)
     total, count = packed[:-1].view_as(local), packed[-1]
-    return *_statistics(total, count, local, mix, mix_bias, norm_weight, keys, eps, out_scale), count
+    results = _statistics(total, count, local, mix, mix_bias, norm_weight, keys, eps, out_scale)
+    return Statistics(*results, count)
 
 
-def variance_gradient(dots, var, mix, count, eps, process_group):
+def variance_gradient(head_dots, var, mix, count, eps, process_group):
     """dvar [H] of batch norm, and what it adds to dgram + its transpose [1, H, H].
 
-    `dots[g]` sums, over the batch, dout_g times the part of out_g that the gain scales, gain times dgain: no
-    sweep over the maps and no division by the gain.
+    `head_dots[g]` sums, over the batch, dout_g times the part of out_g that the gain scales, gain times
+    dgain: no sweep over the maps and no division by the gain.
     """
     if process_group is None:
-        return _batch_norm_coupling["native"](dots, var, mix, count, eps)
-    dvar = -0.5 * dots / (var + eps)
+        return _batch_norm_coupling["native"](head_dots, var, mix, count, eps)
+    dvar = -0.5 * head_dots / (var + eps)
     torch.distributed.all_reduce(dvar, group=process_group)
     return dvar, _coupling(dvar, mix, count)
 
 
-def batch_norm_backward(dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale):
+def batch_norm_backward(dfolded_mix, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale):
     """(dmix, dnorm_weight) from the gradient of gain times mix; dvar is None where dmix is not needed."""
-    return _batch_norm_bwd["native"](dweight, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale)
+    return _batch_norm_bwd["native"](
+        dfolded_mix, mix, norm_weight, var, mixed_covariance, dvar, eps, out_scale
+    )
 
 
 def fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale):
-    """(weight [H, H], bias [H] or None) of the affine mix; mean and var are running statistics."""
+    """(folded_mix [H, H], folded_bias [H] or None); mean and var are running statistics."""
     if norm == "layer":
         return mix, mix_bias
     if norm == "batch":
-        gain = gain_of(norm_weight, var, eps, 1)
+        gain, _ = gain_of(norm_weight, var, eps, 1)
         mix_bias = (-mean if mix_bias is None else mix_bias - mean) * gain
         mix = mix * gain.unsqueeze(1)
         if norm_bias is not None:
@@ -184,15 +193,14 @@ def fold(mix, mix_bias, norm, norm_weight, norm_bias, mean, var, eps, out_scale)
     return mix * out_scale, None if mix_bias is None else mix_bias * out_scale
 
 
-def fold_backward(dweight, dbias, mix, mix_bias, norm, norm_weight, mean, var, eps, out_scale):
+def fold_backward(dfolded_mix, dfolded_bias, mix, mix_bias, norm, norm_weight, mean, var, eps, out_scale):
     """(dmix, dmix_bias, dnorm_weight, dnorm_bias) from the gradients of the affine mix of `fold`."""
     if norm == "layer":
-        return dweight, dbias, None, None
+        return dfolded_mix, dfolded_bias, None, None
     if out_scale != 1:
-        dweight, dbias = dweight * out_scale, dbias * out_scale
+        dfolded_mix, dfolded_bias = dfolded_mix * out_scale, dfolded_bias * out_scale
     if norm == "none":
-        return dweight, dbias, None, None
-    rstd = (var + eps).rsqrt()
-    gain = rstd if norm_weight is None else rstd * norm_weight
-    dgain = (dweight * mix).sum(1) + dbias * (-mean if mix_bias is None else mix_bias - mean)
-    return gain.unsqueeze(1) * dweight, gain * dbias, dgain * rstd, dbias
+        return dfolded_mix, dfolded_bias, None, None
+    gain, rstd = gain_of(norm_weight, var, eps, 1)
+    dgain = (dfolded_mix * mix).sum(1) + dfolded_bias * (-mean if mix_bias is None else mix_bias - mean)
+    return gain.unsqueeze(1) * dfolded_mix, gain * dfolded_bias, dgain * rstd, dfolded_bias

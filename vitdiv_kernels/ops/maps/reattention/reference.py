@@ -3,8 +3,8 @@
     Z_h = scale Q_h K_h^T
     L   = Z, or with pre_mix  L_g = sum_h pre_mix[g, h] Z_h + pre_bias[g]
     A   = dropout(softmax(L))
-    M_g = sum_h mix[g, h] A_h + mix_bias[g]
-    Y   = M | batch norm over (image, query, key), per head | layer norm over heads, per (image, query, key)
+    X_g = sum_h mix[g, h] A_h + mix_bias[g]
+    Y   = X | batch norm over (image, query, key), per head | layer norm over heads, per (image, query, key)
     O_g = out_scale Y_g V_g
 
 float16 and bfloat16 are computed in float32 and the output is rounded once. Holds several [B, H, N, M] maps.

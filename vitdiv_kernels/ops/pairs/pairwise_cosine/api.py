@@ -1,9 +1,8 @@
 """The public function `pairwise_cosine`."""
 
 from .... import _checks, _dispatch
+from ...._vectors import PENALTIES
 from . import function, reference
-
-PENALTIES = ("signed", "abs", "square", "relu")
 
 
 def pairwise_cosine(
@@ -47,26 +46,17 @@ def pairwise_cosine(
         >>> loss = pairwise_cosine(patches)
         >>> loss.backward()
     """
-    _checks.floating_tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have shape [..., N, D], got {_checks.shape_of(x)}")
-    n, width = x.shape[-2:]
-    if y is not None:
-        _checks.same_kind("y", y, "x", x)
-        if y.dim() != x.dim() or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != width:
-            expected = f"[{''.join(f'{size}, ' for size in x.shape[:-2])}M, {width}]"
-            raise ValueError(f"y must have shape {expected} to match x, got {_checks.shape_of(y)}")
+    if y is None:
+        alone = "" if include_self else " when include_self is False"
+        _checks.vectors("x", x, 1 if include_self else 2, alone)
+    else:
+        _checks.vectors("x", x)
+        _checks.second_vectors("y", y, "x", x)
         if include_self:
             raise ValueError(
                 "include_self must be False when y is given: pairs of two sets have no self-pairs"
             )
-    if n == 0 or width == 0 or (y is not None and y.shape[-2] == 0):
-        raise ValueError(
-            f"x and y must hold at least one vector of at least one feature, got x {_checks.shape_of(x)}"
-        )
-    if n < 2 and y is None and not include_self:
-        raise ValueError(f"x must have N >= 2 when include_self is False, got shape {_checks.shape_of(x)}")
-    _checks.one_of("penalty", penalty, PENALTIES)
+    _checks.one_of("penalty", penalty, tuple(PENALTIES))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     eps = _checks.number("eps", eps, at_least=0)
     backend = _dispatch.resolve("pairwise_cosine", x.device, backend)
@@ -77,5 +67,6 @@ def pairwise_cosine(
             sums = reference.pairwise_cosine_sums(x, y, **options)
         else:
             sums = function.pairwise_cosine_sums(x, y, **options, backend=backend)
+    n = x.shape[-2]
     pairs = n * y.shape[-2] if y is not None else n * (n if include_self else n - 1)
     return _checks.reduce_pairs(sums, pairs, reduction)

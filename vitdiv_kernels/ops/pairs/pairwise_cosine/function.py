@@ -7,20 +7,17 @@ import torch
 from ...._layout import accumulation_dtype, items, nothing, requires_grad, when
 from ... import _flops, _sharding, _vmap
 from ..._operators import define
-from .gpu_saved import new_saved
+from .gpu_saved import new_saved, signs_shape
 
 
 def _saved(x, y, penalty, for_backward):
     """What the compiled backward needs beside x and y; on CPUs sums of unit rows, or signs, or nothing."""
     if x.device.type == "cuda":
         return new_saved(x, y, penalty) if for_backward else nothing(x)
-    rows, columns = x.shape[-2], (x if y is None else y).shape[-2]
     if penalty == "signed":
         return x.new_empty((1 if y is None else 2, items(x), x.shape[-1]), dtype=accumulation_dtype(x))
-    if for_backward and penalty in ("abs", "relu"):
-        planes = 2 if penalty == "abs" else 1
-        return x.new_zeros((items(x), rows, planes, (columns + 31) // 32), dtype=torch.int32)
-    return nothing(x)
+    signs = signs_shape(x, y, penalty) if for_backward else None
+    return x.new_zeros(signs, dtype=torch.int32) if signs else nothing(x)
 
 
 def _fwd_fake(x, y, penalty, include_self, eps, for_backward):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ...._layout import accumulation_dtype
+from ...._layout import accumulation_dtype, items
 
 _ALIGN = 16  # words of 4 bytes, so that every section starts where the kernels may load 16 bytes at once
 
@@ -26,24 +26,28 @@ def is_closed(x, y, penalty):
     return fits and (rows + columns) * width < rows * columns
 
 
+def signs_shape(x, y, penalty):
+    """Of words of 32 bits: bit j % 32 of word [i, plane, j // 32], planes S > 0 and, for abs, S < 0; None
+    where the backward has no use for them."""
+    columns = (x if y is None else y).shape[-2]
+    planes = {"abs": 2, "relu": 1}.get(penalty)
+    return planes and (items(x), x.shape[-2], planes, (columns + 31) // 32)
+
+
 def _shapes(x, y, penalty):
     """Name, shape and element type (None: the accumulation dtype) of each section.
 
-    rx, ry: 1 / max(|row|, eps).  ux, uy: sums of unit rows.  px, py: sums of the penalty along rows of S and
-    along its columns.  signs: bit j % 32 of word [i, plane, j // 32], planes S > 0 and, for abs, S < 0; with
-    one set of rows only for j >= i.
+    inverse_norms: 1 / max(|row|, eps).  unit_sum: the sum of unit rows.  penalties: sums of the penalty along
+    rows of S and along its columns.  signs: with one set of rows only for j >= i.
     """
-    items, rows = math.prod(x.shape[:-2]), x.shape[-2]
-    sets = [("x", rows)] if y is None else [("x", rows), ("y", y.shape[-2])]
-    shapes = [(f"r{name}", (items, n), None) for name, n in sets]
+    sets = [("x", x)] if y is None else [("x", x), ("y", y)]
+    shapes = [(f"{name}_inverse_norms", (items(x), rows.shape[-2]), None) for name, rows in sets]
     if penalty == "signed":
-        shapes += [(f"u{name}", (items, x.shape[-1]), None) for name, _ in sets]
+        shapes += [(f"{name}_unit_sum", (items(x), x.shape[-1]), None) for name, _ in sets]
     else:  # the closed form of square leaves them as they are
-        shapes += [(f"p{name}", (items, n), None) for name, n in sets]
-    if penalty in ("abs", "relu"):
-        planes = 2 if penalty == "abs" else 1
-        shapes.append(("signs", (items, rows, planes, (sets[-1][1] + 31) // 32), torch.int32))
-    return shapes
+        shapes += [(f"{name}_penalties", (items(x), rows.shape[-2]), None) for name, rows in sets]
+    signs = signs_shape(x, y, penalty)
+    return [*shapes, ("signs", signs, torch.int32)] if signs else shapes
 
 
 def _places(x, y, penalty):

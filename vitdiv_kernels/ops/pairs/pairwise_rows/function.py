@@ -8,7 +8,7 @@ import torch
 from ...._layout import accumulation_dtype, items, nothing, requires_grad, when
 from ... import _flops, _sharding, _vmap
 from ..._operators import define
-from .._inverse_norms import new_norms
+from .._inverse_norms import new_inverse_norms
 
 
 def _fwd_fake(x, y, scale, eps, for_backward):
@@ -21,7 +21,7 @@ def _fwd_fake(x, y, scale, eps, for_backward):
 
 def _fwd_triton_fake(x, y, scale, eps, for_backward):
     rows = x.new_empty((items(x), x.shape[-2]), dtype=accumulation_dtype(x))
-    return rows, new_norms(x, y) if for_backward else nothing(x)
+    return rows, new_inverse_norms(x, y) if for_backward else nothing(x)
 
 
 def _bwd_fake(drows, rows, x, y, saved, scale, eps, needs_dx, needs_dy):

@@ -6,14 +6,14 @@ import triton.language as tl
 
 from ...._layout import nothing
 from ..._launch import accumulator, capability, double, launch, split
-from .._inverse_norms import new_norms, norms_of
+from .._inverse_norms import inverse_norms_of, new_inverse_norms
 from .._tiles import row_for
 from .._triton import (
     add_rows,
     cosines,
     dot_types,
     gradient_slices,
-    inverse,
+    inverse_eps,
     items_of,
     read_rows,
     slices,
@@ -31,7 +31,7 @@ _BOUNDED_SCALE = 32
 
 def pairwise_logsumexp_fwd(x, y, scale, eps, for_backward):
     x, y = items_of(x), None if y is None else items_of(y)
-    saved = new_norms(x, y)
+    saved = new_inverse_norms(x, y)
     parts, _ = _tiles(x, y, saved, eps, scale)
     if parts.shape[1] > 1:
         rows = parts.new_empty(parts.shape[0], parts.shape[2])
@@ -43,7 +43,7 @@ def pairwise_logsumexp_fwd(x, y, scale, eps, for_backward):
 
 def pairwise_nearest(x, y, eps):
     x, y = items_of(x), None if y is None else items_of(y)
-    parts, indices = _tiles(x, y, new_norms(x, y), eps, None)
+    parts, indices = _tiles(x, y, new_inverse_norms(x, y), eps, None)
     nearest = indices.new_empty(parts.shape[0], parts.shape[2], dtype=torch.int64)
     _join(_join_nearest_kernel, parts, indices, nearest)
     return nearest
@@ -52,9 +52,9 @@ def pairwise_nearest(x, y, eps):
 def pairwise_logsumexp_bwd(drows, rows, x, y, saved, scale, eps, needs_dx, needs_dy):
     shapes = x.shape, None if y is None else y.shape
     x, y = items_of(x), None if y is None else items_of(y)
-    x_norms, y_norms = norms_of(saved, x, y)
-    own, statistics = (x, x_norms), (drows.contiguous(), rows.contiguous())
-    other = own if y is None else (y, y_norms)
+    x_inverse_norms, y_inverse_norms = inverse_norms_of(saved, x, y)
+    own, statistics = (x, x_inverse_norms), (drows.contiguous(), rows.contiguous())
+    other = own if y is None else (y, y_inverse_norms)
     dx = dy = nothing(x)
     if needs_dx:
         dx = _gradient(*own, *other, statistics, "both" if y is None else "own", scale, eps).view(shapes[0])
@@ -69,10 +69,10 @@ def _tiles(x, y, saved, eps, scale):
     [items, tiles of columns, N] each, of which one program writes a slot.
     """
     one_set, other = y is None, x if y is None else y
-    x_norms, y_norms = norms_of(saved, x, y)
-    read_rows(x, x_norms, eps)
+    x_inverse_norms, y_inverse_norms = inverse_norms_of(saved, x, y)
+    read_rows(x, x_inverse_norms, eps)
     if not one_set:
-        read_rows(y, y_norms, eps)
+        read_rows(y, y_inverse_norms, eps)
     items, rows, width = x.shape
     columns = other.shape[1]
     config = row_for(configs.FORWARD, x, capability(x))
@@ -86,8 +86,8 @@ def _tiles(x, y, saved, eps, scale):
     launch(
         _tiles_kernel, (items * tiles,),
         x, x.stride(0), x.stride(1), other, other.stride(0), other.stride(1),
-        x_norms, x_norms if one_set else y_norms, parts, indices, rows, columns, width,
-        *split(1.0 if scale is None else scale),
+        x_inverse_norms, x_inverse_norms if one_set else y_inverse_norms, parts, indices,
+        rows, columns, width, *split(1.0 if scale is None else scale),
         ONE_SET=one_set, TRIANGLE=triangle, BOUNDED=scale is not None and scale <= _BOUNDED_SCALE,
         BR=config.rows, BC=config.rows, **slices(config, x, other),
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
@@ -103,7 +103,7 @@ def _join(kernel, parts, *others):
     )  # fmt: skip
 
 
-def _gradient(own, own_norms, other, other_norms, statistics, of, scale, eps):
+def _gradient(own, own_inverse_norms, other, other_inverse_norms, statistics, of, scale, eps):
     """The gradient of `own`; the statistics belong to its rows, to the other set's, or to both, one set."""
     items, rows, width = own.shape
     config = row_for(configs.BACKWARD, own, capability(own))
@@ -112,13 +112,20 @@ def _gradient(own, own_norms, other, other_norms, statistics, of, scale, eps):
     launch(
         _gradient_kernel,
         (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
-        own, own.stride(0), own.stride(1), other, other.stride(0), other.stride(1), own_norms, other_norms,
-        *statistics, gradient, rows, other.shape[1], width, *split(scale),
-        OF=of, BOUNDED=scale <= _BOUNDED_SCALE, INVERSE_EPS=inverse(eps),
+        own, own.stride(0), own.stride(1), other, other.stride(0), other.stride(1),
+        own_inverse_norms, other_inverse_norms, *statistics, gradient, rows, other.shape[1], width,
+        *split(scale),
+        OF=of, BOUNDED=scale <= _BOUNDED_SCALE, INVERSE_EPS=inverse_eps(eps),
         BR=config.rows, BC=config.columns, **sizes,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient
+
+
+# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
+_SPECIALIZATION = dict(
+    do_not_specialize=["N", "M"], do_not_specialize_on_alignment=["X_INVERSE_NORMS", "Y_INVERSE_NORMS"]
+)
 
 
 @triton.jit
@@ -141,15 +148,21 @@ def _largest(s, places, AXIS: tl.constexpr):
     return largest, first
 
 
-# Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
-@triton.jit(do_not_specialize=["N", "M"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+@triton.jit(**_SPECIALIZATION)
 def _tiles_kernel(
-    X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, PARTS, INDICES, N, M, D, scale_high, scale_low,
+    X, x_item, x_row,  # [L, N, D] and its strides
+    Y, y_item, y_row,  # [L, M, D]
+    X_INVERSE_NORMS,  # [L, N]
+    Y_INVERSE_NORMS,  # [L, M]
+    PARTS,  # [L, tiles of columns, N]
+    INDICES,  # the same, for the nearest, or None
+    N, M, D, scale_high, scale_low,
     ONE_SET: tl.constexpr, TRIANGLE: tl.constexpr, BOUNDED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of S, reduced along its rows and, where it stands for two of one set, along its columns."""
+    """S = x_hat y_hat^T,  log sum_j exp(scale S), or max_j S and its argument: of a tile of S, along its rows
+    and, where it stands for two of one set, along its columns."""
     row_tiles = tl.cdiv(N, BR)
     column_tiles = tl.cdiv(M, BC)
     item, row_tile, column_tile = tile_of(row_tiles, column_tiles, TRIANGLE)
@@ -157,9 +170,9 @@ def _tiles_kernel(
     j = column_tile * BC + tl.arange(0, BC)
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
     y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
-    x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
-    y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-    s = cosines(x_rows, y_rows, i < N, j < M, D, x_norm, y_norm, BR, BC, BD, DT, PREC, ACC)
+    x_inverse_norm = tl.load(X_INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
+    y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
+    s = cosines(x_rows, y_rows, i < N, j < M, D, x_inverse_norm, y_inverse_norm, BR, BC, BD, DT, PREC, ACC)
     counted = (i < N)[:, None] & (j < M)[None, :]
     if ONE_SET:
         counted = counted & (i[:, None] != j[None, :])
@@ -222,17 +235,24 @@ def _join_nearest_kernel(PARTS, INDICES, NEAREST, N, tiles, BN: tl.constexpr, AC
     tl.store(NEAREST + item * N + n, nearest.to(tl.int64), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "M"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+@triton.jit(**_SPECIALIZATION)
 def _gradient_kernel(
-    X, x_item, x_row, Y, y_item, y_row, X_NORMS, Y_NORMS, DROWS, ROWS, DX, N, M, D, scale_high, scale_low,
+    X, x_item, x_row,  # [L, N, D] and its strides
+    Y, y_item, y_row,  # [L, M, D]
+    X_INVERSE_NORMS,  # [L, N]
+    Y_INVERSE_NORMS,  # [L, M]
+    DROWS, ROWS,  # [L, N], or of Y's rows
+    DX,  # [L, N, D]
+    N, M, D, scale_high, scale_low,
     OF: tl.constexpr, BOUNDED: tl.constexpr, INVERSE_EPS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr, WT: tl.constexpr, WPREC: tl.constexpr,
 ):  # fmt: skip
-    """BR x BO of dx: sum_j W[i, j] y_hat[j], W from S made again, then the normalisation.
+    """W = drows exp(scale S - rows),  dx = scale (sum_j W y_hat - along x_hat) / |x|,  along = sum_j W S:
+    BR x BO of it, S made again.
 
-    W = scale drows exp(scale S - rows) with the statistics of x's rows (OF "own"), of y's ("other", for which
-    x are the vectors that the columns of S belong to), or, of one set, the sum of both.
+    The statistics are those of x's rows (OF "own"), of y's ("other", for which x are the vectors that the
+    columns of S belong to), or, of one set, W the sum of both.
     """
     row_tiles = tl.cdiv(N, BR)
     out_tiles = tl.cdiv(D, BO)
@@ -241,19 +261,21 @@ def _gradient_kernel(
     o = tl.program_id(0) % out_tiles * BO + tl.arange(0, BO)
     out_mask = (o < D)[None, :]
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
-    x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
+    x_inverse_norm = tl.load(X_INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
     scale = double(scale_high, scale_low, ACC)
     if OF != "other":
         own_drow = tl.load(DROWS + item * N + i, mask=i < N, other=0.0)
         own_row = tl.load(ROWS + item * N + i, mask=i < N, other=0.0)
-        own_rate = own_drow * tl.exp(-own_row)  # used where BOUNDED
+        own_weight = own_drow * tl.exp(-own_row)  # used where BOUNDED
     dx = tl.zeros((BR, BO), ACC)
     along = tl.zeros((BR,), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
         y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
-        y_norm = tl.load(Y_NORMS + item * M + j, mask=j < M, other=0.0)
-        s = cosines(x_rows, y_rows, i < N, j < M, D, x_norm, y_norm, BR, BC, BD, DT, PREC, ACC)
+        y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
+        s = cosines(
+            x_rows, y_rows, i < N, j < M, D, x_inverse_norm, y_inverse_norm, BR, BC, BD, DT, PREC, ACC
+        )
         weights = tl.zeros((BR, BC), ACC)
         if OF != "own":
             drow = tl.load(DROWS + item * M + j, mask=j < M, other=0.0)
@@ -262,7 +284,7 @@ def _gradient_kernel(
             if OF != "own":
                 weights += (drow * tl.exp(-row))[None, :]
             if OF != "other":
-                weights += own_rate[:, None]
+                weights += own_weight[:, None]
             weights *= tl.exp(scale * s)
         else:
             if OF != "own":
@@ -275,8 +297,8 @@ def _gradient_kernel(
         weights = tl.where(counted, weights, 0.0)
         along += tl.sum(weights * s, 1)
         y_mask = (j < M)[:, None] & out_mask
-        dx = add_rows(dx, weights * y_norm[None, :], y_rows + o[None, :], y_mask, WT, WPREC, ACC)
+        dx = add_rows(dx, weights * y_inverse_norm[None, :], y_rows + o[None, :], y_mask, WT, WPREC, ACC)
     x = tl.load(x_rows + o[None, :], mask=(i < N)[:, None] & out_mask, other=0.0).to(ACC)
-    dx = scale * through_norm(dx, x, x_norm, along, INVERSE_EPS, BR, ACC)
+    dx = scale * through_norm(dx, x, x_inverse_norm, along, INVERSE_EPS, BR, ACC)
     place = DX + (item * N + i)[:, None] * D + o[None, :]
     tl.store(place, dx.to(DX.dtype.element_ty), mask=(i < N)[:, None] & out_mask)

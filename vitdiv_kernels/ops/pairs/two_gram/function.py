@@ -5,7 +5,7 @@ import functools
 from ...._layout import accumulation_dtype, items, nothing, requires_grad, when
 from ... import _flops, _sharding, _vmap
 from ..._operators import define
-from .._inverse_norms import new_norms
+from .._inverse_norms import new_inverse_norms
 
 
 def new_saved(x, y, needs_dx, needs_dy):
@@ -23,7 +23,7 @@ def _fwd_fake(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
 
 def _fwd_triton_fake(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
     sums = x.new_empty(items(x), dtype=accumulation_dtype(x))
-    return sums, new_norms(x, y) if normalise and (needs_dx or needs_dy) else nothing(x)
+    return sums, new_inverse_norms(x, y) if normalise and (needs_dx or needs_dy) else nothing(x)
 
 
 def _bwd_fake(dsums, x, y, saved, penalty, margin, normalise, eps, needs_dx, needs_dy):

@@ -5,14 +5,14 @@ import triton.language as tl
 
 from ...._layout import accumulation_dtype, nothing
 from ..._launch import capability, double, launch, split
-from .._inverse_norms import new_norms, norms_of
+from .._inverse_norms import inverse_norms_of, new_inverse_norms
 from .._tiles import row_for
 from .._triton import (
     add_rows,
     cosines,
     dot_types,
     gradient_slices,
-    inverse,
+    inverse_eps,
     items_of,
     products,
     read_rows,
@@ -27,20 +27,20 @@ from . import triton_configs as configs
 def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
     x, y = items_of(x), None if y is None else items_of(y)
     saved = nothing(x)
-    x_norms = y_norms = None
+    x_inverse_norms = y_inverse_norms = None
     if normalise:
-        saved = new_norms(x, y)
-        x_norms, y_norms = norms_of(saved, x, y)
-        read_rows(x, x_norms, eps)
+        saved = new_inverse_norms(x, y)
+        x_inverse_norms, y_inverse_norms = inverse_norms_of(saved, x, y)
+        read_rows(x, x_inverse_norms, eps)
         if y is not None:
-            read_rows(y, y_norms, eps)
+            read_rows(y, y_inverse_norms, eps)
     items, rows, _ = x.shape
     config = row_for(configs.FORWARD, x, capability(x))
     row_tiles = triton.cdiv(rows, config.rows)
     parts = x.new_empty(items, row_tiles * (row_tiles + 1) // 2, dtype=accumulation_dtype(x))
     launch(
         _tiles_kernel, (parts.numel(),),
-        *_set(x, x_norms), *_set(y, y_norms), parts, rows, *split(margin),
+        *_set(x, x_inverse_norms), *_set(y, y_inverse_norms), parts, rows, *split(margin),
         PENALTY=penalty, BR=config.rows, **slices(config, x, x if y is None else y),
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -50,8 +50,8 @@ def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
 def two_gram_bwd(dsums, x, y, saved, penalty, margin, normalise, eps, needs_dx, needs_dy):
     shapes = x.shape, None if y is None else y.shape
     x, y = items_of(x), None if y is None else items_of(y)
-    x_norms, y_norms = norms_of(saved, x, y) if normalise else (None, None)
-    x_set, y_set = (x, x_norms), (y, y_norms)
+    x_inverse_norms, y_inverse_norms = inverse_norms_of(saved, x, y) if normalise else (None, None)
+    x_set, y_set = (x, x_inverse_norms), (y, y_inverse_norms)
     arguments = dsums.contiguous(), penalty, margin, eps
     dx = dy = nothing(x)
     if needs_dx:
@@ -61,9 +61,9 @@ def two_gram_bwd(dsums, x, y, saved, penalty, margin, normalise, eps, needs_dx, 
     return dx, dy
 
 
-def _set(x, norms):
+def _set(x, inverse_norms):
     """Vectors as the kernels take them, or none."""
-    return (None,) * 5 if x is None else (x, x.stride(0), x.stride(1), x.shape[2], norms)
+    return (None,) * 5 if x is None else (x, x.stride(0), x.stride(1), x.shape[2], inverse_norms)
 
 
 def _gradient(of, own_set, other_set, dsums, penalty, margin, eps):
@@ -76,7 +76,7 @@ def _gradient(of, own_set, other_set, dsums, penalty, margin, eps):
         _gradient_kernel,
         (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
         *_set(*own_set), *_set(*other_set), dsums, gradient, rows, *split(margin),
-        OF=of, PENALTY=penalty, INVERSE_EPS=inverse(eps),
+        OF=of, PENALTY=penalty, INVERSE_EPS=inverse_eps(eps),
         BR=config.rows, BC=config.columns, **sizes,
         **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def _slopes(s, t, margin, PENALTY: tl.constexpr, OF: tl.constexpr):
 
 @triton.jit
 def _gram(
-    X, x_item, x_row, D, NORMS, item, i, j, N, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    X, x_item, x_row, D, INVERSE_NORMS, item, i, j, N, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A tile of the Gram matrix; that of no vectors is the identity."""
@@ -146,43 +146,53 @@ def _gram(
     else:
         i_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
         j_rows = X + item * x_item + j.to(tl.int64)[:, None] * x_row
-        if NORMS is None:
+        if INVERSE_NORMS is None:
             gram = products(i_rows, j_rows, i < N, j < N, D, BR, BC, BD, DT, PREC, ACC)
         else:
-            i_norm = tl.load(NORMS + item * N + i, mask=i < N, other=0.0)
-            j_norm = tl.load(NORMS + item * N + j, mask=j < N, other=0.0)
-            gram = cosines(i_rows, j_rows, i < N, j < N, D, i_norm, j_norm, BR, BC, BD, DT, PREC, ACC)
+            i_inverse_norm = tl.load(INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
+            j_inverse_norm = tl.load(INVERSE_NORMS + item * N + j, mask=j < N, other=0.0)
+            gram = cosines(
+                i_rows, j_rows, i < N, j < N, D, i_inverse_norm, j_inverse_norm, BR, BC, BD, DT, PREC, ACC
+            )
     return gram
 
 
 # Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_INVERSE_NORMS", "Y_INVERSE_NORMS"])
 def _tiles_kernel(
-    X, x_item, x_row, D, X_NORMS, Y, y_item, y_row, E, Y_NORMS, PARTS, N, margin_high, margin_low,
+    X, x_item, x_row, D, X_INVERSE_NORMS,  # [L, N, D], its strides and width; [L, N], or None
+    Y, y_item, y_row, D2, Y_INVERSE_NORMS,  # [L, N, D2], or None: the identity is T
+    PARTS,  # [L, tiles]
+    N, margin_high, margin_low,
     PENALTY: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the penalty over a tile of the upper triangle, twice where it stands for two."""
+    """S = x_hat x_hat^T,  T = y_hat y_hat^T,  sum_ij penalty(S, T): of a tile of the upper triangle, twice
+    where it stands for two."""
     row_tiles = tl.cdiv(N, BR)
     item, row_tile, column_tile = tile_of(row_tiles, row_tiles, True)
     i = row_tile * BR + tl.arange(0, BR)
     j = column_tile * BR + tl.arange(0, BR)
-    s = _gram(X, x_item, x_row, D, X_NORMS, item, i, j, N, BR, BR, BD, DT, PREC, ACC)
-    t = _gram(Y, y_item, y_row, E, Y_NORMS, item, i, j, N, BR, BR, BD, DT, PREC, ACC)
+    s = _gram(X, x_item, x_row, D, X_INVERSE_NORMS, item, i, j, N, BR, BR, BD, DT, PREC, ACC)
+    t = _gram(Y, y_item, y_row, D2, Y_INVERSE_NORMS, item, i, j, N, BR, BR, BD, DT, PREC, ACC)
     penalties = _penalties(s, t, double(margin_high, margin_low, ACC), PENALTY)
     total = tl.sum(tl.where((i < N)[:, None] & (j < N)[None, :], penalties, 0.0))
     tl.store(PARTS + tl.program_id(0), tl.where(row_tile == column_tile, total, 2.0 * total))
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_NORMS", "Y_NORMS"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_INVERSE_NORMS", "Y_INVERSE_NORMS"])
 def _gradient_kernel(
-    X, x_item, x_row, D, X_NORMS, Y, y_item, y_row, E, Y_NORMS, DSUMS, DX, N, margin_high, margin_low,
+    X, x_item, x_row, D, X_INVERSE_NORMS,  # [L, N, D], its strides and width; [L, N], or None
+    Y, y_item, y_row, D2, Y_INVERSE_NORMS,  # [L, N, D2], or None
+    DSUMS,  # [L]
+    DX,  # [L, N, D]
+    N, margin_high, margin_low,
     OF: tl.constexpr, PENALTY: tl.constexpr, INVERSE_EPS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr, WT: tl.constexpr, WPREC: tl.constexpr,
 ):  # fmt: skip
-    """BR x BO of the gradient of X: 2 sum_j W[i, j] x_hat[j], W from S and T made again, then the
-    normalisation. With OF "y" X are the vectors of T, and Y those of S."""
+    """W = slope(S, T),  dx = 2 dsum (sum_j W x_hat[j] - along x_hat) / |x|,  along = sum_j W S: BR x BO of
+    it, S and T made again. With OF "y" X are the vectors of T, and Y those of S."""
     row_tiles = tl.cdiv(N, BR)
     out_tiles = tl.cdiv(D, BO)
     item = (tl.program_id(0) // (row_tiles * out_tiles)).to(tl.int64)
@@ -195,22 +205,22 @@ def _gradient_kernel(
     along = tl.zeros((BR,), ACC)
     for j0 in tl.range(0, N, BC):
         j = j0 + tl.arange(0, BC)
-        own = _gram(X, x_item, x_row, D, X_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
-        other = _gram(Y, y_item, y_row, E, Y_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
+        own = _gram(X, x_item, x_row, D, X_INVERSE_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
+        other = _gram(Y, y_item, y_row, D2, Y_INVERSE_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
         if OF == "x":
             slopes = _slopes(own, other, margin, PENALTY, OF)
         else:
             slopes = _slopes(other, own, margin, PENALTY, OF)
         along += tl.sum(slopes * own, 1)
-        if X_NORMS is not None:
-            slopes *= tl.load(X_NORMS + item * N + j, mask=j < N, other=0.0)[None, :]
+        if X_INVERSE_NORMS is not None:
+            slopes *= tl.load(X_INVERSE_NORMS + item * N + j, mask=j < N, other=0.0)[None, :]
         places = x_columns + j.to(tl.int64)[:, None] * x_row
         dx = add_rows(dx, slopes, places, (j < N)[:, None] & out_mask, WT, WPREC, ACC)
     mask = (i < N)[:, None] & out_mask
-    if X_NORMS is not None:
+    if X_INVERSE_NORMS is not None:
         x = tl.load(x_columns + i.to(tl.int64)[:, None] * x_row, mask=mask, other=0.0).to(ACC)
-        x_norm = tl.load(X_NORMS + item * N + i, mask=i < N, other=0.0)
-        dx = through_norm(dx, x, x_norm, along, INVERSE_EPS, BR, ACC)
+        x_inverse_norm = tl.load(X_INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
+        dx = through_norm(dx, x, x_inverse_norm, along, INVERSE_EPS, BR, ACC)
     dx = 2.0 * tl.load(DSUMS + item) * dx
     place = DX + (item * N + i)[:, None] * D + o[None, :]
     tl.store(place, dx.to(DX.dtype.element_ty), mask=mask)

@@ -4,20 +4,17 @@ Two schedules, ../README.md has both: `streaming` walks the keys with a tile of 
 the maps of a few images and lets library products and one row kernel work on them.
 """
 
-import importlib
-
+from ..._triton import workspace
+from . import streaming
 from .dots import head_dots
 from .schedule import chosen, schedule
 
 __all__ = ["chosen", "head_dots", "reattention_bwd", "reattention_fwd", "schedule"]
 
 
-_WALKS = {"streaming": ".streaming", "workspace": "..._triton.workspace"}  # imported at their first call
-
-
 def _module(direction, q, k, pre_mix, norm_weight):
     extras = pre_mix is not None or norm_weight is not None
-    return importlib.import_module(_WALKS[chosen(direction, q, k, extras)], __name__)
+    return streaming if chosen(direction, q, k, extras) == "streaming" else workspace
 
 
 def reattention_fwd(q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, *arguments):

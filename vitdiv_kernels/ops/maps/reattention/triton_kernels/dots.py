@@ -13,10 +13,12 @@ _STEP, _ELEMENTS, _STEPS, _WARPS = 64, 4096, 4, 4
 
 @triton.jit(do_not_specialize=["heads", "rows"])
 def dot_rows(
-    x, y, parts, heads, rows, width, x_image, x_head, x_row, y_image, y_head, y_row,
+    x, y,  # [B, heads, rows, width]
+    parts,  # [B * heads, programs]
+    heads, rows, width, x_image, x_head, x_row, y_image, y_head, y_row,
     WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """parts [images * heads, programs]: one sum over STEP * STEPS rows each."""
+    """sum_i x . y of a head, over STEP * STEPS rows each."""
     image, head, program = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     x += image.to(tl.int64) * x_image + head.to(tl.int64) * x_head
     y += image.to(tl.int64) * y_image + head.to(tl.int64) * y_head

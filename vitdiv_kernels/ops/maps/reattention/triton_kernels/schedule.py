@@ -2,6 +2,7 @@
 
 import contextlib
 
+from ..... import _checks
 from ...._launch import capability
 from ..._triton.tiles import MOST_WIDTH, most_heads, too_large
 from ..triton_configs import schedule_for
@@ -18,8 +19,7 @@ def schedule(name):
     for an unknown name; a call raises it where it has more heads, or wider ones, than a tile of "streaming"
     holds.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {name!r}")
+    _checks.one_of("schedule", name, SCHEDULES)
     global _chosen
     outer, _chosen = _chosen, name
     try:

@@ -1,8 +1,8 @@
 """Re-attention by streaming: a program holds a tile of queries (or keys) of all heads and walks the keys
 (queries).
 
-No workspace: maps are made again in every sweep. ../../_triton_maps.py has the sweeps that attention_gram
-needs too.
+No workspace: maps are made again in every sweep. ../../_triton/maps.py has the sweeps that attention_gram
+needs too, and says what ZERO is.
 """
 
 import torch
@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ....._layout import accumulation_dtype, nothing
 from ...._launch import double, launch, split
+from ...._tables import options
 from ..._triton.heads import (
     aligned,
     aligned_empty,
@@ -43,15 +44,22 @@ from ..._triton.sweeps import (
 
 @triton.jit(do_not_specialize=["tiles", "N", "M"])
 def output_sweep(
-    q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, out, o_b, o_h, o_n, pre_mix, mix, bias,
-    norm_weight, norm_bias, shift, rate, tiles, zero, N, M, NS, factor_high, factor_low, factor2_high,
-    factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
-    DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, HOLD: tl.constexpr,
-    RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
-    ZPREC: tl.constexpr, ACC: tl.constexpr,
+    q, q_b, q_h, q_n,  # [B, H, N, d] and its strides
+    k, k_b, k_h, k_n,  # [B, H, M, d]
+    v, v_b, v_h, v_n,  # [B, H, M, dv]
+    out, o_b, o_h, o_n,  # [B, H, N, dv]
+    pre_mix, mix,  # [H, H]
+    bias, norm_weight, norm_bias,  # [H]
+    row_max, row_scale,  # [B, HP, NS]
+    tiles, ZERO, N, M, NS,  # tiles of an image; queries, keys, queries padded
+    factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low,
+    H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
+    DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr,
+    BIAS: tl.constexpr, LAYER: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
+    DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The output of a tile of queries, DVB columns of it."""
+    """X = mix A + bias,  Y = X or its layer norm over heads,  out = sum_j Y v: DVB columns of a tile of
+    queries."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     i = (pid % tiles) * BR + tl.arange(0, BR)
@@ -77,8 +85,8 @@ def output_sweep(
         eps = double(eps_high, eps_low, ACC)
         gain = head_values(norm_weight, H, HP, ACC)
         added = head_values(norm_bias, H, HP, ACC)
-    shifts = row_values(shift + statistics, i, N, NS, 0.0, HP)[:, :, None]
-    rates = row_values(rate + statistics, i, N, NS, mean, HP)[:, :, None]
+    row_maxes = row_values(row_max + statistics, i, N, NS, 0.0, HP)[:, :, None]
+    row_scales = row_values(row_scale + statistics, i, N, NS, mean, HP)[:, :, None]
     acc = tl.zeros((HP, BR, DVB), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
@@ -86,34 +94,35 @@ def output_sweep(
         w_now = w
         if RELOAD:
             if PRE:
-                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
-            w_now = scaled_kronecker(mix + j0 * zero, size, H, HP, False, DT, ACC)
+                pre_now = kronecker(pre_mix + j0 * ZERO, H, HP, False, ACC).to(ZT)
+            w_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, False, DT, ACC)
         s = products(held, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
         # the exponential of the padding can be Inf, and times the zeros of v NaN
-        p = tl.where((j < M)[None, None, :], tl.exp2(z - shifts) * rates - mean, 0.0)
-        m = mixed_maps(w_now, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 2, PREC, ACC)
+        p = tl.where((j < M)[None, None, :], tl.exp2(z - row_maxes) * row_scales - mean, 0.0)
+        mixed = mixed_maps(w_now, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 2, PREC, ACC)
         if LAYER:
-            normal, _ = layer_norm(m, (i < N)[:, None] & (j < M)[None, :], eps, H, HP)
-            m = normal * gain + added
+            normalised, _ = layer_norm(mixed, (i < N)[:, None] & (j < M)[None, :], eps, H, HP)
+            mixed = normalised * gain + added
         y = load_heads(v, j, M, c0, v_h, v_n, H, HP, DV, DVB, DT)
-        acc = tl.dot(m.to(DT), y, acc, input_precision=PREC, out_dtype=ACC)
+        acc = tl.dot(mixed.to(DT), y, acc, input_precision=PREC, out_dtype=ACC)
     store_heads(out + image * o_b, acc, i, N, c0, o_h, o_n, H, HP, DV, DVB)
 
 
 @triton.jit(do_not_specialize=["tiles", "N", "M"])
 def parameter_sweep(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, v, v_b, v_h, v_n, dout, o_b, o_h, o_n, pre_mix, mix, bias,
-    norm_weight, coupling, coupling_b, shift, rate, delta, dmix, dvectors, tiles, zero, N, M, NS,
+    norm_weight, coupling, coupling_b, row_max, row_scale, row_dot, dmix, dvectors, tiles, ZERO, N, M, NS,
     factor_high, factor_low, factor2_high, factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr,
     HP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
-    LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_DELTA: tl.constexpr, NEED_DMIX: tl.constexpr,
+    LAYER: tl.constexpr, COUPLING: tl.constexpr, NEED_ROW_DOT: tl.constexpr, NEED_DMIX: tl.constexpr,
     NEED_DNORM: tl.constexpr, W: tl.constexpr, HOLD: tl.constexpr, RELOAD: tl.constexpr, PS: tl.constexpr,
     DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr, ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """delta_h[i] = sum_j A_h dA_h, and a tile of queries' part of dmix and of the gradients of vectors."""
-    K: tl.constexpr = 16 if HP < 16 else HP
+    """dY = dout v^T,  dX = dY or through the layer norm,  dA = mix^T dX + C (A - 1/M),  row_dot = sum_j A dA,
+    and a tile of queries' part of dmix = sum_ij dX (A - 1/M)^T and of the gradients of vectors."""
+    ROWS: tl.constexpr = 16 if HP < 16 else HP
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     i = (pid % tiles) * BR + tl.arange(0, BR)
@@ -137,87 +146,88 @@ def parameter_sweep(
         constant = mix_constant(mix, bias, mean, H, HP, CENTRED, BIAS, ACC)
         eps = double(eps_high, eps_low, ACC)
         gain = head_values(norm_weight, H, HP, ACC)
-    if NEED_DELTA:
+    if NEED_ROW_DOT:
         wt = scaled_kronecker(mix, size, H, HP, True, DT, ACC)
         sums = tl.zeros((HP, BR), ACC)
         if COUPLING:
             c_acc = kronecker(coupling + image * coupling_b, H, HP, False, ACC)
             c_size = magnitude(c_acc, DT, ACC)
             c = (c_acc / c_size).to(DT)
-    shifts = row_values(shift + statistics, i, N, NS, 0.0, HP)[:, :, None]
-    rates = row_values(rate + statistics, i, N, NS, mean, HP)[:, :, None]
+    row_maxes = row_values(row_max + statistics, i, N, NS, 0.0, HP)[:, :, None]
+    row_scales = row_values(row_scale + statistics, i, N, NS, mean, HP)[:, :, None]
     if NEED_DMIX:
-        mix_sums = tl.zeros((W, K, K), ACC)
+        mix_sums = tl.zeros((W, ROWS, ROWS), ACC)
         bias_sums = tl.zeros((HP, BR), ACC)
     if NEED_DNORM:
-        weight_sums = tl.zeros((HP, BR), ACC)
-        shift_sums = tl.zeros((HP, BR), ACC)
+        norm_weight_sums = tl.zeros((HP, BR), ACC)
+        norm_bias_sums = tl.zeros((HP, BR), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
         pre_now = pre
         if LAYER:
             w_now = w
-        if NEED_DELTA:
+        if NEED_ROW_DOT:
             wt_now = wt
             if COUPLING:
                 c_now = c
         if RELOAD:
             if PRE:
-                pre_now = kronecker(pre_mix + j0 * zero, H, HP, False, ACC).to(ZT)
+                pre_now = kronecker(pre_mix + j0 * ZERO, H, HP, False, ACC).to(ZT)
             if LAYER:
-                w_now = scaled_kronecker(mix + j0 * zero, size, H, HP, False, DT, ACC)
-            if NEED_DELTA:
-                wt_now = scaled_kronecker(mix + j0 * zero, size, H, HP, True, DT, ACC)
-            if NEED_DELTA and COUPLING:
+                w_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, False, DT, ACC)
+            if NEED_ROW_DOT:
+                wt_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, True, DT, ACC)
+            if NEED_ROW_DOT and COUPLING:
                 c_now = scaled_kronecker(
-                    coupling + image * coupling_b + j0 * zero, c_size, H, HP, False, DT, ACC
+                    coupling + image * coupling_b + j0 * ZERO, c_size, H, HP, False, DT, ACC
                 )
         inside = (j < M)[None, None, :]
         s = products(held_q, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
-        p = tl.where(inside, tl.exp2(z - shifts) * rates, 0.0)
+        p = tl.where(inside, tl.exp2(z - row_maxes) * row_scales, 0.0)
         centred = (tl.where(inside, p - mean, 0.0) * PS).to(DT)
         dy = products(held_o, dout, i, N, o_h, o_n, v, j, M, v_h, v_n, H, HP, DV, DVB, DT, HOLD, PREC, ACC)
         if LAYER:
-            m = mixed_maps(w_now, size * (1.0 / PS), constant, centred, HP, BR, BC, 2, PREC, ACC)
-            normal, norm_rate = layer_norm(m, (i < N)[:, None] & (j < M)[None, :], eps, H, HP)
+            mixed = mixed_maps(w_now, size * (1.0 / PS), constant, centred, HP, BR, BC, 2, PREC, ACC)
+            normalised, rstd = layer_norm(mixed, (i < N)[:, None] & (j < M)[None, :], eps, H, HP)
             if NEED_DNORM:
-                weight_sums += tl.sum(dy * normal, 2)
-                shift_sums += tl.sum(dy, 2)
-            dy = layer_norm_gradient(dy, normal, norm_rate, gain, H)
+                norm_weight_sums += tl.sum(dy * normalised, 2)
+                norm_bias_sums += tl.sum(dy, 2)
+            dy = layer_norm_gradient(dy, normalised, rstd, gain, H)
         if NEED_DMIX:
             bias_sums += tl.sum(dy, 2)
-        dm = dy.to(DT)
+        dmixed = dy.to(DT)
         if NEED_DMIX:
-            mix_sums = couple(mix_sums, dm, centred, HP, BR, BC, W, PREC, ACC)
-        if NEED_DELTA:
-            d = mix_heads(wt_now, dm, HP, BR, BC, 2, PREC, ACC) * size
+            mix_sums = couple(mix_sums, dmixed, centred, HP, BR, BC, W, PREC, ACC)
+        if NEED_ROW_DOT:
+            d = mix_heads(wt_now, dmixed, HP, BR, BC, 2, PREC, ACC) * size
             if COUPLING:
                 d += mix_heads(c_now, centred, HP, BR, BC, 2, PREC, ACC) * (c_size * (1.0 / PS))
             sums += tl.sum(p * d, 2)
-    if NEED_DELTA:
+    if NEED_ROW_DOT:
         mask = (i < N)[None, :] & (h < HP)[:, None]
-        tl.store(delta + statistics + h[:, None].to(tl.int64) * NS + i[None, :], sums, mask=mask)
+        tl.store(row_dot + statistics + h[:, None].to(tl.int64) * NS + i[None, :], sums, mask=mask)
     row = pid.to(tl.int64)
     if NEED_DMIX:
-        store_coupled(dmix + row * K * K, mix_sums * (1.0 / PS), HP, W)
+        store_coupled(dmix + row * ROWS * ROWS, mix_sums * (1.0 / PS), HP, W)
         tl.store(dvectors + row * 3 * HP + h, tl.sum(bias_sums, 1))
     if NEED_DNORM:
-        tl.store(dvectors + row * 3 * HP + HP + h, tl.sum(weight_sums, 1))
-        tl.store(dvectors + row * 3 * HP + 2 * HP + h, tl.sum(shift_sums, 1))
+        tl.store(dvectors + row * 3 * HP + HP + h, tl.sum(norm_weight_sums, 1))
+        tl.store(dvectors + row * 3 * HP + 2 * HP + h, tl.sum(norm_bias_sums, 1))
 
 
 @triton.jit(do_not_specialize=["tiles", "N", "M"])
 def value_gradient(
     q, q_b, q_h, q_n, k, k_b, k_h, k_n, dout, o_b, o_h, o_n, dv, dv_b, dv_h, dv_n, pre_mix, mix, bias,
-    norm_weight, norm_bias, shift, rate, tiles, zero, N, M, NS, factor_high, factor_low, factor2_high,
+    norm_weight, norm_bias, row_max, row_scale, tiles, ZERO, N, M, NS, factor_high, factor_low, factor2_high,
     factor2_low, eps_high, eps_low, H: tl.constexpr, H1: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     PRE: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, HOLD: tl.constexpr,
     RELOAD: tl.constexpr, PS: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, PREC: tl.constexpr,
     ZPREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dv of a tile of BR keys, DVB columns of it: transposed tiles [HP, keys, queries]."""
+    """Y as in `output_sweep`,  dv = sum_i Y dout: DVB columns of a tile of BR keys, from transposed tiles
+    [HP, keys, queries]."""
     pid = tl.program_id(0)
     image = (pid // tiles).to(tl.int64)
     j = (pid % tiles) * BR + tl.arange(0, BR)
@@ -250,19 +260,19 @@ def value_gradient(
         w_now = w
         if RELOAD:
             if PRE:
-                pre_now = kronecker(pre_mix + i0 * zero, H, HP, False, ACC).to(ZT)
-            w_now = scaled_kronecker(mix + i0 * zero, size, H, HP, False, DT, ACC)
-        shifts = row_values(shift + statistics, i, N, NS, 0.0, HP)[:, None, :]
-        rates = row_values(rate + statistics, i, N, NS, mean, HP)[:, None, :]
+                pre_now = kronecker(pre_mix + i0 * ZERO, H, HP, False, ACC).to(ZT)
+            w_now = scaled_kronecker(mix + i0 * ZERO, size, H, HP, False, DT, ACC)
+        row_maxes = row_values(row_max + statistics, i, N, NS, 0.0, HP)[:, None, :]
+        row_scales = row_values(row_scale + statistics, i, N, NS, mean, HP)[:, None, :]
         s = products(held, k, j, M, k_h, k_n, q, i, N, q_h, q_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 1, PRE, ZT, ZPREC, ACC)
-        p = tl.where((j < M)[None, :, None], tl.exp2(z - shifts) * rates - mean, 0.0)
-        m = mixed_maps(w_now, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 1, PREC, ACC)
+        p = tl.where((j < M)[None, :, None], tl.exp2(z - row_maxes) * row_scales - mean, 0.0)
+        mixed = mixed_maps(w_now, size * (1.0 / PS), constant, (p * PS).to(DT), HP, BR, BC, 1, PREC, ACC)
         if LAYER:
-            normal, _ = layer_norm(m, (j < M)[:, None] & (i < N)[None, :], eps, H, HP)
-            m = normal * gain + added
+            normalised, _ = layer_norm(mixed, (j < M)[:, None] & (i < N)[None, :], eps, H, HP)
+            mixed = normalised * gain + added
         y = load_heads(dout, i, N, c0, o_h, o_n, H, HP, DV, DVB, DT)
-        acc = tl.dot(m.to(DT), y, acc, input_precision=PREC, out_dtype=ACC)
+        acc = tl.dot(mixed.to(DT), y, acc, input_precision=PREC, out_dtype=ACC)
     store_heads(dv + image * dv_b, acc, j, M, c0, dv_h, dv_n, H, HP, DV, DVB)
 
 
@@ -282,11 +292,11 @@ def forward(
 ):  # fmt: skip
     """As `vitdiv::reattention_fwd`: (out, centred Gram), an empty tensor for what is not needed."""
     maps = Maps(q, k, scale, pre_mix, pre_bias)
-    shift, rate, _, gram = maps.softmax(gram=needs_gram, statistics=needs_out)
+    row_max, row_scale, _, gram = maps.softmax(gram=needs_gram, statistics=needs_out)
     out = nothing(q)
     if needs_out:
         mixed = Mixed(v, None, mix, bias, centred, norm_weight, norm_bias, eps)
-        out = _output(maps, mixed, (shift, rate))
+        out = _output(maps, mixed, (row_max, row_scale))
     return out, gram if needs_gram else nothing(q)
 
 
@@ -298,14 +308,16 @@ def backward(
     maps = Maps(q, k, scale, pre_mix, pre_bias)
     mixed = None if dout is None else Mixed(v, dout, mix, bias, centred, norm_weight, norm_bias, eps)
     of_maps = needs_dq or needs_dk or needs_dpre_mix
-    shift, rate, delta, _ = maps.softmax(coupling if of_maps and mixed is None else None)
-    statistics = shift, rate
+    row_max, row_scale, row_dot, _ = maps.softmax(coupling if of_maps and mixed is None else None)
+    statistics = row_max, row_scale
     dmix = dbias = dnorm_weight = dnorm_bias = dv = None
     if mixed is not None and (of_maps or needs_dmix or needs_dnorm):
-        delta, dmix, dbias, dnorm_weight, dnorm_bias = _parameters(
+        row_dot, dmix, dbias, dnorm_weight, dnorm_bias = _parameters(
             maps, mixed, coupling, statistics, of_maps, needs_dmix, needs_dnorm
         )
-    dq, dk, dpre_mix = maps.gradients(statistics, delta, coupling, mixed, needs_dq, needs_dk, needs_dpre_mix)
+    dq, dk, dpre_mix = maps.gradients(
+        statistics, row_dot, coupling, mixed, needs_dq, needs_dk, needs_dpre_mix
+    )
     if needs_dv:
         dv = _value_gradient(maps, mixed, statistics)
     accumulation = accumulation_dtype(q)
@@ -341,25 +353,25 @@ def _output(maps, mixed, statistics):
         output_sweep, (tiles * maps.images, triton.cdiv(mixed.width, t.width)),
         *located(maps.q), *located(maps.k), *located(mixed.v), *located(written), *_matrices(maps, mixed),
         or_else(mixed.norm_bias, maps.q), *statistics, tiles, 0, *_sizes(maps, mixed),
-        **t.options, **_constants(maps, mixed, t),
+        **options(t), **_constants(maps, mixed, t),
     )  # fmt: skip
     return deliver(out, written)
 
 
-def _parameters(maps, mixed, coupling, statistics, needs_delta, needs_dmix, needs_dnorm):
-    """(delta, dmix, dbias, dnorm_weight, dnorm_bias); None for what is not needed."""
+def _parameters(maps, mixed, coupling, statistics, needs_row_dot, needs_dmix, needs_dnorm):
+    """(row_dot, dmix, dbias, dnorm_weight, dnorm_bias); None for what is not needed."""
     t = maps.tile("parameter_sweep", mixed.norm_weight is not None)
     tiles = triton.cdiv(maps.queries, t.rows)
     kron, heads = max(16, maps.padded), maps.heads
-    delta = maps.rows() if needs_delta else maps.q
+    row_dot = maps.rows() if needs_row_dot else maps.q
     matrices = maps.empty(maps.images, tiles, kron, kron) if needs_dmix else maps.q
     vectors = maps.empty(maps.images, tiles, 3, maps.padded) if needs_dmix or needs_dnorm else maps.q
-    for does_delta, does_dmix, does_dnorm in parts(t, needs_delta, needs_dmix, needs_dnorm):
+    for does_row_dot, does_dmix, does_dnorm in parts(t, needs_row_dot, needs_dmix, needs_dnorm):
         launch(
             parameter_sweep, (tiles * maps.images,), *located(maps.q), *located(maps.k), *located(mixed.v),
             *located(mixed.dout), *_matrices(maps, mixed), *with_image_stride(coupling, maps.q), *statistics,
-            delta, matrices, vectors, tiles, 0, *_sizes(maps, mixed), **t.options,
-            COUPLING=coupling is not None and does_delta, NEED_DELTA=does_delta, NEED_DMIX=does_dmix,
+            row_dot, matrices, vectors, tiles, 0, *_sizes(maps, mixed), **options(t),
+            COUPLING=coupling is not None and does_row_dot, NEED_ROW_DOT=does_row_dot, NEED_DMIX=does_dmix,
             NEED_DNORM=does_dnorm, W=warp_split(maps.padded, t), **_constants(maps, mixed, t),
         )  # fmt: skip
     dmix = dbias = dnorm_weight = dnorm_bias = None
@@ -370,7 +382,7 @@ def _parameters(maps, mixed, coupling, statistics, needs_delta, needs_dmix, need
             dmix = dmix + dbias.unsqueeze(1) / maps.keys
     if needs_dnorm:
         dnorm_weight, dnorm_bias = vectors[:, :, 1:, :heads].sum((0, 1), dtype=torch.float64)
-    return delta, dmix, dbias, dnorm_weight, dnorm_bias
+    return row_dot, dmix, dbias, dnorm_weight, dnorm_bias
 
 
 def _value_gradient(maps, mixed, statistics):
@@ -381,6 +393,6 @@ def _value_gradient(maps, mixed, statistics):
         value_gradient, (tiles * maps.images, triton.cdiv(mixed.width, t.width)),
         *located(maps.q), *located(maps.k), *located(mixed.dout), *located(written), *_matrices(maps, mixed),
         or_else(mixed.norm_bias, maps.q), *statistics, tiles, 0, *_sizes(maps, mixed),
-        **t.options, **_constants(maps, mixed, t),
+        **options(t), **_constants(maps, mixed, t),
     )  # fmt: skip
     return deliver(dv, written)
