@@ -32,4 +32,4 @@ class Gpu {
 }  // namespace
 }  // namespace vitdiv
 
-TORCH_LIBRARY_IMPL(vitdiv, CUDA, m) { vitdiv::register_cuda_operators<vitdiv::Gpu>(m); }
+TORCH_LIBRARY_IMPL(vitdiv, CUDA, m) { vitdiv::register_operators<vitdiv::Cuda<vitdiv::Gpu>>(m); }

@@ -1,7 +1,7 @@
 // From the type of a tensor's numbers, known when a program runs, to that of a template.
 #pragma once
 
-#include "../../arguments.h"
+#include "../../arguments/views.h"
 #include "platform.cuh"
 
 namespace vitdiv::cuda {

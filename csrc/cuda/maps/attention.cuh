@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "../../arguments.h"
+#include "../../arguments/views.h"
 #include "../core/mma.cuh"
 #include "../core/reduce.cuh"
 
