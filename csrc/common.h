@@ -1,5 +1,6 @@
-// From tensors to the kernels' arguments, with the checks that keep a direct call of an operator from reading or writing
-// out of bounds. The public Python functions have said the same earlier and in their own argument's terms.
+// From tensors to the kernels' arguments, with the checks that keep a direct call of an operator from reading
+// or writing out of bounds. The public Python functions have said the same earlier and in their own
+// argument's terms.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -71,8 +72,8 @@ inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef 
   check_kind(t, name, kind);
 }
 
-// The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy. Done here and not in Python,
-// where torch.compile would trace it.
+// The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy. Done here and
+// not in Python, where torch.compile would trace it.
 inline at::Tensor unit_stride(const at::Tensor& t) {
   return t.dim() == 0 || t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
@@ -114,7 +115,8 @@ inline at::Tensor empty(const at::Tensor& like, at::IntArrayRef sizes, at::Scala
                    like.options().dtype(needed ? dtype : like.scalar_type()));
 }
 
-// The layout that heads_like of _layout.py gives: [B, N, H, d] where the model has its heads inside its tokens.
+// The layout that heads_like of _layout.py gives: [B, N, H, d] where the model has its heads inside its
+// tokens.
 inline at::Tensor empty_heads(const at::Tensor& like, bool needed = true) {
   if (!needed) return empty(like, {0}, like.scalar_type());
   const int64_t H = like.size(1), N = like.size(2), d = like.size(3);

@@ -1,5 +1,6 @@
-// The library libvitdiv: defines the operators and registers the CPU kernels; cuda/library.cpp registers the CUDA
-// kernels. It needs torch and no Python, so that a C++ program that runs an exported model has only to load it.
+// The library libvitdiv: defines the operators and registers the CPU kernels; cuda/library.cpp registers the
+// CUDA kernels. It needs torch and no Python, so that a C++ program that runs an exported model has only to
+// load it.
 #include <new>
 
 #include "batch_norm.h"

@@ -5,8 +5,8 @@
 
 namespace vitdiv {
 
-// Reductions along the rows of S = x_hat y_hat^T; y.data is null (and M = N) for pairs within x, without those of a row with
-// itself. What is saved is the device's own affair.
+// Reductions along the rows of S = x_hat y_hat^T; y.data is null (and M = N) for pairs within x, without
+// those of a row with itself. What is saved is the device's own affair.
 struct RowsArgs {
   int64_t L, N, M, D;
   BatchView x, y;

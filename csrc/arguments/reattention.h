@@ -5,8 +5,8 @@
 
 namespace vitdiv {
 
-// Y = mix A + bias, or with `centred` mix (A - 1/M) + bias; then layer norm over heads when norm_weight is given. bias may
-// be null.
+// Y = mix A + bias, or with `centred` mix (A - 1/M) + bias; then layer norm over heads when norm_weight is
+// given. bias may be null.
 struct ReattentionArgs {
   int64_t B, H, N, M, d, dv;
   HeadsView q, k, v;

@@ -1,4 +1,5 @@
-// Chooses, once, the CPU kernels of the best instruction set that the machine has and VITDIV_CPU_CAPABILITY allows.
+// Chooses, once, the CPU kernels of the best instruction set that the machine has and VITDIV_CPU_CAPABILITY
+// allows.
 #pragma once
 
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// The CPU kernels' entry points. Each exists once per instruction set, in a namespace of its own; dispatch.h chooses.
-// Every entry point returns false when its scratch memory cannot be had.
+// The CPU kernels' entry points. Each exists once per instruction set, in a namespace of its own; dispatch.h
+// chooses. Every entry point returns false when its scratch memory cannot be had.
 #pragma once
 
 #include "../kernels.def"

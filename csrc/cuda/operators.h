@@ -1,5 +1,6 @@
-// The operators over the CUDA kernels: what their calls have in common. `Queue` is where launches go; it makes a device the
-// current one as long as it lives. Besides the GPU's own in library.cpp the tests have one that runs emulated kernels.
+// The operators over the CUDA kernels: what their calls have in common. `Queue` is where launches go; it
+// makes a device the current one as long as it lives. Besides the GPU's own in library.cpp the tests have one
+// that runs emulated kernels.
 #pragma once
 
 #include <stdexcept>

@@ -1,5 +1,5 @@
-// The operators pairwise_cosine_{fwd,bwd}, for the kernels of any device. What is saved for the backward is the device's own
-// affair; so is which batches its kernels can step through without a copy.
+// The operators pairwise_cosine_{fwd,bwd}, for the kernels of any device. What is saved for the backward is
+// the device's own affair; so is which batches its kernels can step through without a copy.
 #pragma once
 
 #include "../arguments/pairwise_cosine.h"

@@ -1,5 +1,5 @@
-// The operators pairwise_logsumexp_{fwd,bwd} and pairwise_nearest, for the kernels of any device. What is saved for the backward
-// is the device's own affair.
+// The operators pairwise_logsumexp_{fwd,bwd} and pairwise_nearest, for the kernels of any device. What is
+// saved for the backward is the device's own affair.
 #pragma once
 
 #include "../arguments/pairwise_rows.h"

@@ -1,4 +1,5 @@
-// The operators two_gram_{fwd,bwd}, for the kernels of any device. What is saved for the backward is the device's own affair.
+// The operators two_gram_{fwd,bwd}, for the kernels of any device. What is saved for the backward is the
+// device's own affair.
 #pragma once
 
 #include "../arguments/two_gram.h"

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -235,17 +234,12 @@ def test_an_installation_leaves_the_kernels_in_the_source_tree_too(source_tree, 
 
     run(sys.executable, "-c", COMPILED, "bdist_wheel")
     (wheel,) = (source_tree / "dist").glob("*.whl")
-    held = zipfile.ZipFile(wheel).namelist()
-    assert names == {name.rpartition("/")[2] for name in held if not name.endswith((".py", ".md"))} & names
+    assert {f"vitdiv_kernels/{name}" for name in names} <= set(zipfile.ZipFile(wheel).namelist())
     assert all((source_tree / "vitdiv_kernels" / name).is_file() for name in names)
     assert not list((source_tree / "vitdiv_kernels").glob("*.new"))
     info = run(sys.executable, "-m", "vitdiv_kernels.info")
     assert f" in {source_tree / 'vitdiv_kernels'}\n" in info.stdout
     assert f"native, CPU     here: compiled for torch {library.built_for_torch}" in info.stdout
-    run(sys.executable, "-c", COMPILED, "sdist")
-    (archive,) = (source_tree / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as sdist:
-        assert not names & {name.rpartition("/")[2] for name in sdist.getnames()}
 
 
 def test_info_tells_what_is_here(library):

@@ -1,15 +1,15 @@
 // Forward: the centred Gram matrix of attention maps between all heads of one or two layers; the maths is in
 // vitdiv_kernels/ops/maps/attention_gram/README.md.
 //
-// A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row statistics, once, in
-// chunks, to make the chunk of all heads' centred maps in shared memory, whose product with itself is the Gram matrix. So
-// rows may be of any length. A warp makes the maps of its own heads.
+// A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row
+// statistics, once, in chunks, to make the chunk of all heads' centred maps in shared memory, whose product
+// with itself is the Gram matrix. So rows may be of any length. A warp makes the maps of its own heads.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "attention_gram.cuh"
 #include "../kernels.h"
+#include "attention_gram.cuh"
 
 namespace vitdiv::cuda {
 namespace {
@@ -17,8 +17,8 @@ namespace {
 template <class T>
 inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
 
-// A warp for each pair of groups of 16 heads. Threads of 12 warps may have 168 registers, of 16 warps 128, too few for
-// double.
+// A warp for each pair of groups of 16 heads. Threads of 12 warps may have 168 registers, of 16 warps 128,
+// too few for double.
 template <class T>
 inline constexpr int kMaxWarps = sizeof(T) == 8 ? 12 : 16;
 template <class T>
@@ -49,8 +49,8 @@ HOST_DEVICE int maps_space(int heads, int chunk, int warps) {
   return maps > sums ? maps : sums;
 }
 
-// The Gram matrix of the tile, or with ROWS what gram_rows gives: the sum over keys of A_g dA_g is the sum over h of
-// coupling[g, h] times the row's own Gram matrix.
+// The Gram matrix of the tile, or with ROWS what gram_rows gives: the sum over keys of A_g dA_g is the sum
+// over h of coupling[g, h] times the row's own Gram matrix.
 template <class T, bool ROWS>
 KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   constexpr int row_tiles = kRowTiles<T>, rows = 16 * row_tiles;
@@ -219,8 +219,8 @@ int64_t shared_bytes(int heads, int chunk, int warps, int workers, int stride, b
          piece(int64_t(workers) * Scores<T, kRowTiles<T>>::size(stride) * sizeof(T));
 }
 
-// How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a processor, or else
-// as fits.
+// How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a
+// processor, or else as fits.
 template <class T>
 int64_t fit(GramKernel<T>& a, int& warps, int64_t limit, bool rows) {
   const int heads = a.heads[0] + a.heads[1], groups = (heads + 15) / 16, keys = (a.m + 15) / 16 * 16;

@@ -1,8 +1,10 @@
-// Backward of the Gram matrix of attention maps; the maths is in vitdiv_kernels/ops/maps/attention_gram/README.md.
+// Backward of the Gram matrix of attention maps; the maths is in
+// vitdiv_kernels/ops/maps/attention_gram/README.md.
 //
-// dQ and dK are made by the same kernel with queries and keys in exchanged roles. A block owns 16 rows of one side, of all
-// heads, and walks over the other side in chunks. Of each chunk it makes the centred maps of all heads, mixes them to dA,
-// makes dZ = A (dA - sum of A dA over keys) and adds dZ times the other side's rows. So each sum belongs to one block.
+// dQ and dK are made by the same kernel with queries and keys in exchanged roles. A block owns 16 rows of one
+// side, of all heads, and walks over the other side in chunks. Of each chunk it makes the centred maps of all
+// heads, mixes them to dA, makes dZ = A (dA - sum of A dA over keys) and adds dZ times the other side's rows.
+// So each sum belongs to one block.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -66,7 +68,8 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
   const Shared<Acc<T>> sums = carve.take<Acc<T>>(a.sums_shared ? heads * kRows * at.sum_row : 0);
   at.maps.clear_zeros(dz);
 
-  // The coupling enters as float16 in two parts, divided by a power of two that makes its largest element 1 to 2.
+  // The coupling enters as float16 in two parts, divided by a power of two that makes its largest element 1
+  // to 2.
   Acc<T> unit = 1;
   if constexpr (narrow) {
     float largest = 0;

@@ -1,8 +1,9 @@
-// For each head the sum over images and rows of x . y: one read of both, all that batch norm's backward needs of them.
-#include "../kernels.h"
+// For each head the sum over images and rows of x . y: one read of both, all that batch norm's backward needs
+// of them.
 #include "../core/mma.cuh"
 #include "../core/reduce.cuh"
 #include "../core/with_type.cuh"
+#include "../kernels.h"
 
 namespace vitdiv::cuda {
 namespace {

@@ -9,7 +9,8 @@
 
 namespace vitdiv::cuda {
 
-// Logits that meet other heads' are held as the sum of two bfloat16, which has 16 bits and the range of float32.
+// Logits that meet other heads' are held as the sum of two bfloat16, which has 16 bits and the range of
+// float32.
 template <class T>
 using Logit = std::conditional_t<sizeof(T) == 2, bf16_t, T>;
 template <class T>
@@ -20,11 +21,12 @@ inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
 template <class T>
 inline constexpr int kOutTiles = sizeof(T) == 8 ? 2 : 4;  // of 16 columns, that a warp holds of the output
 
-// Numbers for each head: what the mix of maps is multiplied by and what is added, then in the layer norm, then what the
-// output is multiplied by; the same of the mix of logits.
+// Numbers for each head: what the mix of maps is multiplied by and what is added, then in the layer norm,
+// then what the output is multiplied by; the same of the mix of logits.
 enum Vector { kFactor, kConstant, kWeight, kAdded, kOutFactor, kPreFactor, kPreConstant, kVectors };
 
-// What is in shared memory, by places in bytes and counts of elements. It is among the arguments, so that no register holds it.
+// What is in shared memory, by places in bytes and counts of elements. It is among the arguments, so that no
+// register holds it.
 template <class T>
 struct Layout {
   Chunk<Map<T>> maps;  // of each plane

@@ -1,9 +1,9 @@
 // The arguments of the two sweeps of re-attention's backward.
 #pragma once
 
+#include "../kernels.h"
 #include "attention.cuh"
 #include "heads.cuh"
-#include "../kernels.h"
 
 namespace vitdiv::cuda {
 
@@ -54,8 +54,9 @@ struct BackwardKernel {
   Acc<T> mean, beside;  // maps are kept less `mean`; their mix lacks `beside` times the matrix's sums
   Global<const Acc<T>> pre_mix, pre_bias, mix, bias, coupling, norm_weight, norm_bias;
   int64_t coupling_image;
-  // rows [3, images, H, queries]: the largest logit in units of ln 2, MapNumbers::kScale / sum of exponentials, and, from the
-  // sweep over queries for that over keys, the mean of dA by A. Likewise bounds [images, query tiles] of |dL|.
+  // rows [3, images, H, queries]: the largest logit in units of ln 2, MapNumbers::kScale / sum of
+  // exponentials, and, from the sweep over queries for that over keys, the mean of dA by A. Likewise bounds
+  // [images, query tiles] of |dL|.
   Global<Acc<T>> rows, bounds;
   int64_t field;  // images * H * queries
   int query_tiles;

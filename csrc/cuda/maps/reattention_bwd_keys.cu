@@ -1,5 +1,5 @@
-// The second sweep of re-attention's backward: a block owns 16 key rows of all heads and walks over the queries in chunks, with
-// transposed tiles. It adds up dk and dv.
+// The second sweep of re-attention's backward: a block owns 16 key rows of all heads and walks over the
+// queries in chunks, with transposed tiles. It adds up dk and dv.
 #include "reattention_bwd_heads.cuh"
 
 namespace vitdiv::cuda {

@@ -1,5 +1,5 @@
-// Of each query row and head the largest logit (in units of ln 2) and the inverse of its sum of exponentials times
-// MapNumbers::kScale, by a kernel that reads the keys once for many query rows.
+// Of each query row and head the largest logit (in units of ln 2) and the inverse of its sum of exponentials
+// times MapNumbers::kScale, by a kernel that reads the keys once for many query rows.
 #pragma once
 
 #include <stdexcept>

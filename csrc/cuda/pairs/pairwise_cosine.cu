@@ -1,10 +1,11 @@
 // Forward of the penalties of pairwise cosines that need all pairs; the maths is in
 // vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
 //
-// Raw vectors are multiplied, the products take the inverse norms, and penalties are summed along rows and along columns.
-// Of pairs within x only the upper triangle is made, and counts both ways. A short set of 16-bit vectors is one block's
-// work, which reads it once, for norms and products. Others are cut into square tiles; each has a slot of its own for its
-// sums, which are added in order, and a kernel before has read the norms.
+// Raw vectors are multiplied, the products take the inverse norms, and penalties are summed along rows and
+// along columns. Of pairs within x only the upper triangle is made, and counts both ways. A short set of
+// 16-bit vectors is one block's work, which reads it once, for norms and products. Others are cut into square
+// tiles; each has a slot of its own for its sums, which are added in order, and a kernel before has read the
+// norms.
 #include "pairwise_cosine.cuh"
 
 namespace vitdiv::cuda {

@@ -1,8 +1,8 @@
 // Backward of pairwise cosine penalties; the maths is in vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
 //
-// The slopes of abs and relu are made from the forward's signs in the registers of the product; those of square are the
-// similarities, made again. What the normalisation takes out of the gradient of abs and relu is known from the forward's
-// sums of penalties.
+// The slopes of abs and relu are made from the forward's signs in the registers of the product; those of
+// square are the similarities, made again. What the normalisation takes out of the gradient of abs and relu
+// is known from the forward's sums of penalties.
 #include "pairwise_cosine_bwd.cuh"
 
 namespace vitdiv::cuda {

@@ -15,8 +15,8 @@ struct SignedGradient : Gradient<T> {
   Acc<T> factor;
 };
 
-// Signs cost next to nothing to read, so that a tall tile, whose unit vectors each block reads once for more rows, is the
-// cheaper one.
+// Signs cost next to nothing to read, so that a tall tile, whose unit vectors each block reads once for more
+// rows, is the cheaper one.
 template <class T>
 struct SignLayout : GradientLayout<T, CosineTile<T>::kThreads, 32 * CosineTile<T>::kGroups> {
   using Gradient = GradientLayout<T, CosineTile<T>::kThreads, 32 * CosineTile<T>::kGroups>;
@@ -34,7 +34,8 @@ DEVICE uint32_t transpose32(uint32_t bits) {
   return bits;
 }
 
-// Slopes, 1, -1 or 0, as a left factor: 16 rows, of which the lane has the words of two, by kDepth columns from `column`.
+// Slopes, 1, -1 or 0, as a left factor: 16 rows, of which the lane has the words of two, by kDepth columns
+// from `column`.
 template <class T>
 DEVICE void slopes(FragmentA<T>& a, const uint32_t (&positive)[2], const uint32_t (&negative)[2],
                    int column) {

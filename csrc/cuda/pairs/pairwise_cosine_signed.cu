@@ -1,5 +1,6 @@
-// Inverse norms of vectors, and the penalty `signed` of pairwise cosines, forward and backward, which needs no pairs: it is
-// a product of sums of unit vectors. The maths is in vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
+// Inverse norms of vectors, and the penalty `signed` of pairwise cosines, forward and backward, which needs
+// no pairs: it is a product of sums of unit vectors. The maths is in
+// vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
 #include "pairwise_cosine.cuh"
 
 namespace vitdiv::cuda {
@@ -37,7 +38,8 @@ DEVICE Acc<T> far_norm(const Vectors<T>& x, int64_t at, Acc<T> eps) {
   return square_root(warp_sum(squares)) * power;
 }
 
-// Each vector's inverse norm, and if they are wanted the sums of a block's unit vectors and of their squared norms.
+// Each vector's inverse norm, and if they are wanted the sums of a block's unit vectors and of their squared
+// norms.
 template <class T>
 KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
   constexpr int each = kBlockRows / (kThreads / 32);
@@ -116,8 +118,8 @@ struct SignedKernel {
   int64_t dx_item, dx_row;
 };
 
-// dx = rate (u - x̂ (x̂ . u)), u being the sum of unit vectors. The part of x̂ itself in u has no gradient, but where it was
-// divided by eps.
+// dx = rate (u - x̂ (x̂ . u)), u being the sum of unit vectors. The part of x̂ itself in u has no gradient,
+// but where it was divided by eps.
 template <class T>
 KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_gradient(SignedKernel<T> a) {
   using A = Acc<T>;

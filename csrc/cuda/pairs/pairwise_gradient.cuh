@@ -1,7 +1,7 @@
-// Gradients of vectors that come from all pairs: a block owns a tile of the gradient, vectors by features, and walks over
-// the other vectors, 32 at a time: it makes unit vectors of them in shared memory and multiplies them with the pairs'
-// weights, the slopes of what is summed. What the normalisation takes out is known for each vector before its gradient is
-// written, so that no block needs whole vectors.
+// Gradients of vectors that come from all pairs: a block owns a tile of the gradient, vectors by features,
+// and walks over the other vectors, 32 at a time: it makes unit vectors of them in shared memory and
+// multiplies them with the pairs' weights, the slopes of what is summed. What the normalisation takes out is
+// known for each vector before its gradient is written, so that no block needs whole vectors.
 #pragma once
 
 #include <algorithm>
@@ -91,8 +91,8 @@ struct UnitVectors {
   }
 };
 
-// acc += weights of 32 other vectors times their unit vectors at `from`, for the warp's part of the tile. left(w, r, j): the
-// weights of rows 16 r ... from the j-th vector on. EXACT: they are exact in tf32.
+// acc += weights of 32 other vectors times their unit vectors at `from`, for the warp's part of the tile.
+// left(w, r, j): the weights of rows 16 r ... from the j-th vector on. EXACT: they are exact in tf32.
 template <class T, class Layout, bool EXACT, class Left>
 DEVICE void add_unit_vectors(CosineSums<T>& acc, const CosinePart<T>& part, Shared<T> memory, int from,
                              Left left) {
@@ -113,8 +113,8 @@ DEVICE void add_unit_vectors(CosineSums<T>& acc, const CosinePart<T>& part, Shar
   });
 }
 
-// From the gradient of unit vectors, which is `factor` acc, to that of x. along(row): x̂ . acc of a row of the tile. A warp
-// turns 32 x 16 of it at a time in shared memory, so that each lane has a piece of a row.
+// From the gradient of unit vectors, which is `factor` acc, to that of x. along(row): x̂ . acc of a row of
+// the tile. A warp turns 32 x 16 of it at a time in shared memory, so that each lane has a piece of a row.
 template <class T, class Layout, class Along>
 DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const CosinePart<T>& part,
                            Shared<T> memory, int64_t item, int row0, int k0, Acc<T> factor, Along sum_along) {
@@ -157,8 +157,9 @@ DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const Cosin
   }
 }
 
-// Weights that are functions of the pairs' products, which are made again. `Weights` says how many kinds of products there
-// are, 1 or 2: x with y, whose unit vectors are multiplied by the weights, and z with itself; and whether tiles are narrow.
+// Weights that are functions of the pairs' products, which are made again. `Weights` says how many kinds of
+// products there are, 1 or 2: x with y, whose unit vectors are multiplied by the weights, and z with itself;
+// and whether tiles are narrow.
 //   begin(item)                     before the others
 //   row(at), column(at)             what a weight takes from the row's and from the column's side: a Side
 //   weight(row, column, s, t, itself)
@@ -171,8 +172,8 @@ struct WeightedKernel : Gradient<T> {
   Weights weights;
 };
 
-// With two kinds of products the first to be made wait in shared memory. Narrow tiles find room there with the little shared
-// memory of sm_89, and registers for weights that take more of them.
+// With two kinds of products the first to be made wait in shared memory. Narrow tiles find room there with
+// the little shared memory of sm_89, and registers for weights that take more of them.
 template <class T, class Weights>
 struct WeightedLayout : GradientLayout<T, CosineTile<T>::kSize, CosineTile<T>::kSize> {
   using Tile = CosineTile<T>;

@@ -1,17 +1,18 @@
-// Reductions along the rows of cosines of all pairs, forward: log-sum-exp, and the index of the largest; the maths is in
-// vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
+// Reductions along the rows of cosines of all pairs, forward: log-sum-exp, and the index of the largest; the
+// maths is in vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
 //
-// A block makes a tile of cosines and reduces it along its rows and, of pairs within x, along its columns: then only the
-// upper triangle is made. Each vector has a slot of its own for each tile of others, of two numbers: the largest value, and
-// the sum of exponentials below it or the place of the largest. A second kernel merges a vector's slots in order.
+// A block makes a tile of cosines and reduces it along its rows and, of pairs within x, along its columns:
+// then only the upper triangle is made. Each vector has a slot of its own for each tile of others, of two
+// numbers: the largest value, and the sum of exponentials below it or the place of the largest. A second
+// kernel merges a vector's slots in order.
 #include "pairwise_rows.cuh"
 
 namespace vitdiv::cuda {
 namespace {
 
 constexpr int kMergedRows = 256;  // vectors whose slots a block merges
-// Exponents below this, scale times a cosine, are at most twice that apart: exp of the difference is no underflow, so that
-// the bound itself can stand for the largest.
+// Exponents below this, scale times a cosine, are at most twice that apart: exp of the difference is no
+// underflow, so that the bound itself can stand for the largest.
 template <class A>
 constexpr double kBoundedScale = sizeof(A) == 8 ? 300 : 40;
 
@@ -121,7 +122,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);
-              // the product of the rates first: then the cosines of equal vectors are equal, also across the diagonal
+              // the product of the rates first: then the cosines of equal vectors are equal, also across the
+              // diagonal
               A value = acc[g][h][r][j][2 * i + e] * (rate[r][i] * column_rate);
               if (nearest)
                 value = value == value ? value : A(INFINITY);
@@ -255,8 +257,8 @@ void reduce_rows(const char* operation, const RowsArgs& args, Reduction reductio
   a.y_rates = {place(at.rates[1])};
   a.slots = {place(at.slots)};
   a.within = !args.y.data;
-  // Three products of tf32 parts are added in another order across the diagonal, where the cosines of equal vectors would
-  // not be equal.
+  // Three products of tf32 parts are added in another order across the diagonal, where the cosines of equal
+  // vectors would not be equal.
   a.symmetric = a.within && (sizeof(T) != 4 || reduction != Reduction::kNearest);
   a.reduction = reduction;
   a.scale = static_cast<A>(args.scale);

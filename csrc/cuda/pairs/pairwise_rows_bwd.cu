@@ -1,4 +1,5 @@
-// Backward of the log-sum-exp of rows of cosines; the maths is in vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
+// Backward of the log-sum-exp of rows of cosines; the maths is in
+// vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
 #include "pairwise_gradient.cuh"
 #include "pairwise_rows.cuh"
 
@@ -8,8 +9,8 @@ namespace {
 constexpr const char* kName = "pairwise_logsumexp_bwd";
 constexpr int kRangeThreads = 256;
 
-// float16 ends at 65504 and begins at 2^-24. A softmax is at most 1, so that with this factor no weight of an item is larger
-// than 2^14.
+// float16 ends at 65504 and begins at 2^-24. A softmax is at most 1, so that with this factor no weight of an
+// item is larger than 2^14.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kRangeThreads, 1) slope_ranges(Global<const A> drows, Global<A> ranges, int n) {
   Carver carve;
@@ -24,7 +25,8 @@ KERNEL LAUNCH_BOUNDS(kRangeThreads, 1) slope_ranges(Global<const A> drows, Globa
   if (thread_x() == 0) ranges.st(item, A(8192) / larger(top, A(1e-30)));
 }
 
-// drows_i exp(scale S_ij - rows_i) of the row i or the column j that S was summed along; of pairs within x, of both.
+// drows_i exp(scale S_ij - rows_i) of the row i or the column j that S was summed along; of pairs within x,
+// of both.
 template <class T>
 struct SoftmaxWeights {
   using A = Acc<T>;

@@ -1,7 +1,7 @@
 // Forward of penalties on two Gram matrices; the maths is in vitdiv_kernels/ops/pairs/two_gram/README.md.
 //
-// A block makes one tile of both matrices and sums its penalties. Only the upper triangle is made, and counts both ways. A
-// tile's sum has a place of its own; they are added in order.
+// A block makes one tile of both matrices and sums its penalties. Only the upper triangle is made, and counts
+// both ways. A tile's sum has a place of its own; they are added in order.
 #include "two_gram.cuh"
 
 namespace vitdiv::cuda {

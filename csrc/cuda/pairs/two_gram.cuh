@@ -5,7 +5,8 @@
 
 namespace vitdiv::cuda {
 
-// A penalty as flags, which all pairs of a launch share. The squares are of S' - T', where numbers are replaced by 0.
+// A penalty as flags, which all pairs of a launch share. The squares are of S' - T', where numbers are
+// replaced by 0.
 template <class A>
 struct PairPenalty {
   bool product, hinge;

@@ -1,4 +1,5 @@
-// The kernels, emulated, behind a C interface for tests/support/emulated_cuda.py. A function returns null or what went wrong.
+// The kernels, emulated, behind a C interface for tests/support/emulated_cuda.py. A function returns null or
+// what went wrong.
 #include "../../../csrc/cuda/kernels.h"
 #include "emulation.h"
 

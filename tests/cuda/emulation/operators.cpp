@@ -1,5 +1,6 @@
-// The operators of csrc/cuda/operators.h over emulated kernels, for CPU tensors: tests/support/emulated_operators.py
-// declares them in the namespace vitdiv_emulated, links the kernels and includes memory/*.h before this file.
+// The operators of csrc/cuda/operators.h over emulated kernels, for CPU tensors:
+// tests/support/emulated_operators.py declares them in the namespace vitdiv_emulated, links the kernels and
+// includes memory/*.h before this file.
 #include "../../../csrc/cuda/operators.h"
 
 #include "memory.h"
