@@ -1,9 +1,9 @@
 // What the arguments of the compiled kernels have in common, the same for CPU and CUDA: plain structs, no
 // torch. Those of an operation are in the file of its name.
 //
-// Sizes: B images, H heads, N queries, M keys, d head width. "acc" is the arithmetic's type: double for kDouble, else
-// float. Arrays without a stride are contiguous, of type acc. A null pointer is an absent argument or an
-// output that nobody asked for. `threads` is for the CPU.
+// Sizes: B images, H heads, N queries, M keys, d head width. "acc" is the arithmetic's type: double for
+// kDouble, else float. Arrays without a stride are contiguous, of type acc. A null pointer is an absent
+// argument or an output that nobody asked for. `threads` is for the CPU.
 #pragma once
 
 #include <cstdint>

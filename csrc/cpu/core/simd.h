@@ -19,7 +19,8 @@ namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
-// kMaxRows: rows of the matrix-product micro-kernel; rows x 2 accumulators, 2 operands and 1 broadcast fill the registers.
+// kMaxRows: rows of the matrix-product micro-kernel; rows x 2 accumulators, 2 operands and 1 broadcast fill
+// the registers.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kMaxRows = 14;
 #elif defined(__AVX2__)

@@ -26,12 +26,18 @@ inline constexpr int kMaxHeads = sizeof(T) == 8 ? 48 : 64;
 
 template <class T>
 struct GramKernel {
-  Heads<T> q[2], k[2];
-  int heads[2], width[2];
-  Acc<T> scale[2];  // times log2(e)
-  int n, m, tiles;  // queries, keys, row tiles of an image
-  int chunk, workers, stride;
-  Global<Acc<T>> partial;         // [images, tiles, H, H]
+  Heads<T> q[2];  // of each layer [images, heads, n, width]
+  Heads<T> k[2];  // [images, heads, m, width]
+  int heads[2];
+  int width[2];
+  Acc<T> scale[2];                // times log2(e)
+  int n;                          // queries
+  int m;                          // keys
+  int tiles;                      // of the rows of an image
+  int chunk;                      // keys
+  int workers;                    // warps that make maps
+  int stride;                     // of rows in shared memory
+  Global<Acc<T>> partial;         // [images, tiles, H, H], H = heads of both layers
   Global<const Acc<T>> coupling;  // [images, H, H]; this and rows for gram_rows
   Global<Acc<T>> rows;            // [3, images, H, n]
   int images;
@@ -49,8 +55,9 @@ HOST_DEVICE int maps_space(int heads, int chunk, int warps) {
   return maps > sums ? maps : sums;
 }
 
-// The Gram matrix of the tile, or with ROWS what gram_rows gives: the sum over keys of A_g dA_g is the sum
-// over h of coupling[g, h] times the row's own Gram matrix.
+// A_h = softmax(scale q_h k_h^T); partial[g, h] = sum over rows i of the tile, keys j of
+// (A_g[i, j] - 1/m) (A_h[i, j] - 1/m). With ROWS what gram_rows gives: the sum over keys of A_g dA_g is the
+// sum over h of coupling[g, h] times the row's own Gram matrix.
 template <class T, bool ROWS>
 KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   constexpr int row_tiles = kRowTiles<T>, rows = 16 * row_tiles;

@@ -24,6 +24,9 @@ HOST_DEVICE constexpr int max_warps(bool two_groups) {
   return sizeof(T) == 8 || two_groups ? 8 : 12;
 }
 
+// A_h = softmax(scale q_h k_h^T), or of these logits mixed by pre_mix; Y_g = sum_h mix[g, h] A_h + bias[g],
+// with `centred` of A - 1/m, then perhaps layer norm over heads; out_g = Y_g v_g, and partial, the centred
+// Gram matrix of the maps.
 template <class T, int GROUPS, bool PRE_MIX>
 KERNEL LAUNCH_BOUNDS(32 * max_warps<T>(GROUPS == 2), 1) reattention_tile(ForwardKernel<T> a) {
   ForwardTile<T, GROUPS, PRE_MIX> tile(a);

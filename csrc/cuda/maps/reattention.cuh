@@ -67,18 +67,38 @@ struct Layout {
 
 template <class T>
 struct ForwardKernel {
-  Heads<T> q, k, v;
-  int heads, n, m, width, out_width, tiles;  // tiles: row tiles of an image
-  Acc<T> scale, eps, mean;                   // scale: times log2(e); mean: 1 / m in the maps' units
+  Heads<T> q;  // [images, heads, n, width]
+  Heads<T> k;  // [images, heads, m, width]
+  Heads<T> v;  // [images, heads, m, out_width]
+  int heads;
+  int n;  // queries
+  int m;  // keys
+  int width;
+  int out_width;
+  int tiles;     // of the rows of an image
+  Acc<T> scale;  // times log2(e)
+  Acc<T> eps;
+  Acc<T> mean;  // 1 / m in the maps' units
   bool centred;
-  Global<const Acc<T>> pre_mix, pre_bias, mix, bias, norm_weight, norm_bias;
-  int chunk, workers, stride;  // keys of a chunk; warps that make maps; of their rows in shared memory
-  int slice_heads, width_slices, slices;  // slices: of a tile's output, a block each
-  Global<T> out;
-  int64_t out_image, out_head, out_row;
-  Global<Acc<T>> partial;     // [images, tiles, H, H]
-  Global<const Acc<T>> rows;  // of softmax_rows; null with pre_mix
-  int64_t field;
+  Global<const Acc<T>> pre_mix;      // [heads, heads] or null
+  Global<const Acc<T>> pre_bias;     // [heads] or null
+  Global<const Acc<T>> mix;          // [heads, heads]
+  Global<const Acc<T>> bias;         // [heads] or null
+  Global<const Acc<T>> norm_weight;  // [heads]; null: no layer norm
+  Global<const Acc<T>> norm_bias;    // [heads]
+  int chunk;                         // keys
+  int workers;                       // warps that make maps
+  int stride;                        // of rows in shared memory
+  int slice_heads;                   // of a slice
+  int width_slices;                  // of a head
+  int slices;                        // of a tile's output, a block each
+  Global<T> out;                     // [images, heads, n, out_width]
+  int64_t out_image;
+  int64_t out_head;
+  int64_t out_row;
+  Global<Acc<T>> partial;     // [images, tiles, heads, heads]
+  Global<const Acc<T>> rows;  // [2, images, heads, n] of softmax_rows; null with pre_mix
+  int64_t field;              // images * heads * n
   Layout<T> at;
 };
 

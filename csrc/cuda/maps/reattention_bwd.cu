@@ -29,6 +29,8 @@ struct Parameters {
   Global<A> dmix, dpre_mix, dbias, dnorm_weight, dnorm_bias;
 };
 
+// dmix = sum over images of dM (A - 1/M)^T, likewise dpre_mix = dL z^T, dbias = dM, dnorm_weight = dY x,
+// dnorm_bias = dY.
 template <class A>
 KERNEL LAUNCH_BOUNDS(256, 1) parameter_sums(Parameters<A> a) {
   const int heads = a.heads, size = 2 * heads * heads + 3 * heads, at = block_x() * threads() + thread_x();

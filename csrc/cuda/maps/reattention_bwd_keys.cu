@@ -5,6 +5,7 @@
 namespace vitdiv::cuda {
 namespace {
 
+// dk = scale dZ^T q, dZ as in query_sweep, and dv = Y^T dout.
 template <class T, int GROUPS>
 KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKernel<T> a) {
   using A = Acc<T>;

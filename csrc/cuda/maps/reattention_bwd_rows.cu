@@ -185,6 +185,8 @@ DEVICE typename B::A bound_of(const B& b, typename B::A largest) {
   return largest + delta;
 }
 
+// dY = dout v^T; dM = dY through the layer norm; dA_h = sum_g mix[g, h] dM_g + sum_k coupling[h, k] (A_k -
+// 1/M); dL = A (dA - sum over keys of A dA); dZ = dL, or pre_mix^T dL; dq = scale dZ k.
 template <class T, int GROUPS>
 KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKernel<T> a) {
   using A = Acc<T>;

@@ -16,16 +16,27 @@ constexpr int kSumRows = 256;  // vectors whose sums a block adds
 
 template <class T>
 struct SimilarityKernel {
-  Vectors<T> x, y;
-  Global<const Acc<T>> x_rates, y_rates;  // of tiles
-  Global<Acc<T>> x_sums,
-      y_sums;                    // [items, column tiles, N], [items, row tiles, M]; of a whole set [items, N]
-  Global<Acc<T>> rates, totals;  // of whole sets
-  Global<uint32_t> signs;
-  int row_tiles, column_tiles, tiles, stages;  // tiles: of an item
-  bool within, include_self, column_sums, keep, keep_signs;
+  Vectors<T> x;                  // [items, N, D]
+  Vectors<T> y;                  // [items, M, D]
+  Global<const Acc<T>> x_rates;  // [items, N]; not of whole sets
+  Global<const Acc<T>> y_rates;  // [items, M]; not of whole sets
+  Global<Acc<T>> x_sums;         // [items, column tiles, N]; of a whole set [items, N]
+  Global<Acc<T>> y_sums;         // [items, row tiles, M]
+  Global<Acc<T>> rates;          // [items, N]; of whole sets
+  Global<Acc<T>> totals;         // [items]; of whole sets
+  Global<uint32_t> signs;        // [items, N, 1 or 2, ceil(M / 32)]
+  int row_tiles;
+  int column_tiles;
+  int tiles;    // of an item
+  int stages;   // of the products' ring in shared memory
+  bool within;  // y is x
+  bool include_self;
+  bool column_sums;  // are wanted
+  bool keep;         // for the backward
+  bool keep_signs;
   Penalty penalty;
-  Acc<T> eps, inverse_eps;
+  Acc<T> eps;
+  Acc<T> inverse_eps;
 };
 
 template <class A>
@@ -46,6 +57,8 @@ struct SumPlaces {
 template <class T, bool WHOLE>
 inline constexpr int kMostThreads = WHOLE ? 512 : CosineTile<T>::kThreads;
 
+// S[i, j] = rate_i rate_j x_i . y_j; x_sums[i] = sum over j of the tile of penalty(S[i, j]), y_sums[j] over
+// i.
 template <class T, bool WHOLE>
 KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1))
     similarity_tile(SimilarityKernel<T> a) {
@@ -186,7 +199,7 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   }
 }
 
-// For each vector the sum of its penalties over the tiles, if it is kept, and the sum over a block's vectors.
+// sums[i] = sum_t parts[t, i], if it is kept; totals[block] = the sum of those of a block's vectors.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kSumRows, 1) sum_tiles(Global<const A> parts, Global<A> sums, Global<A> totals, int n,
                                             int tiles, int blocks, bool keep_sums, bool keep_totals) {

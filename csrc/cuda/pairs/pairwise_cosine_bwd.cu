@@ -10,6 +10,8 @@ namespace {
 
 constexpr const char* kName = "pairwise_cosine_bwd";
 
+// dx_i = factor dsums rate_i (sum_j slope[i, j] ŷ_j - x̂_i x_sums_i), slope = 1, -1 or 0 by the forward's
+// signs.
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (sizeof(T) == 2 ? 2 : 1)) gradient_tile(SignedGradient<T> a) {
   using Layout = SignLayout<T>;

@@ -7,11 +7,14 @@ namespace vitdiv::cuda {
 
 template <class T>
 struct SignedGradient : Gradient<T> {
-  Vectors<T> y;
-  Global<const Acc<T>> y_rates, x_sums, dsums;
-  Global<const uint32_t> signs;
-  bool within, turned;  // turned: signs stand in rows of y
-  int planes;
+  Vectors<T> y;                  // [items, M, D]
+  Global<const Acc<T>> y_rates;  // [items, M]
+  Global<const Acc<T>> x_sums;   // [items, N]: of the penalties of a vector
+  Global<const Acc<T>> dsums;    // [items]
+  Global<const uint32_t> signs;  // [items, N, planes, ceil(M / 32)]; turned [items, M, planes, ceil(N / 32)]
+  bool within;                   // y is x
+  bool turned;                   // signs stand in rows of y
+  int planes;                    // 2 of abs, 1 of relu
   Acc<T> factor;
 };
 

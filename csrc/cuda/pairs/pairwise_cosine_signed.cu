@@ -10,12 +10,14 @@ constexpr int kThreads = 256, kBlockRows = 32;  // a block's vectors, four a war
 
 template <class T>
 struct RatesKernel {
-  Vectors<T> x;
-  int blocks;  // of an item
-  Acc<T> eps, inverse_eps;
+  Vectors<T> x;  // [items, count, width]
+  int blocks;    // of an item
+  Acc<T> eps;
+  Acc<T> inverse_eps;
   Global<Acc<T>> rates;  // [items, count]
   bool wants_sums;
-  Global<Acc<T>> sums, squares;  // [items, blocks, width], [items, blocks]: of unit vectors
+  Global<Acc<T>> sums;     // [items, blocks, width]: of unit vectors
+  Global<Acc<T>> squares;  // [items, blocks]: of their norms
 };
 
 // The norm of a vector of any length, by a warp: a power of two times the norm of the rest.
@@ -38,8 +40,8 @@ DEVICE Acc<T> far_norm(const Vectors<T>& x, int64_t at, Acc<T> eps) {
   return square_root(warp_sum(squares)) * power;
 }
 
-// Each vector's inverse norm, and if they are wanted the sums of a block's unit vectors and of their squared
-// norms.
+// rate_i = 1 / max(|x_i|, eps); with wants_sums, of a block's vectors, sum_i rate_i x_i and sum_i |rate_i
+// x_i|^2.
 template <class T>
 KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
   constexpr int each = kBlockRows / (kThreads / 32);
@@ -92,7 +94,8 @@ KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
   }
 }
 
-// x . y of the sums of unit vectors of two sets or of one, less the squares of `blocks` blocks of vectors.
+// totals = x . y - sum_b squares[b]: of the sums of unit vectors of two sets, or of one set, of which the
+// vectors with themselves are taken off.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_totals(Global<const A> x, Global<const A> y, Global<const A> squares,
                                                 Global<A> totals, int width, int blocks) {
@@ -109,13 +112,17 @@ KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_totals(Global<const A> x, Global<const 
 
 template <class T>
 struct SignedKernel {
-  Vectors<T> x;
-  Global<const Acc<T>> rates, sums, dsums;
-  int blocks;  // of an item
+  Vectors<T> x;                // [items, count, width]
+  Global<const Acc<T>> rates;  // [items, count]
+  Global<const Acc<T>> sums;   // [items, width]: of the other set's unit vectors
+  Global<const Acc<T>> dsums;  // [items]
+  int blocks;                  // of an item
   bool less_itself;
-  Acc<T> factor, inverse_eps;
-  Global<T> dx;
-  int64_t dx_item, dx_row;
+  Acc<T> factor;
+  Acc<T> inverse_eps;
+  Global<T> dx;  // [items, count, width]
+  int64_t dx_item;
+  int64_t dx_row;
 };
 
 // dx = rate (u - x̂ (x̂ . u)), u being the sum of unit vectors. The part of x̂ itself in u has no gradient,

@@ -13,13 +13,15 @@ namespace vitdiv::cuda {
 // Whose gradient it is, and where it goes.
 template <class T>
 struct Gradient {
-  Vectors<T> x;
-  Global<const Acc<T>> x_rates;
-  Acc<T> inverse_eps;  // nothing is taken out of vectors with this rate or a larger one
-  bool pieces;         // x and dx are in pieces of 16 bytes
-  int row_tiles, width_tiles;
-  Global<T> dx;
-  int64_t dx_item, dx_row;
+  Vectors<T> x;                  // [items, N, D]
+  Global<const Acc<T>> x_rates;  // [items, N]
+  Acc<T> inverse_eps;            // nothing is taken out of vectors with this rate or a larger one
+  bool pieces;                   // x and dx are in pieces of 16 bytes
+  int row_tiles;
+  int width_tiles;
+  Global<T> dx;  // [items, N, D]
+  int64_t dx_item;
+  int64_t dx_row;
 };
 
 // A block's tile of the gradient, and places in shared memory.
@@ -166,9 +168,11 @@ DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const Cosin
 //   factor(item)                    of the sum
 template <class T, class Weights>
 struct WeightedKernel : Gradient<T> {
-  Vectors<T> y, z;  // z.width may be 0: then there is no second product
-  bool within;      // y is x
-  Global<const Acc<T>> y_rates, z_rates;
+  Vectors<T> y;                  // [items, M, D]
+  Vectors<T> z;                  // [items, N, E], N = M; its width may be 0: then there is no second product
+  bool within;                   // y is x
+  Global<const Acc<T>> y_rates;  // [items, M]
+  Global<const Acc<T>> z_rates;  // [items, N]
   Weights weights;
 };
 
@@ -189,6 +193,8 @@ struct WeightedLayout : GradientLayout<T, CosineTile<T>::kSize, CosineTile<T>::k
       kMemory * int64_t(sizeof(T)) + (kWaiting + 2 * Tile::kSize) * int64_t(sizeof(Acc<T>));
 };
 
+// u_i = sum_j weight(S[i, j], T[i, j]) rate_j y_j, S of x and y, T of z; dx_i = factor rate_i (u_i - x̂_i
+// (x̂_i . u_i)).
 template <class T, class Weights>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T, Weights> a) {
   using Tile = CosineTile<T>;

@@ -64,15 +64,23 @@ DEVICE A add_rests(Reduction reduction, A x, A y) {
 
 template <class T>
 struct RowsKernel {
-  Vectors<T> x, y;
-  Global<const Acc<T>> x_rates, y_rates;
-  Global<Acc<T>> slots;  // [items, 2, column tiles, N]
-  int row_tiles, column_tiles, tiles, stages;
-  bool within, symmetric;  // symmetric: only the upper triangle is made
+  Vectors<T> x;                  // [items, N, D]
+  Vectors<T> y;                  // [items, M, D]
+  Global<const Acc<T>> x_rates;  // [items, N]
+  Global<const Acc<T>> y_rates;  // [items, M]
+  Global<Acc<T>> slots;          // [items, 2, column tiles, N]
+  int row_tiles;
+  int column_tiles;
+  int tiles;       // of an item
+  int stages;      // of the products' ring in shared memory
+  bool within;     // y is x
+  bool symmetric;  // only the upper triangle is made
   Reduction reduction;
   Acc<T> scale;
 };
 
+// S[i, j] = rate_i rate_j x_i . y_j; of row i over the tile's j: max_j S and its place, or max_j and
+// sum_j exp(scale S[i, j] - max), where the maximum may be its bound.
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
   using Tile = CosineTile<T>;
@@ -200,7 +208,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
   }
 }
 
-// The result of each vector, from its slots.
+// rows[i] = log sum_j exp(scale S[i, j]), or nearest[i] = argmax_j S[i, j], from the vector's slots.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kMergedRows, 1)
     merge_slots(Global<const A> slots, Global<A> rows, Global<int64_t> nearest, int64_t count, int n,

@@ -9,8 +9,8 @@ namespace {
 constexpr const char* kName = "pairwise_logsumexp_bwd";
 constexpr int kRangeThreads = 256;
 
-// float16 ends at 65504 and begins at 2^-24. A softmax is at most 1, so that with this factor no weight of an
-// item is larger than 2^14.
+// ranges = 8192 / max |drows|. float16 ends at 65504 and begins at 2^-24. A softmax is at most 1, so that
+// with this factor no weight of an item is larger than 2^14.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kRangeThreads, 1) slope_ranges(Global<const A> drows, Global<A> ranges, int n) {
   Carver carve;

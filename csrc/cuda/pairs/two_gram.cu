@@ -11,13 +11,18 @@ constexpr const char* kName = "two_gram_fwd";
 
 template <class T>
 struct TwoGramKernel {
-  Vectors<T> x, y;  // y.width is 0: the second matrix is the identity
-  Global<const Acc<T>> x_rates, y_rates;
-  Global<Acc<T>> sums;  // of tiles
-  int row_tiles, tiles, stages;
+  Vectors<T> x;                  // [items, N, D]
+  Vectors<T> y;                  // [items, N, E]; E = 0: the second matrix is the identity
+  Global<const Acc<T>> x_rates;  // [items, N]
+  Global<const Acc<T>> y_rates;  // [items, N]
+  Global<Acc<T>> sums;           // [items, tiles]
+  int row_tiles;
+  int tiles;   // of an item
+  int stages;  // of the products' ring in shared memory
   PairPenalty<Acc<T>> penalty;
 };
 
+// S = x̂ x̂^T, T = ŷ ŷ^T; sums[tile] = sum over its i, j of penalty(S[i, j], T[i, j]).
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> a) {
   using Tile = CosineTile<T>;

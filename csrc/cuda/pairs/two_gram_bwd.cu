@@ -8,8 +8,8 @@ namespace {
 constexpr const char* kName = "two_gram_bwd";
 constexpr int kRangeThreads = 256;
 
-// float16 ends at 65504 and begins at 2^-24. No weight is larger than a multiple of the squares of the
-// largest norms, and with this factor than 2^14.
+// ranges = 4096 / (bound + the largest |x|^2 and |y|^2). float16 ends at 65504 and begins at 2^-24. No weight
+// is larger than a multiple of the squares of the largest norms, and with this factor than 2^14.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kRangeThreads, 1)
     norm_ranges(Global<const A> x_rates, Global<const A> y_rates, A bound, Global<A> ranges, int n) {
