@@ -2,7 +2,7 @@
 //
 //   type            one step            depth k   how
 //   half_t, bf16_t  2 mma.m16n8k16      16        operands by ldmatrix, sums in float32
-//   float           6 mma.m16n8k8       8         tf32 three times: each operand is split into a high and a low part
+//   float           6 mma.m16n8k8       8         tf32 thrice: operands split into a high and a low part
 //   double          4 mma.m8n8k4        4
 //
 // The result lies in the lanes in the same way for all types: acc[j][e] is row tile_row(e), column 8 j +

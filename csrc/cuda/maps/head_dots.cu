@@ -64,8 +64,7 @@ void run(const HeadDots& args, void* scratch, void* stream) {
 }  // namespace
 
 int64_t head_dots_scratch(const HeadDots& args) {
-  const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
-  return args.B * args.H * parts_of(args) * kWarps * bytes;
+  return args.B * args.H * parts_of(args) * kWarps * accumulator_bytes(args.x.dtype);
 }
 
 void head_dots(const HeadDots& args, void* scratch, void* stream) {

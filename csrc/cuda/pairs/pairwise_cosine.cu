@@ -224,15 +224,10 @@ bool is_whole(const CosineArgs& args) {
 
 // Places in scratch, in bytes.
 template <class T>
-struct Places {
-  int64_t rates[2], parts[2], totals, size = 0;
-  explicit Places(const CosineForward& args) {
+struct Places : Pieces {
+  int64_t rates[2], parts[2], totals;
+  explicit Places(const CosineForward& args) : Pieces(args.x.dtype) {
     const int64_t counts[2] = {args.N, args.M}, tile = CosineTile<T>::kSize, L = args.L;
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * int64_t(sizeof(Acc<T>)));
-      return at;
-    };
     if (is_whole<T>(args)) return;
     for (int s = 0; s < (args.y.data ? 2 : 1); ++s) {
       rates[s] = take(args.saved ? 0 : L * counts[s]);
@@ -250,7 +245,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
   const CosineSaved saved(args);
   const bool within = !args.y.data;
   const int sets = within ? 1 : 2, other = sets - 1;
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   const auto kept = [&](int64_t word) { return args.saved ? in_words<A>(args.saved, word) : nullptr; };
   SimilarityKernel<T> a{};
   a.x = set_of<T>(args, 0);

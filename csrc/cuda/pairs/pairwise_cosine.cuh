@@ -66,8 +66,9 @@ Vectors<T> vectors(const char* name, const BatchView& view, int64_t items, int64
 // What is saved, in words of 4 bytes; of two sets unless y is absent. gpu_saved.py says the same in Python.
 //   rates  acc [L, N]             1 / max(|x|, eps)
 //   sums   acc [L, D] or [L, N]   signed: of unit vectors; else of the penalties of a vector with all others
-//   signs  [L, N, planes, ceil(M / 32)]  abs, relu: bit j % 32 of word j / 32 is set where S > 0 and, in the second plane of
-//                                 abs, where S < 0. Within x only squares of 32 on and above the diagonal are written.
+//   signs  [L, N, planes, ceil(M / 32)]  abs, relu: bit j % 32 of word j / 32 is set where S > 0 and, in the
+//                                 second plane of abs, where S < 0. Within x only squares of 32 on and above
+//                                 the diagonal are written.
 struct CosineSaved {
   int64_t rates[2], sums[2], signs, words;
   explicit CosineSaved(const CosineArgs& args) : words(0) {
@@ -344,7 +345,22 @@ DEVICE A inverse_norm(A norm, A eps, A inverse_eps) {
 inline double inverse_of(double eps) { return eps > 0 ? 1 / eps : HUGE_VAL; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t whole_pieces(int64_t bytes) { return ceil_div(bytes, 256) * 256; }  // of scratch
+
+// Pieces of scratch for numbers of the arithmetic's type: where each begins, in bytes.
+struct Pieces {
+  int64_t number, size = 0;  // bytes of a number, and of all pieces
+  explicit Pieces(ScalarType dtype) : number(accumulator_bytes(dtype)) {}
+  int64_t take(int64_t numbers) {
+    const int64_t at = size;
+    size += ceil_div(numbers * number, 256) * 256;
+    return at;
+  }
+};
+
+template <class A>
+A* place_in(void* scratch, int64_t byte) {
+  return reinterpret_cast<A*>(static_cast<char*>(scratch) + byte);
+}
 
 // As many stages of the ring as let that many blocks share a processor; each takes 1 KiB more than it asks
 // for.

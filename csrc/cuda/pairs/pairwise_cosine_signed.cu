@@ -165,15 +165,10 @@ void read(const char* operation, const CosineArgs& args, int set, Acc<T>* rates,
 }
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], sums[2], parts[2], squares[2], size = 0;
-  explicit Places(const CosineForward& args) {
+struct Places : Pieces {
+  int64_t rates[2], sums[2], parts[2], squares[2];
+  explicit Places(const CosineForward& args) : Pieces(args.x.dtype) {
     const int64_t counts[2] = {args.N, args.M}, L = args.L;
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * (args.x.dtype == ScalarType::kDouble ? 8 : 4));
-      return at;
-    };
     for (int s = 0; s < (args.y.data ? 2 : 1); ++s) {
       const int64_t blocks = ceil_div(counts[s], kBlockRows);
       rates[s] = take(args.saved ? 0 : L * counts[s]);
@@ -190,7 +185,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
   const Places at(args);
   const CosineSaved saved(args);
   const int64_t counts[2] = {args.N, args.M};
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   const auto keep = [&](int64_t word, int64_t bytes) {
     return args.saved ? in_words<A>(args.saved, word) : place(bytes);
   };

@@ -231,17 +231,11 @@ KERNEL LAUNCH_BOUNDS(kMergedRows, 1)
 }
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], slots, size = 0;
-  explicit Places(const RowsArgs& args) {
-    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
+struct Places : Pieces {
+  int64_t rates[2], slots;
+  explicit Places(const RowsArgs& args) : Pieces(args.x.dtype) {
     const int64_t tile =
         with_type(args.x.dtype, [](auto number) { return int64_t(CosineTile<decltype(number)>::kSize); });
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * bytes);
-      return at;
-    };
     rates[0] = rates[1] = take(args.L * args.N);
     if (args.y.data) rates[1] = take(args.L * args.M);
     slots = take(2 * args.L * ceil_div(args.M, tile) * args.N);
@@ -255,7 +249,7 @@ void reduce_rows(const char* operation, const RowsArgs& args, Reduction reductio
   using Tile = CosineTile<T>;
   const Places at(args);
   const CosineArgs sets = vectors_of(args);
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   for (int s = 0; s < (args.y.data ? 2 : 1); ++s)
     vector_rates(operation, sets, s, place(at.rates[s]), stream);
   RowsKernel<T> a{};

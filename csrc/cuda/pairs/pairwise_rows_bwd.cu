@@ -57,15 +57,9 @@ struct SoftmaxWeights {
 };
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], ranges, size = 0;
-  explicit Places(const RowsArgs& args) {
-    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * bytes);
-      return at;
-    };
+struct Places : Pieces {
+  int64_t rates[2], ranges;
+  explicit Places(const RowsArgs& args) : Pieces(args.x.dtype) {
     rates[0] = rates[1] = take(args.L * args.N);
     if (args.y.data) rates[1] = take(args.L * args.M);
     ranges = take(args.x.dtype == ScalarType::kHalf ? args.L : 0);
@@ -78,7 +72,7 @@ void backward(const LogSumExpBackward& args, void* scratch, void* stream) {
   const Places at(args);
   const bool within = !args.y.data;
   const CosineArgs sets = vectors_of(args);
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   for (int s = 0; s < (within ? 1 : 2); ++s) vector_rates(kName, sets, s, place(at.rates[s]), stream);
   SoftmaxWeights<T> weights{};
   weights.drows = {static_cast<const A*>(args.drows)};

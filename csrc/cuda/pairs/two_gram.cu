@@ -92,18 +92,12 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
 }
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], sums, size = 0;
-  explicit Places(const TwoGramArgs& args) {
-    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
+struct Places : Pieces {
+  int64_t rates[2], sums;
+  explicit Places(const TwoGramArgs& args) : Pieces(args.x.dtype) {
     const int64_t tile =
         with_type(args.x.dtype, [](auto number) { return int64_t(CosineTile<decltype(number)>::kSize); });
     const int64_t tiles = ceil_div(args.N, tile);
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * bytes);
-      return at;
-    };
     rates[0] = rates[1] = take(args.L * args.N);
     if (args.y.data && args.normalise) rates[1] = take(args.L * args.N);
     sums = take(args.L * tiles * (tiles + 1) / 2);
@@ -115,7 +109,7 @@ void forward(const TwoGramForward& args, void* scratch, void* stream) {
   using A = Acc<T>;
   using Tile = CosineTile<T>;
   const Places at(args);
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   A* const rates[2] = {place(at.rates[0]), place(at.rates[1])};
   const int row_tiles = static_cast<int>(ceil_div(args.N, Tile::kSize)),
             tiles = row_tiles * (row_tiles + 1) / 2;

@@ -9,7 +9,6 @@ namespace vitdiv {
 inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::kDouble ? 8 : dtype == ScalarType::kFloat ? 4 : 2;
 }
-inline int64_t accumulator_bytes(ScalarType dtype) { return dtype == ScalarType::kDouble ? 8 : 4; }
 
 // Kernels may read inputs, not write them, and must write outputs before they read them; null is neither.
 inline void allow(const void* memory, int64_t bytes, bool output) {
