@@ -9,7 +9,6 @@ import tarfile
 import pytest
 from places import ROOT
 
-
 # What an installation leaves in the tree.
 COMPILED = [f"vitdiv_kernels/{name}" for name in ("_build.json", "_C.cpython-311.so", "libvitdiv.so")]
 
