@@ -12,9 +12,6 @@ namespace vitdiv {
 
 enum class ScalarType { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Of the arithmetic's type.
-inline int64_t accumulator_bytes(ScalarType dtype) { return dtype == ScalarType::kDouble ? 8 : 4; }
-
 // [B, H, rows, width], in elements; the last stride is 1.
 struct HeadsView {
   void* data;

@@ -6,6 +6,9 @@
 
 namespace vitdiv::cuda {
 
+// Of the arithmetic's type.
+inline int64_t accumulator_bytes(ScalarType dtype) { return dtype == ScalarType::kDouble ? 8 : 4; }
+
 // call(T())
 template <class Call>
 auto with_type(ScalarType dtype, Call call) {

@@ -1,14 +1,14 @@
 // What the emulated kernels may read and write: memory/<operation>.h says it of an operation's kernels.
 #pragma once
 
-#include "../../../csrc/arguments/views.h"
-#include "emulation.h"
+#include "../../../csrc/cuda/core/with_type.cuh"
 
 namespace vitdiv {
 
 inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::kDouble ? 8 : dtype == ScalarType::kFloat ? 4 : 2;
 }
+using cuda::accumulator_bytes;
 
 // Kernels may read inputs, not write them, and must write outputs before they read them; null is neither.
 inline void allow(const void* memory, int64_t bytes, bool output) {
