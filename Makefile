@@ -25,7 +25,7 @@ WORKERS ?= --numprocesses=2 --dist=worksteal
 # errors alone: with one q pip warns, for each package, of every folder of its configuration that is not there
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install -qq
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
-CPP := $(filter %.cpp %.h %.cu %.cuh,$(BUILD_INPUTS)) $(wildcard tests/cuda/emulation/*.cpp tests/cuda/emulation/*.h)
+CPP := $(filter %.cpp %.h %.cu %.cuh %.def,$(BUILD_INPUTS)) $(shell find tests/cuda/emulation -name '*.cpp' -o -name '*.h')
 CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
 
 .PHONY: help demo test pytest lint format bench gpu-check matrix build clean

@@ -85,6 +85,14 @@ class CMakeBuild(build_ext):
                 "the kernels could not be compiled, for the reason above. VITDIV_SKIP_BUILD=1 installs the "
                 "package without them; it then runs on its slower reference backend."
             ) from None
+        self.leave(build, package)
+        # Python that is started in the source tree imports the package there, also after `pip install .`.
+        sources = ROOT / "vitdiv_kernels"
+        if not self.inplace and os.access(sources, os.W_OK):
+            self.leave(build, sources)
+
+    def leave(self, build: Path, package: Path) -> None:
+        """The compiled files, beside the modules of the package."""
         module = Path(self.get_ext_filename("_C")).name
         library = "libvitdiv.dylib" if sys.platform == "darwin" else "libvitdiv.so"
         for name in (library, module, "_build.json"):

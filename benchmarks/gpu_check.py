@@ -30,7 +30,9 @@ from suites import FAILED, NOT_FINISHED, NOT_RUN, PASSED, Measurements, Result, 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {"tests": 330.0, "benchmarks": 400.0}
 END = GRACE + 3  # seconds for what is interrupted, and for the summary
-OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attention_gram", "reattention")
+OPERATIONS = tuple(
+    sorted(path.parent.name for path in (ROOT / "vitdiv_kernels/ops").glob("*/*/api.py"))
+)  # the package itself is imported after the build only
 TESTED = (
     *("gpu", *OPERATIONS, "triton_streaming", "triton_workspace"),
     *("plain_formulas", "determinism", "compile", "cuda_host"),

@@ -102,7 +102,7 @@ def reattention(inputs, shape):
     inputs.operators.head_dots(dout, q)
 
 
-RUN = pairwise_cosine, pairwise_rows, two_gram, attention_gram, reattention
+RUN = tuple(globals()[operation] for operation in _dispatch.OPERATIONS)
 
 
 def cases(backends):

@@ -73,11 +73,8 @@ if(NOT cuda_architectures)
   endif()
 endif()
 
-add_library(cuda_kernels OBJECT # the slowest first
-  csrc/cuda/maps/reattention_bwd_rows.cu csrc/cuda/maps/reattention_bwd_keys.cu csrc/cuda/maps/reattention.cu
-  csrc/cuda/pairs/pairwise_cosine.cu csrc/cuda/pairs/pairwise_rows.cu csrc/cuda/pairs/pairwise_cosine_bwd.cu csrc/cuda/pairs/pairwise_rows_bwd.cu
-  csrc/cuda/pairs/two_gram.cu csrc/cuda/pairs/pairwise_cosine_signed.cu csrc/cuda/maps/attention_gram_bwd.cu csrc/cuda/pairs/two_gram_bwd.cu
-  csrc/cuda/maps/attention_gram.cu csrc/cuda/maps/reattention_bwd.cu csrc/cuda/maps/head_dots.cu)
+file(GLOB cuda_kernel_sources CONFIGURE_DEPENDS csrc/cuda/*/*.cu)
+add_library(cuda_kernels OBJECT ${cuda_kernel_sources})
 set_target_properties(cuda_kernels PROPERTIES
   CUDA_ARCHITECTURES "${cuda_architectures}"
   CUDA_VISIBILITY_PRESET hidden)

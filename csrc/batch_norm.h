@@ -1,5 +1,6 @@
-// Batch norm on the mixed maps of re-attention, of which everything is H x H: vitdiv_kernels/ops/maps/reattention/fold.py says
-// the maths and does the same with torch. A dozen small torch calls cost some 5 us each, more than the maths; hence these.
+// Batch norm on the mixed maps of re-attention, of which everything is H x H:
+// vitdiv_kernels/ops/maps/reattention/fold.py says the maths and does the same with torch. A dozen small
+// torch calls cost some 5 us each, more than the maths; hence these.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -82,8 +83,8 @@ void gradients_of(int64_t H, const T* dweight, const T* mix, const T* norm_weigh
   }
 }
 
-// The maps' Gram matrices [B, H, H] to the mixed maps' mean, variance, unbiased variance [H], mix times the maps'
-// covariance [H, H], and what batch norm and out_scale multiply a mixed map by [H].
+// The maps' Gram matrices [B, H, H] to the mixed maps' mean, variance, unbiased variance [H], mix times the
+// maps' covariance [H, H], and what batch norm and out_scale multiply a mixed map by [H].
 inline Tensors5 batch_norm_fwd(const at::Tensor& gram_given, const at::Tensor& mix,
                                const OptionalTensor& mix_bias, const OptionalTensor& norm_weight,
                                int64_t queries, int64_t keys, double eps, double out_scale) {

@@ -1,11 +1,13 @@
-// From tensors to the kernels' arguments, with the checks that keep a direct call of an operator from reading or writing
-// out of bounds. The public Python functions have said the same earlier and in their own argument's terms.
+// From tensors to the kernels' arguments, with the checks that keep a direct call of an operator from reading
+// or writing out of bounds. The public Python functions have said the same earlier and in their own
+// argument's terms.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -13,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "arguments/views.h"
 
 namespace vitdiv {
 
@@ -70,8 +72,8 @@ inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef 
   check_kind(t, name, kind);
 }
 
-// The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy. Done here and not in Python,
-// where torch.compile would trace it.
+// The tensor itself if its last axis is contiguous, all that the kernels ask for; else a copy. Done here and
+// not in Python, where torch.compile would trace it.
 inline at::Tensor unit_stride(const at::Tensor& t) {
   return t.dim() == 0 || t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
@@ -97,15 +99,13 @@ inline HeadsView heads_view(const OptionalTensor& t, const char* name, std::init
   return t ? heads_view(*t, name, sizes, kind) : HeadsView{nullptr, ScalarType::kFloat, 0, 0, 0};
 }
 
-inline void* array(const at::Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
-                   const Kind& kind) {
-  check_tensor(t, name, at::IntArrayRef(sizes), kind);
+inline void* array(const at::Tensor& t, const char* name, at::IntArrayRef sizes, const Kind& kind) {
+  check_tensor(t, name, sizes, kind);
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
   return t.data_ptr();
 }
 
-inline void* array(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes,
-                   const Kind& kind) {
+inline void* array(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, const Kind& kind) {
   return t ? array(*t, name, sizes, kind) : nullptr;
 }
 
@@ -115,7 +115,8 @@ inline at::Tensor empty(const at::Tensor& like, at::IntArrayRef sizes, at::Scala
                    like.options().dtype(needed ? dtype : like.scalar_type()));
 }
 
-// The layout that heads_like of _layout.py gives: [B, N, H, d] where the model has its heads inside its tokens.
+// The layout that heads_like of _layout.py gives: [B, N, H, d] where the model has its heads inside its
+// tokens.
 inline at::Tensor empty_heads(const at::Tensor& like, bool needed = true) {
   if (!needed) return empty(like, {0}, like.scalar_type());
   const int64_t H = like.size(1), N = like.size(2), d = like.size(3);
@@ -175,6 +176,40 @@ Kind fill_sets(c10::DeviceType device, Args& args, BatchOffsets& offsets, const 
   args.M = y ? y->size(-2) : args.N;
   args.D = x.size(-1);
   return kind;
+}
+
+// The gradients of x and y, and where kernels write them.
+template <class Args>
+std::tuple<at::Tensor, at::Tensor> new_gradients(Args& args, BatchOffsets& offsets, const at::Tensor& x,
+                                                 const OptionalTensor& y, bool needs_dx, bool needs_dy) {
+  TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
+  const Kind kind{x.device(), x.scalar_type()};
+  const at::Tensor dx = empty(x, x.sizes(), kind.dtype, needs_dx);
+  const at::Tensor dy = empty(x, y ? y->sizes() : at::IntArrayRef({0}), kind.dtype, needs_dy);
+  if (needs_dx) args.dx = batch_view(dx, "dx", kind, offsets.dx);
+  if (needs_dy) args.dy = batch_view(dy, "dy", kind, offsets.dy);
+  return {dx, dy};
+}
+
+// What the kernels of a device keep of a forward for its backward.
+struct Saved {
+  std::vector<int64_t> sizes;
+  at::ScalarType dtype;
+  bool zeros = false;
+};
+
+// A tensor without elements where nothing is kept.
+inline at::Tensor new_saved(const std::optional<Saved>& saved, const at::Tensor& like, void*& pointer) {
+  if (!saved) return empty(like, {0}, like.scalar_type());
+  const at::TensorOptions options = like.options().dtype(saved->dtype);
+  const at::Tensor kept = saved->zeros ? at::zeros(saved->sizes, options) : at::empty(saved->sizes, options);
+  pointer = kept.data_ptr();
+  return kept;
+}
+
+inline const void* check_saved(const std::optional<Saved>& saved, const at::Tensor& given,
+                               c10::Device device) {
+  return saved ? array(given, "saved", saved->sizes, {device, saved->dtype}) : nullptr;
 }
 
 // As the kernels of a device step through them.

@@ -2,10 +2,15 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "facts.h"
+#include "kernels.def"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", &vitdiv::cpu_capability);
   m.def("num_threads", &vitdiv::num_threads);
+#define VITDIV_ADD(operation, name, Args) kernels[#operation].push_back(#name);
+  std::map<std::string, std::vector<std::string>> kernels;
+  VITDIV_KERNELS(VITDIV_ADD)
+  m.attr("kernels") = kernels;  // the operators by operation
   m.attr("built_for_torch") = VITDIV_TORCH_VERSION;
   const std::string architectures = VITDIV_CUDA_ARCHITECTURES;
   m.attr("with_cuda") = !architectures.empty();

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 
 import torch
@@ -18,7 +19,13 @@ from . import _native
 from ._exporting import exporting
 
 BACKENDS = ("auto", "reference", "native", "triton")
-OPERATIONS = ("pairwise_cosine", "pairwise_rows", "two_gram", "attention_gram", "reattention")
+# The folders of the families, ops/<family>/<operation>.
+OPERATIONS = tuple(
+    name
+    for family in ("pairs", "maps")
+    for _, name, is_package in pkgutil.iter_modules([os.path.join(os.path.dirname(__file__), "ops", family)])
+    if is_package and not name.startswith("_")
+)
 
 # Conditions of a call that some backend cannot meet; at most one counts: export first, then dropout.
 EXPORT = "export to ONNX or TorchScript"
@@ -98,11 +105,19 @@ def _absent(backend, device, operation):
     kind = _type(device)
     if kind not in ("cpu", "cuda"):
         return f'native kernels run on CPU and CUDA tensors, got {kind}; use backend="auto" or "reference"'
-    return _NATIVE_MISSING or (_native_absent_on_gpu(operation, device) if kind == "cuda" else None)
+    if _NATIVE_MISSING:
+        return _NATIVE_MISSING
+    return _native_absent_on_gpu(operation, device) if kind == "cuda" else _native_absent_on_cpu(operation)
 
 
 def _type(device):
     return device if isinstance(device, str) else device.type
+
+
+def _native_absent_on_cpu(operation):
+    if operation is None or operation in _native.OPERATIONS:
+        return None
+    return f'there is no compiled kernel for {operation}; use backend="auto" or "reference"'
 
 
 def _native_absent_on_gpu(operation, device):

@@ -86,27 +86,9 @@ def reason() -> str | None:
     return _reason
 
 
-# What CUDA tensors need of an operation.
-_CUDA_OPERATORS = {
-    "pairwise_cosine": ("pairwise_cosine_fwd", "pairwise_cosine_bwd"),
-    "pairwise_rows": ("pairwise_logsumexp_fwd", "pairwise_logsumexp_bwd", "pairwise_nearest"),
-    "two_gram": ("two_gram_fwd", "two_gram_bwd"),
-    "attention_gram": ("attention_gram_fwd", "attention_gram_bwd"),
-    "reattention": ("reattention_fwd", "reattention_bwd", "head_dots"),
-}
-
-
-def has_kernels(operation: str, namespace: str = "vitdiv", key: str = "CUDA") -> bool:
-    """Whether all operators that an operation needs are implemented for a dispatch key."""
-    dispatcher = torch._C
-    return all(
-        dispatcher._dispatch_has_kernel(name) and dispatcher._dispatch_has_kernel_for_dispatch_key(name, key)
-        for name in (f"{namespace}::{name}" for name in _CUDA_OPERATORS[operation])
-    )
-
-
-# The operations that have CUDA kernels in this build.
-CUDA_OPERATIONS = tuple(filter(has_kernels, _CUDA_OPERATORS)) if _library and _library.with_cuda else ()
+# The operations of csrc/kernels.def, which have compiled kernels, and CUDA kernels if those were built.
+OPERATIONS = tuple(_library.kernels) if _library else ()
+CUDA_OPERATIONS = OPERATIONS if _library and _library.with_cuda else ()
 
 
 def runs_on(architectures: str, major: int, minor: int) -> bool:

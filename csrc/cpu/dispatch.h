@@ -1,4 +1,5 @@
-// Chooses, once, the CPU kernels of the best instruction set that the machine has and VITDIV_CPU_CAPABILITY allows.
+// Chooses, once, the CPU kernels of the best instruction set that the machine has and VITDIV_CPU_CAPABILITY
+// allows.
 #pragma once
 
 #include <cstdlib>
@@ -8,32 +9,6 @@
 #include "kernels.h"
 
 namespace vitdiv {
-
-struct CpuKernels {
-  const char* capability;
-  bool (*pairwise_cosine_fwd)(const CosineForward&);
-  bool (*pairwise_cosine_bwd)(const CosineBackward&);
-  bool (*pairwise_logsumexp_fwd)(const LogSumExpForward&);
-  bool (*pairwise_logsumexp_bwd)(const LogSumExpBackward&);
-  bool (*pairwise_nearest)(const NearestForward&);
-  bool (*two_gram_fwd)(const TwoGramForward&);
-  bool (*two_gram_bwd)(const TwoGramBackward&);
-  bool (*attention_gram_fwd)(const GramForward&);
-  bool (*attention_gram_bwd)(const GramBackward&);
-  bool (*reattention_fwd)(const ReattentionForward&);
-  bool (*reattention_bwd)(const ReattentionBackward&);
-  bool (*head_dots)(const HeadDots&);
-  int (*count_threads)(int);
-};
-
-#define VITDIV_CPU_KERNELS(name)                                                                     \
-  CpuKernels {                                                                                       \
-    #name, cpu_##name::pairwise_cosine_fwd, cpu_##name::pairwise_cosine_bwd,                         \
-        cpu_##name::pairwise_logsumexp_fwd, cpu_##name::pairwise_logsumexp_bwd,                      \
-        cpu_##name::pairwise_nearest, cpu_##name::two_gram_fwd, cpu_##name::two_gram_bwd,            \
-        cpu_##name::attention_gram_fwd, cpu_##name::attention_gram_bwd, cpu_##name::reattention_fwd, \
-        cpu_##name::reattention_bwd, cpu_##name::head_dots, cpu_##name::count_threads                \
-  }
 
 inline CpuKernels choose_cpu_kernels() {
   const char* variable = std::getenv("VITDIV_CPU_CAPABILITY");
@@ -46,10 +21,10 @@ inline CpuKernels choose_cpu_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && most == "avx512") return VITDIV_CPU_KERNELS(avx512);
-  if (avx2 && most != "default") return VITDIV_CPU_KERNELS(avx2);
+  if (avx512 && most == "avx512") return cpu_avx512::kKernels;
+  if (avx2 && most != "default") return cpu_avx2::kKernels;
 #endif
-  return VITDIV_CPU_KERNELS(default);
+  return cpu_default::kKernels;
 }
 
 }  // namespace vitdiv

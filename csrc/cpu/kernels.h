@@ -1,32 +1,37 @@
-// The CPU kernels' entry points. Each exists once per instruction set, in a namespace of its own; dispatch.h chooses.
-// Every entry point returns false when its scratch memory cannot be had.
+// The CPU kernels' entry points. Each exists once per instruction set, in a namespace of its own; dispatch.h
+// chooses. Every entry point returns false when its scratch memory cannot be had.
 #pragma once
 
-#include "../arguments.h"
+#include "../kernels.def"
 
 namespace vitdiv {
 
-#define VITDIV_DECLARE_CPU_KERNELS(ns)                        \
-  namespace ns {                                              \
-  bool pairwise_cosine_fwd(const CosineForward& args);        \
-  bool pairwise_cosine_bwd(const CosineBackward& args);       \
-  bool pairwise_logsumexp_fwd(const LogSumExpForward& args);  \
-  bool pairwise_logsumexp_bwd(const LogSumExpBackward& args); \
-  bool pairwise_nearest(const NearestForward& args);          \
-  bool two_gram_fwd(const TwoGramForward& args);              \
-  bool two_gram_bwd(const TwoGramBackward& args);             \
-  bool attention_gram_fwd(const GramForward& args);           \
-  bool attention_gram_bwd(const GramBackward& args);          \
-  bool reattention_fwd(const ReattentionForward& args);       \
-  bool reattention_bwd(const ReattentionBackward& args);      \
-  bool head_dots(const HeadDots& args);                       \
-  int count_threads(int threads);                             \
+#define VITDIV_POINTER(operation, name, Args) bool (*name)(const Args&);
+#define VITDIV_DECLARATION(operation, name, Args) bool name(const Args& args);
+#define VITDIV_NAME(operation, name, Args) name,
+
+struct CpuKernels {
+  const char* capability;
+  VITDIV_KERNELS(VITDIV_POINTER)
+  int (*count_threads)(int threads);
+};
+
+#define VITDIV_CPU_KERNELS(isa)                                                                           \
+  namespace cpu_##isa {                                                                                   \
+    VITDIV_KERNELS(VITDIV_DECLARATION)                                                                    \
+    int count_threads(int threads);                                                                       \
+    inline constexpr CpuKernels kKernels{#isa, VITDIV_KERNELS(VITDIV_NAME) /* and last */ count_threads}; \
   }
 
-VITDIV_DECLARE_CPU_KERNELS(cpu_default)
+VITDIV_CPU_KERNELS(default)
 #if defined(VITDIV_CPU_X86_DISPATCH)
-VITDIV_DECLARE_CPU_KERNELS(cpu_avx2)
-VITDIV_DECLARE_CPU_KERNELS(cpu_avx512)
+VITDIV_CPU_KERNELS(avx2)
+VITDIV_CPU_KERNELS(avx512)
 #endif
+
+#undef VITDIV_POINTER
+#undef VITDIV_DECLARATION
+#undef VITDIV_NAME
+#undef VITDIV_CPU_KERNELS
 
 }  // namespace vitdiv

@@ -1,10 +1,10 @@
-// Registers the CUDA kernels for CUDA tensors. No header of torch's that needs CUDA: the module compiles and loads beside any
-// torch, and without a driver.
+// Registers the CUDA kernels for CUDA tensors. No header of torch's that needs CUDA: the module compiles and
+// loads beside any torch, and without a driver.
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include "operators.h"
 #include "core/stream.h"
+#include "operators.h"
 
 namespace vitdiv {
 namespace {
@@ -32,4 +32,4 @@ class Gpu {
 }  // namespace
 }  // namespace vitdiv
 
-TORCH_LIBRARY_IMPL(vitdiv, CUDA, m) { vitdiv::register_cuda_operators<vitdiv::Gpu>(m); }
+TORCH_LIBRARY_IMPL(vitdiv, CUDA, m) { vitdiv::register_operators<vitdiv::Cuda<vitdiv::Gpu>>(m); }

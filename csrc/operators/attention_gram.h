@@ -1,6 +1,7 @@
 // The operators attention_gram_{fwd,bwd}, for the kernels of any device.
 #pragma once
 
+#include "../arguments/attention_gram.h"
 #include "../common.h"
 
 namespace vitdiv {

@@ -1,8 +1,10 @@
-// The operators pairwise_cosine_{fwd,bwd}, for the kernels of any device. What is saved for the backward is the device's own
-// affair; so is which batches its kernels can step through without a copy.
+// The operators pairwise_cosine_{fwd,bwd}, for the kernels of any device. What is saved for the backward is
+// the device's own affair; so is which batches its kernels can step through without a copy.
 #pragma once
 
+#include "../arguments/pairwise_cosine.h"
 #include "../common.h"
+#include "../cuda/kernels.h"
 
 namespace vitdiv {
 
@@ -33,6 +35,21 @@ inline Kind fill_cosine(c10::DeviceType device, CosineArgs& args, BatchOffsets& 
   return kind;
 }
 
+// On CPUs sums of unit rows, or two bits or one a pair, or nothing.
+template <class Device>
+std::optional<Saved> saved_of(const CosineArgs& args, const at::Tensor& x, bool for_backward) {
+  if constexpr (Device::kCudaKernels) {
+    if (!for_backward) return std::nullopt;
+    return Saved{{cuda::pairwise_cosine_saved_words(args)}, at::kInt};
+  } else {
+    if (args.penalty == Penalty::kSigned)
+      return Saved{{args.y.data ? 2 : 1, args.L, args.D}, accumulation_type(x)};
+    if (!for_backward || args.penalty == Penalty::kSquare) return std::nullopt;
+    const int64_t planes = args.penalty == Penalty::kAbs ? 2 : 1;
+    return Saved{{args.L, args.N, planes, (args.M + 31) / 32}, at::kInt, true};
+  }
+}
+
 template <class Device>
 std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x_given,
                                                        const OptionalTensor& y_given, std::string penalty,
@@ -43,11 +60,10 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_fwd(const at::Tensor& x_given
   BatchOffsets offsets;
   fill_cosine(Device::kType, args, offsets, x, y, penalty, include_self, eps);
   const at::Tensor sums = empty(x, {args.L}, accumulation_type(x));
-  const OptionalTensor saved = Device::new_saved(args, x, for_backward);
   args.sums = sums.data_ptr();
-  args.saved = saved ? saved->data_ptr() : nullptr;
+  const at::Tensor saved = new_saved(saved_of<Device>(args, x, for_backward), x, args.saved);
   Device::run(args, x);
-  return {sums, saved ? *saved : empty(x, {0}, x.scalar_type())};
+  return {sums, saved};
 }
 
 template <class Device>
@@ -59,18 +75,13 @@ std::tuple<at::Tensor, at::Tensor> pairwise_cosine_bwd(const at::Tensor& dsums, 
   const OptionalTensor y = optional_items<Device>(y_given);
   CosineBackward args{};
   BatchOffsets offsets;
-  const Kind kind = fill_cosine(Device::kType, args, offsets, x, y, penalty, include_self, eps);
+  fill_cosine(Device::kType, args, offsets, x, y, penalty, include_self, eps);
   const at::Tensor dsums_row = dsums.contiguous();
   args.dsums = array(dsums_row, "dsums", {args.L}, accumulation_kind(x));
-  args.saved = Device::check_saved(args, x, saved);
-  TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
-  const at::Tensor dx = empty(x, x_given.sizes(), x.scalar_type(), needs_dx);
-  const at::Tensor dy =
-      empty(x, y_given ? y_given->sizes() : at::IntArrayRef({0}), x.scalar_type(), needs_dy);
-  if (needs_dx) args.dx = batch_view(dx, "dx", kind, offsets.dx);
-  if (needs_dy) args.dy = batch_view(dy, "dy", kind, offsets.dy);
+  args.saved = check_saved(saved_of<Device>(args, x, true), saved, x.device());
+  const auto gradients = new_gradients(args, offsets, x_given, y_given, needs_dx, needs_dy);
   Device::run(args, x);
-  return {dx, dy};
+  return gradients;
 }
 
 }  // namespace vitdiv

@@ -1,7 +1,8 @@
-// The operators pairwise_logsumexp_{fwd,bwd} and pairwise_nearest, for the kernels of any device. What is saved for the backward
-// is the device's own affair.
+// The operators pairwise_logsumexp_{fwd,bwd} and pairwise_nearest, for the kernels of any device. What is
+// saved for the backward is the device's own affair.
 #pragma once
 
+#include "../arguments/pairwise_rows.h"
 #include "../common.h"
 
 namespace vitdiv {
@@ -24,6 +25,13 @@ inline Kind fill_rows(c10::DeviceType device, RowsArgs& args, BatchOffsets& offs
   return kind;
 }
 
+// On CPUs, of two sets, the gradients for drows = 1.
+template <class Device>
+std::optional<Saved> saved_of(const RowsArgs& args, const at::Tensor& x, bool for_backward) {
+  if (Device::kCudaKernels || !for_backward || !args.y.data) return std::nullopt;
+  return Saved{{args.L * (args.N + args.M) * args.D}, accumulation_type(x)};
+}
+
 template <class Device>
 std::tuple<at::Tensor, at::Tensor> pairwise_logsumexp_fwd(const at::Tensor& x_given,
                                                           const OptionalTensor& y_given, double scale,
@@ -34,11 +42,10 @@ std::tuple<at::Tensor, at::Tensor> pairwise_logsumexp_fwd(const at::Tensor& x_gi
   BatchOffsets offsets;
   fill_rows(Device::kType, args, offsets, x, y, scale, eps);
   const at::Tensor rows = empty(x, {args.L, args.N}, accumulation_type(x));
-  const OptionalTensor saved = Device::new_saved(args, x, for_backward);
   args.rows = rows.data_ptr();
-  args.saved = saved ? saved->data_ptr() : nullptr;
+  const at::Tensor saved = new_saved(saved_of<Device>(args, x, for_backward), x, args.saved);
   Device::run(args, x);
-  return {rows, saved ? *saved : empty(x, {0}, x.scalar_type())};
+  return {rows, saved};
 }
 
 template <class Device>
@@ -51,19 +58,14 @@ std::tuple<at::Tensor, at::Tensor> pairwise_logsumexp_bwd(const at::Tensor& drow
   const OptionalTensor y = optional_items<Device>(y_given);
   LogSumExpBackward args{};
   BatchOffsets offsets;
-  const Kind kind = fill_rows(Device::kType, args, offsets, x, y, scale, eps);
+  fill_rows(Device::kType, args, offsets, x, y, scale, eps);
   const at::Tensor dense_drows = drows.contiguous();
   args.drows = array(dense_drows, "drows", {args.L, args.N}, accumulation_kind(x));
   args.rows = array(rows, "rows", {args.L, args.N}, accumulation_kind(x));
-  args.saved = Device::check_saved(args, x, saved);
-  TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
-  const at::Tensor dx = empty(x, x_given.sizes(), x.scalar_type(), needs_dx);
-  const at::Tensor dy =
-      empty(x, y_given ? y_given->sizes() : at::IntArrayRef({0}), x.scalar_type(), needs_dy);
-  if (needs_dx) args.dx = batch_view(dx, "dx", kind, offsets.dx);
-  if (needs_dy) args.dy = batch_view(dy, "dy", kind, offsets.dy);
+  args.saved = check_saved(saved_of<Device>(args, x, true), saved, x.device());
+  const auto gradients = new_gradients(args, offsets, x_given, y_given, needs_dx, needs_dy);
   Device::run(args, x);
-  return {dx, dy};
+  return gradients;
 }
 
 template <class Device>

@@ -1,6 +1,7 @@
 // The operators reattention_{fwd,bwd} and head_dots, for the kernels of any device.
 #pragma once
 
+#include "../arguments/reattention.h"
 #include "../common.h"
 
 namespace vitdiv {

@@ -1,6 +1,8 @@
-// The operators two_gram_{fwd,bwd}, for the kernels of any device. What is saved for the backward is the device's own affair.
+// The operators two_gram_{fwd,bwd}, for the kernels of any device. What is saved for the backward is the
+// device's own affair.
 #pragma once
 
+#include "../arguments/two_gram.h"
 #include "../common.h"
 
 namespace vitdiv {
@@ -25,9 +27,12 @@ inline GramPenalty gram_penalty_of(const std::string& name) {
   return GramPenalty::kProduct;
 }
 
-// Numbers in the gradients that are wanted, x's before y's.
-inline int64_t two_gram_gradients(const TwoGramArgs& args, bool needs_dx, bool needs_dy) {
-  return args.L * args.N * ((needs_dx ? args.D : 0) + (needs_dy ? args.E : 0));
+// On CPUs the gradients for dsums = 1 that are wanted, x's before y's.
+template <class Device>
+std::optional<Saved> saved_of(const TwoGramArgs& args, const at::Tensor& x, bool needs_dx, bool needs_dy) {
+  if (Device::kCudaKernels || !(needs_dx || needs_dy)) return std::nullopt;
+  const int64_t widths = (needs_dx ? args.D : 0) + (needs_dy ? args.E : 0);
+  return Saved{{args.L * args.N * widths}, accumulation_type(x)};
 }
 
 inline Kind fill_two_gram(c10::DeviceType device, TwoGramArgs& args, BatchOffsets& offsets,
@@ -66,13 +71,12 @@ std::tuple<at::Tensor, at::Tensor> two_gram_fwd(const at::Tensor& x_given, const
   BatchOffsets offsets;
   fill_two_gram(Device::kType, args, offsets, x, y, penalty, margin, normalise, eps, needs_dy);
   const at::Tensor sums = empty(x, {args.L}, accumulation_type(x));
-  const OptionalTensor saved = Device::new_saved(args, x, needs_dx, needs_dy);
   args.sums = sums.data_ptr();
-  args.saved = saved ? saved->data_ptr() : nullptr;
+  const at::Tensor saved = new_saved(saved_of<Device>(args, x, needs_dx, needs_dy), x, args.saved);
   args.needs_dx = needs_dx;
   args.needs_dy = needs_dy;
   Device::run(args, x);
-  return {sums, saved ? *saved : empty(x, {0}, x.scalar_type())};
+  return {sums, saved};
 }
 
 template <class Device>
@@ -84,18 +88,13 @@ std::tuple<at::Tensor, at::Tensor> two_gram_bwd(const at::Tensor& dsums, const a
   const OptionalTensor y = optional_items<Device>(y_given);
   TwoGramBackward args{};
   BatchOffsets offsets;
-  const Kind kind =
-      fill_two_gram(Device::kType, args, offsets, x, y, penalty, margin, normalise, eps, needs_dy);
+  fill_two_gram(Device::kType, args, offsets, x, y, penalty, margin, normalise, eps, needs_dy);
   const at::Tensor dense_dsums = dsums.contiguous();
   args.dsums = array(dense_dsums, "dsums", {args.L}, accumulation_kind(x));
-  args.saved = Device::check_saved(args, x, saved, needs_dx, needs_dy);
-  const at::Tensor dx = empty(x, x_given.sizes(), x.scalar_type(), needs_dx);
-  const at::Tensor dy =
-      empty(x, y_given ? y_given->sizes() : at::IntArrayRef({0}), x.scalar_type(), needs_dy);
-  if (needs_dx) args.dx = batch_view(dx, "dx", kind, offsets.dx);
-  if (needs_dy) args.dy = batch_view(dy, "dy", kind, offsets.dy);
+  args.saved = check_saved(saved_of<Device>(args, x, needs_dx, needs_dy), saved, x.device());
+  const auto gradients = new_gradients(args, offsets, x_given, y_given, needs_dx, needs_dy);
   Device::run(args, x);
-  return {dx, dy};
+  return gradients;
 }
 
 }  // namespace vitdiv

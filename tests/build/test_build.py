@@ -14,7 +14,7 @@ import pytest
 import torch
 from places import ROOT
 
-from vitdiv_kernels import _native
+from vitdiv_kernels import _dispatch, _native
 
 CAPABILITIES = ["default", "avx2", "avx512"]
 
@@ -207,6 +207,41 @@ def test_an_uncompiled_source_tree_names_the_compiled_copy(source_tree, library)
         assert f"absent: {'Python took' if path == installed.parent else 'the kernels'}" in run.stdout
 
 
+# setup.py, with compiled files that are there already.
+COMPILED = """
+import runpy, sys, setuptools
+from pathlib import Path
+def setup(**options):
+    options["cmdclass"]["build_ext"].compile = lambda self: Path("compiled")
+    real(**options)
+real, setuptools.setup = setuptools.setup, setup
+sys.argv = ["setup.py", "-q", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_an_installation_leaves_the_kernels_in_the_source_tree_too(source_tree, library):
+    names = {_native.OPERATORS.name, Path(library.__file__).name, "_build.json"}
+    (source_tree / "compiled").mkdir()
+    for name in names:
+        shutil.copy(_native.OPERATORS.with_name(name), source_tree / "compiled")
+    env = {name: value for name, value in os.environ.items() if name != "VITDIV_SKIP_BUILD"}
+
+    def run(*command):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=source_tree, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    run(sys.executable, "-c", COMPILED, "bdist_wheel")
+    (wheel,) = (source_tree / "dist").glob("*.whl")
+    assert {f"vitdiv_kernels/{name}" for name in names} <= set(zipfile.ZipFile(wheel).namelist())
+    assert all((source_tree / "vitdiv_kernels" / name).is_file() for name in names)
+    assert not list((source_tree / "vitdiv_kernels").glob("*.new"))
+    info = run(sys.executable, "-m", "vitdiv_kernels.info")
+    assert f" in {source_tree / 'vitdiv_kernels'}\n" in info.stdout
+    assert f"native, CPU     here: compiled for torch {library.built_for_torch}" in info.stdout
+
+
 def test_info_tells_what_is_here(library):
     run = python("import vitdiv_kernels.info as i; print(i.report())", VITDIV_BACKEND=None)
     assert run.returncode == 0, run.stderr
@@ -215,7 +250,7 @@ def test_info_tells_what_is_here(library):
     assert re.search("native, CUDA  (absent|here): ", run.stdout)
     assert (f"; compiled for {library.cuda_architectures}: " in run.stdout) == library.with_cuda
     assert "every operation, export to ONNX or TorchScript  reference: what is exported" in run.stdout
-    for operation in ("pairwise_cosine", "pairwise_rows", "two_gram", "attention_gram", "reattention"):
+    for operation in _dispatch.OPERATIONS:
         assert f"{operation}, cpu " in run.stdout
     overridden = python("import vitdiv_kernels.info as i; print(i.report())", VITDIV_BACKEND="reference")
     assert "were it not for VITDIV_BACKEND=reference" in overridden.stdout

@@ -9,6 +9,9 @@ import tarfile
 import pytest
 from places import ROOT
 
+# What an installation leaves in the tree.
+COMPILED = [f"vitdiv_kernels/{name}" for name in ("_build.json", "_C.cpython-311.so", "libvitdiv.so")]
+
 
 @pytest.fixture(scope="module")
 def tracked():
@@ -33,9 +36,9 @@ def test_an_sdist_holds_what_is_tracked(tracked, tmp_path):
     for name in tracked:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
-    stray = tree / "tests/__pycache__/conftest.cpython-311.pyc"
-    stray.parent.mkdir()
-    stray.touch()
+    for stray in ("tests/__pycache__/conftest.cpython-311.pyc", *COMPILED):
+        (tree / stray).parent.mkdir(exist_ok=True)
+        (tree / stray).touch()
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
     subprocess.run(command, cwd=tree, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -43,6 +46,18 @@ def test_an_sdist_holds_what_is_tracked(tracked, tmp_path):
         held = {name.partition("/")[2] for name in (file.name for file in sdist if file.isfile())}
     made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     assert held - made == set(tracked)
+
+
+def test_lines_of_cpp_are_at_most_110_long(tracked):
+    """Comments and strings, too, which clang-format leaves as they are."""
+    sources = [name for name in tracked if name.endswith((".cpp", ".h", ".cu", ".cuh", ".def"))]
+    assert len(sources) > 70
+    lines = [(name, number, line) for name in sources for number, line in numbered(name)]
+    assert [f"{name}:{number}" for name, number, line in lines if len(line) > 110] == []
+
+
+def numbered(name):
+    return enumerate((ROOT / name).read_text().splitlines(), 1)
 
 
 def captured_bindings(source):

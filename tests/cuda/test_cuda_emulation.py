@@ -100,9 +100,9 @@ def test_planted_faults_are_named_in_every_schedule(faults, fault):
 @pytest.mark.parametrize("operation", emulated_counts.OPERATIONS)
 def test_the_readmes_have_these_counts(operation):
     """Their first column: that of the smallest size."""
-    readme = (ROOT / f"vitdiv_kernels/ops/{operation}/README.md").read_text()
+    (readme,) = ROOT.glob(f"vitdiv_kernels/ops/*/{operation}/README.md")
     column = emulated_counts.SETS.get(operation, emulated_counts.HEADS)[0]
-    said = dict(re.findall(r"^\| ([^|(]+?)(?: \([^|]*)? \| ([\d.]+)", readme, re.M))
+    said = dict(re.findall(r"^\| ([^|(]+?)(?: \([^|]*)? \| ([\d.]+)", readme.read_text(), re.M))
     counted = emulated_counts.table(operation, [column])
     assert len(said.keys() & counted) >= (6 if operation == "two_gram" else 8)
     for name in said.keys() & counted:

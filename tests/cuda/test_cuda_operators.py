@@ -6,7 +6,7 @@ import emulation_build
 import pytest
 import torch
 
-from vitdiv_kernels import _native
+from vitdiv_kernels import _dispatch, _native
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -23,9 +23,12 @@ def test_the_module_registers_for_cuda_what_is_emulated(operators, library):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         return {name for name in operators if has(f"{namespace}::{name}", key)}
 
-    expected = registered(emulated_operators.NAMESPACE, "CPU") if library.with_cuda else set()
-    assert registered("vitdiv", "CUDA") == expected
-    assert tuple(filter(_native.has_kernels, _native._CUDA_OPERATORS)) == _native.CUDA_OPERATIONS
+    emulated = registered(emulated_operators.NAMESPACE, "CPU")
+    assert emulated == registered("vitdiv", "CPU") == set(operators)
+    assert registered("vitdiv", "CUDA") == (emulated if library.with_cuda else set())
+    assert set(_native.OPERATIONS) == set(_dispatch.OPERATIONS)
+    listed = {name: operation for operation, names in library.kernels.items() for name in names}
+    assert listed == {name: emulated_operators.operation_of(name) for name in operators}
 
 
 def test_what_kernels_refuse_is_a_value_error(operators):

@@ -4,30 +4,14 @@ import os
 
 import pytest
 import torch
-from calls import OPERATIONS, arguments
+from calls import OPERATION_OF, OPERATIONS, arguments
 
 import vitdiv_kernels
 from vitdiv_kernels import _dispatch
 
-# Which operation a call of calls.py is of, by how its name begins.
-OPERATION_OF = {
-    "cosine": "pairwise_cosine",
-    "logsumexp": "pairwise_rows",
-    "nearest": "pairwise_rows",
-    "two grams": "two_gram",
-    "gram": "attention_gram",
-    "diversity": "attention_gram",
-    "two layers": "attention_gram",
-    "reattention": "reattention",
-    "talking heads": "reattention",
-}
 # In the backward of take_along_dim torch adds in any order, outside of deterministic mode.
 ADDS_IN_ANY_ORDER = ("nearest",)
 BACKENDS = {"triton-gpu": "triton", "native-cuda": "native"}
-
-
-def operation_of(name):
-    return next(operation for begin, operation in OPERATION_OF.items() if name.startswith(begin))
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +25,7 @@ def test_outside_of_deterministic_mode():
 
 
 def test_every_operation_is_called():
-    assert {operation_of(name) for name in OPERATIONS} == set(_dispatch.OPERATIONS)
+    assert set(OPERATION_OF.values()) == set(_dispatch.OPERATIONS)
 
 
 def step(name, backend, x, matrices):
@@ -58,7 +42,7 @@ def name(request):
 def backend(request, name):
     if request.param == "triton-gpu" and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("nothing is compiled for a GPU")
-    why_not = _dispatch.missing(BACKENDS[request.param], "cuda", operation=operation_of(name))
+    why_not = _dispatch.missing(BACKENDS[request.param], "cuda", operation=OPERATION_OF[name])
     if why_not is not None:
         pytest.skip(why_not)
     return BACKENDS[request.param]

@@ -68,6 +68,21 @@ def check(backend, operation, formula, tensors, dtype=torch.float64, formula_opt
     assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+# For test_plain_formulas.py: formulas, and their inputs.
+FORMULAS = {
+    "gram": (formulas.attention_gram, lambda: formulas.heads("q", "k")),
+    "cosine": (formulas.attention_cosine, lambda: formulas.heads("q", "k")),
+}
+
+
+def check_instructions(dtype):
+    """For test_capabilities.py: the kernels on odd sizes, so that vectors, register blocks and tiles have
+    remainders, and on a width that is no multiple of eight."""
+    one, two = (draw((2, 7, 33, 19, 20), dtype, layers) for layers in (1, 2))
+    check("native", attention_gram, formulas.attention_gram, one, dtype)
+    check("native", attention_cosine, formulas.attention_cosine, two, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("centered", [False, True])
 def test_gram(backend, shape, centered, dtype):

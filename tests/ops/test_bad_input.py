@@ -285,6 +285,10 @@ def test_native_says_what_is_missing_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in missing()
     assert "no CUDA kernel for reattention" in missing("reattention")
+    monkeypatch.setattr(_native, "OPERATIONS", ("attention_gram",))
+    assert _dispatch.missing("native", "cpu", operation="attention_gram") is None
+    assert "no compiled kernel for reattention" in _dispatch.missing("native", "cpu", operation="reattention")
+    assert _dispatch.resolve("reattention", "cpu", "auto") == "reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for gpu, words in [

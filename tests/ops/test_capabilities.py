@@ -9,47 +9,21 @@ import pytest
 from places import ROOT, python_path
 
 CHECKS = """
+import importlib
 import sys
 
 import torch
-import test_attention_gram, test_pairwise_cosine, test_pairwise_rows, test_reattention, test_two_gram
-from test_pairwise_cosine import draw
-from test_reattention import Case
 
-import formulas
-from vitdiv_kernels import _native, attention_cosine, attention_gram
+from vitdiv_kernels import _dispatch, _native
 
 print(_native.library().cpu_capability(), flush=True)
 if _native.library().cpu_capability() != sys.argv[1]:
     sys.exit()
 torch.manual_seed(0)
 torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, as in the tests
-
-# Odd, so that vectors, register blocks and tiles all have remainders; d is not a multiple of eight.
-N, M, H, d = 33, 19, 7, 20
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    for penalty in ("abs", "square"):
-        for width in (d, 37):  # below and above N
-            test_pairwise_cosine.check("native", draw((2, N, width), dtype), None, dtype, penalty=penalty)
-    y = draw((2, M, 37), dtype)
-    test_pairwise_cosine.check("native", draw((2, N, 37), dtype, y), y, dtype, penalty="relu")
-
-    for m in (None, M):
-        x, y = test_pairwise_rows.draw_sets(((2,), N, m, d), dtype)
-        for scale in (4.0, 50.0):
-            test_pairwise_rows.check("native", x, y, dtype, scale=scale)
-        got = test_pairwise_rows.pairwise_nearest(x, y, backend="native")
-        assert torch.equal(got, test_pairwise_rows.cosines(x, y).argmax(-1))
-    for penalty in test_two_gram.PENALTIES:
-        x, y = test_two_gram.draw((2,), N, d, 37, dtype)
-        test_two_gram.check("native", x, y, dtype, penalty=penalty, margin=test_two_gram.MARGIN)
-
-    one, two = (test_attention_gram.draw((2, H, N, M, d), dtype, layers) for layers in (1, 2))
-    test_attention_gram.check("native", attention_gram, formulas.attention_gram, one, dtype)
-    test_attention_gram.check("native", attention_cosine, formulas.attention_cosine, two, dtype)
-
-    test_reattention.check("native", Case((2, H, N, M, d), "batch"), dtype)
-    test_reattention.check("native", Case((2, H, N, M, d), "layer", pre="mix and bias"), dtype)
+    for operation in _dispatch.OPERATIONS:
+        importlib.import_module(f"test_{operation}").check_instructions(dtype)
 print("all pass")
 """
 

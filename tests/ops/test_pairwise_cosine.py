@@ -64,6 +64,20 @@ def check(backend, x, y, dtype=torch.float64, **options):
     assert got["x"].dtype == dtype
 
 
+# For test_plain_formulas.py: formulas, and their inputs.
+FORMULAS = {"two sets": (formulas.pairwise_cosine, lambda: formulas.vectors(2))}
+
+
+def check_instructions(dtype):
+    """For test_capabilities.py: the kernels on odd sizes, so that vectors, register blocks and tiles have
+    remainders, and on a width that is no multiple of eight."""
+    for penalty in ("abs", "square"):
+        for width in (20, 37):  # below and above N
+            check("native", draw((2, 33, width), dtype), None, dtype, penalty=penalty)
+    y = draw((2, 19, 37), dtype)
+    check("native", draw((2, 33, 37), dtype, y), y, dtype, penalty="relu")
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

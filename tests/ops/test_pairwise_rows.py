@@ -77,6 +77,20 @@ def check(backend, x, y, dtype=torch.float64, terms=0.01, **options):
     assert got["x"].dtype == dtype
 
 
+# For test_plain_formulas.py: formulas, and their inputs.
+FORMULAS = {"logsumexp": (lambda x: formulas.pairwise_logsumexp(x, scale=10.0), formulas.vectors)}
+
+
+def check_instructions(dtype):
+    """For test_capabilities.py: the kernels on odd sizes, so that vectors, register blocks and tiles have
+    remainders, and on a width that is no multiple of eight."""
+    for m in (None, 19):
+        x, y = draw_sets(((2,), 33, m, 20), dtype)
+        for scale in (4.0, 50.0):
+            check("native", x, y, dtype, scale=scale)
+        assert torch.equal(pairwise_nearest(x, y, backend="native"), cosines(x, y).argmax(-1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(backend, interpreted, shape, dtype):

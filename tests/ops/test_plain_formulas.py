@@ -1,7 +1,8 @@
 """The plain formulas in float32 are accurate: twice their error is what a kernel in float32 may make."""
 
+import importlib
+
 import conftest
-import formulas
 import pytest
 import torch
 from comparing import gradients, largest_error
@@ -10,43 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitdiv_kernels import _dispatch
 
 LIMIT = 1e-4  # of the largest element of a tensor
-B, H, N, D = 2, 4, 65, 32
-
-
-def heads(count):
-    return dict(
-        zip(("q", "k", "v"), torch.randn(count, B, H, N, D, dtype=torch.float64).unbind(), strict=False)
-    )
-
-
-def reattention(norm):
-    def call(q, k, v, mix, pre_mix, norm_weight):
-        options = {} if norm == "none" else {"norm": norm, "norm_weight": norm_weight, "training": True}
-        return formulas.reattention(q, k, v, mix, pre_mix=pre_mix if norm == "none" else None, **options)
-
-    return call
-
-
-def reattention_inputs():
-    mixes = {name: torch.randn(H, H, dtype=torch.float64) for name in ("mix", "pre_mix")}
-    return heads(3) | mixes | {"norm_weight": 1 + 0.1 * torch.randn(H, dtype=torch.float64)}
-
-
-def vectors(count=1):
-    return dict(zip("xy", torch.randn(count, B, N, D, dtype=torch.float64).unbind(), strict=False))
-
-
-# By operation: the formula and its inputs in float64.
-FORMULAS = {
-    "pairwise_cosine": {"two sets": (formulas.pairwise_cosine, lambda: vectors(2))},
-    "pairwise_rows": {"logsumexp": (lambda x: formulas.pairwise_logsumexp(x, scale=10.0), vectors)},
-    "two_gram": {"two sets": (formulas.two_gram, lambda: vectors(2))},
-    "attention_gram": {
-        "gram": (formulas.attention_gram, lambda: heads(2)),
-        "cosine": (formulas.attention_cosine, lambda: heads(2)),
-    },
-    "reattention": {norm: (reattention(norm), reattention_inputs) for norm in ("none", "batch", "layer")},
-}
+# By operation: those of its file of tests.
+FORMULAS = {name: importlib.import_module(f"test_{name}").FORMULAS for name in _dispatch.OPERATIONS}
 CASES = [(operation, name) for operation, found in FORMULAS.items() for name in found]
 DEVICES = ["cpu", "cuda"] if conftest.HAS_GPU else ["cpu"]
 
@@ -69,10 +35,6 @@ def worst(operation, name, device):
         largest_error(got, truth) / max(truth.abs().max().item(), 1e-30)
         for truth, got in zip(*found, strict=True)
     )
-
-
-def test_every_operation_has_one():
-    assert set(FORMULAS) == set(_dispatch.OPERATIONS)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -118,6 +118,32 @@ def check(backend, case, dtype=torch.float64, parameter_dtype=None, change=None,
     assert all(got[name].dtype == t.dtype for name, t in inputs.items())
 
 
+def formula(norm):
+    def call(q, k, v, mix, pre_mix, norm_weight):
+        options = {} if norm == "none" else {"norm": norm, "norm_weight": norm_weight, "training": True}
+        return formulas.reattention(q, k, v, mix, pre_mix=pre_mix if norm == "none" else None, **options)
+
+    return call
+
+
+def formula_inputs():
+    inputs = formulas.heads("q", "k", "v")
+    heads = inputs["q"].shape[1]
+    mixes = {name: torch.randn(heads, heads, dtype=torch.float64) for name in ("mix", "pre_mix")}
+    return inputs | mixes | {"norm_weight": 1 + 0.1 * torch.randn(heads, dtype=torch.float64)}
+
+
+# For test_plain_formulas.py: formulas, and their inputs.
+FORMULAS = {norm: (formula(norm), formula_inputs) for norm in ("none", "batch", "layer")}
+
+
+def check_instructions(dtype):
+    """For test_capabilities.py: the kernels on odd sizes, so that vectors, register blocks and tiles have
+    remainders, and on a width that is no multiple of eight."""
+    check("native", Case((2, 7, 33, 19, 20), "batch"), dtype)
+    check("native", Case((2, 7, 33, 19, 20), "layer", pre="mix and bias"), dtype)
+
+
 NORMS = [("none", True), ("batch", True), ("batch", False), ("layer", True)]
 # Every value of every size at least once; the options go round beside them.
 SIZES = [

@@ -85,6 +85,18 @@ def check(backend, x, y, dtype=torch.float64, **options):
     assert got["x"].dtype == dtype
 
 
+# For test_plain_formulas.py: formulas, and their inputs.
+FORMULAS = {"two sets": (formulas.two_gram, lambda: formulas.vectors(2))}
+
+
+def check_instructions(dtype):
+    """For test_capabilities.py: the kernels on odd sizes, so that vectors, register blocks and tiles have
+    remainders, and on a width that is no multiple of eight."""
+    for penalty in PENALTIES:
+        x, y = draw((2,), 33, 20, 37, dtype)
+        check("native", x, y, dtype, penalty=penalty, margin=MARGIN)
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -32,38 +32,53 @@ def distance_to_nearest(x, _, backend):
     return (x - x.take_along_dim(pairwise_nearest(x, backend=backend).unsqueeze(-1), -2)).square().mean()
 
 
-OPERATIONS = {
-    "cosine abs": lambda x, _, backend: vd.pairwise_cosine(x, backend=backend),
-    "cosine signed": lambda x, _, backend: vd.pairwise_cosine(x, penalty="signed", backend=backend),
-    "cosine square": lambda x, _, backend: vd.pairwise_cosine(x, penalty="square", backend=backend),
-    "cosine of two sets": lambda x, _, backend: vd.pairwise_cosine(x[:, 1:], x[:, :9] * 2, backend=backend),
-    "logsumexp": lambda x, _, backend: pairwise_logsumexp(x, scale=3.0, backend=backend).square().mean(),
-    "logsumexp of two sets": lambda x, _, backend: pairwise_logsumexp(
-        x[:, 1:], x[:, :9] * 2, scale=3.0, backend=backend
-    ).mean(),
-    "nearest": distance_to_nearest,
-    "two grams": lambda x, _, backend: two_gram(
-        x, 2 * x[..., 3:], penalty="hinge", margin=0.1, backend=backend
-    ),
-    "two grams, identity": lambda x, _, backend: (
-        two_gram(x, normalise=False, reduction="none", backend=backend).square().sum()
-    ),
-    "two grams, the first's gradient": lambda x, _, backend: two_gram(
-        x, x.detach()[..., 5:], backend=backend
-    ),
-    "two grams, the second's gradient": lambda x, _, backend: two_gram(
-        x.detach()[..., 5:], x, backend=backend
-    ),
-    "gram": lambda x, _, backend: vd.attention_gram(*qkv_views(x)[:2], backend=backend).square().sum(),
-    "diversity": lambda x, _, backend: vd.attention_diversity(*qkv_views(x)[:2], backend=backend),
-    "two layers": lambda x, _, backend: (
-        vd.attention_cosine(*qkv_views(x)[:2], *qkv_views(x)[1:], backend=backend).square().sum()
-    ),
-    "reattention": reattention_with("none"),
-    "reattention batch": reattention_with("batch"),
-    "reattention layer": reattention_with("layer"),
-    "talking heads": reattention_with("none", pre=True),
+# By operation.
+CALLS = {
+    "pairwise_cosine": {
+        "cosine abs": lambda x, _, backend: vd.pairwise_cosine(x, backend=backend),
+        "cosine signed": lambda x, _, backend: vd.pairwise_cosine(x, penalty="signed", backend=backend),
+        "cosine square": lambda x, _, backend: vd.pairwise_cosine(x, penalty="square", backend=backend),
+        "cosine of two sets": lambda x, _, backend: vd.pairwise_cosine(
+            x[:, 1:], x[:, :9] * 2, backend=backend
+        ),
+    },
+    "pairwise_rows": {
+        "logsumexp": lambda x, _, backend: pairwise_logsumexp(x, scale=3.0, backend=backend).square().mean(),
+        "logsumexp of two sets": lambda x, _, backend: pairwise_logsumexp(
+            x[:, 1:], x[:, :9] * 2, scale=3.0, backend=backend
+        ).mean(),
+        "nearest": distance_to_nearest,
+    },
+    "two_gram": {
+        "two grams": lambda x, _, backend: two_gram(
+            x, 2 * x[..., 3:], penalty="hinge", margin=0.1, backend=backend
+        ),
+        "two grams, identity": lambda x, _, backend: (
+            two_gram(x, normalise=False, reduction="none", backend=backend).square().sum()
+        ),
+        "two grams, the first's gradient": lambda x, _, backend: two_gram(
+            x, x.detach()[..., 5:], backend=backend
+        ),
+        "two grams, the second's gradient": lambda x, _, backend: two_gram(
+            x.detach()[..., 5:], x, backend=backend
+        ),
+    },
+    "attention_gram": {
+        "gram": lambda x, _, backend: vd.attention_gram(*qkv_views(x)[:2], backend=backend).square().sum(),
+        "diversity": lambda x, _, backend: vd.attention_diversity(*qkv_views(x)[:2], backend=backend),
+        "two layers": lambda x, _, backend: (
+            vd.attention_cosine(*qkv_views(x)[:2], *qkv_views(x)[1:], backend=backend).square().sum()
+        ),
+    },
+    "reattention": {
+        "reattention": reattention_with("none"),
+        "reattention batch": reattention_with("batch"),
+        "reattention layer": reattention_with("layer"),
+        "talking heads": reattention_with("none", pre=True),
+    },
 }
+OPERATIONS = {name: call for calls in CALLS.values() for name, call in calls.items()}
+OPERATION_OF = {name: operation for operation, calls in CALLS.items() for name in calls}
 
 
 def arguments(batch=B, tokens=N):

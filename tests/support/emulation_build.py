@@ -19,10 +19,10 @@ def compiler():
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(*sources, defines=(), shared=True, libraries=(), includes=()):
+def build(*sources, defines=(), shared=True, libraries=(), includes=(), headers=()):
     """Compile sources with the emulation to a library or a program, once for each state of the sources.
 
-    With `libraries` the emulation is in one of them.
+    With `libraries` the emulation is in one of them. `headers` are included before each source.
     """
     # Plain -O2: g++ 12 at -O3 stores vectors to stack arrays that it has not aligned.
     options = [
@@ -36,12 +36,14 @@ def build(*sources, defines=(), shared=True, libraries=(), includes=()):
     ]
     options += os.environ.get("VITDIV_EMULATION_FLAGS", "").split()
     options += [f"-isystem{include}" for include in includes]
+    options += [f"-include{header}" for header in headers]
     options += [f"-D{define}" for define in defines] + (["-shared", "-fPIC"] if shared else [])
     if not libraries:
         sources += (EMULATION / "emulation.cpp",)
     state = hashlib.sha256(" ".join(map(str, [compiler(), *options, *sources, *libraries])).encode())
-    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/**/*.cu*"), *EMULATION.glob("*")]):
-        state.update(path.read_bytes())
+    for path in sorted([*(ROOT / "csrc").rglob("*"), *EMULATION.rglob("*")]):
+        if path.is_file():
+            state.update(path.read_bytes())
     folder, name = ROOT / "build/emulation", sources[0].stem
     target = folder / f"{name}-{state.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)

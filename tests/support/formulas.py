@@ -4,6 +4,18 @@ that every backend is compared with, in other dtypes they give the error that a 
 import torch
 import torch.nn.functional as F
 
+B, H, N, D = 2, 4, 65, 32
+
+
+def vectors(count=1):
+    """Inputs of a formula, in float64: x, and y of two sets."""
+    return dict(zip("xy", torch.randn(count, B, N, D, dtype=torch.float64).unbind(), strict=False))
+
+
+def heads(*names):
+    return {name: torch.randn(B, H, N, D, dtype=torch.float64) for name in names}
+
+
 PENALTIES = {"signed": lambda s: s, "abs": abs, "square": lambda s: s * s, "relu": F.relu}
 
 

@@ -1,10 +1,10 @@
-// The matrix-product micro-kernel that every CPU kernel stands on: C [M, N] (+)= A [M, K] B [K, N], with C held in
-// registers, kMaxRows x kPanel at a time.
+// The matrix-product micro-kernel that every CPU kernel stands on: C [M, N] (+)= A [M, K] B [K, N], with C
+// held in registers, kMaxRows x kPanel at a time.
 //
-// B is read in panels of kPanel columns, each contiguous: out[panel][k][kPanel]. pack_rows makes them of a matrix and
-// pack_transposed of its transpose, the columns beyond N zero. (Reading B's rows in place instead lets rows that lie a
-// large power of two apart, as in a packed qkv projection, evict each other from L1.) Columns are computed in whole
-// vectors: C must be writable up to round_up(N, kLanes) columns.
+// B is read in panels of kPanel columns, each contiguous: out[panel][k][kPanel]. pack_rows makes them of a
+// matrix and pack_transposed of its transpose, the columns beyond N zero. (Reading B's rows in place instead
+// lets rows that lie a large power of two apart, as in a packed qkv projection, evict each other from L1.)
+// Columns are computed in whole vectors: C must be writable up to round_up(N, kLanes) columns.
 #pragma once
 
 #include "simd.h"
@@ -66,7 +66,8 @@ VITDIV_INLINE void micro_kernel_rows(int64_t rows, int64_t K, const T* a, int64_
   micro_kernel<T, Rows, Vectors, Transposed>(K, a, lda, b, c, ldc, accumulate);
 }
 
-// M rows in blocks of at most kMaxRows that differ by at most one row: a last block of one row would waste the kernel.
+// M rows in blocks of at most kMaxRows that differ by at most one row: a last block of one row would waste
+// the kernel.
 struct RowBlocks {
   int64_t count, base, longer;
   explicit RowBlocks(int64_t M)
@@ -98,8 +99,8 @@ VITDIV_INLINE int64_t packed_size(int64_t columns, int64_t depth) {
 }
 
 #if defined(__AVX2__)
-// out[k * out_ld + col] = rows[col * ld + k] for 8 x 8: 24 shuffles instead of 64 scalar loads and stores. Of fewer than 8
-// rows the rest are 0.
+// out[k * out_ld + col] = rows[col * ld + k] for 8 x 8: 24 shuffles instead of 64 scalar loads and stores. Of
+// fewer than 8 rows the rest are 0.
 VITDIV_INLINE void transpose_8x8(const float* rows, int64_t ld, float* out, int64_t out_ld,
                                  int64_t count = 8) {
   __m256 r[8], t[8];
@@ -135,7 +136,8 @@ void pack_transposed(int64_t N, int64_t K, const T* rows, int64_t ld, T* out) {
 #if defined(__AVX2__)
     if constexpr (sizeof(T) == 4) {
       for (; k0 + 8 <= K; k0 += 8) {
-        // the next panel's rows, which the hardware does not foresee: it sees as many streams as there are rows
+        // the next panel's rows, which the hardware does not foresee: it sees as many streams as there are
+        // rows
         for (int64_t col = k0 % 16 ? P : 0; col < P; col++)
           __builtin_prefetch(rows + (j + P + col) * ld + k0);
         for (int64_t col = 0; col < P; col += 8) {

@@ -17,8 +17,9 @@ namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
-// Hands out pieces of one block, each on cache lines of its own. A structure of scratch pieces takes them in its
-// constructor: built once over an empty arena it counts the bytes, built again over the block it places them.
+// Hands out pieces of one block, each on cache lines of its own. A structure of scratch pieces takes them in
+// its constructor: built once over an empty arena it counts the bytes, built again over the block it places
+// them.
 class Arena {
  public:
   Arena() = default;
@@ -36,9 +37,9 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Memory for one call. A block is kept for the next call: the kernel clears the pages that it hands out, which takes as long as
-// the arithmetic of a small call. Large blocks ask for large pages: rows of a product lie a page or more apart, and the
-// addresses of a tile's rows would not fit the first level of the TLB.
+// Memory for one call. A block is kept for the next call: the kernel clears the pages that it hands out,
+// which takes as long as the arithmetic of a small call. Large blocks ask for large pages: rows of a product
+// lie a page or more apart, and the addresses of a tile's rows would not fit the first level of the TLB.
 class Block {
  public:
   static constexpr int64_t kHugePage = 2 << 20, kMostKept = 32 << 20;

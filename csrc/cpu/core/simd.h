@@ -1,8 +1,9 @@
-// Vectors of float and double for the instruction set that this file is compiled for, in the compiler's own vector
-// types, so that the same code serves AVX-512, AVX2, SSE2 and NEON.
+// Vectors of float and double for the instruction set that this file is compiled for, in the compiler's own
+// vector types, so that the same code serves AVX-512, AVX2, SSE2 and NEON.
 //
-// Kernel sources include no torch header and no C++ library template: their weak symbols, compiled for AVX-512, could
-// otherwise be the copies that the linker keeps for the whole library, and crash on a lesser machine.
+// Kernel sources include no torch header and no C++ library template: their weak symbols, compiled for
+// AVX-512, could otherwise be the copies that the linker keeps for the whole library, and crash on a lesser
+// machine.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ namespace vitdiv {
 namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
-// kMaxRows: rows of the matrix-product micro-kernel; rows x 2 accumulators, 2 operands and 1 broadcast fill the registers.
+// kMaxRows: rows of the matrix-product micro-kernel; rows x 2 accumulators, 2 operands and 1 broadcast fill
+// the registers.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kMaxRows = 14;
 #elif defined(__AVX2__)
@@ -38,7 +40,8 @@ struct Simd<float> {
   typedef int32_t Lane;
   typedef Lane Int __attribute__((vector_size(kVectorBytes)));
   static constexpr int32_t kSignBit = INT32_MIN, kMantissaBits = 23;
-  // 1.5 * 2^23 + 127: adding it to t rounds to an integer, whose exponent field is then in the lowest mantissa bits
+  // 1.5 * 2^23 + 127: adding it to t rounds to an integer, whose exponent field is then in the lowest
+  // mantissa bits
   static constexpr float kRound = 12583039.f;
   static constexpr float kZeroExponent = -127.f;  // an exponent field of 0: the number 0
 };
@@ -86,8 +89,8 @@ VITDIV_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-// a > b ? a : b in each lane, so b where one is NaN: written as a comparison it compiles to two instructions. (maskz: of
-// the plain form gcc 12 warns that it is uninitialised.)
+// a > b ? a : b in each lane, so b where one is NaN: written as a comparison it compiles to two instructions.
+// (maskz: of the plain form gcc 12 warns that it is uninitialised.)
 template <class T>
 VITDIV_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
@@ -164,8 +167,8 @@ VITDIV_INLINE Vec<T> lanes_from_bits(uint32_t bits, T value) {
   return (Vec<T>)((Int<T>)broadcast<T>(value) & set);
 }
 
-// Polynomials for 2^r on [-1/2, 1/2], interpolated at the Chebyshev nodes for the relative error: 3e-9 and 6e-20. The
-// coefficients of the highest power come first; the last is 1.
+// Polynomials for 2^r on [-1/2, 1/2], interpolated at the Chebyshev nodes for the relative error: 3e-9 and
+// 6e-20. The coefficients of the highest power come first; the last is 1.
 template <class T>
 struct Exp2Polynomial;
 

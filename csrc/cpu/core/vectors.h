@@ -1,4 +1,5 @@
-// Sets of vectors, their norms, and tiles of the products of all pairs: what the operations on pairs of vectors share.
+// Sets of vectors, their norms, and tiles of the products of all pairs: what the operations on pairs of
+// vectors share.
 #pragma once
 
 #include "convert.h"
@@ -10,7 +11,8 @@ namespace VITDIV_CPU_NAMESPACE {
 namespace {
 
 constexpr int64_t kTile = 128;
-// Row stride of a tile that products also read as columns: an odd number of cache lines, so that they spread over L1.
+// Row stride of a tile that products also read as columns: an odd number of cache lines, so that they spread
+// over L1.
 template <class T>
 constexpr int64_t kTileStride = kTile + 64 / int64_t(sizeof(T));
 
@@ -30,7 +32,8 @@ Rows<T> raw_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, 
                  set.view.stride_n, n, D, copy);
 }
 
-// A vector x / m: m = 1, or a power of two where squares or products of such vectors could leave the range of T.
+// A vector x / m: m = 1, or a power of two where squares or products of such vectors could leave the range of
+// T.
 template <class T>
 struct Vector {
   const T* data;

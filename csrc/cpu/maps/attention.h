@@ -1,4 +1,5 @@
-// A tile of attention maps: `rows` query rows of all heads of one image, [H, rows, padded keys], made in L2 and used there.
+// A tile of attention maps: `rows` query rows of all heads of one image, [H, rows, padded keys], made in L2
+// and used there.
 #pragma once
 
 #include "../core/convert.h"
@@ -13,11 +14,12 @@ namespace {
 template <class T>
 struct TileShape {
   int64_t N, M, padded, rows, tiles;
-  // Each tile passes over all of K and V, and in the backward adds to all of dK and dV, with its rows as the depth of the
-  // product: few rows cost more than a tile that leaves the L2. Measured at H = 12, N = 197, d = 64, forward and backward:
-  // 28 rows take 1.04 times as long as 50, and 66 and 99 are within 1 % of 50.
+  // Each tile passes over all of K and V, and in the backward adds to all of dK and dV, with its rows as the
+  // depth of the product: few rows cost more than a tile that leaves the L2. Measured at H = 12, N = 197, d =
+  // 64, forward and backward: 28 rows take 1.04 times as long as 50, and 66 and 99 are within 1 % of 50.
   TileShape(int64_t heads, int64_t N, int64_t M) : N(N), M(M), padded(round_up(M, kLanes<T>)) {
-    // rows that lie a large power of two apart would evict each other from L1 where a product reads them as columns
+    // rows that lie a large power of two apart would evict each other from L1 where a product reads them as
+    // columns
     if (padded * int64_t(sizeof(T)) % 512 == 0) padded += kLanes<T>;
     constexpr int64_t kTileBytes = 4 << 20, kMostRows = 50;
     const int64_t fitting = kTileBytes / (max64(heads * padded, 1) * int64_t(sizeof(T)));
@@ -38,13 +40,14 @@ struct TileShape {
   }
 };
 
-// The tasks that threads share: whole images and, where those left over would keep some threads idle, ranges of the row
-// tiles of the images left over. Tasks of one image are neighbours and in the order of its tiles.
+// The tasks that threads share: whole images and, where those left over would keep some threads idle, ranges
+// of the row tiles of the images left over. Tasks of one image are neighbours and in the order of its tiles.
 template <class T>
 struct Work {
   TileShape<T> tile;
   int64_t B, pieces, whole, tasks;
-  T mean;  // of a softmax map: maps are mixed and their Gram is taken less this, which keeps digits near uniform maps
+  // of a softmax map: maps are mixed and their Gram is taken less this, which keeps digits near uniform maps
+  T mean;
   Work(int64_t heads, int64_t B, int64_t N, int64_t M, int64_t threads)
       : tile(heads, N, M), B(B), pieces(pieces_per_item(B % threads, threads, min64(tile.tiles, threads))) {
     const int64_t idle = B % threads ? threads - B % threads : 0;
@@ -122,8 +125,8 @@ Panels<T> head_row_panels(const HeadsView& view, int64_t b, int64_t h, int64_t i
   return {panels, n};
 }
 
-// c [n, width] of query rows i ... i + n of a head: written in place where whole vectors of its own dtype can be, else
-// through copy [n, round_up(width, kLanes)].
+// c [n, width] of query rows i ... i + n of a head: written in place where whole vectors of its own dtype can
+// be, else through copy [n, round_up(width, kLanes)].
 template <class T>
 bool takes_whole_vectors(const HeadsView& view, int64_t width) {
   return is_native<T>(view.dtype) && width % kLanes<T> == 0;
@@ -149,9 +152,9 @@ int64_t copy_size(const TileShape<T>& tile, int64_t width) {
   return max64(tile.M * width, tile.rows * (width + round_up(width, kPanel<T>)));
 }
 
-// The gradient [M, width] of each head's keys or values, which every row tile adds to. It grows in the output itself where
-// whole vectors of its own dtype can be written there and the task is the first of its image; else in scratch, and store()
-// adds up and converts.
+// The gradient [M, width] of each head's keys or values, which every row tile adds to. It grows in the output
+// itself where whole vectors of its own dtype can be written there and the task is the first of its image;
+// else in scratch, and store() adds up and converts.
 template <class T>
 class HeadGradients {
  public:

@@ -1,5 +1,5 @@
-// The Gram matrix of attention maps between all heads of one or two layers, forward and backward; the maths is in
-// vitdiv_kernels/ops/maps/attention_gram/README.md. Tasks and sums as in reattention.cpp.
+// The Gram matrix of attention maps between all heads of one or two layers, forward and backward; the maths
+// is in vitdiv_kernels/ops/maps/attention_gram/README.md. Tasks and sums as in reattention.cpp.
 #include "attention.h"
 #include "heads.h"
 
@@ -147,7 +147,8 @@ bool backward(const GramBackward& args) {
         for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
           centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk,
                     m.columns, true);
-          // the maps enter centred: a constant along a row of their gradient has no effect on that of the logits
+          // the maps enter centred: a constant along a row of their gradient has no effect on that of the
+          // logits
           mix<T>(H, width, coupling, nullptr, T(0), m.chunk, m.columns, m.g + x, stride);
         });
         T *a = m.a, *g = m.g;

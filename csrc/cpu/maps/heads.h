@@ -1,5 +1,5 @@
-// What couples the heads of a tile of attention maps. A tile holds `rows` query rows of all heads, [H, rows, padded keys];
-// to these functions it is a matrix [H, L] whose rows are `stride` apart.
+// What couples the heads of a tile of attention maps. A tile holds `rows` query rows of all heads, [H, rows,
+// padded keys]; to these functions it is a matrix [H, L] whose rows are `stride` apart.
 #pragma once
 
 #include "../core/gemm.h"
@@ -59,8 +59,8 @@ VITDIV_INLINE int64_t chunk_columns(int64_t H) {
   return max64(kChunkBytes / int64_t(sizeof(T)) / max64(H, 1), kFewest) / kPanel<T> * kPanel<T>;
 }
 
-// use(row, rows, begin, width) for the columns begin ... begin + width of a tile [H, n, padded]: whole rows, as many as a
-// chunk has room for, or where one is longer its pieces in turn, with rows = 1.
+// use(row, rows, begin, width) for the columns begin ... begin + width of a tile [H, n, padded]: whole rows,
+// as many as a chunk has room for, or where one is longer its pieces in turn, with rows = 1.
 template <class T, class Use>
 VITDIV_INLINE void for_chunks(int64_t H, int64_t n, int64_t padded, const Use& use) {
   const int64_t columns = chunk_columns<T>(H), group = max64(columns / padded, 1);
@@ -70,7 +70,8 @@ VITDIV_INLINE void for_chunks(int64_t H, int64_t n, int64_t padded, const Use& u
   }
 }
 
-// out[g] (+)= bias[g] + sum_h weight[g, h] (in[h] - shift). in and out are apart, or there is but one block of heads.
+// out[g] (+)= bias[g] + sum_h weight[g, h] (in[h] - shift). in and out are apart, or there is but one block
+// of heads.
 template <class T>
 void mix(int64_t H, int64_t L, const T* weight, const T* bias, T shift, const T* in, int64_t in_stride,
          T* out, int64_t out_stride, bool accumulate = false) {
@@ -96,8 +97,8 @@ void mix_in_place(int64_t H, int64_t L, const T* weight, const T* bias, T* tile,
   }
 }
 
-// A chunk of maps less their mean, its padding 0, into chunk [H, columns]. The maps' softmax is still to be scaled, by
-// factors[h, row]; with `keep` they are.
+// A chunk of maps less their mean, its padding 0, into chunk [H, columns]. The maps' softmax is still to be
+// scaled, by factors[h, row]; with `keep` they are.
 template <class T>
 void centre(int64_t H, int64_t n, int64_t M, int64_t padded, int64_t row, int64_t rows, int64_t x,
             int64_t width, const T* factors, T mean, T* maps, int64_t stride, T* chunk, int64_t columns,
@@ -128,8 +129,8 @@ void centre(int64_t H, int64_t n, int64_t M, int64_t padded, int64_t row, int64_
     }
 }
 
-// Sums over columns of products of heads, grown a chunk at a time: each in a vector of its own, so that only the end adds up
-// lanes.
+// Sums over columns of products of heads, grown a chunk at a time: each in a vector of its own, so that only
+// the end adds up lanes.
 template <class T, bool Symmetric>
 struct PairSums {
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -260,8 +261,8 @@ VITDIV_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {
   return T(1) / v;
 }
 
-// Layer norm over heads at each position: out = weight * normalized + bias. normalized may be x itself; rstd and out may
-// be null; out may be x when normalized is null.
+// Layer norm over heads at each position: out = weight * normalized + bias. normalized may be x itself; rstd
+// and out may be null; out may be x when normalized is null.
 template <class T>
 void layer_norm_heads(int64_t H, int64_t L, const T* x, T* normalized, T* rstd, T* out, int64_t stride,
                       const T* weight, const T* bias, T eps) {

@@ -1,6 +1,7 @@
 // Re-attention, forward and backward; the maths is in vitdiv_kernels/ops/maps/reattention/README.md.
 //
-// Sums that cross tasks are kept per task and added in order, so that the bits do not depend on which thread ran what.
+// Sums that cross tasks are kept per task and added in order, so that the bits do not depend on which thread
+// ran what.
 #include "attention.h"
 #include "heads.h"
 
@@ -46,8 +47,8 @@ struct MapScratch {
         chunk(arena.take<T>(args.H * columns)) {}
 };
 
-// The softmax maps of query rows i ... i + n into m.a, for m.factors to scale. With pre_mix (times the scale already) the raw
-// logits are made in `raw`.
+// The softmax maps of query rows i ... i + n into m.a, for m.factors to scale. With pre_mix (times the scale
+// already) the raw logits are made in `raw`.
 template <class T>
 void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m,
                   const HeadPanels<T>& keys_t, const T* pre_mix, T* raw, int64_t b, int64_t i, int64_t n) {
@@ -268,7 +269,8 @@ void logits_gradient(const ReattentionBackward& args, const Work<T>& w, const Ba
       if (goes_on) mix<T>(H, width, in.mix_t, nullptr, T(0), m.chunk, m.columns, g, stride);
     }
     if (!goes_on) return;
-    // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of the logits
+    // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of
+    // the logits
     if (coupling)
       mix<T>(H, width, coupling, nullptr, w.mean, a, stride, g, stride, args.dout.data != nullptr);
     if (x + width < (row + rows) * padded) return;

@@ -27,8 +27,8 @@ VITDIV_INLINE T largest(int64_t M, const T* row, T sign) {
   return max;
 }
 
-// row = exp2(factor * (row - shift)) in Count vectors, each step for all of them: the chain of one is longer than what a
-// core looks ahead. Returns their sum.
+// row = exp2(factor * (row - shift)) in Count vectors, each step for all of them: the chain of one is longer
+// than what a core looks ahead. Returns their sum.
 template <class T, int Count>
 VITDIV_INLINE Vec<T> exponentials_of(T* row, T shift, T factor) {
   constexpr int V = kLanes<T>;
@@ -66,13 +66,14 @@ VITDIV_INLINE Vec<T> exponentials(int64_t M, int64_t padded, T* row, T shift, T 
   return total;
 }
 
-// Each of n rows becomes exp(scale * row - largest), its padding 0; norms[r] is what makes it the softmax, one over its sum.
-// NaN and infinities come out as torch.softmax gives them.
+// Each of n rows becomes exp(scale * row - largest), its padding 0; norms[r] is what makes it the softmax,
+// one over its sum. NaN and infinities come out as torch.softmax gives them.
 template <class T>
 void softmax_rows_unscaled(int64_t n, int64_t M, int64_t padded, T* rows, T scale, T* norms) {
   // the largest scaled logit is at the largest logit only for scale >= 0
   const T sign = scale < 0 ? T(-1) : T(1), factor = scale * T(1.4426950408889634074);
-  // a few rows at a time, each step for all of them, so that the sums across lanes of one row do not wait for each other
+  // a few rows at a time, each step for all of them, so that the sums across lanes of one row do not wait for
+  // each other
   constexpr int kRows = 4;
   T shifts[kRows];
   Vec<T> totals[kRows];

@@ -1,8 +1,8 @@
 // Tiles of the products of all pairs of vectors, for kernels that reduce them and add up gradients from them.
 //
-// A tile of pairs (i, j) adds to what belongs to the rows i and to the rows j. The tiles are walked in rounds, within which no
-// two tiles have rows in common: threads that share an item need no partial results, and every number is added up in one
-// order, whatever their count.
+// A tile of pairs (i, j) adds to what belongs to the rows i and to the rows j. The tiles are walked in
+// rounds, within which no two tiles have rows in common: threads that share an item need no partial results,
+// and every number is added up in one order, whatever their count.
 #pragma once
 
 #include "../core/vectors.h"
@@ -52,7 +52,8 @@ struct UpperTiles {
   }
 };
 
-// body(0) ... body(count - 1), shared among the threads if they work on one item as a team; then they wait for each other.
+// body(0) ... body(count - 1), shared among the threads if they work on one item as a team; then they wait
+// for each other.
 template <class Body>
 VITDIV_INLINE void each(bool team, int64_t count, const Body& body) {
   if (team) {
@@ -72,8 +73,8 @@ VITDIV_INLINE void each_tile(bool team, const Tiles& tiles, const Body& body) {
     });
 }
 
-// kernel.run(item, memory of an item, memory of a thread, team) for all items: each by one thread or, where that would leave
-// threads idle, one after another by all threads. False without memory.
+// kernel.run(item, memory of an item, memory of a thread, team) for all items: each by one thread or, where
+// that would leave threads idle, one after another by all threads. False without memory.
 template <class Kernel>
 bool for_each_item(const Kernel& kernel, int64_t L, int threads) {
   const bool team = pieces_per_item(L, threads, 2) > 1;
@@ -134,7 +135,8 @@ struct PackedSet {
       pack_transposed(min64(kPanel<T>, first + n - j), D, rows + j * D, D, columns + j * D);
   }
 
-  // dz, the gradient of row i, through the normalisation: (dz - z (z . dz)) / |x|, or dz / eps for |x| <= eps.
+  // dz, the gradient of row i, through the normalisation: (dz - z (z . dz)) / |x|, or dz / eps for |x| <=
+  // eps.
   void finish(int64_t i, const T* dz, T factor, T* dx) const {
     const T *z = rows + i * D, along = radial[i] != 0 ? dot(D, z, dz) : T(0);
     factor *= inverse[i];
@@ -161,8 +163,8 @@ void diagonal_tile(const PackedSet<T>& x, int64_t i, int64_t n, T* s) {
   mirror_upper(n, s, kTileStride<T>);
 }
 
-// Gradients that the slopes w [n, width] of a tile give: dx of rows i ... += w y, dy of rows j ... += w^T x. Their rows are
-// whole vectors.
+// Gradients that the slopes w [n, width] of a tile give: dx of rows i ... += w y, dy of rows j ... += w^T x.
+// Their rows are whole vectors.
 template <class T>
 void add_to_rows(const T* w, int64_t n, int64_t width, const PackedSet<T>& y, int64_t j, T* dx) {
   gemm<T, false>(n, y.D, width, w, kTileStride<T>, Panels<T>{y.panels + j * kPanel<T>, y.count}, dx,

@@ -1,10 +1,11 @@
 // Penalties of pairwise cosine similarities, forward and backward; the maths is in
 // vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
 //
-// signed and, where the width is the smaller side, square are closed forms. The rest walks tiles of similarities that stay
-// in cache, the upper triangle only for pairs within x. abs and relu need of a similarity only its sign in the backward:
-// the forward keeps one bit for "positive" and, for abs, one for "negative", [L, N, planes, ceil(M / 32)] words, so that
-// the backward is one product and no tile is computed twice.
+// signed and, where the width is the smaller side, square are closed forms. The rest walks tiles of
+// similarities that stay in cache, the upper triangle only for pairs within x. abs and relu need of a
+// similarity only its sign in the backward: the forward keeps one bit for "positive" and, for abs, one for
+// "negative", [L, N, planes, ceil(M / 32)] words, so that the backward is one product and no tile is computed
+// twice.
 #include "../core/vectors.h"
 
 namespace vitdiv {
@@ -36,8 +37,8 @@ void pack_unit_rows(const Set& set, int64_t item, int64_t D, T eps, T* row, T* u
   }
 }
 
-// Unit rows from `first` (a multiple of kPanel) on, transposed, as panels of one column a row. `staging` holds
-// kPanel + 1 rows.
+// Unit rows from `first` (a multiple of kPanel) on, transposed, as panels of one column a row. `staging`
+// holds kPanel + 1 rows.
 template <class T>
 void pack_unit_columns(const Set& set, int64_t item, int64_t first, int64_t D, T eps, T* staging, T* panels) {
   for (int64_t j = first; j < set.count; j += kPanel<T>) {
@@ -47,7 +48,8 @@ void pack_unit_columns(const Set& set, int64_t item, int64_t first, int64_t D, T
   }
 }
 
-// X^T X [D, ld] of unit rows [n, D] as panels: the panels that hold a block's features are its left factor too.
+// X^T X [D, ld] of unit rows [n, D] as panels: the panels that hold a block's features are its left factor
+// too.
 template <class T>
 void feature_gram(int64_t n, int64_t D, const T* panels, T* out, int64_t ld) {
   constexpr int64_t P = kPanel<T>;
@@ -90,7 +92,8 @@ VITDIV_INLINE Vec<T> penalise(Vec<T> s) {
   return s < Vec<T>{} ? Vec<T>{} : s;
 }
 
-// The penalties of one micro-tile of raw products, c [rows, kPanel] at (i, j). `triangle`: only pairs j > i count.
+// The penalties of one micro-tile of raw products, c [rows, kPanel] at (i, j). `triangle`: only pairs j > i
+// count.
 template <class T, Penalty P>
 double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* row_inverse,
                    const T* column_inverse, bool triangle, const Signs& signs) {
@@ -132,8 +135,8 @@ struct TileScratch {
         c(arena.take<T>(kMaxRows * kPanel<T>)) {}
 };
 
-// Columns from `first` (a multiple of kPanel) on: raw, or near 1, transposed, as panels; and what makes unit vectors of them,
-// 0 in the padding. `copy` holds kPanel rows. Returns whether all are raw.
+// Columns from `first` (a multiple of kPanel) on: raw, or near 1, transposed, as panels; and what makes unit
+// vectors of them, 0 in the padding. `copy` holds kPanel rows. Returns whether all are raw.
 template <class T>
 bool pack_columns(const Set& set, int64_t item, int64_t first, int64_t D, T eps, T* copy, T* panels,
                   T* inverse) {
@@ -263,7 +266,8 @@ bool signed_forward(const CosineForward& a) {
   return true;
 }
 
-// Scratch for the closed form of square: unit rows of one set as panels and the Gram matrix of the features of each.
+// Scratch for the closed form of square: unit rows of one set as panels and the Gram matrix of the features
+// of each.
 template <class T>
 struct SquareScratch {
   int64_t ld;

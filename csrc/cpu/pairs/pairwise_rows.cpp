@@ -128,7 +128,8 @@ struct LogSumExp {
   }
 };
 
-// The largest cosine of each row so far and where it is. NaN counts as infinity, which no cosine is: then the first NaN wins.
+// The largest cosine of each row so far and where it is. NaN counts as infinity, which no cosine is: then the
+// first NaN wins.
 template <class T>
 struct Nearest {
   const NearestForward& a;

@@ -1,5 +1,6 @@
-// What the reductions along rows of cosines share: tiles of S, which stay in cache. For pairs within x only those of the upper
-// triangle are made, each serving its rows and, as columns, those of the tile that mirrors it.
+// What the reductions along rows of cosines share: tiles of S, which stay in cache. For pairs within x only
+// those of the upper triangle are made, each serving its rows and, as columns, those of the tile that mirrors
+// it.
 #pragma once
 
 #include "pairs.h"
@@ -37,7 +38,8 @@ struct PairTiles {
     });
   }
 
-  // body(i, n, j, width) with the tile's cosines in s; the self-pairs of a tile on the diagonal (i == j) are `self`.
+  // body(i, n, j, width) with the tile's cosines in s; the self-pairs of a tile on the diagonal (i == j) are
+  // `self`.
   template <class Body>
   void each_tile(bool team, const PackedSet<T>& x, const PackedSet<T>& y, T* s, T self,
                  const Body& body) const {

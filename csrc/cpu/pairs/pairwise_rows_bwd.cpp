@@ -1,8 +1,10 @@
-// The gradients of the log-sum-exp along rows of cosines; the maths is in vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
+// The gradients of the log-sum-exp along rows of cosines; the maths is in
+// vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
 //
-// Within x they are made in the backward, from tiles of S made again. Of two sets they are made with the rows themselves: S is
-// made once, and the backward only multiplies. What is kept fits any drows in dx, whose rows each have one, but in dy only drows
-// that are equal within an item, as those of a mean are; for others dy is made as within x.
+// Within x they are made in the backward, from tiles of S made again. Of two sets they are made with the rows
+// themselves: S is made once, and the backward only multiplies. What is kept fits any drows in dx, whose rows
+// each have one, but in dy only drows that are equal within an item, as those of a mean are; for others dy is
+// made as within x.
 #include "pairwise_rows.h"
 
 namespace vitdiv {
@@ -94,7 +96,8 @@ struct LogSumExpGradient {
   }
 };
 
-// Rows and gradients in one, for two sets and drows = 1: a strip of S is made once, reduced, and multiplied with both sets.
+// Rows and gradients in one, for two sets and drows = 1: a strip of S is made once, reduced, and multiplied
+// with both sets.
 template <class T>
 struct LogSumExpWithGradients {
   static constexpr int64_t kStrip =

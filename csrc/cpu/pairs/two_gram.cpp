@@ -1,7 +1,8 @@
-// Penalties on two Gram matrices of the same rows, forward and backward; the maths is in vitdiv_kernels/ops/pairs/two_gram/README.md.
+// Penalties on two Gram matrices of the same rows, forward and backward; the maths is in
+// vitdiv_kernels/ops/pairs/two_gram/README.md.
 //
-// Tiles of S and T of the upper triangle stay in cache. Where a gradient is wanted the forward makes it from the same tiles, for
-// dsums = 1: an item has one sum, so that the backward only has to multiply.
+// Tiles of S and T of the upper triangle stay in cache. Where a gradient is wanted the forward makes it from
+// the same tiles, for dsums = 1: an item has one sum, so that the backward only has to multiply.
 #include "pairs.h"
 
 namespace vitdiv {

@@ -1,4 +1,5 @@
-// Launches, by the CUDA runtime. The tests compile this file over a runtime of their own: tests/cuda/emulation/launches.cpp.
+// Launches, by the CUDA runtime. The tests compile this file over a runtime of their own:
+// tests/cuda/emulation/launches.cpp.
 #include "launch.h"
 
 #include <cuda_runtime_api.h>
@@ -31,8 +32,9 @@ int shared_memory_limit_of(const char* operation, int device) {
   return bytes;
 }
 
-// Lets a kernel use all the shared memory that a block may have on the current device. Once, and never less afterwards: the
-// attribute is the kernel's, and another thread may be about to launch it with more than this launch needs.
+// Lets a kernel use all the shared memory that a block may have on the current device. Once, and never less
+// afterwards: the attribute is the kernel's, and another thread may be about to launch it with more than this
+// launch needs.
 void allow_all_shared_memory(const char* operation, const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;  // kernels, devices

@@ -2,10 +2,11 @@
 //
 //   type            one step            depth k   how
 //   half_t, bf16_t  2 mma.m16n8k16      16        operands by ldmatrix, sums in float32
-//   float           6 mma.m16n8k8       8         tf32 three times: each operand is split into a high and a low part
+//   float           6 mma.m16n8k8       8         tf32 thrice: operands split into a high and a low part
 //   double          4 mma.m8n8k4        4
 //
-// The result lies in the lanes in the same way for all types: acc[j][e] is row tile_row(e), column 8 j + tile_col(e).
+// The result lies in the lanes in the same way for all types: acc[j][e] is row tile_row(e), column 8 j +
+// tile_col(e).
 #pragma once
 
 #include <cmath>
@@ -56,8 +57,8 @@ using FragmentB = typename Numbers<T>::B;
 template <class T>
 inline constexpr int kDepth = Numbers<T>::kDepth;
 
-// A row of a tile in shared memory is a whole number of 16 columns, and an odd multiple of 16 bytes long (of 32 for
-// double): the rows of a fragment then lie in different banks.
+// A row of a tile in shared memory is a whole number of 16 columns, and an odd multiple of 16 bytes long (of
+// 32 for double): the rows of a fragment then lie in different banks.
 HOST_DEVICE constexpr int padded_width(int width) { return (width + 15) / 16 * 16; }
 template <class T>
 HOST_DEVICE constexpr int row_stride(int width) {
@@ -91,8 +92,8 @@ DEVICE void split_tf32(float x, float& hi, float& lo) {
   lo = to_tf32(x - hi);
 }
 
-// The 16 x depth fragment of A. at(row, k) is the place of an element in s. For 16 bits the 8 elements from there on must
-// follow each other and be aligned: along k, or with TRANS along the rows.
+// The 16 x depth fragment of A. at(row, k) is the place of an element in s. For 16 bits the 8 elements from
+// there on must follow each other and be aligned: along k, or with TRANS along the rows.
 template <bool TRANS = false, class T, class At>
 DEVICE void load_a(FragmentA<T>& a, Shared<T> s, At at) {
   const int l = lane_id();
@@ -109,7 +110,8 @@ DEVICE void load_a(FragmentA<T>& a, Shared<T> s, At at) {
   }
 }
 
-// The depth x 16 fragment of B, as two of 8 columns. at(column, k) as above: along k, or with TRANS along the columns.
+// The depth x 16 fragment of B, as two of 8 columns. at(column, k) as above: along k, or with TRANS along the
+// columns.
 template <bool TRANS = false, class T, class At>
 DEVICE void load_b(FragmentB<T> (&b)[2], Shared<T> s, At at) {
   const int l = lane_id();
@@ -151,8 +153,8 @@ DEVICE void multiply_add(Acc<T> (&acc)[2][4], const FragmentA<T>& a, const Fragm
     if constexpr (sizeof(T) == 2) {
       mma_16816<T>(acc[j], a.r, b[j].r);
     } else if constexpr (sizeof(T) == 4) {
-      // Tensor cores cut sums off where float32 rounds them, so a long sum would drift: each step starts from zero. Low
-      // parts of Inf, and times Inf, are NaN.
+      // Tensor cores cut sums off where float32 rounds them, so a long sum would drift: each step starts from
+      // zero. Low parts of Inf, and times Inf, are NaN.
       float low[4] = {}, step[4] = {};
       if constexpr (!EXACT) mma_1688_tf32(low, a.lo, b[j].hi);
       mma_1688_tf32(low, a.hi, b[j].lo);

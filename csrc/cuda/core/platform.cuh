@@ -1,6 +1,6 @@
-// The thin layer that kernels are written in. Under nvcc it is the hardware; under a host compiler it is the emulation in
-// tests/cuda/emulation, which runs the same kernels on the CPU and checks every access. Kernels use nothing of CUDA beside
-// this file, and no torch header.
+// The thin layer that kernels are written in. Under nvcc it is the hardware; under a host compiler it is the
+// emulation in tests/cuda/emulation, which runs the same kernels on the CPU and checks every access. Kernels
+// use nothing of CUDA beside this file, and no torch header.
 #pragma once
 
 #if !defined(__CUDACC__)
@@ -29,13 +29,15 @@ DEVICE int threads() { return blockDim.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int blocks_x() { return gridDim.x; }
 
-// The same number, which the compiler takes for a new one: what is computed from it is not held in registers from before.
+// The same number, which the compiler takes for a new one: what is computed from it is not held in registers
+// from before.
 DEVICE int renewed(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// 16-bit numbers are raw bits, converted explicitly: the same source then compiles for the host without the toolkit.
+// 16-bit numbers are raw bits, converted explicitly: the same source then compiles for the host without the
+// toolkit.
 struct half_t {
   uint16_t bits;
 };
@@ -146,8 +148,8 @@ struct Carver {
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
-// Copies 16 bytes, or writes 16 bytes of zeros when not valid; the source's address is then not read. They may be read
-// after copy_wait and a barrier.
+// Copies 16 bytes, or writes 16 bytes of zeros when not valid; the source's address is then not read. They
+// may be read after copy_wait and a barrier.
 template <class T>
 DEVICE void copy16_async(Shared<T> to, int i, Global<const T> from, int64_t j, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(i)), "l"(from.p + j),
@@ -171,8 +173,8 @@ DEVICE V warp_shuffle(V v, int lane) {
 }
 DEVICE uint32_t warp_ballot(bool b) { return __ballot_sync(~0u, b); }
 
-// Lanes 8m .. 8m + 7 give the addresses of the rows of matrix m, 8 x 8 numbers of 16 bits; lane l receives elements
-// 2 (l % 4) and the next of row l / 4, or with TRANS of column l / 4.
+// Lanes 8m .. 8m + 7 give the addresses of the rows of matrix m, 8 x 8 numbers of 16 bits; lane l receives
+// elements 2 (l % 4) and the next of row l / 4, or with TRANS of column l / 4.
 template <bool TRANS, class T>
 DEVICE void ldmatrix(uint32_t (&r)[4], Shared<T> s, int i) {
   if constexpr (TRANS)

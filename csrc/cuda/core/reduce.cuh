@@ -35,7 +35,8 @@ DEVICE T warp_sum(T x) {
   return x;
 }
 
-// Over all threads of the block, of numbers not below 0; every thread gets the result. `memory` holds a number for each warp.
+// Over all threads of the block, of numbers not below 0; every thread gets the result. `memory` holds a
+// number for each warp.
 template <class T>
 DEVICE T block_max(T x, Shared<T> memory) {
   x = warp_max(x);
@@ -60,8 +61,8 @@ DEVICE double block_sum(T x, Shared<double> memory) {
   return total;
 }
 
-// sums[i, x] = sum over parts p of partial[i, p, x], each i with `parts` parts of `size` numbers; in float64 and always in
-// the same order.
+// sums[i, x] = sum over parts p of partial[i, p, x], each i with `parts` parts of `size` numbers; in float64
+// and always in the same order.
 template <class T>
 KERNEL LAUNCH_BOUNDS(256, 1)
     sum_parts(Global<const T> partial, Global<T> sums, int64_t count, int parts, int size) {

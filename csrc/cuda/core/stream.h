@@ -7,8 +7,9 @@
 
 namespace vitdiv {
 
-// The current stream of a device by the C interface that compiled models use; false where this process has no libtorch_cuda
-// or the call fails. Python loads that library for itself alone: its symbols are found in it, and nowhere else.
+// The current stream of a device by the C interface that compiled models use; false where this process has no
+// libtorch_cuda or the call fails. Python loads that library for itself alone: its symbols are found in it,
+// and nowhere else.
 inline bool current_cuda_stream(int32_t device, void** stream) {
   using Function = int32_t (*)(int32_t device, void** stream);
   static const auto function = [] {

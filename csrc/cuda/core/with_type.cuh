@@ -1,10 +1,13 @@
 // From the type of a tensor's numbers, known when a program runs, to that of a template.
 #pragma once
 
-#include "../../arguments.h"
+#include "../../arguments/views.h"
 #include "platform.cuh"
 
 namespace vitdiv::cuda {
+
+// Of the arithmetic's type.
+inline int64_t accumulator_bytes(ScalarType dtype) { return dtype == ScalarType::kDouble ? 8 : 4; }
 
 // call(T())
 template <class Call>

@@ -1,10 +1,10 @@
-// What kernels over attention maps share: rows of queries and keys on their way into shared memory, and the products of a
-// tile of query rows with a stream of keys.
+// What kernels over attention maps share: rows of queries and keys on their way into shared memory, and the
+// products of a tile of query rows with a stream of keys.
 #pragma once
 
 #include <cmath>
 
-#include "../../arguments.h"
+#include "../../arguments/views.h"
 #include "../core/mma.cuh"
 #include "../core/reduce.cuh"
 
@@ -44,8 +44,8 @@ Heads<T> heads_view(const HeadsView& view, int64_t width) {
   return {{static_cast<const T*>(view.data)}, view.stride_b, view.stride_h, view.stride_n, pieces};
 }
 
-// Rows first .. first + 15 of one head into a tile of `padded` columns, zeros outside of [0, end) x [0, width). Two lanes
-// share a row, so that eight lanes in turn meet eight different groups of banks.
+// Rows first .. first + 15 of one head into a tile of `padded` columns, zeros outside of [0, end) x [0,
+// width). Two lanes share a row, so that eight lanes in turn meet eight different groups of banks.
 template <class T>
 DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t head, int first, int end,
                     int width, int padded) {
@@ -62,8 +62,8 @@ DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t he
   }
 }
 
-// A warp's 16 * ROW_TILES query rows in shared memory, the left factor of products with keys. With HELD the first 64 columns
-// are held in registers where they have 16 bits.
+// A warp's 16 * ROW_TILES query rows in shared memory, the left factor of products with keys. With HELD the
+// first 64 columns are held in registers where they have 16 bits.
 template <class T, int ROW_TILES, bool HELD>
 struct Queries {
   static constexpr int kHeld = HELD && sizeof(T) == 2 ? 4 : 0;
@@ -79,7 +79,8 @@ struct Queries {
       if (x * kDepth<T> < padded)
         UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r) held[r][x] = fragment(rows, stride, r, x * kDepth<T>);
   }
-  // acc[r][j][e] += q . k at row 16 r + tile_row(e), key 8 j + tile_col(e), of 16 keys whose rows begin at keys[first]
+  // acc[r][j][e] += q . k at row 16 r + tile_row(e), key 8 j + tile_col(e), of 16 keys whose rows begin at
+  // keys[first]
   DEVICE void multiply(Acc<T> (&acc)[ROW_TILES][2][4], Shared<T> rows, Shared<T> keys, int first, int stride,
                        int padded) const {
     const auto step = [&](int x, auto left) {
@@ -94,8 +95,8 @@ struct Queries {
   }
 };
 
-// One head's tile of 16 * ROW_TILES query rows and the ring through which its keys stream, 16 at a time: a warp's own
-// memory, so that warps need no barrier between them.
+// One head's tile of 16 * ROW_TILES query rows and the ring through which its keys stream, 16 at a time: a
+// warp's own memory, so that warps need no barrier between them.
 template <class T, int ROW_TILES, bool HELD = false>
 struct Scores {
   static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
@@ -146,8 +147,8 @@ struct Scores {
   }
 };
 
-// The largest logit of each row and the sum of exponentials, gathered while keys stream by. Each lane has its own columns;
-// finish() unites the four lanes of a row.
+// The largest logit of each row and the sum of exponentials, gathered while keys stream by. Each lane has its
+// own columns; finish() unites the four lanes of a row.
 template <class T, int ROW_TILES>
 struct RowStatistics {
   Acc<T> top[ROW_TILES][2], sum[ROW_TILES][2];

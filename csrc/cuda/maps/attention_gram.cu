@@ -1,15 +1,15 @@
 // Forward: the centred Gram matrix of attention maps between all heads of one or two layers; the maths is in
 // vitdiv_kernels/ops/maps/attention_gram/README.md.
 //
-// A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row statistics, once, in
-// chunks, to make the chunk of all heads' centred maps in shared memory, whose product with itself is the Gram matrix. So
-// rows may be of any length. A warp makes the maps of its own heads.
+// A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row
+// statistics, once, in chunks, to make the chunk of all heads' centred maps in shared memory, whose product
+// with itself is the Gram matrix. So rows may be of any length. A warp makes the maps of its own heads.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "attention_gram.cuh"
 #include "../kernels.h"
+#include "attention_gram.cuh"
 
 namespace vitdiv::cuda {
 namespace {
@@ -17,8 +17,8 @@ namespace {
 template <class T>
 inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
 
-// A warp for each pair of groups of 16 heads. Threads of 12 warps may have 168 registers, of 16 warps 128, too few for
-// double.
+// A warp for each pair of groups of 16 heads. Threads of 12 warps may have 168 registers, of 16 warps 128,
+// too few for double.
 template <class T>
 inline constexpr int kMaxWarps = sizeof(T) == 8 ? 12 : 16;
 template <class T>
@@ -26,12 +26,18 @@ inline constexpr int kMaxHeads = sizeof(T) == 8 ? 48 : 64;
 
 template <class T>
 struct GramKernel {
-  Heads<T> q[2], k[2];
-  int heads[2], width[2];
-  Acc<T> scale[2];  // times log2(e)
-  int n, m, tiles;  // queries, keys, row tiles of an image
-  int chunk, workers, stride;
-  Global<Acc<T>> partial;         // [images, tiles, H, H]
+  Heads<T> q[2];  // of each layer [images, heads, n, width]
+  Heads<T> k[2];  // [images, heads, m, width]
+  int heads[2];
+  int width[2];
+  Acc<T> scale[2];                // times log2(e)
+  int n;                          // queries
+  int m;                          // keys
+  int tiles;                      // of the rows of an image
+  int chunk;                      // keys
+  int workers;                    // warps that make maps
+  int stride;                     // of rows in shared memory
+  Global<Acc<T>> partial;         // [images, tiles, H, H], H = heads of both layers
   Global<const Acc<T>> coupling;  // [images, H, H]; this and rows for gram_rows
   Global<Acc<T>> rows;            // [3, images, H, n]
   int images;
@@ -49,8 +55,9 @@ HOST_DEVICE int maps_space(int heads, int chunk, int warps) {
   return maps > sums ? maps : sums;
 }
 
-// The Gram matrix of the tile, or with ROWS what gram_rows gives: the sum over keys of A_g dA_g is the sum over h of
-// coupling[g, h] times the row's own Gram matrix.
+// A_h = softmax(scale q_h k_h^T); partial[g, h] = sum over rows i of the tile, keys j of
+// (A_g[i, j] - 1/m) (A_h[i, j] - 1/m). With ROWS what gram_rows gives: the sum over keys of A_g dA_g is the
+// sum over h of coupling[g, h] times the row's own Gram matrix.
 template <class T, bool ROWS>
 KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   constexpr int row_tiles = kRowTiles<T>, rows = 16 * row_tiles;
@@ -219,8 +226,8 @@ int64_t shared_bytes(int heads, int chunk, int warps, int workers, int stride, b
          piece(int64_t(workers) * Scores<T, kRowTiles<T>>::size(stride) * sizeof(T));
 }
 
-// How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a processor, or else
-// as fits.
+// How many heads are made at a time and how many keys a chunk has: as much as lets two blocks share a
+// processor, or else as fits.
 template <class T>
 int64_t fit(GramKernel<T>& a, int& warps, int64_t limit, bool rows) {
   const int heads = a.heads[0] + a.heads[1], groups = (heads + 15) / 16, keys = (a.m + 15) / 16 * 16;

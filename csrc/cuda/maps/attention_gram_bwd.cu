@@ -1,8 +1,10 @@
-// Backward of the Gram matrix of attention maps; the maths is in vitdiv_kernels/ops/maps/attention_gram/README.md.
+// Backward of the Gram matrix of attention maps; the maths is in
+// vitdiv_kernels/ops/maps/attention_gram/README.md.
 //
-// dQ and dK are made by the same kernel with queries and keys in exchanged roles. A block owns 16 rows of one side, of all
-// heads, and walks over the other side in chunks. Of each chunk it makes the centred maps of all heads, mixes them to dA,
-// makes dZ = A (dA - sum of A dA over keys) and adds dZ times the other side's rows. So each sum belongs to one block.
+// dQ and dK are made by the same kernel with queries and keys in exchanged roles. A block owns 16 rows of one
+// side, of all heads, and walks over the other side in chunks. Of each chunk it makes the centred maps of all
+// heads, mixes them to dA, makes dZ = A (dA - sum of A dA over keys) and adds dZ times the other side's rows.
+// So each sum belongs to one block.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -20,19 +22,30 @@ inline constexpr int kGroups = sizeof(T) == 8 ? 3 : 4;  // of 16 heads, at most;
 
 template <class T>
 struct GradientKernel {
-  Heads<T> own[2], other[2];
-  int heads[2], width[2];
-  Acc<T> scale[2];  // times log2(e)
-  Acc<T> out_scale[2];
-  int n, m, tiles, images;  // rows of the own and of the other side, tiles of the own side
-  int chunk, workers, stride;
-  Acc<T> mean, dz_scale;
-  Global<const Acc<T>> rows, coupling;
+  Heads<T> own[2];    // of each layer [images, heads, n, width]: q, by key k
+  Heads<T> other[2];  // [images, heads, m, width]: k, by key q
+  int heads[2];
+  int width[2];
+  Acc<T> scale[2];      // times log2(e)
+  Acc<T> out_scale[2];  // scale
+  int n;                // rows of the own side
+  int m;                // of the other side
+  int tiles;            // of the own side's rows
+  int images;
+  int chunk;                      // rows of the other side
+  int workers;                    // warps that make maps
+  int stride;                     // of rows in shared memory
+  Acc<T> mean;                    // 1 / keys
+  Acc<T> dz_scale;                // dZ is held times this
+  Global<const Acc<T>> rows;      // [3, images, H, queries], of gram_rows; H = heads of both layers
+  Global<const Acc<T>> coupling;  // [images, H, H]
   bool wanted[2];
-  Global<T> out[2];
-  int64_t out_image[2], out_head[2], out_row[2];
+  Global<T> out[2];  // [images, heads, n, width]: dq, by key dk
+  int64_t out_image[2];
+  int64_t out_head[2];
+  int64_t out_row[2];
   bool sums_shared;
-  Global<Acc<T>> sums;  // otherwise: a block's own [H, 16, sum_stride]
+  Global<Acc<T>> sums;  // otherwise: a block's own [H, 16, sum_row]
 };
 
 // Places in shared memory, in elements.
@@ -47,6 +60,8 @@ struct GradientLayout {
         sum_row(stride - Numbers<T>::kPad + 8) {}  // pairs of numbers of eight rows in different banks
 };
 
+// dA_g = sum_h coupling[g, h] (A_h - 1 / keys); dZ = A (dA - sum over keys of A dA); dq = scale dZ k, and
+// BY_KEY dk = scale dZ^T q.
 template <class T, bool BY_KEY>
 KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
   using M = Map<T>;
@@ -66,7 +81,8 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
   const Shared<Acc<T>> sums = carve.take<Acc<T>>(a.sums_shared ? heads * kRows * at.sum_row : 0);
   at.maps.clear_zeros(dz);
 
-  // The coupling enters as float16 in two parts, divided by a power of two that makes its largest element 1 to 2.
+  // The coupling enters as float16 in two parts, divided by a power of two that makes its largest element 1
+  // to 2.
   Acc<T> unit = 1;
   if constexpr (narrow) {
     float largest = 0;

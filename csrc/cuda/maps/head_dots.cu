@@ -1,8 +1,9 @@
-// For each head the sum over images and rows of x . y: one read of both, all that batch norm's backward needs of them.
-#include "../kernels.h"
+// For each head the sum over images and rows of x . y: one read of both, all that batch norm's backward needs
+// of them.
 #include "../core/mma.cuh"
 #include "../core/reduce.cuh"
 #include "../core/with_type.cuh"
+#include "../kernels.h"
 
 namespace vitdiv::cuda {
 namespace {
@@ -15,7 +16,7 @@ struct RowsOfHeads {
   int64_t image, head, row;
 };
 
-// partial [H, images * parts, kWarps]: each warp's sum over its rows of one head of one image.
+// partial[h, image * parts + part, warp] = sum over the warp's rows i of x[image, h, i] . y[image, h, i].
 template <class T>
 KERNEL LAUNCH_BOUNDS(32 * kWarps, 1) head_rows(RowsOfHeads<T> x, RowsOfHeads<T> y, Global<Acc<T>> partial,
                                                int heads, int rows, int width, int parts) {
@@ -31,7 +32,7 @@ KERNEL LAUNCH_BOUNDS(32 * kWarps, 1) head_rows(RowsOfHeads<T> x, RowsOfHeads<T> 
   if ((thread_x() & 31) == 0) partial.st((head * items + image * parts + part) * kWarps + warp, sum);
 }
 
-// A warp for each head; in float64 and always in the same order.
+// sums[h] = sum_c partial[h, c]: a warp for each head, in float64 and always in the same order.
 template <class A>
 KERNEL LAUNCH_BOUNDS(32, 1) head_totals(Global<const A> partial, Global<A> sums, int64_t count) {
   double sum = 0;
@@ -63,8 +64,7 @@ void run(const HeadDots& args, void* scratch, void* stream) {
 }  // namespace
 
 int64_t head_dots_scratch(const HeadDots& args) {
-  const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
-  return args.B * args.H * parts_of(args) * kWarps * bytes;
+  return args.B * args.H * parts_of(args) * kWarps * accumulator_bytes(args.x.dtype);
 }
 
 void head_dots(const HeadDots& args, void* scratch, void* stream) {

@@ -1,6 +1,7 @@
-// Where heads meet: mixes and sums of products over the heads of a chunk of maps in shared memory, and the layer norm over
-// heads. A warp takes 16 columns of one query row of all heads at a time; what it makes of them lies in its lanes as
-// HeadTile: head 16 group + tile_row(e), column 8 j + tile_col(e). GROUPS: 1 for up to 16 heads, 2 for up to 32.
+// Where heads meet: mixes and sums of products over the heads of a chunk of maps in shared memory, and the
+// layer norm over heads. A warp takes 16 columns of one query row of all heads at a time; what it makes of
+// them lies in its lanes as HeadTile: head 16 group + tile_row(e), column 8 j + tile_col(e). GROUPS: 1 for up
+// to 16 heads, 2 for up to 32.
 #pragma once
 
 #include <cmath>
@@ -39,9 +40,9 @@ struct Chunk {
   DEVICE int place_of_head(int h, int i, int x) const { return h * head + i * row + x; }  // that is there
 };
 
-// A matrix [heads, heads] in shared memory, a left factor. A row in 16 bits is divided by a power of two, unit(g), that
-// makes its largest element 1 to 2, and held as the sum of two numbers, a high and a low part: what remains is rounded to 22
-// (half_t) or 16 (bf16_t) bits. Otherwise unit(g) is 1.
+// A matrix [heads, heads] in shared memory, a left factor. A row in 16 bits is divided by a power of two,
+// unit(g), that makes its largest element 1 to 2, and held as the sum of two numbers, a high and a low part:
+// what remains is rounded to 22 (half_t) or 16 (bf16_t) bits. Otherwise unit(g) is 1.
 template <class M>
 struct HeadMatrix {
   static constexpr int kParts = sizeof(M) == 2 ? 2 : 1;
@@ -98,8 +99,8 @@ struct HeldMatrix {
   DEVICE const FragmentA<M>& fragment(int group, int step, int part) const { return a[group][step][part]; }
 };
 
-// tile += sum over heads h of matrix[g, h] / unit(g) times x_h[i, x + column]. x is the sum of PARTS chunks of the same
-// places. matrix: HeadMatrix or HeldMatrix.
+// tile += sum over heads h of matrix[g, h] / unit(g) times x_h[i, x + column]. x is the sum of PARTS chunks
+// of the same places. matrix: HeadMatrix or HeldMatrix.
 template <class M, int GROUPS, class Matrix, int PARTS>
 DEVICE void mix_heads(Acc<M> (&tile)[GROUPS][2][4], const Matrix& matrix, const Shared<M> (&chunk)[PARTS],
                       const Chunk<M>& at, int i, int x) {
@@ -165,8 +166,8 @@ struct HeadProducts {
   }
 
   HOST_DEVICE static constexpr int space(int warps) { return 256 * warps; }
-  // out[at + g heads + h] = unit times the block's sums, added in the order of the warps. `space` is free to be used once
-  // all threads are here; `square`: what add_square has made. By all threads of the block.
+  // out[at + g heads + h] = unit times the block's sums, added in the order of the warps. `space` is free to
+  // be used once all threads are here; `square`: what add_square has made. By all threads of the block.
   DEVICE void store(Shared<Acc<M>> space, Global<Acc<M>> out, int64_t at, int heads, Acc<M> unit,
                     bool square) const {
     const int warp = thread_x() >> 5, warps = threads() >> 5;
@@ -190,8 +191,8 @@ struct HeadProducts {
   }
 };
 
-// x(g, c) summed over all heads g of a tile, for the columns of this lane: sum[j][e] of column 8 j + tile_col(e). Heads that
-// are not there must be 0.
+// x(g, c) summed over all heads g of a tile, for the columns of this lane: sum[j][e] of column 8 j +
+// tile_col(e). Heads that are not there must be 0.
 template <class A, int GROUPS>
 DEVICE void sum_heads(A (&sum)[2][2], const A (&tile)[GROUPS][2][4]) {
   UNROLLED_FOR (int j = 0; j < 2; ++j)
@@ -203,8 +204,8 @@ DEVICE void sum_heads(A (&sum)[2][2], const A (&tile)[GROUPS][2][4]) {
     }
 }
 
-// The layer norm over heads without weight and bias, in place; 0 for heads that are not there. rate: 1 / deviation, by
-// columns as in sum_heads.
+// The layer norm over heads without weight and bias, in place; 0 for heads that are not there. rate: 1 /
+// deviation, by columns as in sum_heads.
 template <class A, int GROUPS>
 DEVICE void normalise_heads(A (&tile)[GROUPS][2][4], A (&rate)[2][2], int heads, A eps) {
   A sum[2][2];

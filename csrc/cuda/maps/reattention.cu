@@ -1,18 +1,19 @@
 // Forward of re-attention; the maths is in vitdiv_kernels/ops/maps/reattention/README.md.
 //
-// A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row statistics, once, in
-// chunks, to make the chunk of all heads' centred maps in shared memory; there it is multiplied with itself (Gram), mixed and
-// normalised in place, and multiplied with the values. So rows may be of any length. A warp makes the maps of its heads, couples
-// the heads of its places, and holds the output of one head. Where warps are fewer than heads, or a head is wider than a warp can
-// hold, a block makes a slice of the output.
+// A block owns 16 or 32 query rows of all heads of an image. Keys stream by twice: once for the row
+// statistics, once, in chunks, to make the chunk of all heads' centred maps in shared memory; there it is
+// multiplied with itself (Gram), mixed and normalised in place, and multiplied with the values. So rows may
+// be of any length. A warp makes the maps of its heads, couples the heads of its places, and holds the output
+// of one head. Where warps are fewer than heads, or a head is wider than a warp can hold, a block makes a
+// slice of the output.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "../core/with_type.cuh"
 #include "../kernels.h"
 #include "reattention_tile.cuh"
 #include "softmax_rows.cuh"
-#include "../core/with_type.cuh"
 
 namespace vitdiv::cuda {
 namespace {
@@ -23,6 +24,9 @@ HOST_DEVICE constexpr int max_warps(bool two_groups) {
   return sizeof(T) == 8 || two_groups ? 8 : 12;
 }
 
+// A_h = softmax(scale q_h k_h^T), or of these logits mixed by pre_mix; Y_g = sum_h mix[g, h] A_h + bias[g],
+// with `centred` of A - 1/m, then perhaps layer norm over heads; out_g = Y_g v_g, and partial, the centred
+// Gram matrix of the maps.
 template <class T, int GROUPS, bool PRE_MIX>
 KERNEL LAUNCH_BOUNDS(32 * max_warps<T>(GROUPS == 2), 1) reattention_tile(ForwardKernel<T> a) {
   ForwardTile<T, GROUPS, PRE_MIX> tile(a);
@@ -84,8 +88,8 @@ int tiles_of(const ReattentionForward& args) {
 // Numbers of the softmax's rows, in front of the scratch.
 int64_t rows_size(const ReattentionForward& args) { return args.pre_mix ? 0 : 2 * args.B * args.H * args.N; }
 
-// How many heads are made at a time and how many keys a chunk has: all heads if that fits, and as many keys as let two blocks
-// of few warps share a processor, or else as fit.
+// How many heads are made at a time and how many keys a chunk has: all heads if that fits, and as many keys
+// as let two blocks of few warps share a processor, or else as fit.
 template <class T>
 void fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
   const int keys = padded_width(a.m), longest = std::min(keys, 128), out_width = 16 * kOutTiles<T>;

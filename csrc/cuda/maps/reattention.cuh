@@ -9,7 +9,8 @@
 
 namespace vitdiv::cuda {
 
-// Logits that meet other heads' are held as the sum of two bfloat16, which has 16 bits and the range of float32.
+// Logits that meet other heads' are held as the sum of two bfloat16, which has 16 bits and the range of
+// float32.
 template <class T>
 using Logit = std::conditional_t<sizeof(T) == 2, bf16_t, T>;
 template <class T>
@@ -20,11 +21,12 @@ inline constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
 template <class T>
 inline constexpr int kOutTiles = sizeof(T) == 8 ? 2 : 4;  // of 16 columns, that a warp holds of the output
 
-// Numbers for each head: what the mix of maps is multiplied by and what is added, then in the layer norm, then what the
-// output is multiplied by; the same of the mix of logits.
+// Numbers for each head: what the mix of maps is multiplied by and what is added, then in the layer norm,
+// then what the output is multiplied by; the same of the mix of logits.
 enum Vector { kFactor, kConstant, kWeight, kAdded, kOutFactor, kPreFactor, kPreConstant, kVectors };
 
-// What is in shared memory, by places in bytes and counts of elements. It is among the arguments, so that no register holds it.
+// What is in shared memory, by places in bytes and counts of elements. It is among the arguments, so that no
+// register holds it.
 template <class T>
 struct Layout {
   Chunk<Map<T>> maps;  // of each plane
@@ -65,18 +67,38 @@ struct Layout {
 
 template <class T>
 struct ForwardKernel {
-  Heads<T> q, k, v;
-  int heads, n, m, width, out_width, tiles;  // tiles: row tiles of an image
-  Acc<T> scale, eps, mean;                   // scale: times log2(e); mean: 1 / m in the maps' units
+  Heads<T> q;  // [images, heads, n, width]
+  Heads<T> k;  // [images, heads, m, width]
+  Heads<T> v;  // [images, heads, m, out_width]
+  int heads;
+  int n;  // queries
+  int m;  // keys
+  int width;
+  int out_width;
+  int tiles;     // of the rows of an image
+  Acc<T> scale;  // times log2(e)
+  Acc<T> eps;
+  Acc<T> mean;  // 1 / m in the maps' units
   bool centred;
-  Global<const Acc<T>> pre_mix, pre_bias, mix, bias, norm_weight, norm_bias;
-  int chunk, workers, stride;  // keys of a chunk; warps that make maps; of their rows in shared memory
-  int slice_heads, width_slices, slices;  // slices: of a tile's output, a block each
-  Global<T> out;
-  int64_t out_image, out_head, out_row;
-  Global<Acc<T>> partial;     // [images, tiles, H, H]
-  Global<const Acc<T>> rows;  // of softmax_rows; null with pre_mix
-  int64_t field;
+  Global<const Acc<T>> pre_mix;      // [heads, heads] or null
+  Global<const Acc<T>> pre_bias;     // [heads] or null
+  Global<const Acc<T>> mix;          // [heads, heads]
+  Global<const Acc<T>> bias;         // [heads] or null
+  Global<const Acc<T>> norm_weight;  // [heads]; null: no layer norm
+  Global<const Acc<T>> norm_bias;    // [heads]
+  int chunk;                         // keys
+  int workers;                       // warps that make maps
+  int stride;                        // of rows in shared memory
+  int slice_heads;                   // of a slice
+  int width_slices;                  // of a head
+  int slices;                        // of a tile's output, a block each
+  Global<T> out;                     // [images, heads, n, out_width]
+  int64_t out_image;
+  int64_t out_head;
+  int64_t out_row;
+  Global<Acc<T>> partial;     // [images, tiles, heads, heads]
+  Global<const Acc<T>> rows;  // [2, images, heads, n] of softmax_rows; null with pre_mix
+  int64_t field;              // images * heads * n
   Layout<T> at;
 };
 

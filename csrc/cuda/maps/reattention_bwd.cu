@@ -1,13 +1,13 @@
-// Backward of re-attention: plans the two sweeps, launches them and adds up what their blocks have summed; the maths is in
-// vitdiv_kernels/ops/maps/reattention/README.md.
+// Backward of re-attention: plans the two sweeps, launches them and adds up what their blocks have summed;
+// the maths is in vitdiv_kernels/ops/maps/reattention/README.md.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
+#include "../core/with_type.cuh"
 #include "reattention_bwd.cuh"
 #include "softmax_rows.cuh"
-#include "../core/with_type.cuh"
 
 namespace vitdiv::cuda {
 
@@ -29,6 +29,8 @@ struct Parameters {
   Global<A> dmix, dpre_mix, dbias, dnorm_weight, dnorm_bias;
 };
 
+// dmix = sum over images of dM (A - 1/M)^T, likewise dpre_mix = dL z^T, dbias = dM, dnorm_weight = dY x,
+// dnorm_bias = dY.
 template <class A>
 KERNEL LAUNCH_BOUNDS(256, 1) parameter_sums(Parameters<A> a) {
   const int heads = a.heads, size = 2 * heads * heads + 3 * heads, at = block_x() * threads() + thread_x();
@@ -100,8 +102,9 @@ BackwardMemory<T> memory_of(const BackwardKernel<T>& a, bool by_key) {
   return m;
 }
 
-// How many keys or queries a chunk has and how many heads are made at a time. Whole rows need no sums beside the registers,
-// and by query are made once; that is worth having fewer warps make them, but not fewer than four.
+// How many keys or queries a chunk has and how many heads are made at a time. Whole rows need no sums beside
+// the registers, and by query are made once; that is worth having fewer warps make them, but not fewer than
+// four.
 template <class T>
 int64_t fit(BackwardKernel<T>& a, bool by_key, int64_t limit) {
   const int all = padded_width(a.other_rows);
@@ -127,8 +130,8 @@ int64_t fit(BackwardKernel<T>& a, bool by_key, int64_t limit) {
                               " bytes");
 }
 
-// 1/M; where maps are not rounded, to a multiple of what separates numbers below 1, so that 1 less it and it again are 1: the
-// logits of a one-hot map have no gradient.
+// 1/M; where maps are not rounded, to a multiple of what separates numbers below 1, so that 1 less it and it
+// again are 1: the logits of a one-hot map have no gradient.
 template <class T>
 double mean_of(int64_t keys) {
   const double mean = 1 / static_cast<double>(keys);

@@ -1,9 +1,9 @@
 // The arguments of the two sweeps of re-attention's backward.
 #pragma once
 
+#include "../kernels.h"
 #include "attention.cuh"
 #include "heads.cuh"
-#include "../kernels.h"
 
 namespace vitdiv::cuda {
 
@@ -45,26 +45,51 @@ struct BackwardMemory {
 
 template <class T>
 struct BackwardKernel {
-  Heads<T> own[2], other[2];  // q and dout, k and v; by key k and v, q and dout
-  int width[2];               // d, dv
-  int heads, own_rows, other_rows, tiles, images;
-  int chunk, workers, warps, stride;
-  bool dout, goes_on, layer_norm;  // goes_on: the gradient of the maps is needed
-  Acc<T> scale, out_scale, eps;    // scale: of q k, times log2(e) where the logits are not mixed
-  Acc<T> mean, beside;  // maps are kept less `mean`; their mix lacks `beside` times the matrix's sums
-  Global<const Acc<T>> pre_mix, pre_bias, mix, bias, coupling, norm_weight, norm_bias;
-  int64_t coupling_image;
-  // rows [3, images, H, queries]: the largest logit in units of ln 2, MapNumbers::kScale / sum of exponentials, and, from the
-  // sweep over queries for that over keys, the mean of dA by A. Likewise bounds [images, query tiles] of |dL|.
-  Global<Acc<T>> rows, bounds;
+  Heads<T> own[2];    // [images, heads, own_rows, width]: q and dout; by key k and v
+  Heads<T> other[2];  // [images, heads, other_rows, width]: k and v; by key q and dout
+  int width[2];       // d, dv
+  int heads;
+  int own_rows;
+  int other_rows;
+  int tiles;  // of the own rows
+  int images;
+  int chunk;     // of the other rows
+  int workers;   // warps that make maps
+  int warps;     // of a block
+  int stride;    // of rows in shared memory
+  bool dout;     // is given
+  bool goes_on;  // the gradient of the maps is needed
+  bool layer_norm;
+  Acc<T> scale;      // of q k, times log2(e) where the logits are not mixed
+  Acc<T> out_scale;  // of dq and dk
+  Acc<T> eps;
+  Acc<T> mean;                       // maps are kept less this
+  Acc<T> beside;                     // their mix lacks this times the matrix's sums
+  Global<const Acc<T>> pre_mix;      // [heads, heads] or null
+  Global<const Acc<T>> pre_bias;     // [heads] or null
+  Global<const Acc<T>> mix;          // [heads, heads]
+  Global<const Acc<T>> bias;         // [heads] or null
+  Global<const Acc<T>> coupling;     // [images or 1, heads, heads] or null
+  Global<const Acc<T>> norm_weight;  // [heads] or null
+  Global<const Acc<T>> norm_bias;    // [heads] or null
+  int64_t coupling_image;            // 0: all images share one
+  // rows [3, images, H, queries]: the largest logit in units of ln 2, MapNumbers::kScale / sum of
+  // exponentials, and, from the sweep over queries for that over keys, the mean of dA by A. Likewise bounds
+  // [images, query tiles] of |dL|.
+  Global<Acc<T>> rows;
+  Global<Acc<T>> bounds;
   int64_t field;  // images * H * queries
   int query_tiles;
-  Global<T> out[2];  // dq; by key dk and dv
-  int64_t out_image[2], out_head[2], out_row[2];
+  Global<T> out[2];  // [images, heads, own_rows, width]: dq; by key dk and dv
+  int64_t out_image[2];
+  int64_t out_head[2];
+  int64_t out_row[2];
   bool sums_shared;
   Global<Acc<T>> sums;     // otherwise: a block's own [outputs, H, 16, sum_row]
   Global<Acc<T>> partial;  // [images, tiles, 2 H H + 3 H]
-  bool wants_dpre_mix, wants_dmix, wants_dnorm;
+  bool wants_dpre_mix;
+  bool wants_dmix;
+  bool wants_dnorm;
   BackwardMemory<T> memory;
 };
 

@@ -1,13 +1,14 @@
-// Where heads meet in re-attention's backward: what a warp does with 16 columns of one own row of all heads. Everything is read
-// from and left in the chunk's shared memory.
+// Where heads meet in re-attention's backward: what a warp does with 16 columns of one own row of all heads.
+// Everything is read from and left in the chunk's shared memory.
 #pragma once
 
 #include "reattention_bwd_tile.cuh"
 
 namespace vitdiv::cuda {
 
-// Sums over columns of dM, of dY times what the layer norm has normalised, and of dY: a lane has those of its own columns, of
-// the heads 16 group + tile_row(2 half). kGroups is the number of groups of 16 heads that there are.
+// Sums over columns of dM, of dY times what the layer norm has normalised, and of dY: a lane has those of its
+// own columns, of the heads 16 group + tile_row(2 half). kGroups is the number of groups of 16 heads that
+// there are.
 template <class B>
 struct VectorSums {
   typename B::A sums[3][B::kGroups][2];
@@ -89,8 +90,8 @@ DEVICE void mixed_maps(const B& b, typename B::Tile& y, int i, int x) {
   });
 }
 
-// The mixed maps as the layer norm leaves them, before its weight; they and their rate are 0 outside, where the rate would be
-// Inf without eps.
+// The mixed maps as the layer norm leaves them, before its weight; they and their rate are 0 outside, where
+// the rate would be Inf without eps.
 template <class B>
 DEVICE void normalised_maps(const B& b, typename B::Tile& normal, typename B::A (&rate)[2][2], int i, int x,
                             int first) {
@@ -157,7 +158,8 @@ DEVICE void maps_gradient(const B& b, typename B::Tile& da, int i, int x) {
   if (b.a.dout) mix_chunk(da, b.mix_t(), b.grads(), b.at_t(), i, x, 1);
   if (!b.a.coupling.p) return;
   typename B::Tile coupled;
-  // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of the logits
+  // the centred maps serve here too: a constant along a row of the maps' gradient has no effect on that of
+  // the logits
   mix_chunk<typename B::M>(coupled, b.coupling(), b.maps(), b.at(), i, x, 1 / b.kScale);
   for_each_element<B::kGroups>([&](int group, int j, int e) {
     da[group][j][e] = coupled[group][j][e] + (b.a.dout ? da[group][j][e] : A(0));
@@ -194,7 +196,8 @@ DEVICE void logits_gradient(const B& b, const typename B::Tile& da, int i, int x
   store_tile(p, b.dz(), b.at_t(), i, x);
 }
 
-// Where logits are mixed, dL in `dz` becomes the gradient of those before the mix, but for the units of pre_t.
+// Where logits are mixed, dL in `dz` becomes the gradient of those before the mix, but for the units of
+// pre_t.
 template <class B>
 DEVICE void mix_back(const B& b, int i, int x) {
   using T = typename B::T;

@@ -1,10 +1,11 @@
-// The second sweep of re-attention's backward: a block owns 16 key rows of all heads and walks over the queries in chunks, with
-// transposed tiles. It adds up dk and dv.
+// The second sweep of re-attention's backward: a block owns 16 key rows of all heads and walks over the
+// queries in chunks, with transposed tiles. It adds up dk and dv.
 #include "reattention_bwd_heads.cuh"
 
 namespace vitdiv::cuda {
 namespace {
 
+// dk = scale dZ^T q, dZ as in query_sweep, and dv = Y^T dout.
 template <class T, int GROUPS>
 KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKernel<T> a) {
   using A = Acc<T>;

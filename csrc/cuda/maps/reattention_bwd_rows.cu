@@ -1,6 +1,7 @@
-// The first sweep of re-attention's backward: a block owns 16 query rows of all heads. It makes the sums of the parameters'
-// gradients and, of each row, the mean over keys of dA by A; then dq. Where a row of all heads' maps and of their gradients fits
-// the shared memory they are made once, else chunk by chunk, twice. Where logits are mixed it makes their statistics, too.
+// The first sweep of re-attention's backward: a block owns 16 query rows of all heads. It makes the sums of
+// the parameters' gradients and, of each row, the mean over keys of dA by A; then dq. Where a row of all
+// heads' maps and of their gradients fits the shared memory they are made once, else chunk by chunk, twice.
+// Where logits are mixed it makes their statistics, too.
 #include "reattention_bwd_heads.cuh"
 
 namespace vitdiv::cuda {
@@ -62,8 +63,8 @@ DEVICE void load_b_converted(FragmentB<T> (&b)[2], Shared<R> s, At at) {
     }
 }
 
-// Sums of left_g right_h over the chunk's positions and over chunks. A warp has those of one pair of groups of 16 heads, over
-// some of the rows.
+// Sums of left_g right_h over the chunk's positions and over chunks. A warp has those of one pair of groups
+// of 16 heads, over some of the rows.
 template <class B>
 struct Products {
   using T = typename B::T;
@@ -184,6 +185,8 @@ DEVICE typename B::A bound_of(const B& b, typename B::A largest) {
   return largest + delta;
 }
 
+// dY = dout v^T; dM = dY through the layer norm; dA_h = sum_g mix[g, h] dM_g + sum_k coupling[h, k] (A_k -
+// 1/M); dL = A (dA - sum over keys of A dA); dZ = dL, or pre_mix^T dL; dq = scale dZ k.
 template <class T, int GROUPS>
 KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKernel<T> a) {
   using A = Acc<T>;

@@ -1,5 +1,5 @@
-// What the two sweeps of re-attention's backward share: a tile of 16 own rows of all heads, queries or keys, beside a chunk
-// of the other side, and what is made of it in shared memory.
+// What the two sweeps of re-attention's backward share: a tile of 16 own rows of all heads, queries or keys,
+// beside a chunk of the other side, and what is made of it in shared memory.
 #pragma once
 
 #include <type_traits>
@@ -19,7 +19,8 @@ DEVICE float2 load2(Shared<bf16_t> s, int i) {
 DEVICE float2 load2(Shared<float> s, int i) { return s.template ld<float2>(i); }
 DEVICE double2 load2(Shared<double> s, int i) { return s.template ld<double2>(i); }
 
-// A matrix in float64 stays in device memory, from where L1 serves it: chunks need the shared memory. Used as HeadMatrix.
+// A matrix in float64 stays in device memory, from where L1 serves it: chunks need the shared memory. Used as
+// HeadMatrix.
 template <class M>
 struct FarMatrix {
   Global<const M> data;
@@ -42,7 +43,8 @@ DEVICE Acc<M> unit_of(const HeadMatrix<M>& matrix, int g) {
 }
 DEVICE double unit_of(const FarMatrix<double>&, int) { return 1; }
 
-// use(group, half, h) for the heads of which this lane has elements of a HeadTile: [group][j][2 half + 0 and 1].
+// use(group, half, h) for the heads of which this lane has elements of a HeadTile: [group][j][2 half + 0 and
+// 1].
 template <int GROUPS, class Use>
 DEVICE void for_each_head(Use use) {
   UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
@@ -219,8 +221,8 @@ struct BackwardTile {
                                 : A(0);
   }
 
-  // Adds left [16, columns] of a chunk times the other side's rows (of q and k, or of dout and v) to out[which] of this
-  // warp's heads; `left` is in units of 1 / factor(h).
+  // Adds left [16, columns] of a chunk times the other side's rows (of q and k, or of dout and v) to
+  // out[which] of this warp's heads; `left` is in units of 1 / factor(h).
   template <class Factor>
   DEVICE void multiply(int which, Shared<T> left, int first, int columns, Factor factor) const {
     if (warp >= a.workers) return;

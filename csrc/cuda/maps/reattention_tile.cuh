@@ -1,5 +1,5 @@
-// What the forward of re-attention does for one tile of query rows of all heads; reattention.cu tells how the parts go
-// together.
+// What the forward of re-attention does for one tile of query rows of all heads; reattention.cu tells how the
+// parts go together.
 #pragma once
 
 #include "reattention.cuh"
@@ -86,8 +86,8 @@ struct ForwardTile {
     gram.clear();
   }
 
-  // Maps that are mixed in float16 are multiplied by a power of two that leaves them just within its range: those of a
-  // collapsed model may be very small.
+  // Maps that are mixed in float16 are multiplied by a power of two that leaves them just within its range:
+  // those of a collapsed model may be very small.
   DEVICE void fill_vectors(int g) const {
     const bool there = g < a.heads, layer = a.norm_weight.p != nullptr;
     const auto of = [&](Global<const A> x) { return there && x.p ? x.ld(g) : A(0); };

@@ -1,5 +1,5 @@
-// Of each query row and head the largest logit (in units of ln 2) and the inverse of its sum of exponentials times
-// MapNumbers::kScale, by a kernel that reads the keys once for many query rows.
+// Of each query row and head the largest logit (in units of ln 2) and the inverse of its sum of exponentials
+// times MapNumbers::kScale, by a kernel that reads the keys once for many query rows.
 #pragma once
 
 #include <stdexcept>
@@ -16,13 +16,20 @@ struct SoftmaxRows {
   static constexpr int kRows = 16 * kRowTiles * kWarps;                // of a block
   static constexpr int kKeys = sizeof(T) == 2 ? 64 : 128 / sizeof(T);  // that are loaded at a time
 
-  Heads<T> q, k;
-  int heads, n, m, width, stride, tiles;
+  Heads<T> q;  // [images, heads, n, width]
+  Heads<T> k;  // [images, heads, m, width]
+  int heads;
+  int n;  // queries
+  int m;  // keys
+  int width;
+  int stride;           // of rows in shared memory
+  int tiles;            // of the queries of a head
   Acc<T> scale;         // times log2(e)
   int64_t field;        // images * heads * n
   Global<Acc<T>> rows;  // [2, images, heads, n]
 };
 
+// rows[0, i] = max_j z[i, j], z = scale q k^T log2(e); rows[1, i] = kScale / sum_j 2^(z[i, j] - rows[0, i]).
 template <class T>
 KERNEL LAUNCH_BOUNDS(32 * SoftmaxRows<T>::kWarps, 1) softmax_rows(SoftmaxRows<T> a) {
   using S = SoftmaxRows<T>;

@@ -1,10 +1,11 @@
 // Forward of the penalties of pairwise cosines that need all pairs; the maths is in
 // vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
 //
-// Raw vectors are multiplied, the products take the inverse norms, and penalties are summed along rows and along columns.
-// Of pairs within x only the upper triangle is made, and counts both ways. A short set of 16-bit vectors is one block's
-// work, which reads it once, for norms and products. Others are cut into square tiles; each has a slot of its own for its
-// sums, which are added in order, and a kernel before has read the norms.
+// Raw vectors are multiplied, the products take the inverse norms, and penalties are summed along rows and
+// along columns. Of pairs within x only the upper triangle is made, and counts both ways. A short set of
+// 16-bit vectors is one block's work, which reads it once, for norms and products. Others are cut into square
+// tiles; each has a slot of its own for its sums, which are added in order, and a kernel before has read the
+// norms.
 #include "pairwise_cosine.cuh"
 
 namespace vitdiv::cuda {
@@ -15,16 +16,27 @@ constexpr int kSumRows = 256;  // vectors whose sums a block adds
 
 template <class T>
 struct SimilarityKernel {
-  Vectors<T> x, y;
-  Global<const Acc<T>> x_rates, y_rates;  // of tiles
-  Global<Acc<T>> x_sums,
-      y_sums;                    // [items, column tiles, N], [items, row tiles, M]; of a whole set [items, N]
-  Global<Acc<T>> rates, totals;  // of whole sets
-  Global<uint32_t> signs;
-  int row_tiles, column_tiles, tiles, stages;  // tiles: of an item
-  bool within, include_self, column_sums, keep, keep_signs;
+  Vectors<T> x;                  // [items, N, D]
+  Vectors<T> y;                  // [items, M, D]
+  Global<const Acc<T>> x_rates;  // [items, N]; not of whole sets
+  Global<const Acc<T>> y_rates;  // [items, M]; not of whole sets
+  Global<Acc<T>> x_sums;         // [items, column tiles, N]; of a whole set [items, N]
+  Global<Acc<T>> y_sums;         // [items, row tiles, M]
+  Global<Acc<T>> rates;          // [items, N]; of whole sets
+  Global<Acc<T>> totals;         // [items]; of whole sets
+  Global<uint32_t> signs;        // [items, N, 1 or 2, ceil(M / 32)]
+  int row_tiles;
+  int column_tiles;
+  int tiles;    // of an item
+  int stages;   // of the products' ring in shared memory
+  bool within;  // y is x
+  bool include_self;
+  bool column_sums;  // are wanted
+  bool keep;         // for the backward
+  bool keep_signs;
   Penalty penalty;
-  Acc<T> eps, inverse_eps;
+  Acc<T> eps;
+  Acc<T> inverse_eps;
 };
 
 template <class A>
@@ -45,6 +57,8 @@ struct SumPlaces {
 template <class T, bool WHOLE>
 inline constexpr int kMostThreads = WHOLE ? 512 : CosineTile<T>::kThreads;
 
+// S[i, j] = rate_i rate_j x_i . y_j; x_sums[i] = sum over j of the tile of penalty(S[i, j]), y_sums[j] over
+// i.
 template <class T, bool WHOLE>
 KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1))
     similarity_tile(SimilarityKernel<T> a) {
@@ -185,7 +199,7 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   }
 }
 
-// For each vector the sum of its penalties over the tiles, if it is kept, and the sum over a block's vectors.
+// sums[i] = sum_t parts[t, i], if it is kept; totals[block] = the sum of those of a block's vectors.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kSumRows, 1) sum_tiles(Global<const A> parts, Global<A> sums, Global<A> totals, int n,
                                             int tiles, int blocks, bool keep_sums, bool keep_totals) {
@@ -210,15 +224,10 @@ bool is_whole(const CosineArgs& args) {
 
 // Places in scratch, in bytes.
 template <class T>
-struct Places {
-  int64_t rates[2], parts[2], totals, size = 0;
-  explicit Places(const CosineForward& args) {
+struct Places : Pieces {
+  int64_t rates[2], parts[2], totals;
+  explicit Places(const CosineForward& args) : Pieces(args.x.dtype) {
     const int64_t counts[2] = {args.N, args.M}, tile = CosineTile<T>::kSize, L = args.L;
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * int64_t(sizeof(Acc<T>)));
-      return at;
-    };
     if (is_whole<T>(args)) return;
     for (int s = 0; s < (args.y.data ? 2 : 1); ++s) {
       rates[s] = take(args.saved ? 0 : L * counts[s]);
@@ -236,7 +245,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
   const CosineSaved saved(args);
   const bool within = !args.y.data;
   const int sets = within ? 1 : 2, other = sets - 1;
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   const auto kept = [&](int64_t word) { return args.saved ? in_words<A>(args.saved, word) : nullptr; };
   SimilarityKernel<T> a{};
   a.x = set_of<T>(args, 0);

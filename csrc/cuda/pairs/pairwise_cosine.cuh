@@ -1,5 +1,5 @@
-// What kernels of all pairs of vectors share: sets of vectors, and raw products of a tile of rows with a tile of columns.
-// And the places in what pairwise_cosine saves.
+// What kernels of all pairs of vectors share: sets of vectors, and raw products of a tile of rows with a tile
+// of columns. And the places in what pairwise_cosine saves.
 #pragma once
 
 #include <cmath>
@@ -7,15 +7,15 @@
 #include <string>
 #include <type_traits>
 
-#include "../kernels.h"
 #include "../core/mma.cuh"
 #include "../core/reduce.cuh"
 #include "../core/with_type.cuh"
+#include "../kernels.h"
 
 namespace vitdiv::cuda {
 
-// A block's tile, kSize x kSize: kDown by two warps, each with 32 rows and kGroups times 32 columns. All work is cut into
-// squares of 32, for that is a word of signs.
+// A block's tile, kSize x kSize: kDown by two warps, each with 32 rows and kGroups times 32 columns. All work
+// is cut into squares of 32, for that is a word of signs.
 template <class T>
 struct CosineTile {
   static constexpr int kDown = sizeof(T) == 8 ? 2 : 4, kGroups = kDown / 2;
@@ -23,8 +23,9 @@ struct CosineTile {
   static constexpr int kChunk = 128 / sizeof(T);  // of the vectors' width at a time: a cache line
   static constexpr int kStride = row_stride<T>(kChunk);
   static constexpr int kStage = 2 * kSize * kStride;
-  // The largest set of vectors whose pairs one block makes, in squares of 32: a warp for each two squares of a row of the
-  // upper triangle, 16 in all. Only for 16 bits; sums of others need more registers than 512 threads may have.
+  // The largest set of vectors whose pairs one block makes, in squares of 32: a warp for each two squares of
+  // a row of the upper triangle, 16 in all. Only for 16 bits; sums of others need more registers than 512
+  // threads may have.
   static constexpr int kWhole = sizeof(T) == 2 ? 7 : 0;
 };
 
@@ -41,8 +42,8 @@ struct Vectors {
   int pieces;  // each vector is whole and aligned pieces of 16 bytes
 };
 
-// The distance between the items of a batch. Kernels could read their places from an array, but only from one in device
-// memory, and the copy there would hold up the host or fail while a graph is captured.
+// The distance between the items of a batch. Kernels could read their places from an array, but only from one
+// in device memory, and the copy there would hold up the host or fail while a graph is captured.
 inline int64_t item_stride(const char* name, const BatchView& view, int64_t items) {
   const int64_t stride = items > 1 ? view.offset[1] - view.offset[0] : 0;
   for (int64_t l = 0; l < items; ++l)
@@ -65,8 +66,9 @@ Vectors<T> vectors(const char* name, const BatchView& view, int64_t items, int64
 // What is saved, in words of 4 bytes; of two sets unless y is absent. gpu_saved.py says the same in Python.
 //   rates  acc [L, N]             1 / max(|x|, eps)
 //   sums   acc [L, D] or [L, N]   signed: of unit vectors; else of the penalties of a vector with all others
-//   signs  [L, N, planes, ceil(M / 32)]  abs, relu: bit j % 32 of word j / 32 is set where S > 0 and, in the second plane of
-//                                 abs, where S < 0. Within x only squares of 32 on and above the diagonal are written.
+//   signs  [L, N, planes, ceil(M / 32)]  abs, relu: bit j % 32 of word j / 32 is set where S > 0 and, in the
+//                                 second plane of abs, where S < 0. Within x only squares of 32 on and above
+//                                 the diagonal are written.
 struct CosineSaved {
   int64_t rates[2], sums[2], signs, words;
   explicit CosineSaved(const CosineArgs& args) : words(0) {
@@ -121,13 +123,14 @@ DEVICE uint4 pack(const Acc<T> (&x)[kPiece<T>]) {
   return bits;
 }
 
-// The warp's part of a tile: where it begins within the tile, and which of its groups of 32 columns it computes.
+// The warp's part of a tile: where it begins within the tile, and which of its groups of 32 columns it
+// computes.
 template <class T>
 struct CosinePart {
   int row, column, first, end;
 
-  // Of a tile of kSize rows by 64 GROUPS columns, by default a square. With `triangle` the groups that reach the diagonal
-  // or lie above it.
+  // Of a tile of kSize rows by 64 GROUPS columns, by default a square. With `triangle` the groups that reach
+  // the diagonal or lie above it.
   template <int GROUPS = CosineTile<T>::kGroups>
   DEVICE static CosinePart of_tile(int row0, int column0, int rows, int columns, bool triangle) {
     using Tile = CosineTile<T>;
@@ -159,7 +162,8 @@ struct CosinePart {
   DEVICE bool any() const { return first < end; }
 };
 
-// Where a tile is among an item's tiles; with `triangle` only those that reach the diagonal or lie above it are counted.
+// Where a tile is among an item's tiles; with `triangle` only those that reach the diagonal or lie above it
+// are counted.
 struct TilePlace {
   int row, column;
 };
@@ -193,15 +197,17 @@ DEVICE void power_and_rest(double x, double& power, double& rest) {
   __builtin_memcpy(&rest, &fraction, sizeof rest);
 }
 
-// Whether a norm, or one over it, is so far from 1 that squares, or products of such vectors, may leave the range; also NaN.
+// Whether a norm, or one over it, is so far from 1 that squares, or products of such vectors, may leave the
+// range; also NaN.
 template <class A>
 DEVICE bool is_far(A norm) {
   constexpr A bound = sizeof(A) == 8 ? A(0x1p340) : A(0x1p42);
   return !(norm < bound && norm > 1 / bound);
 }
 
-// Whether a tile has vectors so long or so short that products of raw vectors would leave the range. Then all of its vectors
-// are multiplied by their inverse norms first: the products are cosines. float16 has no such vectors.
+// Whether a tile has vectors so long or so short that products of raw vectors would leave the range. Then all
+// of its vectors are multiplied by their inverse norms first: the products are cosines. float16 has no such
+// vectors.
 //   rate(set, i)   the inverse norm of its i-th row (set 0) or column (1), 0 past the last
 template <class T>
 struct Powers {
@@ -234,7 +240,8 @@ struct Powers {
   DEVICE Acc<T> left_of(Acc<T> rate) const { return any ? Acc<T>(1) : rate; }
 };
 
-// step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are registers for.
+// step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are
+// registers for.
 template <class T, class Step>
 DEVICE void for_each_step(int depth, Step step) {
   if constexpr (sizeof(T) == 2)
@@ -271,8 +278,8 @@ struct CosineProducts {
     }
   }
 
-  // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows. see(at): a
-  // chunk of the rows has come, at that place in the memory.
+  // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows.
+  // see(at): a chunk of the rows has come, at that place in the memory.
   template <class Rate, class See>
   DEVICE void add(Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
                   const Vectors<T>& y, int64_t y_item, int column0, bool same, Powers<T> powers, Rate rate,
@@ -338,9 +345,25 @@ DEVICE A inverse_norm(A norm, A eps, A inverse_eps) {
 inline double inverse_of(double eps) { return eps > 0 ? 1 / eps : HUGE_VAL; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t whole_pieces(int64_t bytes) { return ceil_div(bytes, 256) * 256; }  // of scratch
 
-// As many stages of the ring as let that many blocks share a processor; each takes 1 KiB more than it asks for.
+// Pieces of scratch for numbers of the arithmetic's type: where each begins, in bytes.
+struct Pieces {
+  int64_t number, size = 0;  // bytes of a number, and of all pieces
+  explicit Pieces(ScalarType dtype) : number(accumulator_bytes(dtype)) {}
+  int64_t take(int64_t numbers) {
+    const int64_t at = size;
+    size += ceil_div(numbers * number, 256) * 256;
+    return at;
+  }
+};
+
+template <class A>
+A* place_in(void* scratch, int64_t byte) {
+  return reinterpret_cast<A*>(static_cast<char*>(scratch) + byte);
+}
+
+// As many stages of the ring as let that many blocks share a processor; each takes 1 KiB more than it asks
+// for.
 inline int stages_of(const char* operation, int64_t stage_bytes, int64_t others, int blocks) {
   return blocks * (3 * stage_bytes + others + 1024) <= shared_memory_limit(operation) + 1024 ? 3 : 2;
 }

@@ -1,8 +1,8 @@
 // Backward of pairwise cosine penalties; the maths is in vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
 //
-// The slopes of abs and relu are made from the forward's signs in the registers of the product; those of square are the
-// similarities, made again. What the normalisation takes out of the gradient of abs and relu is known from the forward's
-// sums of penalties.
+// The slopes of abs and relu are made from the forward's signs in the registers of the product; those of
+// square are the similarities, made again. What the normalisation takes out of the gradient of abs and relu
+// is known from the forward's sums of penalties.
 #include "pairwise_cosine_bwd.cuh"
 
 namespace vitdiv::cuda {
@@ -10,6 +10,8 @@ namespace {
 
 constexpr const char* kName = "pairwise_cosine_bwd";
 
+// dx_i = factor dsums rate_i (sum_j slope[i, j] ŷ_j - x̂_i x_sums_i), slope = 1, -1 or 0 by the forward's
+// signs.
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (sizeof(T) == 2 ? 2 : 1)) gradient_tile(SignedGradient<T> a) {
   using Layout = SignLayout<T>;

@@ -7,16 +7,19 @@ namespace vitdiv::cuda {
 
 template <class T>
 struct SignedGradient : Gradient<T> {
-  Vectors<T> y;
-  Global<const Acc<T>> y_rates, x_sums, dsums;
-  Global<const uint32_t> signs;
-  bool within, turned;  // turned: signs stand in rows of y
-  int planes;
+  Vectors<T> y;                  // [items, M, D]
+  Global<const Acc<T>> y_rates;  // [items, M]
+  Global<const Acc<T>> x_sums;   // [items, N]: of the penalties of a vector
+  Global<const Acc<T>> dsums;    // [items]
+  Global<const uint32_t> signs;  // [items, N, planes, ceil(M / 32)]; turned [items, M, planes, ceil(N / 32)]
+  bool within;                   // y is x
+  bool turned;                   // signs stand in rows of y
+  int planes;                    // 2 of abs, 1 of relu
   Acc<T> factor;
 };
 
-// Signs cost next to nothing to read, so that a tall tile, whose unit vectors each block reads once for more rows, is the
-// cheaper one.
+// Signs cost next to nothing to read, so that a tall tile, whose unit vectors each block reads once for more
+// rows, is the cheaper one.
 template <class T>
 struct SignLayout : GradientLayout<T, CosineTile<T>::kThreads, 32 * CosineTile<T>::kGroups> {
   using Gradient = GradientLayout<T, CosineTile<T>::kThreads, 32 * CosineTile<T>::kGroups>;
@@ -34,7 +37,8 @@ DEVICE uint32_t transpose32(uint32_t bits) {
   return bits;
 }
 
-// Slopes, 1, -1 or 0, as a left factor: 16 rows, of which the lane has the words of two, by kDepth columns from `column`.
+// Slopes, 1, -1 or 0, as a left factor: 16 rows, of which the lane has the words of two, by kDepth columns
+// from `column`.
 template <class T>
 DEVICE void slopes(FragmentA<T>& a, const uint32_t (&positive)[2], const uint32_t (&negative)[2],
                    int column) {

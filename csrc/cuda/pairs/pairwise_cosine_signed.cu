@@ -1,5 +1,6 @@
-// Inverse norms of vectors, and the penalty `signed` of pairwise cosines, forward and backward, which needs no pairs: it is
-// a product of sums of unit vectors. The maths is in vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
+// Inverse norms of vectors, and the penalty `signed` of pairwise cosines, forward and backward, which needs
+// no pairs: it is a product of sums of unit vectors. The maths is in
+// vitdiv_kernels/ops/pairs/pairwise_cosine/README.md.
 #include "pairwise_cosine.cuh"
 
 namespace vitdiv::cuda {
@@ -9,12 +10,14 @@ constexpr int kThreads = 256, kBlockRows = 32;  // a block's vectors, four a war
 
 template <class T>
 struct RatesKernel {
-  Vectors<T> x;
-  int blocks;  // of an item
-  Acc<T> eps, inverse_eps;
+  Vectors<T> x;  // [items, count, width]
+  int blocks;    // of an item
+  Acc<T> eps;
+  Acc<T> inverse_eps;
   Global<Acc<T>> rates;  // [items, count]
   bool wants_sums;
-  Global<Acc<T>> sums, squares;  // [items, blocks, width], [items, blocks]: of unit vectors
+  Global<Acc<T>> sums;     // [items, blocks, width]: of unit vectors
+  Global<Acc<T>> squares;  // [items, blocks]: of their norms
 };
 
 // The norm of a vector of any length, by a warp: a power of two times the norm of the rest.
@@ -37,7 +40,8 @@ DEVICE Acc<T> far_norm(const Vectors<T>& x, int64_t at, Acc<T> eps) {
   return square_root(warp_sum(squares)) * power;
 }
 
-// Each vector's inverse norm, and if they are wanted the sums of a block's unit vectors and of their squared norms.
+// rate_i = 1 / max(|x_i|, eps); with wants_sums, of a block's vectors, sum_i rate_i x_i and sum_i |rate_i
+// x_i|^2.
 template <class T>
 KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
   constexpr int each = kBlockRows / (kThreads / 32);
@@ -90,7 +94,8 @@ KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
   }
 }
 
-// x . y of the sums of unit vectors of two sets or of one, less the squares of `blocks` blocks of vectors.
+// totals = x . y - sum_b squares[b]: of the sums of unit vectors of two sets, or of one set, of which the
+// vectors with themselves are taken off.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_totals(Global<const A> x, Global<const A> y, Global<const A> squares,
                                                 Global<A> totals, int width, int blocks) {
@@ -107,17 +112,21 @@ KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_totals(Global<const A> x, Global<const 
 
 template <class T>
 struct SignedKernel {
-  Vectors<T> x;
-  Global<const Acc<T>> rates, sums, dsums;
-  int blocks;  // of an item
+  Vectors<T> x;                // [items, count, width]
+  Global<const Acc<T>> rates;  // [items, count]
+  Global<const Acc<T>> sums;   // [items, width]: of the other set's unit vectors
+  Global<const Acc<T>> dsums;  // [items]
+  int blocks;                  // of an item
   bool less_itself;
-  Acc<T> factor, inverse_eps;
-  Global<T> dx;
-  int64_t dx_item, dx_row;
+  Acc<T> factor;
+  Acc<T> inverse_eps;
+  Global<T> dx;  // [items, count, width]
+  int64_t dx_item;
+  int64_t dx_row;
 };
 
-// dx = rate (u - x̂ (x̂ . u)), u being the sum of unit vectors. The part of x̂ itself in u has no gradient, but where it was
-// divided by eps.
+// dx = rate (u - x̂ (x̂ . u)), u being the sum of unit vectors. The part of x̂ itself in u has no gradient,
+// but where it was divided by eps.
 template <class T>
 KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_gradient(SignedKernel<T> a) {
   using A = Acc<T>;
@@ -156,15 +165,10 @@ void read(const char* operation, const CosineArgs& args, int set, Acc<T>* rates,
 }
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], sums[2], parts[2], squares[2], size = 0;
-  explicit Places(const CosineForward& args) {
+struct Places : Pieces {
+  int64_t rates[2], sums[2], parts[2], squares[2];
+  explicit Places(const CosineForward& args) : Pieces(args.x.dtype) {
     const int64_t counts[2] = {args.N, args.M}, L = args.L;
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * (args.x.dtype == ScalarType::kDouble ? 8 : 4));
-      return at;
-    };
     for (int s = 0; s < (args.y.data ? 2 : 1); ++s) {
       const int64_t blocks = ceil_div(counts[s], kBlockRows);
       rates[s] = take(args.saved ? 0 : L * counts[s]);
@@ -181,7 +185,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
   const Places at(args);
   const CosineSaved saved(args);
   const int64_t counts[2] = {args.N, args.M};
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   const auto keep = [&](int64_t word, int64_t bytes) {
     return args.saved ? in_words<A>(args.saved, word) : place(bytes);
   };

@@ -1,7 +1,7 @@
-// Gradients of vectors that come from all pairs: a block owns a tile of the gradient, vectors by features, and walks over
-// the other vectors, 32 at a time: it makes unit vectors of them in shared memory and multiplies them with the pairs'
-// weights, the slopes of what is summed. What the normalisation takes out is known for each vector before its gradient is
-// written, so that no block needs whole vectors.
+// Gradients of vectors that come from all pairs: a block owns a tile of the gradient, vectors by features,
+// and walks over the other vectors, 32 at a time: it makes unit vectors of them in shared memory and
+// multiplies them with the pairs' weights, the slopes of what is summed. What the normalisation takes out is
+// known for each vector before its gradient is written, so that no block needs whole vectors.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +13,15 @@ namespace vitdiv::cuda {
 // Whose gradient it is, and where it goes.
 template <class T>
 struct Gradient {
-  Vectors<T> x;
-  Global<const Acc<T>> x_rates;
-  Acc<T> inverse_eps;  // nothing is taken out of vectors with this rate or a larger one
-  bool pieces;         // x and dx are in pieces of 16 bytes
-  int row_tiles, width_tiles;
-  Global<T> dx;
-  int64_t dx_item, dx_row;
+  Vectors<T> x;                  // [items, N, D]
+  Global<const Acc<T>> x_rates;  // [items, N]
+  Acc<T> inverse_eps;            // nothing is taken out of vectors with this rate or a larger one
+  bool pieces;                   // x and dx are in pieces of 16 bytes
+  int row_tiles;
+  int width_tiles;
+  Global<T> dx;  // [items, N, D]
+  int64_t dx_item;
+  int64_t dx_row;
 };
 
 // A block's tile of the gradient, and places in shared memory.
@@ -91,8 +93,8 @@ struct UnitVectors {
   }
 };
 
-// acc += weights of 32 other vectors times their unit vectors at `from`, for the warp's part of the tile. left(w, r, j): the
-// weights of rows 16 r ... from the j-th vector on. EXACT: they are exact in tf32.
+// acc += weights of 32 other vectors times their unit vectors at `from`, for the warp's part of the tile.
+// left(w, r, j): the weights of rows 16 r ... from the j-th vector on. EXACT: they are exact in tf32.
 template <class T, class Layout, bool EXACT, class Left>
 DEVICE void add_unit_vectors(CosineSums<T>& acc, const CosinePart<T>& part, Shared<T> memory, int from,
                              Left left) {
@@ -113,8 +115,8 @@ DEVICE void add_unit_vectors(CosineSums<T>& acc, const CosinePart<T>& part, Shar
   });
 }
 
-// From the gradient of unit vectors, which is `factor` acc, to that of x. along(row): x̂ . acc of a row of the tile. A warp
-// turns 32 x 16 of it at a time in shared memory, so that each lane has a piece of a row.
+// From the gradient of unit vectors, which is `factor` acc, to that of x. along(row): x̂ . acc of a row of
+// the tile. A warp turns 32 x 16 of it at a time in shared memory, so that each lane has a piece of a row.
 template <class T, class Layout, class Along>
 DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const CosinePart<T>& part,
                            Shared<T> memory, int64_t item, int row0, int k0, Acc<T> factor, Along sum_along) {
@@ -157,22 +159,25 @@ DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const Cosin
   }
 }
 
-// Weights that are functions of the pairs' products, which are made again. `Weights` says how many kinds of products there
-// are, 1 or 2: x with y, whose unit vectors are multiplied by the weights, and z with itself; and whether tiles are narrow.
+// Weights that are functions of the pairs' products, which are made again. `Weights` says how many kinds of
+// products there are, 1 or 2: x with y, whose unit vectors are multiplied by the weights, and z with itself;
+// and whether tiles are narrow.
 //   begin(item)                     before the others
 //   row(at), column(at)             what a weight takes from the row's and from the column's side: a Side
 //   weight(row, column, s, t, itself)
 //   factor(item)                    of the sum
 template <class T, class Weights>
 struct WeightedKernel : Gradient<T> {
-  Vectors<T> y, z;  // z.width may be 0: then there is no second product
-  bool within;      // y is x
-  Global<const Acc<T>> y_rates, z_rates;
+  Vectors<T> y;                  // [items, M, D]
+  Vectors<T> z;                  // [items, N, E], N = M; its width may be 0: then there is no second product
+  bool within;                   // y is x
+  Global<const Acc<T>> y_rates;  // [items, M]
+  Global<const Acc<T>> z_rates;  // [items, N]
   Weights weights;
 };
 
-// With two kinds of products the first to be made wait in shared memory. Narrow tiles find room there with the little shared
-// memory of sm_89, and registers for weights that take more of them.
+// With two kinds of products the first to be made wait in shared memory. Narrow tiles find room there with
+// the little shared memory of sm_89, and registers for weights that take more of them.
 template <class T, class Weights>
 struct WeightedLayout : GradientLayout<T, CosineTile<T>::kSize, CosineTile<T>::kSize> {
   using Tile = CosineTile<T>;
@@ -188,6 +193,8 @@ struct WeightedLayout : GradientLayout<T, CosineTile<T>::kSize, CosineTile<T>::k
       kMemory * int64_t(sizeof(T)) + (kWaiting + 2 * Tile::kSize) * int64_t(sizeof(Acc<T>));
 };
 
+// u_i = sum_j weight(S[i, j], T[i, j]) rate_j y_j, S of x and y, T of z; dx_i = factor rate_i (u_i - x̂_i
+// (x̂_i . u_i)).
 template <class T, class Weights>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T, Weights> a) {
   using Tile = CosineTile<T>;

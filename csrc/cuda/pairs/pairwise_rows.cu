@@ -1,17 +1,18 @@
-// Reductions along the rows of cosines of all pairs, forward: log-sum-exp, and the index of the largest; the maths is in
-// vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
+// Reductions along the rows of cosines of all pairs, forward: log-sum-exp, and the index of the largest; the
+// maths is in vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
 //
-// A block makes a tile of cosines and reduces it along its rows and, of pairs within x, along its columns: then only the
-// upper triangle is made. Each vector has a slot of its own for each tile of others, of two numbers: the largest value, and
-// the sum of exponentials below it or the place of the largest. A second kernel merges a vector's slots in order.
+// A block makes a tile of cosines and reduces it along its rows and, of pairs within x, along its columns:
+// then only the upper triangle is made. Each vector has a slot of its own for each tile of others, of two
+// numbers: the largest value, and the sum of exponentials below it or the place of the largest. A second
+// kernel merges a vector's slots in order.
 #include "pairwise_rows.cuh"
 
 namespace vitdiv::cuda {
 namespace {
 
 constexpr int kMergedRows = 256;  // vectors whose slots a block merges
-// Exponents below this, scale times a cosine, are at most twice that apart: exp of the difference is no underflow, so that
-// the bound itself can stand for the largest.
+// Exponents below this, scale times a cosine, are at most twice that apart: exp of the difference is no
+// underflow, so that the bound itself can stand for the largest.
 template <class A>
 constexpr double kBoundedScale = sizeof(A) == 8 ? 300 : 40;
 
@@ -63,15 +64,23 @@ DEVICE A add_rests(Reduction reduction, A x, A y) {
 
 template <class T>
 struct RowsKernel {
-  Vectors<T> x, y;
-  Global<const Acc<T>> x_rates, y_rates;
-  Global<Acc<T>> slots;  // [items, 2, column tiles, N]
-  int row_tiles, column_tiles, tiles, stages;
-  bool within, symmetric;  // symmetric: only the upper triangle is made
+  Vectors<T> x;                  // [items, N, D]
+  Vectors<T> y;                  // [items, M, D]
+  Global<const Acc<T>> x_rates;  // [items, N]
+  Global<const Acc<T>> y_rates;  // [items, M]
+  Global<Acc<T>> slots;          // [items, 2, column tiles, N]
+  int row_tiles;
+  int column_tiles;
+  int tiles;       // of an item
+  int stages;      // of the products' ring in shared memory
+  bool within;     // y is x
+  bool symmetric;  // only the upper triangle is made
   Reduction reduction;
   Acc<T> scale;
 };
 
+// S[i, j] = rate_i rate_j x_i . y_j; of row i over the tile's j: max_j S and its place, or max_j and
+// sum_j exp(scale S[i, j] - max), where the maximum may be its bound.
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
   using Tile = CosineTile<T>;
@@ -121,7 +130,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);
-              // the product of the rates first: then the cosines of equal vectors are equal, also across the diagonal
+              // the product of the rates first: then the cosines of equal vectors are equal, also across the
+              // diagonal
               A value = acc[g][h][r][j][2 * i + e] * (rate[r][i] * column_rate);
               if (nearest)
                 value = value == value ? value : A(INFINITY);
@@ -198,7 +208,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
   }
 }
 
-// The result of each vector, from its slots.
+// rows[i] = log sum_j exp(scale S[i, j]), or nearest[i] = argmax_j S[i, j], from the vector's slots.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kMergedRows, 1)
     merge_slots(Global<const A> slots, Global<A> rows, Global<int64_t> nearest, int64_t count, int n,
@@ -221,17 +231,11 @@ KERNEL LAUNCH_BOUNDS(kMergedRows, 1)
 }
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], slots, size = 0;
-  explicit Places(const RowsArgs& args) {
-    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
+struct Places : Pieces {
+  int64_t rates[2], slots;
+  explicit Places(const RowsArgs& args) : Pieces(args.x.dtype) {
     const int64_t tile =
         with_type(args.x.dtype, [](auto number) { return int64_t(CosineTile<decltype(number)>::kSize); });
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * bytes);
-      return at;
-    };
     rates[0] = rates[1] = take(args.L * args.N);
     if (args.y.data) rates[1] = take(args.L * args.M);
     slots = take(2 * args.L * ceil_div(args.M, tile) * args.N);
@@ -245,7 +249,7 @@ void reduce_rows(const char* operation, const RowsArgs& args, Reduction reductio
   using Tile = CosineTile<T>;
   const Places at(args);
   const CosineArgs sets = vectors_of(args);
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   for (int s = 0; s < (args.y.data ? 2 : 1); ++s)
     vector_rates(operation, sets, s, place(at.rates[s]), stream);
   RowsKernel<T> a{};
@@ -255,8 +259,8 @@ void reduce_rows(const char* operation, const RowsArgs& args, Reduction reductio
   a.y_rates = {place(at.rates[1])};
   a.slots = {place(at.slots)};
   a.within = !args.y.data;
-  // Three products of tf32 parts are added in another order across the diagonal, where the cosines of equal vectors would
-  // not be equal.
+  // Three products of tf32 parts are added in another order across the diagonal, where the cosines of equal
+  // vectors would not be equal.
   a.symmetric = a.within && (sizeof(T) != 4 || reduction != Reduction::kNearest);
   a.reduction = reduction;
   a.scale = static_cast<A>(args.scale);

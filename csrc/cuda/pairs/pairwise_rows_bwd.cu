@@ -1,4 +1,5 @@
-// Backward of the log-sum-exp of rows of cosines; the maths is in vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
+// Backward of the log-sum-exp of rows of cosines; the maths is in
+// vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
 #include "pairwise_gradient.cuh"
 #include "pairwise_rows.cuh"
 
@@ -8,8 +9,8 @@ namespace {
 constexpr const char* kName = "pairwise_logsumexp_bwd";
 constexpr int kRangeThreads = 256;
 
-// float16 ends at 65504 and begins at 2^-24. A softmax is at most 1, so that with this factor no weight of an item is larger
-// than 2^14.
+// ranges = 8192 / max |drows|. float16 ends at 65504 and begins at 2^-24. A softmax is at most 1, so that
+// with this factor no weight of an item is larger than 2^14.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kRangeThreads, 1) slope_ranges(Global<const A> drows, Global<A> ranges, int n) {
   Carver carve;
@@ -24,7 +25,8 @@ KERNEL LAUNCH_BOUNDS(kRangeThreads, 1) slope_ranges(Global<const A> drows, Globa
   if (thread_x() == 0) ranges.st(item, A(8192) / larger(top, A(1e-30)));
 }
 
-// drows_i exp(scale S_ij - rows_i) of the row i or the column j that S was summed along; of pairs within x, of both.
+// drows_i exp(scale S_ij - rows_i) of the row i or the column j that S was summed along; of pairs within x,
+// of both.
 template <class T>
 struct SoftmaxWeights {
   using A = Acc<T>;
@@ -55,15 +57,9 @@ struct SoftmaxWeights {
 };
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], ranges, size = 0;
-  explicit Places(const RowsArgs& args) {
-    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * bytes);
-      return at;
-    };
+struct Places : Pieces {
+  int64_t rates[2], ranges;
+  explicit Places(const RowsArgs& args) : Pieces(args.x.dtype) {
     rates[0] = rates[1] = take(args.L * args.N);
     if (args.y.data) rates[1] = take(args.L * args.M);
     ranges = take(args.x.dtype == ScalarType::kHalf ? args.L : 0);
@@ -76,7 +72,7 @@ void backward(const LogSumExpBackward& args, void* scratch, void* stream) {
   const Places at(args);
   const bool within = !args.y.data;
   const CosineArgs sets = vectors_of(args);
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   for (int s = 0; s < (within ? 1 : 2); ++s) vector_rates(kName, sets, s, place(at.rates[s]), stream);
   SoftmaxWeights<T> weights{};
   weights.drows = {static_cast<const A*>(args.drows)};

@@ -1,7 +1,7 @@
 // Forward of penalties on two Gram matrices; the maths is in vitdiv_kernels/ops/pairs/two_gram/README.md.
 //
-// A block makes one tile of both matrices and sums its penalties. Only the upper triangle is made, and counts both ways. A
-// tile's sum has a place of its own; they are added in order.
+// A block makes one tile of both matrices and sums its penalties. Only the upper triangle is made, and counts
+// both ways. A tile's sum has a place of its own; they are added in order.
 #include "two_gram.cuh"
 
 namespace vitdiv::cuda {
@@ -11,13 +11,18 @@ constexpr const char* kName = "two_gram_fwd";
 
 template <class T>
 struct TwoGramKernel {
-  Vectors<T> x, y;  // y.width is 0: the second matrix is the identity
-  Global<const Acc<T>> x_rates, y_rates;
-  Global<Acc<T>> sums;  // of tiles
-  int row_tiles, tiles, stages;
+  Vectors<T> x;                  // [items, N, D]
+  Vectors<T> y;                  // [items, N, E]; E = 0: the second matrix is the identity
+  Global<const Acc<T>> x_rates;  // [items, N]
+  Global<const Acc<T>> y_rates;  // [items, N]
+  Global<Acc<T>> sums;           // [items, tiles]
+  int row_tiles;
+  int tiles;   // of an item
+  int stages;  // of the products' ring in shared memory
   PairPenalty<Acc<T>> penalty;
 };
 
+// S = x̂ x̂^T, T = ŷ ŷ^T; sums[tile] = sum over its i, j of penalty(S[i, j], T[i, j]).
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> a) {
   using Tile = CosineTile<T>;
@@ -87,18 +92,12 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
 }
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], sums, size = 0;
-  explicit Places(const TwoGramArgs& args) {
-    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
+struct Places : Pieces {
+  int64_t rates[2], sums;
+  explicit Places(const TwoGramArgs& args) : Pieces(args.x.dtype) {
     const int64_t tile =
         with_type(args.x.dtype, [](auto number) { return int64_t(CosineTile<decltype(number)>::kSize); });
     const int64_t tiles = ceil_div(args.N, tile);
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * bytes);
-      return at;
-    };
     rates[0] = rates[1] = take(args.L * args.N);
     if (args.y.data && args.normalise) rates[1] = take(args.L * args.N);
     sums = take(args.L * tiles * (tiles + 1) / 2);
@@ -110,7 +109,7 @@ void forward(const TwoGramForward& args, void* scratch, void* stream) {
   using A = Acc<T>;
   using Tile = CosineTile<T>;
   const Places at(args);
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   A* const rates[2] = {place(at.rates[0]), place(at.rates[1])};
   const int row_tiles = static_cast<int>(ceil_div(args.N, Tile::kSize)),
             tiles = row_tiles * (row_tiles + 1) / 2;

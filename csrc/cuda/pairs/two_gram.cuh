@@ -5,7 +5,8 @@
 
 namespace vitdiv::cuda {
 
-// A penalty as flags, which all pairs of a launch share. The squares are of S' - T', where numbers are replaced by 0.
+// A penalty as flags, which all pairs of a launch share. The squares are of S' - T', where numbers are
+// replaced by 0.
 template <class A>
 struct PairPenalty {
   bool product, hinge;
@@ -62,6 +63,7 @@ Vectors<T> gram_vectors(const TwoGramArgs& args, int set) {
   return vectors<T>(set ? "y" : "x", set ? args.y : args.x, args.L, args.N, set ? args.E : args.D);
 }
 
+// numbers[..] = 1
 template <class A>
 KERNEL LAUNCH_BOUNDS(256, 1) fill_ones(Global<A> numbers, int64_t count) {
   const int64_t at = int64_t(block_x()) * threads() + thread_x();

@@ -8,8 +8,8 @@ namespace {
 constexpr const char* kName = "two_gram_bwd";
 constexpr int kRangeThreads = 256;
 
-// float16 ends at 65504 and begins at 2^-24. No weight is larger than a multiple of the squares of the largest norms, and
-// with this factor than 2^14.
+// ranges = 4096 / (bound + the largest |x|^2 and |y|^2). float16 ends at 65504 and begins at 2^-24. No weight
+// is larger than a multiple of the squares of the largest norms, and with this factor than 2^14.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kRangeThreads, 1)
     norm_ranges(Global<const A> x_rates, Global<const A> y_rates, A bound, Global<A> ranges, int n) {
@@ -52,17 +52,11 @@ struct PenaltyWeights {
 };
 
 // Places in scratch, in bytes.
-struct Places {
-  int64_t rates[2], norms[2], ranges, size = 0;
+struct Places : Pieces {
+  int64_t rates[2], norms[2], ranges;
   bool finds_ranges;
   explicit Places(const TwoGramArgs& args)
-      : finds_ranges(!args.normalise && args.x.dtype == ScalarType::kHalf) {
-    const int64_t bytes = args.x.dtype == ScalarType::kDouble ? 8 : 4;
-    const auto take = [&](int64_t numbers) {
-      const int64_t at = size;
-      size += whole_pieces(numbers * bytes);
-      return at;
-    };
+      : Pieces(args.x.dtype), finds_ranges(!args.normalise && args.x.dtype == ScalarType::kHalf) {
     const int sets = args.y.data ? 2 : 1;
     rates[0] = rates[1] = take(args.L * args.N);
     if (args.y.data && args.normalise) rates[1] = take(args.L * args.N);
@@ -75,7 +69,7 @@ template <class T>
 void backward(const TwoGramBackward& args, void* scratch, void* stream) {
   using A = Acc<T>;
   const Places at(args);
-  const auto place = [&](int64_t bytes) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + bytes); };
+  const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   A* const rates[2] = {place(at.rates[0]), place(at.rates[1])};
   gram_rates(kName, args, rates, stream);
   const bool half = args.x.dtype == ScalarType::kHalf, product = args.penalty == GramPenalty::kProduct;

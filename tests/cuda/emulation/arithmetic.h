@@ -1,4 +1,5 @@
-// What the operations of the layer make of their numbers: rounded once, or as hardware of compute capability 8.0 rounds.
+// What the operations of the layer make of their numbers: rounded once, or as hardware of compute capability
+// 8.0 rounds.
 #pragma once
 
 #include <algorithm>
@@ -28,9 +29,9 @@ int exponent(float x) {
   return std::max(static_cast<int>(std::bit_cast<uint32_t>(x) >> 23 & 255) - 127, LEAST);
 }
 
-// Tensor cores add K / 2 products at a time to the sum. Products are exact. They and the sum are aligned to the largest
-// exponent (a product's is the sum of its factors'), where 24 bits follow the leading one and the others are cut off; so
-// aligned they are added exactly, and the result is cut to float32.
+// Tensor cores add K / 2 products at a time to the sum. Products are exact. They and the sum are aligned to
+// the largest exponent (a product's is the sum of its factors'), where 24 bits follow the leading one and the
+// others are cut off; so aligned they are added exactly, and the result is cut to float32.
 template <int K, int LEAST>
 float sum_of_tensor_cores(float c, const float* a, const float* b) {
   constexpr int kBits = 24, kLowest = -132;

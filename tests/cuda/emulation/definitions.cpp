@@ -1,5 +1,5 @@
-// The emulated layer against its definitions, written again from the PTX manual: "Matrix Fragments for mma.m16n8k16" and
-// so on, element by element. Prints "name<TAB>ok" or "name<TAB>what is wrong".
+// The emulated layer against its definitions, written again from the PTX manual: "Matrix Fragments for
+// mma.m16n8k16" and so on, element by element. Prints "name<TAB>ok" or "name<TAB>what is wrong".
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -263,8 +263,8 @@ void test_tensor_cores(const char* name) {
   report(name, good);
 }
 
-// A planted fault: a long sum of one sign that stays in tensor cores, which nothing sees if sums are rounded; and the same by
-// multiply_add, which adds each step to the sum itself.
+// A planted fault: a long sum of one sign that stays in tensor cores, which nothing sees if sums are rounded;
+// and the same by multiply_add, which adds each step to the sum itself.
 float term(int step) { return 0.5f + static_cast<float>(step * 37 % 101) / 202; }
 
 template <bool CHAINED>

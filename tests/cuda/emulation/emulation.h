@@ -68,8 +68,8 @@ inline Position position;  // of the running fiber
 
 enum class Access { kRead, kWrite, kWarpRead };  // kWarpRead: on behalf of the whole warp
 
-// Device memory is what a test has allowed. A kernel may write where `writable`, and read what it or an earlier launch
-// wrote, or everything where `initialised`.
+// Device memory is what a test has allowed. A kernel may write where `writable`, and read what it or an
+// earlier launch wrote, or everything where `initialised`.
 void allow(const void* memory, int64_t bytes, bool writable, bool initialised);
 void forbid_all();
 void check_global(const void* memory, int bytes, Access, Place);
@@ -108,7 +108,8 @@ struct bf16_t {
   uint16_t bits;
 };
 
-// By bits: _Float16 to float to double is a slow library call in g++. No step is a denormal float: a process may flush those.
+// By bits: _Float16 to float to double is a slow library call in g++. No step is a denormal float: a process
+// may flush those.
 inline float to_float(half_t x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   const float f = magnitude >= 0x7c00u  ? std::bit_cast<float>(magnitude << 13 | 0x7f800000u)

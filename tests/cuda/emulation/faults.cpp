@@ -1,5 +1,6 @@
-// A kernel that reverses 64 numbers, in several ways, with one fault planted at a time. Prints, for each fault and order,
-// "fault<TAB>order<TAB>what the emulation said". The comments `at: ...` name the faults that must be found at that line.
+// A kernel that reverses 64 numbers, in several ways, with one fault planted at a time. Prints, for each
+// fault and order, "fault<TAB>order<TAB>what the emulation said". The comments `at: ...` name the faults that
+// must be found at that line.
 #include <cstdio>
 #include <vector>
 

@@ -1,5 +1,5 @@
-// csrc/cuda/core/launch.cpp over a runtime of its own that keeps, as CUDA does, the shared memory that each kernel may have on each
-// device. Prints "name<TAB>ok" or "name<TAB>what is wrong".
+// csrc/cuda/core/launch.cpp over a runtime of its own that keeps, as CUDA does, the shared memory that each
+// kernel may have on each device. Prints "name<TAB>ok" or "name<TAB>what is wrong".
 #include <atomic>
 #include <chrono>
 #include <cstdio>

@@ -1,5 +1,6 @@
-// csrc/cuda/core/stream.h in a process that has, or has not, loaded a libtorch_cuda for itself alone, as Python does. Prints the
-// streams of devices 0 to 2, of a torch that tells them and of one that does not, or "none".
+// csrc/cuda/core/stream.h in a process that has, or has not, loaded a libtorch_cuda for itself alone, as
+// Python does. Prints the streams of devices 0 to 2, of a torch that tells them and of one that does not, or
+// "none".
 #include <cstdio>
 
 #include "../../../csrc/cuda/core/stream.h"
