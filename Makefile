@@ -28,12 +28,13 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(she
 CPP := $(filter %.cpp %.h %.cu %.cuh %.def,$(BUILD_INPUTS)) $(shell find tests/cuda/emulation -name '*.cpp' -o -name '*.h')
 CLANG_FORMAT = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
 
-.PHONY: help demo test pytest lint format bench gpu-check matrix build clean
+.PHONY: help demo test pytest lint format docs bench gpu-check matrix build clean
 
 help:
 	@echo 'make demo     train small vision transformers on handwritten digits and show what diversity did'
 	@echo 'make test     lint, then the whole test suite; make pytest and make lint are its halves'
 	@echo 'make format   let ruff and clang-format rewrite what make lint complains about'
+	@echo 'make docs     build the documentation: build/docs/index.html'
 	@echo 'make bench    measure speed and memory of the operations; build/bench.csv and build/bench.png'
 	@echo 'make gpu-check  on a machine with an NVIDIA GPU: build in place, test and measure there, in twelve minutes, with'
 	@echo '              the packages that PYTHON has; installs nothing. GPU_CHECK= takes its options: --tests or --benchmarks'
@@ -68,6 +69,9 @@ format: build
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP)
 
+docs: $(STAMPS)/docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+
 bench: build
 	rm -f build/bench.csv
 	set -e; for bench in benchmarks/bench_*.py; do $(PY) $$bench --out build/bench.csv; done
@@ -86,6 +90,11 @@ $(STAMPS)/package: $(STAMPS)/environment $(BUILD_INPUTS)
 	@extras='$(EXTRAS)'; $(ADD_TRITON); \
 	  $(PIP_INSTALL) --no-build-isolation --editable ".[$$extras]" '$(TORCH)'
 	@$(PY) -c 'import vitdiv_kernels._native' # says so when there are no kernels
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/package
+	@$(PY) -c 'from importlib.metadata import requires; parts = (line.partition(";") for line in \
+	  requires("vitdiv-kernels")); print(*(part[0] for part in parts if "docs" in part[2]))' | xargs $(PIP_INSTALL)
 	@touch $@
 
 $(STAMPS)/environment:

@@ -2,7 +2,7 @@
 
     python tests/emulated_counts.py reattention
 
-The tables of the operations' READMEs are from here. For one image, all heads; of a step the clocks of a
+The tables of docs/kernels are from here. For one image, all heads; of a step the clocks of a
 multiprocessor are the most that one of its parts needs: 128 bytes of shared memory and 24 of L2 each clock,
 1.6 clocks for a product of tensor cores. Bytes that L1 serves are counted as of L2.
 """

@@ -292,6 +292,10 @@ class use_backend:
     Raises:
         ValueError: an unknown name.
         TypeError: as a decorator, what is not a function, and generator functions: write the block in them.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     loss = pairwise_cosine(torch.randn(2, 16, 32))
     """
 
     def __init__(self, backend):

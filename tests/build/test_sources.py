@@ -31,6 +31,19 @@ def test_no_file_is_half_merged(tracked):
     assert [name for name in tracked if half_merged((ROOT / name).read_bytes())] == []
 
 
+def wide(text, limit=100):
+    """Numbers of the lines of Markdown that are too wide. A row of a table cannot break."""
+    lines = enumerate(text.splitlines(), 1)
+    return [number for number, line in lines if len(line) > limit and not line.startswith("|")]
+
+
+def test_markdown_is_at_most_100_columns_wide(tracked):
+    assert wide("a" * 100 + "\n" + "b" * 101 + "\n|" + "c" * 101) == [2]
+    pages = [name for name in tracked if name.endswith(".md")]
+    found = {name: wide((ROOT / name).read_text()) for name in pages}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
 def test_an_sdist_holds_what_is_tracked(tracked, tmp_path):
     tree = tmp_path / "tree"
     for name in tracked:

@@ -133,14 +133,16 @@ class CollapseMonitor:
             `DiversityObjective`.
 
     Each measurement adds one record per block to `records`, a dict:
-        step, block: from 0;
-        patch_cosine, patch_abs_cosine: mean cosine and mean |cosine| of the patches that leave the block,
-            i != j; patch_cosine_q05, _q50, _q95: quantiles of the cosine;
-        head_cosine: mean cosine of the softmax maps of its heads, g != h (0 for one head);
-        attention_entropy: mean entropy of the rows of these maps, nats; at most log N;
-        effective_rank: of the patches, at most min(N, D);
-        residual: |X - 1 mean^T| / |X| of the patches;
-        attention_cosine: list, the mean cosine of its maps with those of each block, per head, whole maps.
+
+    - step, block: from 0;
+    - patch_cosine, patch_abs_cosine: mean cosine and mean |cosine| of the patches that leave the block,
+      i != j; patch_cosine_q05, _q50, _q95: quantiles of the cosine;
+    - head_cosine: mean cosine of the softmax maps of its heads, g != h (0 for one head);
+    - attention_entropy: mean entropy of the rows of these maps, nats; at most log N;
+    - effective_rank: of the patches, at most min(N, D);
+    - residual: |X - 1 mean^T| / |X| of the patches;
+    - attention_cosine: list, the mean cosine of its maps with those of each block, per head, whole maps.
+
     All are means over images.
 
     A measurement is one more forward pass, in evaluation mode and without gradients, of the model as it is

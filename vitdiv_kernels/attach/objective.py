@@ -55,6 +55,10 @@ class Term:
         options: of the function of that name in `vitdiv_kernels.losses`.
 
     Raises ValueError or TypeError, with a sentence, for what does not fit.
+
+    Example:
+        >>> Term("attention_diversity", 1e-4, layers=[0, 1]).layers
+        (0, 1)
     """
 
     loss: str

@@ -51,6 +51,10 @@ def gram_anchoring(
 
     Source: Siméoni et al. 2025 (DINOv3, arXiv 2508.10104), `GramLoss`: "remove" is its remove_neg,
     "remove_teacher" what its remove_only_teacher_neg says.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 4, 49, 64).requires_grad_().unbind()
+        >>> losses.gram_anchoring(student, teacher.detach()).backward()
     """
     _checks.vectors("student", student)
     _checks.second_vectors("teacher", teacher, "student", student, same_number=True, any_width=True)
@@ -103,6 +107,10 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
     Cost: tiles, N^2 D / 2 multiply-adds for the index of each nearest vector, then O(N D).
 
     Source: Sablayrolles et al. 2019 (arXiv 1806.03198), as in DINOv2 (arXiv 2304.07193), `KoLeoLoss`.
+
+    Example:
+        >>> x = torch.randn(4, 49, 64, requires_grad=True)
+        >>> losses.koleo(x).backward()
     """
     _checks.vectors("x", x, at_least=2)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
@@ -194,6 +202,10 @@ def uniformity(x, *, t=2.0, reduction="mean", eps=1e-8, backend="auto"):
     Cost: tiles, N^2 D / 2 multiply-adds.
 
     Source: Wang and Isola 2020 (arXiv 2005.10242), `lunif`.
+
+    Example:
+        >>> x = torch.randn(4, 49, 64, requires_grad=True)
+        >>> losses.uniformity(x).backward()
     """
     _checks.vectors("x", x, at_least=2)
     t = _checks.positive("t", t)
@@ -221,6 +233,10 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
     (D + D2) multiply-adds.
 
     Source: Kornblith et al. 2019 (arXiv 1905.00414).
+
+    Example:
+        >>> x, y = torch.randn(2, 4, 49, 64).requires_grad_().unbind()
+        >>> (1 - losses.linear_cka(x, y)).backward()
     """
     _checks.vectors("x", x)
     _checks.second_vectors("y", y, "x", x, same_number=True, any_width=True)
@@ -273,6 +289,10 @@ def vf_loss(
     Cost: tiles, N^2 D multiply-adds, for the first term; O(N D) for the second.
 
     Source: Yao et al. 2025 (VA-VAE, arXiv 2501.01423), `vf_loss`.
+
+    Example:
+        >>> z, f = torch.randn(2, 4, 49, 64).requires_grad_().unbind()
+        >>> losses.vf_loss(z, f.detach()).backward()
     """
     _checks.vectors("z", z)
     _checks.second_vectors("f", f, "z", z, same_number=True)
@@ -310,6 +330,10 @@ def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e
     Cost: tiles, N^2 D multiply-adds, twice that when symmetric.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748); symmetric: Radford et al. 2021 (arXiv 2103.00020).
+
+    Example:
+        >>> x, y = torch.randn(2, 4, 49, 64).requires_grad_().unbind()
+        >>> losses.info_nce(x, y).backward()
     """
     _checks.vectors("x", x)
     _checks.second_vectors("y", y, "x", x, same_number=True)

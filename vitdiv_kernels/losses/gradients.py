@@ -24,6 +24,10 @@ def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e
     Cost: a closed form, O(N D).
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_grad_diversity_reg`.
+
+    Example:
+        >>> gradients = torch.randn(4, 49, 64, requires_grad=True)
+        >>> losses.gradient_diversity(gradients).backward()
     """
     _checks.vectors("gradients", gradients)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)

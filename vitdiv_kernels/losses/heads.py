@@ -28,6 +28,10 @@ def head_cross_cosine(q, k, q2, k2, *, penalty="abs", reduction="mean", scale=No
     Cost: tiles, those of `attention_cosine`; H x H2 numbers per image.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_cosine_across_attn_reg` and its twin `_noabs`.
+
+    Example:
+        >>> q, k, q2, k2 = torch.randn(4, 4, 6, 49, 16).requires_grad_().unbind()
+        >>> losses.head_cross_cosine(q, k, q2, k2).backward()
     """
     _checks.one_of("penalty", penalty, tuple(PENALTIES))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
@@ -54,6 +58,10 @@ def head_contrast(q, k, q2, k2, *, reduction="mean", scale=None, backend="auto")
     Cost: tiles, those of `attention_cosine`.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_contrastive_attn_reg`.
+
+    Example:
+        >>> q, k, q2, k2 = torch.randn(4, 4, 6, 49, 16).requires_grad_().unbind()
+        >>> losses.head_contrast(q, k, q2, k2).backward()
     """
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     cosine = attention_cosine(q, k, q2, k2, scale=scale, backend=backend)
@@ -82,6 +90,10 @@ def head_mhs(q, k, *, variant="paper", reduction="mean", scale=None, backend="au
     Cost: tiles, those of `attention_gram`.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mhs_feature_reg` on attention maps.
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 6, 49, 16).requires_grad_().unbind()
+        >>> losses.head_mhs(q, k).backward()
     """
     _checks.one_of("variant", variant, _common.MHS_VARIANTS)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
@@ -107,6 +119,10 @@ def head_mgd(q, k, *, ridge=1e-6, reduction="mean", scale=None, backend="auto"):
     Cost: tiles, those of `attention_gram`; the determinant of an H x H matrix in float64.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_feature_reg` on attention maps.
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 6, 49, 16).requires_grad_().unbind()
+        >>> losses.head_mgd(q, k).backward()
     """
     ridge = _checks.positive("ridge", ridge)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
@@ -127,6 +143,10 @@ def head_soft_orthogonality(q, k, *, reduction="mean", scale=None, backend="auto
     Cost: tiles, those of `attention_gram`.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_s_orth_attn_reg`.
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 6, 49, 16).requires_grad_().unbind()
+        >>> losses.head_soft_orthogonality(q, k).backward()
     """
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     gram = attention_gram(q, k, scale=scale, backend=backend)
@@ -153,6 +173,10 @@ def head_condition_orthogonality(
     Cost: tiles, those of `attention_gram`.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_condition_orth_attn_reg`.
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 6, 49, 16).requires_grad_().unbind()
+        >>> losses.head_condition_orthogonality(q, k).backward()
     """
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     gram = attention_gram(q, k, scale=scale, backend=backend)

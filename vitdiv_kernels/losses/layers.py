@@ -44,6 +44,11 @@ def layer_similarity(layers, *, along="columns", reduction="none", scale=None, r
     O(L B H N M (d + L)).
 
     Source: Zhou et al. 2021 (arXiv 2103.11886), the cross-layer similarity of attention maps.
+
+    Example:
+        >>> layers = [torch.randn(2, 4, 6, 49, 16).unbind() for _ in range(3)]  # q, k of each
+        >>> losses.layer_similarity(layers, along="maps", reduction="mean").shape
+        torch.Size([3, 3])
     """
     layers, scale, rows = _checked(layers, scale, rows)
     _checks.one_of("along", along, ALONG)
@@ -69,6 +74,10 @@ def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
         blocks 1 ... L - 1, float64 [L - 1]. No gradient.
 
     Source: Zhou et al. 2021 (arXiv 2103.11886), the ratio of similar blocks.
+
+    Example:
+        >>> layers = [torch.randn(2, 4, 6, 49, 16).unbind() for _ in range(3)]
+        >>> ratio = losses.similar_block_ratio(losses.layer_similarity(layers))
     """
     _checks.floating_tensor("similarity", similarity)
     if similarity.dim() < 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) < 2:
@@ -97,6 +106,10 @@ def cos_reg(layers, *, along="heads", scale=None, rows=64):
     Cost: that of `layer_similarity`.
 
     Source: the released code of Zhou et al. 2021 (arXiv 2103.11886), `SoftTargetCrossEntropyCosReg`.
+
+    Example:
+        >>> layers = [torch.randn(2, 4, 6, 49, 16).requires_grad_().unbind() for _ in range(3)]
+        >>> losses.cos_reg(layers).backward()
     """
     layers, scale, rows = _checked(layers, scale, rows)
     _checks.one_of("along", along, ALONG)

@@ -21,6 +21,10 @@ def cutmix_shares(box, *, image_size, grid):
     Cost: a closed form, O(N): the covered area of a patch is a product of two lengths.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `patch_wise_lam`.
+
+    Example:
+        >>> losses.cutmix_shares((0, 16, 0, 24), image_size=32, grid=2)
+        tensor([0.0000, 0.5000, 1.0000, 1.0000])
     """
     # as_tensor takes a tensor to the default device
     box = box.float() if isinstance(box, torch.Tensor) else torch.as_tensor(box, dtype=torch.float32)
@@ -51,6 +55,11 @@ def patch_targets(labels, others, shares, *, num_classes, smoothing=0.0):
         [B, N, C], the dtype of shares; rows sum to 1.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `mixup_target`.
+
+    Example:
+        >>> labels, shares = torch.tensor([0, 2]), torch.tensor([0.0, 0.5, 1.0, 1.0])
+        >>> losses.patch_targets(labels, labels.flip(0), shares, num_classes=3).shape
+        torch.Size([2, 4, 3])
     """
     smoothing = _labels(labels, others, shares, smoothing)
     shares = shares.expand(len(labels), -1).unsqueeze(-1)
@@ -80,6 +89,11 @@ def patch_mixing(logits, labels, others, shares, *, smoothing=0.0, reduction="me
     Sources: Gong et al. 2021 (arXiv 2104.12753), patch-wise mixing loss: "mean". Chen et al. 2022 (arXiv
     2203.06345), `Loss_mixing`: "sum"; their trainer adds the class token's cross-entropy and divides by
     N + 1.
+
+    Example:
+        >>> labels, shares = torch.tensor([0, 2]), torch.tensor([0.0, 0.5, 1.0, 1.0])
+        >>> logits = torch.randn(2, 4, 3, requires_grad=True)
+        >>> losses.patch_mixing(logits, labels, labels.flip(0), shares).backward()
     """
     _checks.floating_tensor("logits", logits)
     if logits.dim() != 3:

@@ -37,6 +37,10 @@ def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction
 
     Sources: Gong et al. 2021 (arXiv 2104.12753), patch-wise contrastive loss; Chen et al. 2022 (arXiv
     2203.06345), `Loss_contrastive`.
+
+    Example:
+        >>> first, last = torch.randn(2, 4, 49, 64).requires_grad_().unbind()
+        >>> losses.patch_contrast(first, last).backward()
     """
     _checks.vectors("first", first, at_least=2)
     _checks.second_vectors("last", last, "first", first, same_number=True)
@@ -116,6 +120,10 @@ def neighbourhood_contrast(
 
     Source: the released code of Gong et al. 2021 (arXiv 2104.12753), `similarity` with its defaults, where
     the paper has `patch_contrast`.
+
+    Example:
+        >>> x, y = torch.randn(2, 4, 49, 64).requires_grad_().unbind()
+        >>> losses.neighbourhood_contrast(x, y, grid=(7, 7)).backward()
     """
     _checks.vectors("patches", patches, at_least=2)
     _checks.second_vectors("context", context, "patches", patches, same_number=True)
@@ -175,6 +183,10 @@ def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto")
     "released" holds N x N matrices.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mhs_feature_reg`.
+
+    Example:
+        >>> x = torch.randn(4, 49, 64, requires_grad=True)
+        >>> losses.patch_mhs(x).backward()
     """
     _checks.vectors("x", x, at_least=2)
     _checks.one_of("variant", variant, _common.MHS_VARIANTS)
@@ -199,6 +211,10 @@ def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
     the exponential of a Gram matrix has full rank, so its determinant needs all of it.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_feature_reg`.
+
+    Example:
+        >>> x = torch.randn(4, 49, 64, requires_grad=True)
+        >>> losses.patch_mgd(x).backward()
     """
     _checks.vectors("x", x)
     ridge = _checks.positive("ridge", ridge)
@@ -223,6 +239,10 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
     N^2 D / 2 multiply-adds.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_s_orth_embedding_reg`.
+
+    Example:
+        >>> x = torch.randn(4, 49, 64, requires_grad=True)
+        >>> losses.patch_soft_orthogonality(x).backward()
     """
     _checks.vectors("x", x)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
@@ -262,6 +282,11 @@ def patch_condition_orthogonality(x, *, start=None, generator=None, reduction="m
     Cost: a closed form, O(N D): the Gram matrix is only multiplied with vectors.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_condition_orth_embedding_reg`.
+
+    Example:
+        >>> x = torch.randn(4, 49, 64, requires_grad=True)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> losses.patch_condition_orthogonality(x, generator=generator).backward()
     """
     _checks.vectors("x", x)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)

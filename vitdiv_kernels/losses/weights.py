@@ -30,6 +30,10 @@ def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
     "released" holds one N x N matrix per weight.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mhs_weight_reg`.
+
+    Example:
+        >>> weights = [torch.randn(3, 64, 64, requires_grad=True) for _ in range(2)]  # qkv of 2 blocks
+        >>> losses.weight_mhs(weights).backward()
     """
     _checks.one_of("variant", variant, _common.MHS_VARIANTS)
     eps = _checks.number("eps", eps, at_least=0)
@@ -54,6 +58,10 @@ def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
     Cost: O(N^2 D + N^3); it holds N x N matrices in float64.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_mgd_weight_reg`.
+
+    Example:
+        >>> weights = [torch.randn(3, 64, 64, requires_grad=True) for _ in range(2)]  # qkv of 2 blocks
+        >>> losses.weight_mgd(weights).backward()
     """
     ridge = _checks.positive("ridge", ridge)
     eps = _checks.number("eps", eps, at_least=0)
@@ -79,6 +87,10 @@ def weight_soft_orthogonality(weights, *, reduction="sum"):
     |W^T W - I|^2 + N - D.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `loss_s_orth_weight_reg`.
+
+    Example:
+        >>> weights = [torch.randn(3, 64, 64, requires_grad=True) for _ in range(2)]  # qkv of 2 blocks
+        >>> losses.weight_soft_orthogonality(weights).backward()
     """
 
     def loss(w):
@@ -113,6 +125,10 @@ def weight_condition_orthogonality(weights, *, start=None, generator=None, of="r
     Cost: a closed form, O(N D): the Gram matrix is only multiplied with vectors.
 
     Source: Chen et al. 2022 (arXiv 2203.06345), `Loss_condition_orth_weight`.
+
+    Example:
+        >>> weights = [torch.randn(3, 64, 64, requires_grad=True) for _ in range(2)]  # qkv of 2 blocks
+        >>> losses.weight_condition_orthogonality(weights).backward()
     """
     _checks.one_of("of", of, ("rows", "columns"))
 

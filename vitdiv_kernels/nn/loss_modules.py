@@ -62,6 +62,10 @@ class PatchCosineLoss(_TokenLoss, of=losses.pairwise_cosine):
     the tokens of two layers. The defaults are the loss of Gong et al. 2021 (arXiv 2104.12753). Arguments as
     `pairwise_cosine`, and num_prefix_tokens: the class and register tokens that are dropped from the front of
     x and y.
+
+    Example:
+        >>> tokens = torch.randn(2, 17, 48, requires_grad=True)  # a class token and 16 patches
+        >>> PatchCosineLoss()(tokens).backward()
     """
 
     def __init__(
@@ -81,6 +85,10 @@ class AttentionDiversityLoss(_Loss, of=losses.attention_diversity):
     """penalty on the cosine similarity of the attention maps of the heads.
 
     forward(q [B, H, N, d], k [B, H, M, d]). The defaults are the loss of Chen et al. 2022 (arXiv 2203.06345).
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 6, 17, 8).requires_grad_().unbind()
+        >>> AttentionDiversityLoss()(q, k).backward()
     """
 
     def __init__(self, penalty="signed", *, include_self=True, reduction="mean", scale=None, backend="auto"):

@@ -58,6 +58,11 @@ class ReAttention(_attention.PackedAttention):
     0, unless the modules are called on the maps. In the published form it is rounding noise, up to 1e-4 in
     float32, and AdamW scales that up: the bias drifts, by 4e-3 in 100 steps at a learning rate of 1e-3, and
     the running mean lags behind it.
+
+    Example:
+        >>> attention = ReAttention(48, num_heads=4)
+        >>> attention(torch.randn(2, 17, 48)).shape
+        torch.Size([2, 17, 48])
     """
 
     def __init__(

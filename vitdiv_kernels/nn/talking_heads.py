@@ -20,6 +20,11 @@ class TalkingHeadsAttention(_attention.PackedAttention):
 
     Raises ValueError when num_heads does not divide dim, and for attn_drop other than 0: CaiT drops after the
     second mix, which the operation does not do.
+
+    Example:
+        >>> attention = TalkingHeadsAttention(48, num_heads=4)
+        >>> attention(torch.randn(2, 17, 48)).shape
+        torch.Size([2, 17, 48])
     """
 
     def __init__(

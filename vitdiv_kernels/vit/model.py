@@ -16,6 +16,10 @@ class ViTConfig:
 
     `overlap` widens each patch by so many pixels on every side; `reattention` lists the blocks that
     re-attend. Raises ValueError for sizes that do not fit together.
+
+    Example:
+        >>> ViTConfig(depth=24, reattention=range(12, 24)).patch
+        16
     """
 
     image_size: int = 224
@@ -133,6 +137,11 @@ class ViT(nn.Module):
     With `return_tokens=True` the second result is the list of `depth + 1` token tensors [B, 1 + N, D]: entry
     i enters block i, the last leaves the last block. They are the tensors that the forward pass makes anyway,
     not copies.
+
+    Example:
+        >>> model = ViT(ViTConfig(image_size=32, dim=48, depth=2, heads=4, classes=10))
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     num_prefix_tokens = 1

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import OPERANDS, accumulator, input_precision, launch, to_tf32
+from .._launch import OPERANDS, accumulator, capability, input_precision, launch, to_tf32
 
 BLOCK_ROWS, BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
 # Of variants that the tables' rows were not chosen for. Without a limit ptxas aims at 128, and may spill a
@@ -26,9 +26,13 @@ def items_of(x):
 
 def slices(config, *rows):
     """What a program of this row of a table takes of the vectors at a time, and registers at most."""
-    if all(map(_aligned, rows)):
-        # float64 spilled at 168 registers
-        return dict(BD=config.width, maxnreg=_ALL_REGISTERS if rows[0].dtype == torch.float64 else None)
+    if all(map(aligned, rows)):
+        # these spilled at 168 registers
+        many = rows[0].dtype == torch.float64 or (rows[0].dtype, capability(rows[0])[0]) == (
+            torch.float32,
+            10,
+        )
+        return dict(BD=config.width, maxnreg=_ALL_REGISTERS if many else None)
     return dict(BD=max(16, config.width // 2), maxnreg=_ALL_REGISTERS)
 
 
@@ -36,13 +40,13 @@ def gradient_slices(config, width, *rows):
     """`slices` of a program that makes some columns of the gradient, [items, N, width]."""
     # no wider than the gradient: narrow rows would be mostly padding
     out = min(config.out, max(16, triton.next_power_of_2(width)))
-    if not all(map(_aligned, rows)):
+    if not all(map(aligned, rows)):
         out = min(out, 32)
     options = slices(config, *rows) | dict(BO=out)
     return options if out == config.out else options | dict(maxnreg=_ALL_REGISTERS)
 
 
-def _aligned(x):
+def aligned(x):
     """Whether Triton, too, can tell that its rows start at multiples of 16 bytes.
 
     Otherwise every load is of one element, and needs a register for every address.
@@ -53,11 +57,12 @@ def _aligned(x):
 def read_rows(x, inverse_norms, eps, *, squares=None, sums=None, unit=None):
     """Inverse norms and what else is asked for: |x_hat|^2, sums of x_hat over blocks of rows, x_hat."""
     items, rows, width = x.shape
+    maxnreg = 128 if x.dtype == torch.bfloat16 else None  # at 72 it spilled on sm_100
     launch(
         rows_kernel, (items * triton.cdiv(rows, BLOCK_ROWS),),
         x, x.stride(0), x.stride(1), inverse_norms, squares, sums, unit, rows, width,
         EPS=eps, INVERSE_EPS=inverse_eps(eps), BN=BLOCK_ROWS, BD=BLOCK_WIDTH, ACC=accumulator(x.dtype),
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, maxnreg=maxnreg,
     )  # fmt: skip
 
 
@@ -225,7 +230,8 @@ def products(
 
 @triton.jit
 def cosines(
-    x_rows, y_rows, x_mask, y_mask, D, x_inverse_norm, y_inverse_norm, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    x_rows, y_rows, x_mask, y_mask, D, x_inverse_norm, y_inverse_norm,
+    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`products` of unit vectors, of inverse norms as given."""
@@ -241,27 +247,16 @@ def cosines(
             # the loops around it, where it would take registers. Multiples of 16 keep the loads wide.
             first, x_inverse_norm, y_inverse_norm = 16 * (far - 1), x_inverse_norm * far, y_inverse_norm * far
             s = _far_cosines(
-                x_rows,
-                y_rows,
-                x_mask,
-                y_mask,
-                first,
-                D,
-                x_inverse_norm,
-                y_inverse_norm,
-                BR,
-                BC,
-                DT,
-                PREC,
-                ACC,
-            )
+                x_rows, y_rows, x_mask, y_mask, first, D, x_inverse_norm, y_inverse_norm,
+                BR, BC, DT, PREC, ACC,
+            )  # fmt: skip
     return s
 
 
 @triton.jit
 def _far_cosines(
-    x_rows, y_rows, x_mask, y_mask, first, D, x_inverse_norm, y_inverse_norm, BR: tl.constexpr, BC: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+    x_rows, y_rows, x_mask, y_mask, first, D, x_inverse_norm, y_inverse_norm,
+    BR: tl.constexpr, BC: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`cosines` of vectors of any length, multiplied by powers of two first, which is exact."""
     FD: tl.constexpr = 16  # and no stages: no more registers than `products` takes

@@ -1,7 +1,7 @@
 """Schedule S2: maps of a chunk of images, or of query rows of one image, in a workspace of constant size.
 
 Library products write the chunk's logits, one row kernel makes of them what the next products need, in place.
-../README.md describes both directions and counts their bytes.
+docs/kernels/reattention.md describes both directions and counts their bytes.
 """
 
 from typing import NamedTuple

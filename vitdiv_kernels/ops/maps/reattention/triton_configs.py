@@ -10,8 +10,8 @@ class Schedule(NamedTuple):
     source: str
 
 
-# README.md counts 9 clocks a pair forward and 56 backward for streaming at 12 heads of 64, from L2 and shared
-# memory, and 4 to 5 and 8 to 11 for the workspace, whatever the width.
+# docs/kernels counts 9 clocks a pair forward and 56 backward for streaming at 12 heads of 64, from L2 and
+# shared memory, and 4 to 5 and 8 to 11 for the workspace, whatever the width.
 # Direction, least compute capability, most bytes of an element, most heads, most width, most keys.
 SCHEDULES = {
     ("forward", (0, 0), 2, 8, 64, ANY): Schedule("streaming", "cost model"),

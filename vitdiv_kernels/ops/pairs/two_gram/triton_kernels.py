@@ -9,6 +9,7 @@ from .._inverse_norms import inverse_norms_of, new_inverse_norms
 from .._tiles import row_for
 from .._triton import (
     add_rows,
+    aligned,
     cosines,
     dot_types,
     gradient_slices,
@@ -38,11 +39,13 @@ def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
     config = row_for(configs.FORWARD, x, capability(x))
     row_tiles = triton.cdiv(rows, config.rows)
     parts = x.new_empty(items, row_tiles * (row_tiles + 1) // 2, dtype=accumulation_dtype(x))
+    # every address of rows that are not aligned takes a register: with 4 warps these spilled
+    warps = config.warps if aligned(x) and (y is None or aligned(y)) else 8
     launch(
         _tiles_kernel, (parts.numel(),),
         *_set(x, x_inverse_norms), *_set(y, y_inverse_norms), parts, rows, *split(margin),
         PENALTY=penalty, BR=config.rows, **slices(config, x, x if y is None else y),
-        **dot_types(x), num_warps=config.warps, num_stages=config.stages,
+        **dot_types(x), num_warps=warps, num_stages=config.stages,
     )  # fmt: skip
     return parts.sum(1), saved if normalise and (needs_dx or needs_dy) else nothing(x)
 

@@ -1,7 +1,7 @@
 """Triton kernels of re-attention: the operators of ../function.py, for `backend="triton"`.
 
-Two schedules, ../README.md has both: `streaming` walks the keys with a tile of all heads, `workspace` holds
-the maps of a few images and lets library products and one row kernel work on them.
+Two schedules, docs/kernels/reattention.md has both: `streaming` walks the keys with a tile of all heads,
+`workspace` holds the maps of a few images and lets library products and one row kernel work on them.
 """
 
 from ..._triton import workspace
