@@ -78,6 +78,7 @@ CALLS = {
     },
 }
 OPERATIONS = {name: call for calls in CALLS.values() for name, call in calls.items()}
+CLOSED_FORMS = ("cosine signed",)  # which make fewer operations than the plain formula
 OPERATION_OF = {name: operation for operation, calls in CALLS.items() for name in calls}
 
 

@@ -53,10 +53,6 @@ VITDIV_INLINE uint16_t to_half(float f) {
 #endif
 }
 
-VITDIV_INLINE int64_t element_size(ScalarType dtype) {
-  return dtype == ScalarType::kDouble ? 8 : dtype == ScalarType::kFloat ? 4 : 2;
-}
-
 template <class T>
 VITDIV_INLINE bool is_native(ScalarType dtype) {
   return dtype == (sizeof(T) == 8 ? ScalarType::kDouble : ScalarType::kFloat);

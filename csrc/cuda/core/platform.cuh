@@ -17,7 +17,6 @@
 #define KERNEL __global__ void
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
 #define UNROLLED_FOR(...) _Pragma("unroll") for (__VA_ARGS__)
 #define ROLLED_FOR(...) _Pragma("unroll 1") for (__VA_ARGS__)
 #define LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)

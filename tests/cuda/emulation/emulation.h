@@ -16,7 +16,6 @@
 #define KERNEL void
 #define DEVICE inline
 #define HOST_DEVICE inline
-#define UNROLL
 #define UNROLLED_FOR(...) for (__VA_ARGS__)
 #define ROLLED_FOR(...) for (__VA_ARGS__)
 #define LAUNCH_BOUNDS(threads, blocks)
