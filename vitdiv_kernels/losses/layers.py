@@ -6,9 +6,11 @@ sum_h mix[g, h] A_h + bias[g] (re-attention; of batch norm the folded mix). B, H
 layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _checks, _vectors
@@ -19,7 +21,14 @@ ALONG = ("columns", "rows", "maps", "heads")
 EPS = 1e-8  # stands for smaller norms, as in torch.nn.CosineSimilarity
 
 
-def layer_similarity(layers, *, along="columns", reduction="none", scale=None, rows=64):
+def layer_similarity(
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    along: Literal["columns", "rows", "maps", "heads"] = "columns",
+    reduction: Literal["none", "mean"] = "none",
+    scale: float | None = None,
+    rows: int = 64,
+) -> Tensor:
     """Cosine similarity of the attention maps of all pairs of layers p, q, per head.
 
     Args:
@@ -56,7 +65,9 @@ def layer_similarity(layers, *, along="columns", reduction="none", scale=None, r
     return torch.stack([torch.stack(row) for row in matrix])
 
 
-def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
+def similar_block_ratio(
+    similarity: Tensor, *, threshold: float = 0.9, token_ratio: float = 0.9
+) -> tuple[Tensor, Tensor]:
     """The share of blocks whose attention maps are those of the block before.
 
     Args:
@@ -80,7 +91,13 @@ def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
     return (shares > token_ratio).sum().float() / len(similarity), shares
 
 
-def cos_reg(layers, *, along="heads", scale=None, rows=64):
+def cos_reg(
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    along: Literal["columns", "rows", "maps", "heads"] = "heads",
+    scale: float | None = None,
+    rows: int = 64,
+) -> Tensor:
     """The mean cosine of the attention maps of layers next to each other.
 
     Args:

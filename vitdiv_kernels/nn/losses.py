@@ -5,10 +5,13 @@ told there. Modules on tokens drop the class and register tokens from the front,
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _checks, losses
+from .._types import Backend, Penalty, Reduction
 from ..ops.maps.attention_gram import attention_diversity
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
 
@@ -25,25 +28,25 @@ class PatchCosineLoss(nn.Module):
 
     def __init__(
         self,
-        penalty="abs",
+        penalty: Penalty = "abs",
         *,
-        include_self=False,
-        reduction="mean",
-        num_prefix_tokens=1,
-        eps=1e-8,
-        backend="auto",
-    ):
+        include_self: bool = False,
+        reduction: Reduction = "mean",
+        num_prefix_tokens: int = 1,
+        eps: float = 1e-8,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.num_prefix_tokens = _checks.count("num_prefix_tokens", num_prefix_tokens)
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             penalty=penalty, include_self=include_self, reduction=reduction, eps=eps, backend=backend
         )
 
-    def forward(self, x, y=None):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         first = self.num_prefix_tokens
         return pairwise_cosine(x[..., first:, :], None if y is None else y[..., first:, :], **self.options)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"num_prefix_tokens={self.num_prefix_tokens}, " + _repr_of(self.options)
 
 
@@ -53,28 +56,36 @@ class AttentionDiversityLoss(nn.Module):
     forward(q [B, H, N, d], k [B, H, M, d]). The defaults are the loss of Chen et al. 2022 (arXiv 2203.06345).
     """
 
-    def __init__(self, penalty="signed", *, include_self=True, reduction="mean", scale=None, backend="auto"):
+    def __init__(
+        self,
+        penalty: Penalty = "signed",
+        *,
+        include_self: bool = True,
+        reduction: Reduction = "mean",
+        scale: float | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             penalty=penalty, include_self=include_self, reduction=reduction, scale=scale, backend=backend
         )
 
-    def forward(self, q, k):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return attention_diversity(q, k, **self.options)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return _repr_of(self.options)
 
 
 class _Loss(nn.Module):
     """A function with its options bound. Options that the function does not have raise TypeError."""
 
-    function = None
+    function: Callable[..., Tensor]
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = inspect.signature(self.function).parameters.values()
-        known = [option.name for option in known if option.kind is option.KEYWORD_ONLY]
+        parameters = inspect.signature(self.function).parameters.values()
+        known = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(
@@ -82,24 +93,24 @@ class _Loss(nn.Module):
             )
         self.options = options
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Tensor:
         return self.function(*inputs, **self.options)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return _repr_of(self.options)
 
 
 class _TokenLoss(_Loss):
     """Drops the prefix tokens of every input."""
 
-    def __init__(self, *, num_prefix_tokens=1, **options):
+    def __init__(self, *, num_prefix_tokens: int = 1, **options: Any) -> None:
         super().__init__(**options)
         self.num_prefix_tokens = _checks.count("num_prefix_tokens", num_prefix_tokens)
 
-    def forward(self, *tokens):
+    def forward(self, *tokens: Tensor) -> Tensor:
         return super().forward(*(x[..., self.num_prefix_tokens :, :] for x in tokens))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"num_prefix_tokens={self.num_prefix_tokens}", super().extra_repr())))
 
 
@@ -145,7 +156,7 @@ class PatchMixingLoss(_TokenLoss):
 
     function = staticmethod(losses.patch_mixing)
 
-    def forward(self, logits, labels, others, shares):
+    def forward(self, logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) -> Tensor:
         return self.function(logits[..., self.num_prefix_tokens :, :], labels, others, shares, **self.options)
 
 
@@ -238,7 +249,7 @@ class LinearCKALoss(_TokenLoss):
 
     function = staticmethod(losses.linear_cka)
 
-    def forward(self, x, y):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return 1 - super().forward(x, y)
 
 

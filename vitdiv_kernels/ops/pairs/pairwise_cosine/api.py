@@ -1,14 +1,26 @@
 """The public function `pairwise_cosine`."""
 
+from typing import get_args
+
+from torch import Tensor
+
 from .... import _checks, _dispatch
+from ...._types import Backend, Penalty, Reduction
 from . import function, reference
 
-PENALTIES = ("signed", "abs", "square", "relu")
+PENALTIES = get_args(Penalty)
 
 
 def pairwise_cosine(
-    x, y=None, *, penalty="abs", include_self=False, reduction="mean", eps=1e-8, backend="auto"
-):
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    penalty: Penalty = "abs",
+    include_self: bool = False,
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
     """Penalty on the cosine similarity of all pairs of vectors: the patch diversity loss.
 
     With `x_hat = x / max(|x|, eps)` and `S = x_hat y_hat^T` (y = x when absent), reduces `penalty(S)` over
