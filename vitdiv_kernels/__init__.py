@@ -11,7 +11,8 @@ which backends are here.
 from . import losses, nn
 from ._dispatch import use_backend
 from .attach.monitor import CollapseMonitor
-from .attach.objective import DiversityObjective, Term
+from .attach.objective import DiversityObjective
+from .attach.terms import Term
 from .ops.maps.attention_gram import attention_cosine, attention_diversity, attention_gram
 from .ops.maps.reattention import reattention
 from .ops.pairs.pairwise_cosine import pairwise_cosine

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import math
-import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import _checks, _vectors
 from .._vectors import matrices_near_one
@@ -26,10 +28,11 @@ MEASURES = (
     "effective_rank",
     "residual",
 )
+Record = dict[str, Any]
 _LAYER = "attention_cosine_"  # a column for each block in the CSV
 
 
-def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
+def cosine_quantiles(x: Tensor, levels: Sequence[float] = QUANTILES, *, rows: int = 64) -> list[float]:
     """Quantiles of the cosines between the vectors of each set, i < j, over all sets together.
 
     Args:
@@ -62,7 +65,7 @@ def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
     return ((found + inside) * (2 / BINS) - 1).tolist()
 
 
-def attention_entropy(q, k, *, rows=64):
+def attention_entropy(q: Tensor, k: Tensor, *, rows: int = 64) -> Tensor:
     """Mean entropy of the rows of the attention maps, in nats, from 0 (one key) to log M (all alike).
 
     Args:
@@ -84,7 +87,7 @@ def attention_entropy(q, k, *, rows=64):
     return total / (q.shape[0] * q.shape[1] * q.shape[2])
 
 
-def effective_rank(tokens):
+def effective_rank(tokens: Tensor) -> Tensor:
     """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images: 0
     where all are zero, a matrix of rank 0; nan where an entry is not finite."""
     x_hat = _vectors.unit(tokens, 1e-12)
@@ -96,7 +99,7 @@ def effective_rank(tokens):
     return (torch.special.entr(share).sum(-1).exp() * (total > 0)).mean()
 
 
-def residual(x):
+def residual(x: Tensor) -> Tensor:
     """|X - 1 mean(X)^T| / |X| of the vectors [B, N, D] of each image, mean over images: 0 where all are
     equal, also where they are zero. Source: Dong et al. 2021 (arXiv 2103.03404), in the Frobenius norm."""
     x = matrices_near_one(*_vectors.full_precision(x))
@@ -105,7 +108,7 @@ def residual(x):
 
 
 @contextlib.contextmanager
-def _evaluation(model):
+def _evaluation(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and then each module in its own again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -167,8 +170,17 @@ class CollapseMonitor:
         [50, 100]
     """
 
-    def __init__(self, model, *, every=50, images=8, csv=None, mixed=True, num_prefix_tokens=None):
-        every, images = _positive("every", every), _positive("images", images)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 50,
+        images: int = 8,
+        csv: str | Path | None = None,
+        mixed: bool = True,
+        num_prefix_tokens: int | None = None,
+    ) -> None:
+        every, images = _checks.count("every", every, 1), _checks.count("images", images, 1)
         self.model = _blocks.plain_model(model)
         for i, block in enumerate(_blocks.blocks_of(self.model)):
             _blocks.check_maps(block, i)
@@ -176,9 +188,10 @@ class CollapseMonitor:
         self.csv = None if csv is None else Path(csv)
         _tokens.check_prefix(self.model, num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
-        self.records, self.calls = [], 0
+        self.records: list[Record] = []
+        self.calls = 0
 
-    def step(self, images, step=None):
+    def step(self, images: Tensor, step: int | None = None) -> list[Record] | None:
         """Counts a training step, or takes its number; measures where `every` divides it.
 
         images: the batch, [B, C, S, S]; its first ones are measured. Returns the new records or None.
@@ -187,7 +200,7 @@ class CollapseMonitor:
         return None if self.calls % self.every else self.measure(images, self.calls)
 
     @torch.no_grad()
-    def measure(self, images, step=0):
+    def measure(self, images: Tensor, step: int = 0) -> list[Record]:
         """Measures now, on at most `self.images` of the images [B, C, S, S]; returns the new records."""
         _checks.floating_tensor("images", images)
         if images.dim() != 4 or len(images) == 0:
@@ -257,23 +270,13 @@ class CollapseMonitor:
         return dict(zip(MEASURES, values, strict=True))
 
 
-def _positive(name, value):
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    return number
-
-
 def _image(layer, i):
     """A layer of one image; the mix and its bias are those of all."""
     q, k, *mixing = layer
     return q[i : i + 1], k[i : i + 1], *mixing
 
 
-def write_records(path, records, append=False):
+def write_records(path: str | Path, records: Sequence[Record], append: bool = False) -> None:
     """Records as CSV, a row for each, attention_cosine in a column for each block; no records, no file."""
     if not records:
         Path(path).unlink(missing_ok=True)
@@ -286,7 +289,7 @@ def write_records(path, records, append=False):
         writer.writerows(rows)
 
 
-def read_records(path):
+def read_records(path: str | Path) -> list[Record]:
     """The records of a CSV file that `CollapseMonitor` wrote. Raises ValueError for another file."""
     with open(path, newline="") as file:
         reader = csv.DictReader(file)

@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..attach.objective import LOSSES, PRESETS, Term
+from ..attach.presets import PRESETS
+from ..attach.terms import LOSSES, Term
 
 # Gong et al. (arXiv 2104.12753), Chen et al. (arXiv 2203.06345). Chen et al. weigh heads with 1e-4, beside
 # the cross-entropy of 1,000 classes; the first two weights are theirs.
