@@ -126,7 +126,7 @@ def koleo(
             chosen = x_hat.gather(-2, nearest.unsqueeze(-1).expand_as(x_hat))
             distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
         else:
-            distance = _DistanceToOne.apply(*_vectors.scaled(*_vectors.full_precision(x), eps=eps), nearest)
+            distance = _DistanceToOne.apply(*_vectors.scaled(_vectors.full_precision(x)[0], eps), nearest)
         return _common.reduced(-(distance + eps).log().mean(-1), reduction)
 
 

@@ -145,7 +145,7 @@ def _checked(layers, scale, rows):
         first_q, first_k = cast[0][:2] if cast else (q, k)
         _checks.same_kind(f"q of {name}", q, "q of layers[0]", first_q)
         if q.shape[:3] != first_q.shape[:3] or k.shape[2] != first_k.shape[2]:
-            b, h, n, m = *first_q.shape[:3], first_k.shape[2]
+            (b, h, n), m = first_q.shape[:3], first_k.shape[2]
             raise ValueError(
                 f"q and k of {name} must have shapes [{b}, {h}, {n}, d] and [{b}, {h}, {m}, d] to match "
                 f"layers[0], got {_checks.shape_of(q)} and {_checks.shape_of(k)}"

@@ -264,7 +264,7 @@ def patch_soft_orthogonality(
         x, penalty="square", include_self=True, reduction="none", eps=eps, backend=backend
     )
     with _checks.autocast_off(x):
-        x, scale, radial = _vectors.scaled(*_vectors.full_precision(x), eps=eps)
+        x, scale, radial = _vectors.scaled(_vectors.full_precision(x)[0], eps)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         # N, but for vectors shorter than eps
         own = torch.where(radial > 0, 1, norm * scale).square().sum((-2, -1))

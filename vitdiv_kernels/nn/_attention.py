@@ -113,7 +113,7 @@ class PackedAttention(nn.Module):
             if getattr(options[name], "__hash__", None) is None:
                 given = type(options[name]).__name__
                 raise TypeError(f"{name} must be hashable, for a class is made for each value, got a {given}")
-        return _with_options(cls, tuple(sorted(options.items())))
+        return _with_options(cls, tuple(sorted(options.items())))  # type: ignore[arg-type]
 
 
 class _Optioned(type):
