@@ -79,7 +79,7 @@ def attention_entropy(q: Tensor, k: Tensor, *, rows: int = 64) -> Tensor:
     """
     _checks.queries_and_keys(q, k)
     q, k = _vectors.full_precision(q, k)
-    total = 0
+    total: Any = 0
     for start in range(0, q.shape[2], rows):
         with _checks.autocast_off(q):
             maps = (q[:, :, start : start + rows] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)

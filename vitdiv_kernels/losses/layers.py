@@ -7,7 +7,7 @@ layers.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def layer_similarity(
     _checks.one_of("reduction", reduction, ("none", "mean"))
     pairs = [(p, q) for p in range(len(layers)) for q in range(p, len(layers))]
     values = _similarities(layers, pairs, along, scale, rows)
-    matrix = [[None] * len(layers) for _ in layers]
+    matrix: list[list[Any]] = [[None] * len(layers) for _ in layers]
     for (p, q), value in zip(pairs, values, strict=True):
         matrix[p][q] = matrix[q][p] = value.mean() if reduction == "mean" else value
     return torch.stack([torch.stack(row) for row in matrix])

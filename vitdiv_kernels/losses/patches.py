@@ -151,7 +151,7 @@ def neighbourhood_contrast(
     with _checks.autocast_off(p):
         boxes = p.mT.reshape(-1, p.shape[-1], rows, columns)
         boxes = F.avg_pool2d(boxes, window, 1, window // 2, divisor_override=1)
-        neighbours = window**2 - 1
+        neighbours: int | Tensor = window**2 - 1
         if border == "inside":
             ones = p.new_ones(1, 1, rows, columns)
             neighbours = F.avg_pool2d(ones, window, 1, window // 2, divisor_override=1).flatten() - 1

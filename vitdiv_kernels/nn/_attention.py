@@ -92,8 +92,8 @@ class PackedAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Gives every layer its initial values again."""
         for child in self.children():
-            if hasattr(child, "reset_parameters"):
-                child.reset_parameters()
+            if (reset := getattr(child, "reset_parameters", None)) is not None:
+                reset()
 
     def init_weights(self) -> None:
         """Nothing: what timm's models, which call it, gave the Linear layers before stays."""

@@ -156,7 +156,9 @@ class PatchMixingLoss(_TokenLoss):
 
     function = staticmethod(losses.patch_mixing)
 
-    def forward(self, logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
+    ) -> Tensor:
         return self.function(logits[..., self.num_prefix_tokens :, :], labels, others, shares, **self.options)
 
 
@@ -249,7 +251,7 @@ class LinearCKALoss(_TokenLoss):
 
     function = staticmethod(losses.linear_cka)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         return 1 - super().forward(x, y)
 
 

@@ -1,6 +1,7 @@
 """CaiT's attention, which mixes the heads before and after the softmax."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class TalkingHeadsAttention(_attention.PackedAttention):
             raise ValueError(
                 f"attn_drop must be 0: dropout after the second mix is not supported, got {attn_drop}"
             )
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.backend = backend
         self._add_input(dim, num_heads, attn_head_dim, qkv_bias, qk_norm, scale_norm, norm_layer, kind)
         self.proj_l = nn.Linear(num_heads, num_heads, **kind)
