@@ -145,6 +145,15 @@ def test_at_most_so_many_images_are_measured():
     assert CollapseMonitor(model, images=2).measure(x) == CollapseMonitor(model).measure(x[:2])
 
 
+def test_layers_of_many_images_are_means_over_all_of_them():
+    """Which are compared some at a time: of 17 tokens 56."""
+    model, x = a_model(), images(60)
+    whole, first, rest = (CollapseMonitor(model, images=60).measure(part) for part in (x, x[:20], x[20:]))
+    for record, one, other in zip(whole, first, rest, strict=True):
+        pairs = zip(one["attention_cosine"], other["attention_cosine"], strict=True)
+        assert record["attention_cosine"] == pytest.approx([(a + 2 * b) / 3 for a, b in pairs], abs=1e-6)
+
+
 def test_a_model_that_diverged_is_measured():
     x = images()
     x[0, 0, 0, 0] = math.inf

@@ -153,9 +153,9 @@ class CollapseMonitor:
     Cost, of L blocks, H heads of width d, N tokens of D features, per image: the forward pass; L N^2 D for
     the cosines of patches; L H N^2 (2 d + H / 2) for heads and entropy and L H N^2 (d + L / 2) for layers,
     all multiply-adds; a singular value decomposition of N x D per block. Fused kernels where there are; else
-    64 rows in turn: the largest intermediate is 64 L H N numbers. All this is half the multiply-adds of a
-    training step of as many images, and took 0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on one CPU thread:
-    with `every` 50, at most 2 % where the batch has 8 images, and 0.3 % where it has 64.
+    64 rows in turn: the largest intermediate is 64 L H max(N, 256) numbers. All this is half the
+    multiply-adds of a training step of as many images, and took 0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on
+    one CPU thread: with `every` 50, at most 2 % where the batch has 8 images, and 0.3 % where it has 64.
 
     Example:
         >>> import torch
@@ -235,11 +235,14 @@ class CollapseMonitor:
             mixed = layers
             if self.mixed:
                 mixed = [_blocks.mixed_layer(b.attn, *qk) for b, qk in zip(blocks, layers, strict=True)]
-            # an image at a time: the maps of all layers are held together
-            similarity = sum(
-                layer_similarity([_image(layer, i) for layer in mixed], along="maps", reduction="mean")
-                for i in range(len(images))
-            )
+            # some images at a time: 64 rows of the maps of all layers are held together
+            n = layers[0][0].shape[2]
+            some = max(1, 64 * 256 // (min(64, n) * n))
+            similarity = 0
+            for i in range(0, len(images), some):
+                these = [_images(layer, i, i + some) for layer in mixed]
+                mean = layer_similarity(these, along="maps", reduction="mean")
+                similarity = similarity + len(these[0][0]) * mean
         new = [{"step": step, "block": i} | self._block(patches[i], *layers[i]) for i in range(len(blocks))]
         for record, row in zip(new, (similarity / len(images)).tolist(), strict=True):
             record["attention_cosine"] = row
@@ -270,10 +273,10 @@ class CollapseMonitor:
         return dict(zip(MEASURES, values, strict=True))
 
 
-def _image(layer, i):
-    """A layer of one image; the mix and its bias are those of all."""
+def _images(layer, start, stop):
+    """A layer of some images; the mix and its bias are those of all."""
     q, k, *mixing = layer
-    return q[i : i + 1], k[i : i + 1], *mixing
+    return q[start:stop], k[start:stop], *mixing
 
 
 def write_records(path: str | Path, records: Sequence[Record], append: bool = False) -> None:
