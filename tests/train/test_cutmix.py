@@ -1,4 +1,4 @@
-"""CutMix in the trainer: pixels, shares and labels agree, runs repeat and resume, the presets train whole."""
+"""CutMix in the trainer: pixels, shares and labels agree, runs repeat, the presets train whole."""
 
 import csv
 import math

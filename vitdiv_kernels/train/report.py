@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..attach.monitor import CollapseMonitor, read_records
+from ..attach.monitor import CollapseMonitor, Record, read_records
 from ..vit import ViT, ViTConfig
 from . import checkpoint, plots
 from .cli import HelpFormatter, number, run_command, usable
@@ -32,7 +32,7 @@ def load_model(path: Path) -> tuple[ViT, int, int]:
     return model, state["step"], state["recipe"]["seed"]
 
 
-def table(records: list[dict]) -> str:
+def table(records: list[Record]) -> str:
     """The measures of each block, and the likeness of its maps to those of the block before."""
     widths = [max(8, len(title) + 2) for title in COLUMNS]
     titles = "".join(title.rjust(width) for title, width in zip(COLUMNS, widths, strict=True))
@@ -45,12 +45,12 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def similar_blocks(records: list[dict], threshold: float = 0.9) -> int:
+def similar_blocks(records: list[Record], threshold: float = 0.9) -> int:
     """Blocks whose maps have a mean cosine above the threshold with those of the block before."""
     return sum(records[i]["attention_cosine"][i - 1] > threshold for i in range(1, len(records)))
 
 
-def draw(records: list[dict], history: list[dict], title: str, path: Path) -> None:
+def draw(records: list[Record], history: list[Record], title: str, path: Path) -> None:
     """Writes the PNG: the measures now, by block, and, where there is a history, by block and step."""
     plt = plots.pyplot("the report")
     figure, axes = plt.subplots(
