@@ -62,6 +62,7 @@ pytest: build
 lint: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
 
 format: build

@@ -20,7 +20,8 @@ from harness import Workload
 from torch.nn import functional as F
 
 from vitdiv_kernels import CollapseMonitor, DiversityObjective, losses
-from vitdiv_kernels.attach.objective import LOSSES, PRESETS, Term
+from vitdiv_kernels.attach.presets import PRESETS
+from vitdiv_kernels.attach.terms import LOSSES, Term
 from vitdiv_kernels.vit import CONFIGS, ViT
 
 CHEN = (

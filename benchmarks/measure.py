@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from vitdiv_kernels.demo import meters
+
 MODES = ("fwd", "bwd", "fwd+bwd")
 QUICK_SAMPLE_S = 5e-3
 MAX_CALLS_A_SAMPLE = 500
@@ -123,7 +125,7 @@ class Call:
         In mode "bwd" what the forward saved counts too: it is held while the backward runs.
         """
         gc.collect()
-        meter = _CudaMeter(self._device()) if self._device().type == "cuda" else _ResidentSetMeter()
+        meter = _CudaMeter(self._device()) if self._device().type == "cuda" else meters.ResidentSet()
         with torch.set_grad_enabled(self.mode != "fwd"):
             before = meter.current()
             meter.reset_peak()
@@ -141,17 +143,7 @@ class Call:
 
 class CpuClock:
     gpu = None
-
-    def __call__(self, calls: list[Callable]) -> float:
-        """Seconds that the calls take."""
-        gc.disable()
-        try:
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            return time.perf_counter() - start
-        finally:
-            gc.enable()
+    __call__ = staticmethod(meters.seconds)
 
 
 class GpuClock:
@@ -218,26 +210,6 @@ class Gpu:
 
 def clock_of(device: torch.device) -> CpuClock | GpuClock:
     return GpuClock(Gpu()) if device.type == "cuda" else CpuClock()
-
-
-class _ResidentSetMeter:
-    """Linux's own figures of the resident set. They mean something only if freed blocks go back to the kernel
-    at once: run under MALLOC_MMAP_THRESHOLD_=65536."""
-
-    def current(self) -> int:
-        return self._status("VmRSS")
-
-    def peak(self) -> int:
-        return self._status("VmHWM")
-
-    def reset_peak(self) -> None:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-
-    @staticmethod
-    def _status(key: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
 
 
 class _CudaMeter:

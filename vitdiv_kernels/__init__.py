@@ -4,14 +4,15 @@ Three operations (`pairwise_cosine`; `attention_gram`, `attention_cosine`, `atte
 `reattention`), each with a pure PyTorch reference and fused kernels, forward and backward; the losses of the
 field as functions over them in `vitdiv_kernels.losses`, and as modules in `vitdiv_kernels.nn`;
 `DiversityObjective`, which takes them from a ViT as it trains, and `CollapseMonitor`, which watches it; a
-reference vision transformer and its trainer in `vitdiv_kernels.vit`. `python -m vitdiv_kernels.info` tells
-which backends are here.
+reference vision transformer in `vitdiv_kernels.vit`. `python -m vitdiv_kernels.train` trains it, `.report`
+tells whether it collapses, `.demo` shows both; `.info` tells which backends are here.
 """
 
 from . import losses, nn
 from ._dispatch import use_backend
 from .attach.monitor import CollapseMonitor
-from .attach.objective import DiversityObjective, Term
+from .attach.objective import DiversityObjective
+from .attach.terms import Term
 from .ops.maps.attention_gram import attention_cosine, attention_diversity, attention_gram
 from .ops.maps.reattention import reattention
 from .ops.pairs.pairwise_cosine import pairwise_cosine

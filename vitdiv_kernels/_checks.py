@@ -2,14 +2,16 @@
 
 import contextlib
 import numbers
+from typing import get_args
 
 import torch
 
 from ._autograd import transformed
+from ._types import Reduction
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = get_args(Reduction)
 
 
 def sizes(*values):
@@ -115,10 +117,10 @@ def integral(value):
 
 
 def count(name, value, at_least=0):
-    value = integral(value)
-    if not isinstance(value, int) or value < at_least:
+    number = None if isinstance(value, bool) else integral(value)
+    if not isinstance(number, int) or number < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
-    return value
+    return number
 
 
 def vectors(name, x, at_least=1, when=""):

@@ -12,13 +12,16 @@ import inspect
 import os
 import pkgutil
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
 
 import torch
 
 from . import _native
 from ._exporting import exporting
+from ._types import Backend
 
-BACKENDS = ("auto", "reference", "native", "triton")
+BACKENDS = get_args(Backend)
 # The folders of the families, ops/<family>/<operation>.
 OPERATIONS = tuple(
     name
@@ -246,10 +249,10 @@ def _exporting_to_onnx():
 
 # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo. The exporter tries
 # with dynamo what failed without it, and dynamo takes is_in_onnx_export for False.
-_exporting_to_onnx._dynamo_marked_constant = True
+_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_innermost = contextvars.ContextVar("vitdiv_kernels.use_backend")
+_innermost: contextvars.ContextVar[Any] = contextvars.ContextVar("vitdiv_kernels.use_backend")
 
 
 class _Choice:
@@ -264,13 +267,16 @@ class _Choice:
     innermost = property(_innermost.get)
 
 
-_traced = None  # the choice of the innermost block that torch.compile is tracing
+_traced: Any = None  # the choice of the innermost block that torch.compile is tracing
 
 
 def _current_choice():
     if torch.compiler.is_dynamo_compiling() and _traced is not None:
         return _traced
     return _environment.innermost
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class use_backend:
@@ -298,13 +304,13 @@ class use_backend:
         ...     loss = pairwise_cosine(torch.randn(2, 16, 32))
     """
 
-    def __init__(self, backend):
+    def __init__(self, backend: Backend) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         self.backend = backend
 
     # Without a token, which ContextVar.reset wants from the thread that set it: an object may be in several.
-    def __enter__(self):
+    def __enter__(self) -> "use_backend":
         global _traced
         source = " (set by use_backend)"
         if torch.compiler.is_dynamo_compiling():  # which does not trace ContextVar.set
@@ -313,14 +319,14 @@ class use_backend:
             _innermost.set(_Choice(self.backend, source, _environment.innermost))
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         global _traced
         if torch.compiler.is_dynamo_compiling():
             _traced = _traced.outer
         else:
             _innermost.set(_environment.innermost.outer or _environment)
 
-    def __call__(self, function):
+    def __call__(self, function: Function) -> Function:
         backend = self.backend
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError("use_backend cannot decorate a generator function: write the block inside of it")
@@ -341,7 +347,7 @@ class use_backend:
                 with use_backend(backend):  # made here, where torch.compile can trace it
                     return function(*args, **kwargs)
 
-        return decorated
+        return decorated  # type: ignore[return-value]
 
 
 def _from_environment():

@@ -2,8 +2,9 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 
-_waiting = {}  # module name -> what to run then
+_waiting: dict[str, list[Callable[[], None]]] = {}  # module name -> what to run then
 
 
 def when_imported(name, function):

@@ -2,7 +2,9 @@
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -46,13 +48,13 @@ def _backends() -> str:
     return "Backends\n" + _table(rows)
 
 
-def _here_or_not(backend: str, device: str, facts) -> str:
+def _here_or_not(backend: str, device: str, facts: Callable[[], str]) -> str:
     why_not = _dispatch.missing(backend, device)
     return f"absent: {why_not}" if why_not else f"here: {facts()}"
 
 
 def _cpu_facts() -> str:
-    library = _native.library()
+    library: Any = _native.library()
     limit = os.environ.get("VITDIV_CPU_CAPABILITY", "not set")
     return (
         f"compiled for torch {library.built_for_torch}; instruction set {library.cpu_capability()} "
@@ -70,7 +72,8 @@ def _cuda_build() -> str:
     if not _native.CUDA_OPERATIONS:
         return ""
     operations = ", ".join(_native.CUDA_OPERATIONS)
-    return f"; compiled for {_native.library().cuda_architectures}: {operations}"
+    library: Any = _native.library()
+    return f"; compiled for {library.cuda_architectures}: {operations}"
 
 
 def _triton_facts() -> str:

@@ -1,25 +1,19 @@
 """Where the patches are in the tokens of a block: prefix tokens, grids, masks; foreign projections."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_vit import images, small_vit
 from torch import nn
 
 from vitdiv_kernels import CollapseMonitor, DiversityObjective, Term, losses, pairwise_cosine
 from vitdiv_kernels.attach.monitor import residual
 from vitdiv_kernels.nn import ReAttention
-from vitdiv_kernels.vit import ViT, ViTConfig
+from vitdiv_kernels.vit import ViT
 
-CONFIG = ViTConfig(image_size=8, channels=1, patch=2, dim=16, depth=3, heads=2, mlp_ratio=1.0, classes=5)
 SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=4, num_classes=5)
-
-
-def a_model(**changes):
-    torch.manual_seed(0)
-    return ViT(replace(CONFIG, **changes))
 
 
 def outputs(model, x, *blocks):
@@ -67,7 +61,7 @@ def test_class_tokens_that_join_after_the_blocks_are_not_dropped_from_them(torch
 
 def with_registers(name, number):
     """A model whose front has a class token and registers, as it tells by `name`."""
-    model = a_model()
+    model = small_vit()
     tokens = number + (name != "num_prefix_tokens")
     model.cls_token, model.pos_embed = (nn.Parameter(torch.randn(1, n, 16)) for n in (tokens, 16 + tokens))
     type("Model", (ViT,), {"num_prefix_tokens": None}).x = None
@@ -82,7 +76,7 @@ def test_registers_of_dinov2_and_dinov3_are_no_patches(name, number):
     model, prefix = with_registers(name, number)
     if prefix == 0:
         model.pos_embed = nn.Parameter(torch.randn(1, 16, 16))
-    x = torch.randn(2, 1, 8, 8)
+    x = images(2)
     (last,) = outputs(model, x, 2)
     torch.testing.assert_close(parts_of({"koleo": 1.0}, model, x)["koleo"], losses.koleo(last[:, prefix:]))
     records = CollapseMonitor(model).measure(x)
@@ -103,7 +97,7 @@ def test_dinov3_gives_its_blocks_lists_of_one():
         def forward(self, x):
             return super().forward(x)[0]
 
-    model, x = a_model(), torch.randn(2, 1, 8, 8)
+    model, x = small_vit(), images(2)
     config = {"contrast": Term("patch_contrast", layers=("embeddings", 1))}
     expected = parts_of(config, model, x)
     model.blocks = nn.ModuleList([Listed(b) for b in model.blocks[:2]] + [Last(model.blocks[2])])
@@ -111,8 +105,8 @@ def test_dinov3_gives_its_blocks_lists_of_one():
 
 
 def test_numbers_that_contradict_each_other_are_refused():
-    x = torch.randn(2, 1, 8, 8)
-    model = a_model()
+    x = images(2)
+    model = small_vit()
     model.num_prefix_tokens = 2
     with pytest.raises(ValueError, match=r"blocks\[2\] gives 17 tokens where model.patch_embed made"):
         parts_of({"koleo": 1.0}, model, x)
@@ -122,7 +116,7 @@ def test_numbers_that_contradict_each_other_are_refused():
     given = parts_of({"koleo": 1.0}, model, x, num_prefix_tokens=1)
     torch.testing.assert_close(given["koleo"], losses.koleo(last[:, 1:]))
     # patches only, and nothing that tells of class tokens that join later
-    model = a_model()
+    model = small_vit()
     model.cls_token, model.pos_embed = (nn.Parameter(torch.randn(1, n, 16)) for n in (0, 16))
     with pytest.raises(ValueError, match="gives 16 tokens"):
         parts_of({"koleo": 1.0}, model, x)
@@ -164,7 +158,7 @@ def test_the_grid_is_that_of_the_images(dynamic, torchvision):
 
 
 def test_the_grid_of_a_model_of_our_own_and_none():
-    model, x = a_model(depth=2), 0.1 * torch.randn(2, 1, 4, 16)
+    model, x = small_vit(depth=2), 0.1 * torch.randn(2, 1, 4, 16)
     got = parts_of({"neighbourhood_contrast": 1.0}, model, x)["neighbourhood_contrast"]
     torch.testing.assert_close(got, neighbourhood(model, x, (2, 8)))
     assert abs(got - neighbourhood(model, x, (4, 4))) > 1e-4
@@ -184,7 +178,7 @@ def test_the_grid_of_a_model_of_our_own_and_none():
 
 def test_a_compiled_model_of_two_sizes_tells_its_grids():
     torch.compiler.reset()
-    model = a_model(depth=2)
+    model = small_vit(depth=2)
     run = torch.compile(model, backend="eager", fullgraph=True)
     with DiversityObjective({"neighbourhood_contrast": 1.0}).attach(run) as objective:
         for shape, grid in (((8, 8), (4, 4)), ((4, 16), (2, 8)), ((16, 4), (8, 2))):
@@ -271,12 +265,12 @@ class FrozenBatchNorm2d(nn.Module):
     ids=["batch", "not affine", "frozen", "none"],
 )
 def test_cos_reg_of_the_published_attention(norm, training):
-    model = a_model().train(training)
+    model = small_vit().train(training)
     for block in model.blocks:
         block.attn = Published(16, 2, norm).train(training)
         for parameter in block.attn.var_norm.parameters():
             nn.init.normal_(parameter)
-    x = torch.randn(3, 1, 8, 8)
+    x = images()
     got = parts_of("deepvit_cos_reg", model, x)["cos_reg"]
     maps = [block.attn.maps for block in model.blocks]
     right = sum(F.cosine_similarity(maps[i], maps[i + 1], dim=1).mean() for i in range(2)) / 2
@@ -284,10 +278,10 @@ def test_cos_reg_of_the_published_attention(norm, training):
 
 
 def test_a_norm_over_groups_is_refused():
-    model = a_model()
+    model = small_vit()
     model.blocks[0].attn = Published(16, 2, lambda n: nn.GroupNorm(1, n))
     with pytest.raises(TypeError, match=r"are no fixed mix \(GroupNorm\)"):
-        parts_of("deepvit_cos_reg", model, torch.randn(3, 1, 8, 8))
+        parts_of("deepvit_cos_reg", model, images())
 
 
 class Adapted(nn.Module):
@@ -307,7 +301,7 @@ class Adapted(nn.Module):
 
 
 def test_an_adapter_on_the_projection_counts():
-    model, merged, x = a_model(), a_model(), torch.randn(2, 1, 8, 8)
+    model, merged, x = small_vit(), small_vit(), images(2)
     for block, plain in zip(model.blocks, merged.blocks, strict=True):
         adapted = block.attn.qkv = Adapted(block.attn.qkv)
         with torch.no_grad():
@@ -333,7 +327,7 @@ def test_a_quantised_projection_is_measured():
         def forward(self, x):
             return self.linear[0](x)
 
-    model, x = a_model(), torch.randn(2, 1, 8, 8)
+    model, x = small_vit(), images(2)
     right = CollapseMonitor(model).measure(x)
     for block in model.blocks:
         block.attn.qkv = Quantised(block.attn.qkv)
@@ -349,9 +343,9 @@ def test_a_quantised_projection_is_measured():
 
 def test_peft_and_dynamic_quantisation(torchvision):
     peft = pytest.importorskip("peft")
-    model = a_model(reattention=(1,))
+    model = small_vit(reattention=(1,))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False))
-    model, x = adapted.base_model.model.eval(), torch.randn(2, 1, 8, 8)
+    model, x = adapted.base_model.model.eval(), images(2)
     got = CollapseMonitor(model).measure(x)
     merged = adapted.merge_and_unload().eval()
     for record, right in zip(got, CollapseMonitor(merged).measure(x), strict=True):
@@ -359,7 +353,7 @@ def test_peft_and_dynamic_quantisation(torchvision):
 
 
 def test_chunks_of_blocks_are_refused():
-    model = a_model()
+    model = small_vit()
     model.blocks = nn.ModuleList([nn.ModuleList([ReAttention(16, 2)])])
     with pytest.raises(TypeError, match="must hold blocks, got chunks of them"):
         DiversityObjective({"koleo": 1.0}).attach(model)
@@ -368,9 +362,9 @@ def test_chunks_of_blocks_are_refused():
 def test_numbers_of_numpy_are_numbers_and_booleans_are_not():
     np = pytest.importorskip("numpy")
     assert Term("patch_contrast", layers=[np.int64(0), np.int32(-1)]).layers == (0, -1)
-    assert CollapseMonitor(a_model(), every=np.int64(2)).every == 2
+    assert CollapseMonitor(small_vit(), every=np.int64(2)).every == 2
     for layers in ([True], [0.0], [None]):
         with pytest.raises(ValueError, match="layers of koleo must be block numbers or"):
             Term("koleo", layers=layers)
-    with pytest.raises(ValueError, match="every must be a positive whole number, got True"):
-        CollapseMonitor(a_model(), every=True)
+    with pytest.raises(ValueError, match="every must be an integer of at least 1, got True"):
+        CollapseMonitor(small_vit(), every=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import need
+from small_vit import hooks_of, images, small_vit, softmax_maps
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,26 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitdiv_kernels import CollapseMonitor, use_backend
 from vitdiv_kernels.attach import monitor
 from vitdiv_kernels.nn import ReAttention, TalkingHeadsAttention
-from vitdiv_kernels.vit import CONFIGS, ViT, ViTConfig
-
-CONFIG = ViTConfig(image_size=8, channels=1, patch=2, dim=16, depth=3, heads=2, mlp_ratio=1.0, classes=5)
+from vitdiv_kernels.vit import CONFIGS, ViT
 
 
 def a_model(reattention=(1, 2), **changes):
-    return ViT(replace(CONFIG, reattention=reattention, **changes))
-
-
-def images(count=3):
-    return torch.randn(count, 1, 8, 8)
+    return small_vit(reattention=reattention, **changes)
 
 
 def off_diagonal(matrices):
     return matrices[..., ~torch.eye(matrices.shape[-1], dtype=torch.bool)]
-
-
-def softmax_maps(model, tokens, i):
-    q, k = model.query_key(tokens[i], i)
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 @torch.no_grad()
@@ -148,16 +138,20 @@ def test_register_tokens_are_dropped():
     tokens = model(x, return_tokens=True)[1]
     expected = monitor.residual(tokens[1][:, 5:]).item()
     assert CollapseMonitor(model, num_prefix_tokens=5).measure(x)[0]["residual"] == pytest.approx(expected)
-    model.num_prefix_tokens = 5
-    model.cls_token, model.pos_embed = (nn.Parameter(torch.randn(1, n, 16)) for n in (5, 21))
-    tokens = model(x, return_tokens=True)[1]
-    expected = monitor.residual(tokens[1][:, 5:]).item()
-    assert CollapseMonitor(model).measure(x)[0]["residual"] == pytest.approx(expected)
 
 
 def test_at_most_so_many_images_are_measured():
     model, x = a_model(), images(5)
     assert CollapseMonitor(model, images=2).measure(x) == CollapseMonitor(model).measure(x[:2])
+
+
+def test_layers_of_many_images_are_means_over_all_of_them():
+    """Which are compared some at a time: of 17 tokens 56."""
+    model, x = a_model(), images(60)
+    whole, first, rest = (CollapseMonitor(model, images=60).measure(part) for part in (x, x[:20], x[20:]))
+    for record, one, other in zip(whole, first, rest, strict=True):
+        pairs = zip(one["attention_cosine"], other["attention_cosine"], strict=True)
+        assert record["attention_cosine"] == pytest.approx([(a + 2 * b) / 3 for a, b in pairs], abs=1e-6)
 
 
 def test_a_model_that_diverged_is_measured():
@@ -166,10 +160,6 @@ def test_a_model_that_diverged_is_measured():
     watch = CollapseMonitor(a_model())
     last = watch.measure(x)[-1]
     assert all(math.isnan(last[name]) for name in monitor.MEASURES)
-
-
-def hooks_of(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_training_goes_on_as_without_it():
@@ -326,9 +316,9 @@ def layer_norm():
 @pytest.mark.parametrize(
     ("error", "sentence", "call"),
     [
-        (ValueError, "every must be a positive whole number, got 0",
+        (ValueError, "every must be an integer of at least 1, got 0",
          lambda: CollapseMonitor(a_model(), every=0)),
-        (ValueError, "images must be a positive whole number",
+        (ValueError, "images must be an integer of at least 1",
          lambda: CollapseMonitor(a_model(), images=1.5)),
         (TypeError, "model must have its blocks in model.blocks", lambda: CollapseMonitor(nn.Linear(2, 2))),
         (TypeError, "mixes, rotates or biases between", lambda: CollapseMonitor(talking())),

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from vitdiv_kernels import CollapseMonitor, DiversityObjective, Term
-from vitdiv_kernels.attach.objective import PRESETS
+from vitdiv_kernels.attach.presets import PRESETS
 from vitdiv_kernels.vit import ViT, ViTConfig
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

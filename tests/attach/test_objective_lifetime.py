@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_vit import CONFIG, hooks_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vitdiv_kernels import DiversityObjective, Term, losses
-from vitdiv_kernels.vit import ViT, ViTConfig
+from vitdiv_kernels.vit import ViT
 
-CONFIG = ViTConfig(image_size=8, channels=1, patch=2, dim=16, depth=3, heads=2, mlp_ratio=1.0, classes=5)
 BOTH = {"koleo": 1.0, "heads": Term("attention_diversity", layers=(0, 1)), "weight_mhs": 0.1}
 
 
@@ -39,10 +39,6 @@ def a_model(**changes):
 
 def images(seed=0, count=3):
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def hooks_of(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def step(model, objective, x):
@@ -152,13 +148,14 @@ def test_a_copy_is_attached_to_the_copy_of_its_model(first, copied, order):
 
 def test_copies_of_the_model_alone_keep_nothing():
     model = a_model()
-    with DiversityObjective({"koleo": 1.0}).attach(model) as objective:
+    config = {"koleo": 1.0, "contrast": Term("patch_contrast", 1.0, ("embeddings", -1))}
+    with DiversityObjective(config).attach(model) as objective:
         model(images())
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             other(images(1))
             assert all(hook.shelf.kept is None for hook in other.blocks[2]._forward_hooks.values())
         tokens = objective.recorder.kept["tokens", 2]
-        torch.testing.assert_close(objective()[0], losses.koleo(tokens[:, 1:]))
+        torch.testing.assert_close(objective()[1]["koleo"], losses.koleo(tokens[:, 1:]))
 
 
 def test_a_shallow_copy_is_attached_as_long_as_the_first():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitdiv_kernels import CollapseMonitor, DiversityObjective, Term, losses
-from vitdiv_kernels.attach.objective import LOSSES
+from vitdiv_kernels.attach.terms import LOSSES
 from vitdiv_kernels.vit import ViT, ViTConfig
 
 CONFIG = ViTConfig(image_size=8, channels=1, patch=2, dim=16, depth=3, heads=2, mlp_ratio=1.0, classes=5)

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import math
-import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import _checks, _vectors
 from .._vectors import matrices_near_one
@@ -26,10 +28,11 @@ MEASURES = (
     "effective_rank",
     "residual",
 )
+Record = dict[str, Any]
 _LAYER = "attention_cosine_"  # a column for each block in the CSV
 
 
-def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
+def cosine_quantiles(x: Tensor, levels: Sequence[float] = QUANTILES, *, rows: int = 64) -> list[float]:
     """Quantiles of the cosines between the vectors of each set, i < j, over all sets together.
 
     Args:
@@ -62,7 +65,7 @@ def cosine_quantiles(x, levels=QUANTILES, *, rows=64):
     return ((found + inside) * (2 / BINS) - 1).tolist()
 
 
-def attention_entropy(q, k, *, rows=64):
+def attention_entropy(q: Tensor, k: Tensor, *, rows: int = 64) -> Tensor:
     """Mean entropy of the rows of the attention maps, in nats, from 0 (one key) to log M (all alike).
 
     Args:
@@ -76,7 +79,7 @@ def attention_entropy(q, k, *, rows=64):
     """
     _checks.queries_and_keys(q, k)
     q, k = _vectors.full_precision(q, k)
-    total = 0
+    total: Any = 0
     for start in range(0, q.shape[2], rows):
         with _checks.autocast_off(q):
             maps = (q[:, :, start : start + rows] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
@@ -84,7 +87,7 @@ def attention_entropy(q, k, *, rows=64):
     return total / (q.shape[0] * q.shape[1] * q.shape[2])
 
 
-def effective_rank(tokens):
+def effective_rank(tokens: Tensor) -> Tensor:
     """exp(entropy of the squared singular values) of the unit-length patches [B, N, D], mean over images: 0
     where all are zero, a matrix of rank 0; nan where an entry is not finite."""
     x_hat = _vectors.unit(tokens, 1e-12)
@@ -96,7 +99,7 @@ def effective_rank(tokens):
     return (torch.special.entr(share).sum(-1).exp() * (total > 0)).mean()
 
 
-def residual(x):
+def residual(x: Tensor) -> Tensor:
     """|X - 1 mean(X)^T| / |X| of the vectors [B, N, D] of each image, mean over images: 0 where all are
     equal, also where they are zero. Source: Dong et al. 2021 (arXiv 2103.03404), in the Frobenius norm."""
     x = matrices_near_one(*_vectors.full_precision(x))
@@ -105,7 +108,7 @@ def residual(x):
 
 
 @contextlib.contextmanager
-def _evaluation(model):
+def _evaluation(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and then each module in its own again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -152,9 +155,9 @@ class CollapseMonitor:
     Cost, of L blocks, H heads of width d, N tokens of D features, per image: the forward pass; L N^2 D for
     the cosines of patches; L H N^2 (2 d + H / 2) for heads and entropy and L H N^2 (d + L / 2) for layers,
     all multiply-adds; a singular value decomposition of N x D per block. Fused kernels where there are; else
-    64 rows in turn: the largest intermediate is 64 L H N numbers. All this is half the multiply-adds of a
-    training step of as many images, and took 0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on one CPU thread:
-    with `every` 50, at most 2 % where the batch has 8 images, and 0.3 % where it has 64.
+    64 rows in turn: the largest intermediate is 64 L H max(N, 256) numbers. All this is half the
+    multiply-adds of a training step of as many images, and took 0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on
+    one CPU thread: with `every` 50, at most 2 % where the batch has 8 images, and 0.3 % where it has 64.
 
     Example:
         >>> import torch
@@ -169,8 +172,17 @@ class CollapseMonitor:
         [50, 100]
     """
 
-    def __init__(self, model, *, every=50, images=8, csv=None, mixed=True, num_prefix_tokens=None):
-        every, images = _positive("every", every), _positive("images", images)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 50,
+        images: int = 8,
+        csv: str | Path | None = None,
+        mixed: bool = True,
+        num_prefix_tokens: int | None = None,
+    ) -> None:
+        every, images = _checks.count("every", every, 1), _checks.count("images", images, 1)
         self.model = _blocks.plain_model(model)
         for i, block in enumerate(_blocks.blocks_of(self.model)):
             _blocks.check_maps(block, i)
@@ -178,9 +190,10 @@ class CollapseMonitor:
         self.csv = None if csv is None else Path(csv)
         _tokens.check_prefix(self.model, num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
-        self.records, self.calls = [], 0
+        self.records: list[Record] = []
+        self.calls = 0
 
-    def step(self, images, step=None):
+    def step(self, images: Tensor, step: int | None = None) -> list[Record] | None:
         """Counts a training step, or takes its number; measures where `every` divides it.
 
         images: the batch, [B, C, S, S]; its first ones are measured. Returns the new records or None.
@@ -189,7 +202,7 @@ class CollapseMonitor:
         return None if self.calls % self.every else self.measure(images, self.calls)
 
     @torch.no_grad()
-    def measure(self, images, step=0):
+    def measure(self, images: Tensor, step: int = 0) -> list[Record]:
         """Measures now, on at most `self.images` of the images [B, C, S, S]; returns the new records."""
         _checks.floating_tensor("images", images)
         if images.dim() != 4 or len(images) == 0:
@@ -224,11 +237,14 @@ class CollapseMonitor:
             mixed = layers
             if self.mixed:
                 mixed = [_blocks.mixed_layer(b.attn, *qk) for b, qk in zip(blocks, layers, strict=True)]
-            # an image at a time: the maps of all layers are held together
-            similarity = sum(
-                layer_similarity([_image(layer, i) for layer in mixed], along="maps", reduction="mean")
-                for i in range(len(images))
-            )
+            # some images at a time: 64 rows of the maps of all layers are held together
+            n = layers[0][0].shape[2]
+            some = max(1, 64 * 256 // (min(64, n) * n))
+            similarity = 0
+            for i in range(0, len(images), some):
+                these = [_images(layer, i, i + some) for layer in mixed]
+                mean = layer_similarity(these, along="maps", reduction="mean")
+                similarity = similarity + len(these[0][0]) * mean
         new = [{"step": step, "block": i} | self._block(patches[i], *layers[i]) for i in range(len(blocks))]
         for record, row in zip(new, (similarity / len(images)).tolist(), strict=True):
             record["attention_cosine"] = row
@@ -259,23 +275,13 @@ class CollapseMonitor:
         return dict(zip(MEASURES, values, strict=True))
 
 
-def _positive(name, value):
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    return number
-
-
-def _image(layer, i):
-    """A layer of one image; the mix and its bias are those of all."""
+def _images(layer, start, stop):
+    """A layer of some images; the mix and its bias are those of all."""
     q, k, *mixing = layer
-    return q[i : i + 1], k[i : i + 1], *mixing
+    return q[start:stop], k[start:stop], *mixing
 
 
-def write_records(path, records, append=False):
+def write_records(path: str | Path, records: Sequence[Record], append: bool = False) -> None:
     """Records as CSV, a row for each, attention_cosine in a column for each block; no records, no file."""
     if not records:
         Path(path).unlink(missing_ok=True)
@@ -288,7 +294,7 @@ def write_records(path, records, append=False):
         writer.writerows(rows)
 
 
-def read_records(path):
+def read_records(path: str | Path) -> list[Record]:
     """The records of a CSV file that `CollapseMonitor` wrote. Raises ValueError for another file."""
     with open(path, newline="") as file:
         reader = csv.DictReader(file)

@@ -1,138 +1,14 @@
 """All diversity losses of a training step in one object, attached to a ViT by hooks."""
 
-import inspect
-import math
-import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from typing import Any
 
-from .. import _checks, losses
+import torch
+from torch import Tensor, nn
+
 from . import _blocks, _recorder, _sharded, _tokens
-
-# loss: what it looks at, how many layers it takes (None: any number at once), and the layers by default.
-# "patches" are the tokens that leave a block, without prefix tokens; "embeddings" are those after the final
-# norm and, second, the output of patch_embed; "heads" are q and k.
-LOSSES = {
-    "pairwise_cosine": ("patches", 1, (-1,)),
-    "patch_cross_cosine": ("patches", 2, (0, -1)),
-    "patch_contrast": ("patches", 2, (0, -1)),
-    "patch_mhs": ("patches", 1, (-1,)),
-    "patch_mgd": ("patches", 1, (-1,)),
-    "patch_soft_orthogonality": ("patches", 1, (-1,)),
-    "patch_condition_orthogonality": ("patches", 1, (-1,)),
-    "koleo": ("patches", 1, (-1,)),
-    "uniformity": ("patches", 1, (-1,)),
-    "neighbourhood_contrast": ("embeddings", 1, (-1,)),
-    "patch_mixing": ("logits", 1, (-1,)),
-    "attention_diversity": ("heads", 1, (0,)),
-    "head_cross_cosine": ("heads", 2, (0, -1)),
-    "head_contrast": ("heads", 2, (0, -1)),
-    "head_mhs": ("heads", 1, (0,)),
-    "head_mgd": ("heads", 1, (0,)),
-    "head_soft_orthogonality": ("heads", 1, (0,)),
-    "head_condition_orthogonality": ("heads", 1, (0,)),
-    "cos_reg": ("maps", None, (0, 1, 2)),
-    "weight_mhs": ("weights", None, "all"),
-    "weight_mgd": ("weights", None, "all"),
-    "weight_soft_orthogonality": ("weights", None, "all"),
-    "weight_condition_orthogonality": ("weights", None, "all"),
-}
-EMBEDDINGS = "embeddings"  # among layers: the tokens that enter block 0
-# patch_cross_cosine is pairwise_cosine of two sets: a name of its own tells how many layers are meant
-_FUNCTIONS = {"patch_cross_cosine": losses.pairwise_cosine}
-
-
-@dataclass(frozen=True)
-class Term:
-    """One loss, its weight, and where it is taken.
-
-    Args:
-        loss: a name in `LOSSES`; patch_cross_cosine is `pairwise_cosine` between two layers.
-        weight: the factor in the total.
-        layers: blocks, negative ones from the end, or "all"; None is the loss's own choice. For losses on
-            patches "embeddings" among them is the tokens that enter block 0, with their positions. A loss of
-            one layer is averaged over them; a loss of two takes exactly two.
-        options: of the function of that name in `vitdiv_kernels.losses`.
-
-    Raises ValueError or TypeError, with a sentence, for what does not fit.
-
-    Example:
-        >>> Term("attention_diversity", 1e-4, layers=[0, 1]).layers
-        (0, 1)
-    """
-
-    loss: str
-    weight: float = 1.0
-    layers: tuple[int | str, ...] | str | None = None
-    options: Mapping = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"unknown loss {self.loss!r}: the objective has {', '.join(LOSSES)}")
-        _checks.number(f"the weight of {self.loss}", self.weight)
-        if not math.isfinite(self.weight):
-            raise ValueError(f"the weight of {self.loss} must be finite, got {self.weight}")
-        kind, count, default = LOSSES[self.loss]
-        layers = default if self.layers is None else self.layers
-        if layers != "all":
-            named = (EMBEDDINGS,) if kind == "patches" else ()
-            several = isinstance(layers, Iterable) and not isinstance(layers, str)
-            numbers = tuple(_layer(i, named) for i in layers) if several else ()
-            if not numbers or None in numbers:
-                known = " or ".join(["block numbers", *map(repr, (*named, "all"))])
-                raise ValueError(f"layers of {self.loss} must be {known}, got {layers!r}")
-            layers = numbers
-        if count == 2 and (layers == "all" or len(layers) != 2):
-            raise ValueError(f"layers of {self.loss} must be two blocks, got {layers!r}")
-        object.__setattr__(self, "layers", layers)
-        known = _options(self.function)
-        for name in self.options:
-            if name not in known:
-                raise ValueError(f"{self.loss} has no option {name!r}; its options are {', '.join(known)}")
-        if self.options.get("reduction") == "none":
-            raise ValueError(f"reduction of {self.loss} must be 'mean' or 'sum', got 'none'")
-
-    @property
-    def function(self):
-        return _FUNCTIONS.get(self.loss) or getattr(losses, self.loss)
-
-
-def _layer(layer, named):
-    """A block number as an int, also one of NumPy, or a name among `named`; else None."""
-    if isinstance(layer, str):
-        return layer if layer in named else None
-    try:
-        return None if isinstance(layer, bool) else operator.index(layer)
-    except TypeError:
-        return None
-
-
-def _options(function):
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-
-
-# Gong et al. 2021 (arXiv 2104.12753): the three losses of the paper, each with weight 1, the first layer of
-# the contrast a target; its training code is not released. Chen et al. 2022 (arXiv 2203.06345): the recipe of
-# DeiT-S in the released code, whose contrast is between the tokens that enter the first block and those that
-# leave the last; its sum of mixing losses is divided by N + 1, a mean here, and its labels of patches are
-# smoothed by 0.1, as those of images, not at all here: the reference trainer gives its own label smoothing.
-# Zhou et al. 2021 (arXiv 2103.11886): the released SoftTargetCrossEntropyCosReg with its defaults.
-PRESETS = {
-    "gong2021": {
-        "cosine": Term("pairwise_cosine"),
-        "contrast": Term("patch_contrast", options={"detach_first": True}),
-        "mixing": Term("patch_mixing"),
-    },
-    "diverse_vit_deit_small": {
-        "cosine": Term("pairwise_cosine", 0.5, options={"penalty": "signed", "include_self": True}),
-        "contrast": Term("patch_contrast", 0.5, (EMBEDDINGS, -1)),
-        "heads": Term("attention_diversity", 1e-4),
-        "weights": Term("weight_condition_orthogonality", 5e-4),
-        "mixing": Term("patch_mixing"),
-    },
-    "deepvit_cos_reg": {"cos_reg": Term("cos_reg", 0.1)},
-}
+from .presets import PRESETS
+from .terms import EMBEDDINGS, LOSSES, Term, options_of
 
 
 class DiversityObjective:
@@ -191,7 +67,9 @@ class DiversityObjective:
         ...     (logits.logsumexp(-1).mean() + total).backward()
     """
 
-    def __init__(self, config, *, num_prefix_tokens=None):
+    def __init__(
+        self, config: str | Mapping[str, float | Term], *, num_prefix_tokens: int | None = None
+    ) -> None:
         if isinstance(config, str):
             if config not in PRESETS:
                 raise ValueError(f"unknown preset {config!r}: there are {', '.join(PRESETS)}")
@@ -202,9 +80,10 @@ class DiversityObjective:
             name: value if isinstance(value, Term) else Term(name, value) for name, value in config.items()
         }
         self.num_prefix_tokens = num_prefix_tokens
-        self.model = self.recorder = None
+        self.model: Any = None
+        self.recorder: _recorder.Recorder | None = None
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> "DiversityObjective":
         """Puts hooks on the blocks of model; returns the objective, which as a context manager detaches.
 
         Raises TypeError for a model that is not made of timm-like blocks, for losses on weights that are
@@ -218,7 +97,7 @@ class DiversityObjective:
         layers = {name: self._layers(term, len(blocks)) for name, term in self.terms.items()}
         tokens, heads, patch_embed = set(), set(), False
         for name, term in self.terms.items():
-            kind = LOSSES[term.loss][0]
+            kind = LOSSES[term.loss].kind
             if kind in ("patches", "embeddings", "logits"):
                 tokens |= set(layers[name])
             elif kind in ("heads", "maps"):
@@ -241,23 +120,28 @@ class DiversityObjective:
         return self
 
     @property
-    def attached(self):
+    def attached(self) -> bool:
         """Whether its hooks are on a model."""
         return self.recorder is not None and self.recorder.remove.alive
 
-    def detach(self):
+    def detach(self) -> None:
         """Takes the hooks away; does nothing where there are none."""
         if self.recorder is not None:
             self.recorder.remove()
-        self.model = self.recorder = None
+        self.model, self.recorder = None, None
 
-    def __enter__(self):
+    def __enter__(self) -> "DiversityObjective":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def __call__(self, *, mixing=None, generator=None):
+    def __call__(
+        self,
+        *,
+        mixing: tuple[Tensor, Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the last forward pass, which is then forgotten.
 
         Args:
@@ -273,7 +157,7 @@ class DiversityObjective:
         and the likely cause; ValueError where patch_mixing has no `mixing`, where the prefix tokens or the
         grid are not known, or where tokens are padded.
         """
-        if not self.attached:
+        if self.recorder is None or not self.attached:
             raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
         kept = self.recorder.take()
         layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
@@ -291,7 +175,7 @@ class DiversityObjective:
 
     def _check_flat(self, blocks, layers):
         for name, term in self.terms.items():
-            kind = LOSSES[term.loss][0]
+            kind = LOSSES[term.loss].kind
             if any(_blocks.reads_weights(blocks[i], kind) for i in layers[name]):
                 raise TypeError(
                     f"{term.loss} reads weights outside of the forward pass, where FullyShardedDataParallel "
@@ -308,9 +192,9 @@ class DiversityObjective:
 
     def _part(self, name, kept, layout, mixing, generator):
         term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
-        kind, count, _ = LOSSES[term.loss]
+        kind, number, _ = LOSSES[term.loss]
         options = dict(term.options)
-        if generator is not None and "start" not in options and "generator" in _options(term.function):
+        if generator is not None and "start" not in options and "generator" in options_of(term.function):
             options["generator"] = generator
         if kind == "weights":
             return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
@@ -329,7 +213,7 @@ class DiversityObjective:
         if kind == "maps":
             mixed = [_blocks.mixed_layer(blocks[i].attn, *qk) for i, qk in zip(layers, inputs, strict=True)]
             return term.function(mixed, **options)
-        if count == 2:
+        if number == 2:
             return term.function(*inputs[0], *inputs[1], **options)
         return _mean([term.function(*each, **options) for each in inputs])
 

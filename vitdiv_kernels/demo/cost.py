@@ -1,25 +1,22 @@
 """What fused re-attention saves: time and peak memory of a training step of four DeepViT-32 blocks."""
 
-import argparse
 import contextlib
-import json
-import re
-import resource
+import multiprocessing
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import use_backend
-from ..vit.model import CONFIGS, Block, ViT
+from ..vit import CONFIGS, ViT
+from ..vit.model import Block
+from . import meters
 
-VARIANTS = ("published", "reference", "native")
-MEGABYTE = 1e6
+Variant = Literal["published", "reference", "native"]
 
 
 class PublishedReAttention(nn.Module):
@@ -40,7 +37,7 @@ class PublishedReAttention(nn.Module):
         return self.proj((maps @ v).transpose(1, 2).flatten(2))
 
 
-def training_step(variant: str, batch: int = 16, depth: int = 4) -> Callable[[int], None]:
+def training_step(variant: Variant, batch: int = 16, depth: int = 4) -> Callable[..., None]:
     """A function that runs one step (forward, backward, AdamW) of `depth` DeepViT-32 blocks.
 
     The tokens are [batch, 197, 384], float32. The function's argument limits the step to the first so many
@@ -65,79 +62,36 @@ def training_step(variant: str, batch: int = 16, depth: int = 4) -> Callable[[in
     return step
 
 
-def median_times(variants, batch: int = 16, depth: int = 4, rounds: int = 5) -> dict[str, float]:
+def median_times(
+    variants: Sequence[Variant], batch: int = 16, depth: int = 4, rounds: int = 5
+) -> dict[Variant, float]:
     """Median milliseconds of a step; the variants take turns in one process, after an untimed step each."""
     steps = {variant: training_step(variant, batch, depth) for variant in variants}
     for step in steps.values():
         step()
-    times = {variant: [] for variant in variants}
-    for _ in range(rounds):
-        for variant, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[variant].append(1e3 * (time.perf_counter() - start))
-    return {variant: statistics.median(values) for variant, values in times.items()}
+    rows = [{variant: 1e3 * meters.seconds([step]) for variant, step in steps.items()} for _ in range(rounds)]
+    return {variant: statistics.median(row[variant] for row in rows) for variant in variants}
 
 
-def _resident(name: str) -> float | None:
-    """VmRSS (now) or VmHWM (highest since the last reset), in MB; None where the kernel does not tell."""
-    try:
-        with open("/proc/self/status") as status:
-            return int(re.search(rf"{name}:\s+(\d+) kB", status.read())[1]) * 1024 / MEGABYTE
-    except (OSError, TypeError):
-        return None
-
-
-def _reset_peak() -> bool:
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory(variant: str, batch: int, depth: int) -> dict:
-    """How far one step raises the resident set of this process, in MB, and how that was found.
+def peak_memory(variant: Variant, batch: int, depth: int, threads: int) -> float | None:
+    """How far one step raises the resident set of this process, in MB; None where the system does not tell.
 
     Weights, optimizer state and libraries are not counted: a step on one image has made them resident. Meant
     for a process of its own, whose allocator keeps nothing from earlier steps.
     """
-    step = training_step(variant, batch, depth)
+    torch.set_num_threads(threads)
+    step, memory = training_step(variant, batch, depth), meters.ResidentSet()
     step(1)
-    before, exact = _resident("VmRSS"), _reset_peak()
-    step()
-    if before is not None and exact:
-        return {
-            "megabytes": _resident("VmHWM") - before,
-            "method": "resident-set peak above weights and optimizer state",
-        }
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
-    return {"megabytes": peak, "method": "highest resident set, all included"}
+    try:
+        before = memory.current()
+        memory.reset_peak()
+        step()
+        return (memory.peak() - before) / 1e6
+    except OSError:
+        return None
 
 
-def peak_memory_apart(variant: str, batch: int = 16, depth: int = 4) -> dict:
+def peak_memory_apart(variant: Variant, batch: int = 16, depth: int = 4) -> float | None:
     """`peak_memory` in a fresh process with as many threads as this one."""
-    command = [
-        sys.executable,
-        "-m",
-        "vitdiv_kernels.demo.cost",
-        variant,
-        str(batch),
-        str(depth),
-        str(torch.get_num_threads()),
-    ]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m vitdiv_kernels.demo.cost", description=peak_memory.__doc__
-    )
-    parser.add_argument("variant", choices=VARIANTS)
-    for name, default in (("batch", 16), ("depth", 4), ("threads", 2)):
-        parser.add_argument(name, type=int, nargs="?", default=default)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(json.dumps(peak_memory(arguments.variant, arguments.batch, arguments.depth)))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, variant, batch, depth, torch.get_num_threads()).result()

@@ -9,24 +9,29 @@ import argparse
 import json
 import math
 import multiprocessing
-import sys
+import statistics
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from .. import _dispatch
-from ..train.cli import HelpFormatter, number
-from ..train.data import Data, DataError, load_digits
-from ..train.loop import Recipe, Trainer, TrainError, flushed_denormals
-from ..train.losses import DIVERSITY
-from ..train.metrics import accuracy, diversity, patch_matrix
-from ..train.progress import Progress
-from ..vit.model import CONFIGS, ViT
-from . import cost
+from .. import CollapseMonitor, _dispatch
+from ..train.cli import HelpFormatter, number, run_command
+from ..train.data import Data, Tensors, load_digits
+from ..train.errors import TrainError
+from ..train.logs import progress
+from ..train.loop import Trainer, accuracy, flushed_denormals
+from ..train.loss_weights import DIVERSITY
+from ..train.plots import pyplot
+from ..train.recipe import Recipe
+from ..vit import CONFIGS, ViT
+from . import cost, figure
 
 TITLES = {"plain": "plain ViT", "losses": "+ diversity losses", "reattention": "re-attention (DeepViT)"}
 
@@ -37,8 +42,8 @@ def train_model(
     steps: int,
     seed: int,
     out: Path,
-    on_step: Callable[[int, dict], None] | None = None,
-) -> dict:
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Trains one of the three, with the weights of the last step, and returns its log rows, metrics on the
     test images and seconds of this process's CPU time."""
     torch.manual_seed(seed)
@@ -50,34 +55,43 @@ def train_model(
         trainer.fit(on_step=on_step)
     seconds = time.process_time() - start
     trainer.save(out / name / "checkpoint.pt")
-    image = data.test.images[0]
+    test = cast(Tensors, data.test)
+    image = test.images[0]
     return {
         "rows": trainer.rows,
         "seconds": seconds,
-        "test_accuracy": accuracy(model, data.test),
-        "diversity": diversity(model, data.test.images),
+        "test_accuracy": accuracy(model, test),
+        "records": CollapseMonitor(model, images=len(test)).measure(test.images, steps),
         "image": image[0].tolist(),
         "matrix": patch_matrix(model, image).tolist(),
     }
+
+
+@torch.no_grad()
+def patch_matrix(model: ViT, image: Tensor) -> Tensor:
+    """Cosines [N, N] between the patches of one image [C, S, S] that leave the last block."""
+    last = model.eval()(image[None], return_tokens=True)[1][-1]
+    patches = F.normalize(last[0, model.num_prefix_tokens :].float(), dim=-1)
+    return patches @ patches.T
 
 
 def _train_in_child(pipe: Connection, name: str, steps: int, seed: int, out: Path) -> None:
     """Sends (step, cross-entropy) now and then, and at last the result or the error."""
     torch.set_num_threads(1)
 
-    def tell(step: int, terms: dict) -> None:
+    def tell(step: int, terms: dict[str, Any]) -> None:
         if step % 10 == 0 or step == steps:
             pipe.send((step, float(terms["cross_entropy"])))
 
     try:
         pipe.send(train_model(name, load_digits(), steps, seed, out, tell))
-    except (DataError, TrainError) as error:
+    except TrainError as error:
         pipe.send(error)
     except KeyboardInterrupt:  # the parent hears of it, too
         pass
 
 
-def train_models(steps: int, seed: int, out: Path) -> dict[str, dict]:
+def train_models(steps: int, seed: int, out: Path) -> dict[str, dict[str, Any]]:
     """What `train_model` returns of each of the three. Raises TrainError where a process ends early."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, locked
     running, results, steps_of, shown = {}, {}, dict.fromkeys(TITLES, 0), {}
@@ -89,9 +103,9 @@ def train_models(steps: int, seed: int, out: Path) -> dict[str, dict]:
             process.start()
             its_end.close()  # the child's death then ends the pipe
             running[pipe] = name, process
-        with Progress("cross-entropy", len(TITLES) * steps) as bar:
+        with progress("cross-entropy", len(TITLES) * steps) as move:
             while running:
-                for pipe in wait(list(running)):
+                for pipe in cast(list[Connection], wait(list(running))):
                     name, process = running[pipe]
                     try:
                         said = pipe.recv()
@@ -108,7 +122,7 @@ def train_models(steps: int, seed: int, out: Path) -> dict[str, dict]:
                         process.join()
                         continue
                     steps_of[name], shown[name] = said[0], f"{said[1]:.3f}"
-                    bar.to(sum(steps_of.values()), **shown)
+                    move(sum(steps_of.values()), **shown)
     finally:
         for _, process in running.values():
             process.terminate()
@@ -116,7 +130,7 @@ def train_models(steps: int, seed: int, out: Path) -> dict[str, dict]:
     return {name: results[name] for name in TITLES}
 
 
-def table(results: dict[str, dict]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
     heads = {
         "test accuracy": 15,
         "|patch cosine|": 16,
@@ -126,11 +140,11 @@ def table(results: dict[str, dict]) -> str:
     }
     lines = [" " * 24 + "".join(title.rjust(width) for title, width in heads.items())]
     for name, result in results.items():
-        d = result["diversity"]
-        head_cosine = sum(d["head_cosine"]) / len(d["head_cosine"])
+        last = result["records"][-1]
+        head_cosine = statistics.mean(record["head_cosine"] for record in result["records"])
         lines.append(
-            f"{TITLES[name]:24s}{100 * result['test_accuracy']:13.1f} %{d['abs_cosine'][-1]:16.2f}"
-            f"{d['effective_rank'][-1]:16.1f}{head_cosine:13.2f}{result['seconds']:8.0f} s"
+            f"{TITLES[name]:24s}{100 * result['test_accuracy']:13.1f} %{last['patch_abs_cosine']:16.2f}"
+            f"{last['effective_rank']:16.1f}{head_cosine:13.2f}{result['seconds']:8.0f} s"
         )
     return "\n".join(lines)
 
@@ -142,9 +156,9 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def notes(results: dict[str, dict], images: int) -> str:
+def notes(results: dict[str, dict[str, Any]], images: int) -> str:
     """How the numbers were taken, how sure they are, and what they do not show."""
-    alike = {name: result["diversity"]["abs_cosine"][-1] for name, result in results.items()}
+    alike = {name: result["records"][-1]["patch_abs_cosine"] for name, result in results.items()}
     best = max(results, key=lambda name: results[name]["test_accuracy"])
     low, high = wilson(results[best]["test_accuracy"], images)
     patches = len(results[best]["matrix"])
@@ -182,35 +196,32 @@ def backend_line() -> str:
     return f"backend {backend}: " + (reason if backend == by_table else f"asked for in place of {by_table}")
 
 
-def compare_cost(batch: int, rounds: int) -> dict:
+def compare_cost(batch: int, rounds: int) -> dict[str, dict[str, float | None]]:
     """Milliseconds and peak memory of one training step of each variant that can run here; prints them."""
     missing = _dispatch.missing("native", "cpu")
-    variants = [v for v in cost.VARIANTS if v != "native" or missing is None]
-    labels = {
-        "published": "published form (Conv2d mix)",
-        "reference": "reference (einsum mix)",
-        "native": "native, fused",
-    }
+    labels: dict[cost.Variant, str]
+    labels = {"published": "published form (Conv2d mix)", "reference": "reference (einsum mix)"}
+    if not missing:
+        labels["native"] = "native, fused"
     print(
         f"\nOne training step of 4 DeepViT-32 blocks: dim 384, 12 heads, 197 tokens, batch {batch}, float32, "
         f"{torch.get_num_threads()} threads"
     )
-    times = cost.median_times(variants, batch, rounds=rounds)
-    memory = {variant: cost.peak_memory_apart(variant, batch) for variant in variants}
-    for variant in variants:
-        speed = (
-            ""
-            if missing or variant == "native"
-            else f"   native is {times[variant] / times['native']:.1f} times as fast"
-        )
-        print(f"{labels[variant]:30s}{times[variant]:8.0f} ms{memory[variant]['megabytes']:8.0f} MB{speed}")
+    times = cost.median_times(tuple(labels), batch, rounds=rounds)
+    memory = {variant: cost.peak_memory_apart(variant, batch) for variant in labels}
+    for variant, label in labels.items():
+        megabytes = "-" if memory[variant] is None else f"{memory[variant]:.0f}"
+        line = f"{label:30s}{times[variant]:8.0f} ms{megabytes:>8} MB"
+        if not missing and variant != "native":
+            line += f"   native is {times[variant] / times['native']:.1f} times as fast"
+        print(line)
     if missing:
         print(f"native, fused: not here: {missing}")
     print(
-        f"Medians of {rounds} steps, taken in turns in one process. Memory: {memory['reference']['method']}, "
-        "in a process of its own for each."
+        f"Medians of {rounds} steps, taken in turns in one process. Memory: resident-set peak above weights "
+        "and optimizer state, in a process of its own for each."
     )
-    return {variant: {"ms": times[variant], **memory[variant]} for variant in variants}
+    return {variant: {"ms": times[variant], "megabytes": memory[variant]} for variant in labels}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -219,52 +230,29 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a plain ViT, one with diversity losses and one with re-attention on digits.",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument(
-        "--steps",
-        type=number(int, 1),
-        default=1200,
-        help="updates of each model; few steps make collapse look worse",
+    add, count = parser.add_argument, number(int, 1)
+    add("--steps", type=count, default=1200, help="updates of each; few steps make collapse look worse")
+    add("--seed", type=number(int, 0), default=0, help="of weights, batches, augmentation, not of the split")
+    add(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for demo.png, results.json, logs, weights"
     )
-    parser.add_argument(
-        "--seed",
-        type=number(int, 0),
-        default=0,
-        help="of weights, batches and augmentation; the split is fixed",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/demo"),
-        help="folder for demo.png, results.json, logs and weights",
-    )
-    parser.add_argument("--cost-batch", type=number(int, 1), default=16, help="batch of the cost comparison")
-    parser.add_argument(
-        "--cost-rounds",
-        type=number(int, 0),
-        default=5,
-        help="timed steps of the cost comparison; 0 leaves it out",
-    )
+    add("--cost-batch", type=count, default=16, help="batch of the cost comparison")
+    add("--cost-rounds", type=number(int, 0), default=5, help="timed steps of that; 0 leaves it out")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
-    try:
-        import matplotlib  # noqa: F401
-
-        from . import figure
-    except ImportError:
-        raise DataError(
-            "the demo draws with matplotlib, which is absent: pip install 'vitdiv-kernels[demo]'"
-        ) from None
+    pyplot("the demo")  # before the training, which takes longer
     data = load_digits()
+    count = len(cast(Tensors, data.test))
     print(
-        f"{len(data.train)} digits to train on, {len(data.val)} to validate, {len(data.test)} to test; "
+        f"{len(data.train)} digits to train on, {len(data.val)} to validate, {count} to test; "
         f"24 blocks, {args.steps} steps; {backend_line()}",
         flush=True,
     )
     results = train_models(args.steps, args.seed, args.out)
-    print("\n" + table(results) + "\n\n" + notes(results, len(data.test)))
+    print("\n" + table(results) + "\n\n" + notes(results, count))
     figure.draw(results, TITLES, args.out / "demo.png")
     costs = compare_cost(args.cost_batch, args.cost_rounds) if args.cost_rounds else {}
     with open(args.out / "results.json", "w") as file:
@@ -273,13 +261,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except (DataError, TrainError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(make_parser(), run, argv)

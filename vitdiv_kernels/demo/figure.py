@@ -1,6 +1,9 @@
 """The figure of the demo: curves of training, curves over the blocks, and patch-patch matrices."""
 
 from pathlib import Path
+from typing import Any
+
+from ..train.plots import add_grid, pyplot
 
 # Okabe and Ito's palette, told apart by every kind of colour vision; line styles tell the models apart
 # without colour.
@@ -8,29 +11,24 @@ STYLE = {"plain": ("#000000", "-"), "losses": ("#0072B2", "--"), "reattention": 
 
 
 def smooth(values: list[float], keep: float = 0.8) -> list[float]:
-    out = []
+    out: list[float] = []
     for value in values:
         out.append(value if not out else keep * out[-1] + (1 - keep) * value)
     return out
 
 
-def draw(results: dict[str, dict], titles: dict[str, str], path: Path) -> None:
+def draw(results: dict[str, dict[str, Any]], titles: dict[str, str], path: Path) -> None:
     """Writes the PNG from what `demo.train_model` returned for each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11}
-    )
+    plt = pyplot("the demo")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(13.5, 8.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.12])
     loss, val, cosine, rank = upper.subplots(1, 4)
     for name, result in results.items():
         color, dash = STYLE[name]
         line = dict(color=color, linestyle=dash, linewidth=1.8, label=titles[name])
-        rows, blocks = result["rows"], range(1, 1 + len(result["diversity"]["abs_cosine"]))
+        rows, records = result["rows"], result["records"]
+        blocks = range(1, 1 + len(records))
         loss.plot([r["step"] for r in rows], smooth([r["cross_entropy"] for r in rows]), **line)
         measured = [r for r in rows if r["val_accuracy"] != ""]
         val.plot(
@@ -40,16 +38,14 @@ def draw(results: dict[str, dict], titles: dict[str, str], path: Path) -> None:
             marker="o",
             markersize=3,
         )
-        cosine.plot(blocks, result["diversity"]["abs_cosine"], **line)
-        rank.plot(blocks, result["diversity"]["effective_rank"], **line)
+        cosine.plot(blocks, [r["patch_abs_cosine"] for r in records], **line)
+        rank.plot(blocks, [r["effective_rank"] for r in records], **line)
     loss.set(title="training cross-entropy (smoothed)", xlabel="step", ylabel="nats")
     val.set(title="validation accuracy", xlabel="step", ylabel="%")
     cosine.set(title="likeness of patches: mean |cosine|", xlabel="block", ylim=(0, 1))
     rank.set(title="directions that patches span", xlabel="block", ylabel="effective rank")
     rank.set_ylim(bottom=1)
-    for axis in (loss, val, cosine, rank):
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
+    add_grid(loss, val, cosine, rank)
     handles, labels = loss.get_legend_handles_labels()
     upper.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, handlelength=3)
 

@@ -4,17 +4,20 @@ Each takes sets of N vectors, [..., N, D], and one set for each leading index.
 """
 
 import math
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .. import _checks, _dispatch, _vectors
 from .._autograd import by_formula, once_differentiable
+from .._types import Backend, Reduction
 from .._vectors import matrices_near_one
 from ..ops.pairs.pairwise_rows import pairwise_logsumexp, pairwise_nearest
 from ..ops.pairs.two_gram import two_gram
 from . import _common
 
-NEGATIVES = {
+NEGATIVES: dict[str, Any] = {
     "keep": "square",
     "remove": "relu_square",
     "remove_teacher": "relu_teacher_square",
@@ -23,9 +26,16 @@ NEGATIVES = {
 
 
 def gram_anchoring(
-    student, teacher, *, level="image", negatives="keep", normalise=True, reduction="mean", eps=1e-12,
-    backend="auto",
-):  # fmt: skip
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    level: Literal["image", "batch"] = "image",
+    negatives: Literal["keep", "remove", "remove_teacher", "remove_teacher_released"] = "keep",
+    normalise: bool = True,
+    reduction: Reduction = "mean",
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Tensor:
     """Gram anchoring: the mean squared difference of the student's and the teacher's patch similarities.
 
     `mean_ij (S_ij - T_ij)^2` with `S = x_hat x_hat^T` of the student, T of the teacher.
@@ -91,7 +101,9 @@ def _square_of_gram_difference(x, y):
     return ((p.mT @ p) * (q.mT @ q) + mixed * mixed.mT).sum((-2, -1)) / 2
 
 
-def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
+def koleo(
+    x: Tensor, *, reduction: Reduction = "mean", eps: float = 1e-8, backend: Backend = "auto"
+) -> Tensor:
     """Kozachenko-Leonenko loss: `-mean_i log(|x_hat_i - x_hat_nearest(i)| + eps)`.
 
     Args:
@@ -122,7 +134,7 @@ def koleo(x, *, reduction="mean", eps=1e-8, backend="auto"):
             chosen = x_hat.gather(-2, nearest.unsqueeze(-1).expand_as(x_hat))
             distance = torch.linalg.vector_norm(x_hat - chosen, dim=-1)
         else:
-            distance = _DistanceToOne.apply(*_vectors.scaled(*_vectors.full_precision(x), eps), nearest)
+            distance = _DistanceToOne.apply(*_vectors.scaled(_vectors.full_precision(x)[0], eps), nearest)
         return _common.reduced(-(distance + eps).log().mean(-1), reduction)
 
 
@@ -184,7 +196,9 @@ def _chunks(index, width):
         yield slice(i * n, (i + len(part)) * n), (part + first).flatten()
 
 
-def uniformity(x, *, t=2.0, reduction="mean", eps=1e-8, backend="auto"):
+def uniformity(
+    x: Tensor, *, t: float = 2.0, reduction: Reduction = "mean", eps: float = 1e-8, backend: Backend = "auto"
+) -> Tensor:
     """Uniformity on the hypersphere: `log mean_{i < j} exp(-t |x_hat_i - x_hat_j|^2)`.
 
     It is taken from the cosines, exp(2 t (cos_ij - 1)): a vector of zeros counts as orthogonal to all.
@@ -215,7 +229,7 @@ def uniformity(x, *, t=2.0, reduction="mean", eps=1e-8, backend="auto"):
     return _common.reduced(rows.logsumexp(-1) - 2 * t - math.log(n * (n - 1)), reduction)
 
 
-def linear_cka(x, y, *, reduction="mean", backend="auto"):
+def linear_cka(x: Tensor, y: Tensor, *, reduction: Reduction = "mean", backend: Backend = "auto") -> Tensor:
     """Linear centred kernel alignment of two feature maps, in [0, 1]; one minus it is a loss.
 
     `<K, L> / (|K|_F |L|_F)` with `K = X X^T` and `L = Y Y^T` of the centred features.
@@ -246,7 +260,9 @@ def linear_cka(x, y, *, reduction="mean", backend="auto"):
         if 4 * max(x.shape[-1], y.shape[-1]) <= 3 * x.shape[-2]:
             xy, xx, yy = ((a.mT @ b).square().sum((-2, -1)) for a, b in ((x, y), (x, x), (y, y)))
         else:
-            options = dict(penalty="product", normalise=False, reduction="none", backend=backend)
+            options: dict[str, Any] = dict(
+                penalty="product", normalise=False, reduction="none", backend=backend
+            )
             xy = two_gram(x, y, **options)
             # of S T both gradients are the same where S is T: one is made, and counted twice
             once = [two_gram(a, a.detach(), **options) for a in (x, y)]
@@ -267,9 +283,17 @@ def _centred(x):
 
 
 def vf_loss(
-    z, f, *, distance_margin=0.25, cosine_margin=0.5, distance_weight=1.0, cosine_weight=1.0,
-    reduction="mean", eps=1e-8, backend="auto",
-):  # fmt: skip
+    z: Tensor,
+    f: Tensor,
+    *,
+    distance_margin: float = 0.25,
+    cosine_margin: float = 0.5,
+    distance_weight: float = 1.0,
+    cosine_weight: float = 1.0,
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
     """Alignment of latents with the features of a vision foundation model: two hinges.
 
     `distance_weight mean_ij relu(|S_ij - T_ij| - distance_margin) + cosine_weight mean_i relu(1 -
@@ -311,7 +335,16 @@ def vf_loss(
         return _common.reduced(distance_weight * distances + cosine_weight * hinges, reduction)
 
 
-def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e-8, backend="auto"):
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    temperature: float = 0.1,
+    symmetric: bool = False,
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
     """InfoNCE between two sets of patches: patch i of x must find patch i of y among all of y.
 
     `mean_i (log sum_j exp(S_ij / temperature) - S_ii / temperature)`, S the cosines.
@@ -340,7 +373,7 @@ def info_nce(x, y, *, temperature=0.1, symmetric=False, reduction="mean", eps=1e
     temperature = _checks.positive("temperature", temperature)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
     eps = _checks.number("eps", eps, at_least=0)
-    options = dict(scale=1 / temperature, eps=eps, backend=backend)
+    options: dict[str, Any] = dict(scale=1 / temperature, eps=eps, backend=backend)
     rows = pairwise_logsumexp(x, y, **options)
     if symmetric:
         rows = (rows + pairwise_logsumexp(y, x, **options)) / 2

@@ -1,13 +1,17 @@
 """A loss on gradients."""
 
 import torch
+from torch import Tensor
 
 from .. import _checks, _vectors
+from .._types import Reduction
 from .._vectors import matrices_near_one
 from . import _common
 
 
-def gradient_diversity(gradients, *, replace_nan=False, reduction="mean", eps=1e-12):
+def gradient_diversity(
+    gradients: Tensor, *, replace_nan: bool = False, reduction: Reduction = "mean", eps: float = 1e-12
+) -> Tensor:
     """Gradient diversity, to be made large: `-sum_i |g_i|^2 / |sum_i g_i|^2` over the patches of each image.
 
     Args:

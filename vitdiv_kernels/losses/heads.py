@@ -5,15 +5,29 @@ The mean cosine of the heads of a layer is `attention_diversity`. Every function
 under autocast, and costs what `attention_gram` costs: the maps once, tile by tile, and O(H^3) per image.
 """
 
+from typing import Literal
+
 import torch
+from torch import Tensor
 
 from .. import _checks
+from .._types import Backend, Penalty, Reduction
 from .._vectors import PENALTIES
 from ..ops.maps.attention_gram import attention_cosine, attention_gram
 from . import _common
 
 
-def head_cross_cosine(q, k, q2, k2, *, penalty="abs", reduction="mean", scale=None, backend="auto"):
+def head_cross_cosine(
+    q: Tensor,
+    k: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    *,
+    penalty: Penalty = "abs",
+    reduction: Reduction = "mean",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Penalty on the cosines between the heads of two layers: the mean over all pairs (g, h).
 
     Args:
@@ -40,7 +54,16 @@ def head_cross_cosine(q, k, q2, k2, *, penalty="abs", reduction="mean", scale=No
     return _checks.reduce_pairs(PENALTIES[penalty](cosine).sum((-2, -1)), pairs, reduction)
 
 
-def head_contrast(q, k, q2, k2, *, reduction="mean", scale=None, backend="auto"):
+def head_contrast(
+    q: Tensor,
+    k: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """A head must resemble itself in another layer more than the other heads there.
 
     With c the cosines between the heads of two layers, the mean over heads g of
@@ -76,7 +99,15 @@ def head_contrast(q, k, q2, k2, *, reduction="mean", scale=None, backend="auto")
     return _common.reduced(_common.contrast(own, others).mean(-1), reduction)
 
 
-def head_mhs(q, k, *, variant="paper", reduction="mean", scale=None, backend="auto"):
+def head_mhs(
+    q: Tensor,
+    k: Tensor,
+    *,
+    variant: Literal["paper", "released"] = "paper",
+    reduction: Reduction = "mean",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Maximum hyperspherical separation of the heads' maps: `-min_{g != h} (2 - 2 cos_gh)`.
 
     Args:
@@ -103,7 +134,15 @@ def head_mhs(q, k, *, variant="paper", reduction="mean", scale=None, backend="au
     return _common.reduced(_common.minimum_separation(cosine, variant), reduction)
 
 
-def head_mgd(q, k, *, ridge=1e-6, reduction="mean", scale=None, backend="auto"):
+def head_mgd(
+    q: Tensor,
+    k: Tensor,
+    *,
+    ridge: float = 1e-6,
+    reduction: Reduction = "mean",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Maximum Gram determinant of the heads' maps: `-log det(exp(2 cos - 2) + ridge I)`.
 
     Args:
@@ -130,7 +169,14 @@ def head_mgd(q, k, *, ridge=1e-6, reduction="mean", scale=None, backend="auto"):
     return _common.reduced(_common.gram_determinant(cosine, ridge), reduction)
 
 
-def head_soft_orthogonality(q, k, *, reduction="mean", scale=None, backend="auto"):
+def head_soft_orthogonality(
+    q: Tensor,
+    k: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Soft orthogonality of the heads' maps, as they are: `|G - I|_F^2`, G their Gram matrix.
 
     Args:
@@ -155,8 +201,15 @@ def head_soft_orthogonality(q, k, *, reduction="mean", scale=None, backend="auto
 
 
 def head_condition_orthogonality(
-    q, k, *, start=None, generator=None, reduction="mean", scale=None, backend="auto"
-):
+    q: Tensor,
+    k: Tensor,
+    *,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Condition orthogonality of the heads' maps, as they are: as `patch_condition_orthogonality`, with G the
     Gram matrix of the maps.
 

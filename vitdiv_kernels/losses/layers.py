@@ -6,9 +6,11 @@ sum_h mix[g, h] A_h + bias[g] (re-attention; of batch norm the folded mix). B, H
 layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _checks, _vectors
@@ -19,7 +21,14 @@ ALONG = ("columns", "rows", "maps", "heads")
 EPS = 1e-8  # stands for smaller norms, as in torch.nn.CosineSimilarity
 
 
-def layer_similarity(layers, *, along="columns", reduction="none", scale=None, rows=64):
+def layer_similarity(
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    along: Literal["columns", "rows", "maps", "heads"] = "columns",
+    reduction: Literal["none", "mean"] = "none",
+    scale: float | None = None,
+    rows: int = 64,
+) -> Tensor:
     """Cosine similarity of the attention maps of all pairs of layers p, q, per head.
 
     Args:
@@ -55,13 +64,15 @@ def layer_similarity(layers, *, along="columns", reduction="none", scale=None, r
     _checks.one_of("reduction", reduction, ("none", "mean"))
     pairs = [(p, q) for p in range(len(layers)) for q in range(p, len(layers))]
     values = _similarities(layers, pairs, along, scale, rows)
-    matrix = [[None] * len(layers) for _ in layers]
+    matrix: list[list[Any]] = [[None] * len(layers) for _ in layers]
     for (p, q), value in zip(pairs, values, strict=True):
         matrix[p][q] = matrix[q][p] = value.mean() if reduction == "mean" else value
     return torch.stack([torch.stack(row) for row in matrix])
 
 
-def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
+def similar_block_ratio(
+    similarity: Tensor, *, threshold: float = 0.9, token_ratio: float = 0.9
+) -> tuple[Tensor, Tensor]:
     """The share of blocks whose attention maps are those of the block before.
 
     Args:
@@ -89,7 +100,13 @@ def similar_block_ratio(similarity, *, threshold=0.9, token_ratio=0.9):
     return (shares > token_ratio).sum().float() / len(similarity), shares
 
 
-def cos_reg(layers, *, along="heads", scale=None, rows=64):
+def cos_reg(
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    along: Literal["columns", "rows", "maps", "heads"] = "heads",
+    scale: float | None = None,
+    rows: int = 64,
+) -> Tensor:
     """The mean cosine of the attention maps of layers next to each other.
 
     Args:
@@ -141,7 +158,7 @@ def _checked(layers, scale, rows):
         first_q, first_k = cast[0][:2] if cast else (q, k)
         _checks.same_kind(f"q of {name}", q, "q of layers[0]", first_q)
         if q.shape[:3] != first_q.shape[:3] or k.shape[2] != first_k.shape[2]:
-            b, h, n, m = *first_q.shape[:3], first_k.shape[2]
+            (b, h, n), m = first_q.shape[:3], first_k.shape[2]
             raise ValueError(
                 f"q and k of {name} must have shapes [{b}, {h}, {n}, d] and [{b}, {h}, {m}, d] to match "
                 f"layers[0], got {_checks.shape_of(q)} and {_checks.shape_of(k)}"

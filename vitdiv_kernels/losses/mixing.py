@@ -1,11 +1,17 @@
 """Patch-wise mixing: images of a batch mixed by CutMix or mixup, and a class label for every patch."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from .. import _checks
+from .._types import Reduction
 
 
-def cutmix_shares(box, *, image_size, grid):
+def cutmix_shares(
+    box: Tensor | Sequence[float], *, image_size: int | Sequence[int], grid: int | Sequence[int]
+) -> Tensor:
     """The share of each patch that a CutMix box leaves to the first image.
 
     Args:
@@ -40,7 +46,9 @@ def cutmix_shares(box, *, image_size, grid):
     return 1 - (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2)
 
 
-def patch_targets(labels, others, shares, *, num_classes, smoothing=0.0):
+def patch_targets(
+    labels: Tensor, others: Tensor, shares: Tensor, *, num_classes: int, smoothing: float = 0.0
+) -> Tensor:
     """Soft labels of patches: the shares of two images' labels, smoothed.
 
     Args:
@@ -69,7 +77,15 @@ def patch_targets(labels, others, shares, *, num_classes, smoothing=0.0):
     return (1 - smoothing) * (shares * first + (1 - shares) * second) + smoothing / num_classes
 
 
-def patch_mixing(logits, labels, others, shares, *, smoothing=0.0, reduction="mean"):
+def patch_mixing(
+    logits: Tensor,
+    labels: Tensor,
+    others: Tensor,
+    shares: Tensor,
+    *,
+    smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """Cross-entropy of every patch with the soft label that CutMix or mixup gives it.
 
     With t the soft labels of `patch_targets`, `-sum_c t_c log softmax(logits)_c`, in one call for all

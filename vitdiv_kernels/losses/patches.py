@@ -3,18 +3,31 @@
 The mean cosine of patches, within a layer and across layers, is `pairwise_cosine`.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _checks, _vectors
 from .._autograd import by_formula, once_differentiable
+from .._types import Backend, Reduction
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
 from ..ops.pairs.two_gram import two_gram
 from . import _common
 from ._spectral import GramGap, evaluate
 
 
-def patch_contrast(first, last, *, normalise=True, detach_first=False, reduction="mean", eps=1e-8):
+def patch_contrast(
+    first: Tensor,
+    last: Tensor,
+    *,
+    normalise: bool = True,
+    detach_first: bool = False,
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+) -> Tensor:
     """A patch of the last layer must resemble itself in the first layer more than the others of its image.
 
     With S the cosines between the two layers, the mean over patches i of
@@ -96,8 +109,15 @@ class _OwnAndOthers(torch.autograd.Function):
 
 
 def neighbourhood_contrast(
-    patches, context, *, grid=None, window=7, border="zeros", reduction="mean", eps=1e-8
-):
+    patches: Tensor,
+    context: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    window: int = 7,
+    border: Literal["zeros", "inside"] = "zeros",
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+) -> Tensor:
     """A patch must resemble its own embedding more than its neighbours and the other patches of its image do.
 
     With c_i the embedding of patch i (detached), the mean over patches of
@@ -139,7 +159,7 @@ def neighbourhood_contrast(
     with _checks.autocast_off(p):
         boxes = p.mT.reshape(-1, p.shape[-1], rows, columns)
         boxes = F.avg_pool2d(boxes, window, 1, window // 2, divisor_override=1)
-        neighbours = window**2 - 1
+        neighbours: int | Tensor = window**2 - 1
         if border == "inside":
             ones = p.new_ones(1, 1, rows, columns)
             neighbours = F.avg_pool2d(ones, window, 1, window // 2, divisor_override=1).flatten() - 1
@@ -163,7 +183,14 @@ def _grid(grid, n):
     return sizes
 
 
-def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto"):
+def patch_mhs(
+    x: Tensor,
+    *,
+    variant: Literal["paper", "released"] = "paper",
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
     """Maximum hyperspherical separation: `-min_{i != j} (2 - 2 cos_ij)`, of the patches of each image.
 
     Args:
@@ -196,7 +223,7 @@ def patch_mhs(x, *, variant="paper", reduction="mean", eps=1e-8, backend="auto")
         return _common.reduced(_common.separation(x, variant, eps, backend), reduction)
 
 
-def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
+def patch_mgd(x: Tensor, *, ridge: float = 1e-6, reduction: Reduction = "mean", eps: float = 1e-8) -> Tensor:
     """Maximum Gram determinant: `-log det(exp(2 cos - 2) + ridge I)`, of the patches of each image.
 
     Args:
@@ -224,7 +251,9 @@ def patch_mgd(x, *, ridge=1e-6, reduction="mean", eps=1e-8):
         return _common.reduced(_common.determinant(x, ridge, eps), reduction)
 
 
-def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
+def patch_soft_orthogonality(
+    x: Tensor, *, reduction: Reduction = "mean", eps: float = 1e-8, backend: Backend = "auto"
+) -> Tensor:
     """Soft orthogonality: `|X_hat X_hat^T - I|_F^2`, of the unit patches of each image.
 
     Args:
@@ -255,14 +284,21 @@ def patch_soft_orthogonality(x, *, reduction="mean", eps=1e-8, backend="auto"):
         x, penalty="square", include_self=True, reduction="none", eps=eps, backend=backend
     )
     with _checks.autocast_off(x):
-        x, scale, radial = _vectors.scaled(*_vectors.full_precision(x), eps)
+        x, scale, radial = _vectors.scaled(_vectors.full_precision(x)[0], eps)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         # N, but for vectors shorter than eps
         own = torch.where(radial > 0, 1, norm * scale).square().sum((-2, -1))
         return _common.reduced(squares * n**2 - 2 * own + n, reduction)
 
 
-def patch_condition_orthogonality(x, *, start=None, generator=None, reduction="mean", eps=1e-8):
+def patch_condition_orthogonality(
+    x: Tensor,
+    *,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+) -> Tensor:
     """Condition orthogonality: the squared gap between the largest and the smallest eigenvalue of
     X_hat X_hat^T, each estimated by one step of power iteration.
 

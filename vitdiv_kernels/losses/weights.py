@@ -6,17 +6,26 @@ together in one call. The q, k and v of a packed projection are `block.attn.qkv.
 the order given.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from .. import _checks, _vectors
+from .._types import Reduction
 from ..ops.pairs.two_gram import two_gram
 from . import _common
 from ._spectral import GramGap, evaluate
 
 
-def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
+def weight_mhs(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    variant: Literal["paper", "released"] = "paper",
+    reduction: Reduction = "sum",
+    eps: float = 1e-8,
+) -> Tensor:
     """Maximum hyperspherical separation: `-min_{i != j} (2 - 2 cos_ij)` of the rows of each matrix.
 
     Args:
@@ -44,7 +53,13 @@ def weight_mhs(weights, *, variant="paper", reduction="sum", eps=1e-8):
     return _over_shapes(loss, weights, reduction, at_least=2)
 
 
-def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
+def weight_mgd(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    ridge: float = 1e-6,
+    reduction: Reduction = "sum",
+    eps: float = 1e-8,
+) -> Tensor:
     """Maximum Gram determinant: `-log det(exp(2 cos - 2) + ridge I)` of the rows of each matrix.
 
     Args:
@@ -72,7 +87,7 @@ def weight_mgd(weights, *, ridge=1e-6, reduction="sum", eps=1e-8):
     return _over_shapes(loss, weights, reduction)
 
 
-def weight_soft_orthogonality(weights, *, reduction="sum"):
+def weight_soft_orthogonality(weights: Tensor | Sequence[Tensor], *, reduction: Reduction = "sum") -> Tensor:
     """Soft orthogonality: `|W W^T - I|_F^2` of each matrix.
 
     Args:
@@ -103,7 +118,14 @@ def weight_soft_orthogonality(weights, *, reduction="sum"):
     return _over_shapes(loss, weights, reduction)
 
 
-def weight_condition_orthogonality(weights, *, start=None, generator=None, of="rows", reduction="sum"):
+def weight_condition_orthogonality(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    of: Literal["rows", "columns"] = "rows",
+    reduction: Reduction = "sum",
+) -> Tensor:
     """Condition orthogonality: the squared gap between the largest and the smallest eigenvalue of W W^T, each
     estimated by one step of power iteration.
 

@@ -3,6 +3,7 @@
 import copyreg
 import functools
 import inspect
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ def vitdiv_attention(attn, x, attn_mask, is_causal, **options):
             f"attn_mask must be None and is_causal False: {type(attn).__name__} mixes maps over all keys"
         )
     return attn._attend(x, **options)
+
+
+Attention = TypeVar("Attention", bound="PackedAttention")
 
 
 class PackedAttention(nn.Module):
@@ -85,17 +89,17 @@ class PackedAttention(nn.Module):
         parameter = next(module.parameters(), maps)
         return module(maps.to(parameter.dtype))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Gives every layer its initial values again."""
         for child in self.children():
-            if hasattr(child, "reset_parameters"):
-                child.reset_parameters()
+            if (reset := getattr(child, "reset_parameters", None)) is not None:
+                reset()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Nothing: what timm's models, which call it, gave the Linear layers before stays."""
 
     @classmethod
-    def with_options(cls, **options):
+    def with_options(cls: type[Attention], **options: Any) -> type[Attention]:
         """This class with other defaults, for models that take a class:
         `ReAttention.with_options(norm="layer")`.
 
@@ -109,7 +113,7 @@ class PackedAttention(nn.Module):
             if getattr(options[name], "__hash__", None) is None:
                 given = type(options[name]).__name__
                 raise TypeError(f"{name} must be hashable, for a class is made for each value, got a {given}")
-        return _with_options(cls, tuple(sorted(options.items())))
+        return _with_options(cls, tuple(sorted(options.items())))  # type: ignore[arg-type]
 
 
 class _Optioned(type):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _checks, losses
+from .._types import Backend, Penalty, Reduction
 
 
 class _Loss(nn.Module):
@@ -69,15 +70,21 @@ class PatchCosineLoss(_TokenLoss, of=losses.pairwise_cosine):
     """
 
     def __init__(
-        self, penalty="abs", *, include_self=False, reduction="mean", num_prefix_tokens=1, eps=1e-8,
-        backend="auto",
-    ):  # fmt: skip
+        self,
+        penalty: Penalty = "abs",
+        *,
+        include_self: bool = False,
+        reduction: Reduction = "mean",
+        num_prefix_tokens: int = 1,
+        eps: float = 1e-8,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__(
             num_prefix_tokens=num_prefix_tokens, penalty=penalty, include_self=include_self,
             reduction=reduction, eps=eps, backend=backend,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return super().forward(x) if y is None else super().forward(x, y)
 
 
@@ -91,7 +98,15 @@ class AttentionDiversityLoss(_Loss, of=losses.attention_diversity):
         >>> AttentionDiversityLoss()(q, k).backward()
     """
 
-    def __init__(self, penalty="signed", *, include_self=True, reduction="mean", scale=None, backend="auto"):
+    def __init__(
+        self,
+        penalty: Penalty = "signed",
+        *,
+        include_self: bool = True,
+        reduction: Reduction = "mean",
+        scale: float | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__(
             penalty=penalty, include_self=include_self, reduction=reduction, scale=scale, backend=backend
         )
@@ -124,7 +139,9 @@ class PatchConditionOrthogonalityLoss(_TokenLoss, of=losses.patch_condition_orth
 class PatchMixingLoss(_TokenLoss, of=losses.patch_mixing):
     """forward(logits of all tokens, labels, others, shares of the patches)."""
 
-    def forward(self, logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, logits: Tensor, labels: Tensor, others: Tensor, shares: Tensor
+    ) -> Tensor:
         return self.function(logits[..., self.num_prefix_tokens :, :], labels, others, shares, **self.options)
 
 
@@ -187,7 +204,7 @@ class UniformityLoss(_TokenLoss, of=losses.uniformity):
 class LinearCKALoss(_TokenLoss, of=losses.linear_cka):
     """one minus it; forward(tokens, teacher tokens)."""
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         return 1 - super().forward(x, y)
 
 

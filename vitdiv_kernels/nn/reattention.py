@@ -1,10 +1,14 @@
 """DeepViT's attention, with the constructor arguments (by keyword) and the forward of timm's Attention."""
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _checks
+from .._types import Backend
 from ..ops.maps.attention_gram import attention_gram
 from ..ops.maps.reattention import reattention
 from . import _attention, _statistics, effective
@@ -66,11 +70,32 @@ class ReAttention(_attention.PackedAttention):
     """
 
     def __init__(
-        self, dim, num_heads=8, *, attn_head_dim=None, dim_out=None, qkv_bias=False, qk_norm=False,
-        scale_norm=False, proj_bias=True, gated=False, attn_drop=0.0, proj_drop=0.0, norm_layer=None,
-        norm="batch", apply_transform=True, transform_scale=False, mix_init="identity", norm_gain=None,
-        eps=1e-5, momentum=0.1, count_recomputed=True, backend="auto", device=None, dtype=None,
-    ):  # fmt: skip
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        gated: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        norm: Literal["none", "batch", "layer"] = "batch",
+        apply_transform: bool = True,
+        transform_scale: bool = False,
+        mix_init: Literal["identity", "conv"] = "identity",
+        norm_gain: float | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        count_recomputed: bool = True,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         kind = {"device": device, "dtype": dtype}
         self.apply_transform = apply_transform
@@ -86,7 +111,7 @@ class ReAttention(_attention.PackedAttention):
             self.var_norm = _norm_over_heads(norm, num_heads, eps, momentum, gain, kind)
         self._add_output(dim_out, qkv_bias, scale_norm, proj_bias, gated, proj_drop, norm_layer, kind)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Gives the mix and the norm their initial values again.
 
         timm's models call it after they have given all Linear layers, and with "jax" all convolutions, their
@@ -97,7 +122,9 @@ class ReAttention(_attention.PackedAttention):
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
 
-    def forward(self, x, attn_mask=None, is_causal=False, return_gram=False):
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, return_gram: bool = False
+    ) -> Any:
         """x [B, N, dim] -> [B, N, dim_out]; with return_gram also the Gram matrix [B, H, H] of the softmax
         maps.
 
@@ -169,7 +196,7 @@ class ReAttention(_attention.PackedAttention):
             mixed = self._called(self.var_norm, mixed)
         return (self.out_scale * (mixed.to(dtype) @ v.to(dtype))).to(q.dtype)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         mix = f"norm={self.map_norm!r}, out_scale={self.out_scale:.4g}" if self.apply_transform else "no mix"
         return f"num_heads={self.num_heads}, {mix}, backend={self.backend!r}"
 

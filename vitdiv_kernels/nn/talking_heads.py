@@ -1,8 +1,12 @@
 """CaiT's attention, which mixes the heads before and after the softmax."""
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from .._types import Backend
 from ..ops.maps.reattention import reattention
 from . import _attention, effective
 
@@ -28,23 +32,37 @@ class TalkingHeadsAttention(_attention.PackedAttention):
     """
 
     def __init__(
-        self, dim, num_heads=8, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, device=None, dtype=None, *,
-        attn_head_dim=None, dim_out=None, qk_norm=False, scale_norm=False, proj_bias=True, gated=False,
-        norm_layer=None, backend="auto",
-    ):  # fmt: skip
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        gated: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         if attn_drop != 0:
             raise ValueError(
                 f"attn_drop must be 0: dropout after the second mix is not supported, got {attn_drop}"
             )
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.backend = backend
         self._add_input(dim, num_heads, attn_head_dim, qkv_bias, qk_norm, scale_norm, norm_layer, kind)
         self.proj_l = nn.Linear(num_heads, num_heads, **kind)
         self.proj_w = nn.Linear(num_heads, num_heads, **kind)
         self._add_output(dim_out, qkv_bias, scale_norm, proj_bias, gated, proj_drop, norm_layer, kind)
 
-    def forward(self, x, attn_mask=None, is_causal=False):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, dim] -> [B, N, dim_out].
 
         Raises ValueError for a mask or is_causal, TypeError for a `proj_l` or `proj_w` that can't be read.
@@ -68,5 +86,5 @@ class TalkingHeadsAttention(_attention.PackedAttention):
             )  # fmt: skip
         return self._project(out, x)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, backend={self.backend!r}"

@@ -63,7 +63,7 @@ def capability(tensor):
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
 
 
-_checked = {}  # kernels by id, of which one launch had the right number of arguments
+_checked: dict = {}  # kernels by id, of which one launch had the right number of arguments
 
 
 def launch(kernel, grid, *arguments, num_warps, num_stages, maxnreg=None, **constexprs):

@@ -45,7 +45,9 @@ class Operator(NamedTuple):
     flops: Callable
 
 
-DECLARED = {}  # by name: an Operator and the table of its callables, by backend
+DECLARED: dict[
+    str, tuple[Operator, dict[str, Callable]]
+] = {}  # by name: an Operator and the table of its callables, by backend
 
 
 def define(

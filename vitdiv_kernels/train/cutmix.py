@@ -21,12 +21,13 @@ def draw_box(height: int, width: int, alpha: float, generator: torch.Generator) 
     # torch draws no Beta variate from a generator, so one number of the generator seeds Python's
     draw = random.Random(int(torch.randint(2**63 - 1, (), generator=generator)))
     ratio = math.sqrt(1 - draw.betavariate(alpha, alpha))
-    edges = ()
-    for pixels in (height, width):
+
+    def edges(pixels: int) -> tuple[int, int]:
         side = int(ratio * pixels)
         first = draw.randrange(pixels) - side // 2
-        edges += max(0, first), min(pixels, first + side)
-    return edges
+        return max(0, first), min(pixels, first + side)
+
+    return *edges(height), *edges(width)
 
 
 def mix(images: Tensor, box: Box) -> Tensor:

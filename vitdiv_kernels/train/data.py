@@ -1,18 +1,20 @@
 """Images to train on: scikit-learn's handwritten digits, or a folder of the user's own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from .errors import DataError
 
-class DataError(ValueError):
-    """Something is wrong with the data that the user named; the message is one sentence for the user."""
+Samples = list[tuple[str, int]]  # path and class number
+Batch = tuple[Tensor, Tensor]  # [B, C, S, S] and labels [B]
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,7 @@ class Augment:
         return F.grid_sample(images, grid, padding_mode=self.padding, align_corners=False)
 
 
-@dataclass(frozen=True)
-class Data:
-    """Data sets of (image [C, S, S] float32, class number), class names, and the fitting augmentation."""
-
-    train: Dataset
-    val: Dataset
-    test: Dataset | None
-    classes: Sequence[str]
-    augment: Augment
-
-
-class Tensors(Dataset):
+class Tensors(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels in memory; takes lists of indices at once, so that a batch is one gather."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -66,10 +57,10 @@ class Tensors(Dataset):
         return self.images[indices], self.labels[indices]
 
 
-class ImageFiles(Dataset):
+class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     """Image files (path, label), decoded when asked for; a broken one raises DataError with its name."""
 
-    def __init__(self, samples: list[tuple[str, int]], image_size: int, channels: int) -> None:
+    def __init__(self, samples: Samples, image_size: int, channels: int) -> None:
         from torchvision import transforms
 
         self.samples, self.mode = samples, "L" if channels == 1 else "RGB"
@@ -98,6 +89,20 @@ class ImageFiles(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         images, labels = zip(*(self[i] for i in indices), strict=True)
         return torch.stack(images), torch.stack(labels)
+
+
+ImageSet = Tensors | ImageFiles
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data sets of (image [C, S, S] float32, class number), class names, and the fitting augmentation."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet | None
+    classes: Sequence[str]
+    augment: Augment
 
 
 def load(spec: str, image_size: int, channels: int, seed: int = 0) -> Data:
@@ -133,9 +138,9 @@ def load_digits() -> Data:
     train, val = train_test_split(rest, test_size=288, stratify=digits.target[rest], random_state=0)
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
-    parts = (Tensors(images[part], labels[part]) for part in (train, val, test))
+    parts = [Tensors(images[part], labels[part]) for part in (train, val, test)]
     augment = Augment(rotation=10, zoom=(0.9, 1.1), shift=1 / 8)
-    return Data(*parts, classes=[str(i) for i in range(10)], augment=augment)
+    return Data(parts[0], parts[1], parts[2], [str(i) for i in range(10)], augment)
 
 
 def load_imagefolder(root: Path, image_size: int, channels: int, seed: int = 0) -> Data:
@@ -177,12 +182,12 @@ def load_imagefolder(root: Path, image_size: int, channels: int, seed: int = 0) 
         classes, samples = _scan(root)
         train, test = _hold_out(samples, 0.1, seed)
         train, val = _hold_out(train, 1 / 9, seed)
-    parts = (ImageFiles(part, image_size, channels) if part else None for part in (train, val, test))
+    parts = [ImageFiles(part, image_size, channels) for part in (train, val, test or [])]
     augment = Augment(zoom=(0.6, 1.0), shift=0.1, mirror=True, padding="reflection")
-    return Data(*parts, classes=classes, augment=augment)
+    return Data(parts[0], parts[1], parts[2] if test else None, classes, augment)
 
 
-def _scan(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
+def _scan(root: Path) -> tuple[list[str], Samples]:
     """The class names under root and its (file, label) pairs, in sorted order."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -202,7 +207,7 @@ def _scan(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
     return [p.name for p in folders], samples
 
 
-def _hold_out(samples: list[tuple[str, int]], share: float, seed: int) -> tuple[list, list]:
+def _hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
     """Moves the share of each class, at least one image, from samples to a second list, by the seed."""
     generator = torch.Generator().manual_seed(seed)
     kept, held = [], []
@@ -217,3 +222,48 @@ def _hold_out(samples: list[tuple[str, int]], share: float, seed: int) -> tuple[
         held += [mine[i] for i in order[:count]]
         kept += [mine[i] for i in order[count:]]
     return kept, held
+
+
+class StepBatches:
+    """The index lists of steps start..stop, a permutation for each epoch.
+
+    It depends on the seed and the epoch alone, so a run can start at any step.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, start: int, stop: int) -> None:
+        self.size, self.batch, self.seed, self.start, self.stop = size, batch, seed, start, stop
+        self.per_epoch = size // batch
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order_of = None
+        for step in range(self.start, self.stop):
+            epoch, i = divmod(step, self.per_epoch)
+            if epoch != order_of:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order, order_of = torch.randperm(self.size, generator=generator).tolist(), epoch
+            yield order[i * self.batch : (i + 1) * self.batch]
+
+
+def batches_of(
+    data: ImageSet, steps: StepBatches, workers: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The batches of those steps, read by `workers` processes; an error in one is its sentence here, too."""
+    # A generator of its own: a loader without one takes a number from the global state at each start, and
+    # resuming is a start.
+    loader = DataLoader(
+        data, batch_sampler=steps, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    try:
+        yield from loader
+    except DataError as error:
+        # the loader raises it again with the whole traceback of the worker as its message
+        name = f"{DataError.__module__}.{DataError.__qualname__}: "
+        raise DataError(str(error).rpartition(name)[2].strip()) from None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,66 +1,29 @@
 """The training loop: AdamW, cosine schedule, clipping, label smoothing, CutMix, bf16, log, exact resume."""
 
 import contextlib
-import csv
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .. import _dispatch, use_backend
+from .._types import Backend
 from ..attach.monitor import CollapseMonitor, read_records, write_records
 from ..attach.objective import DiversityObjective
 from ..losses import cutmix_shares
-from ..vit.model import ViT
-from . import cutmix
-from .data import Data, DataError
-from .losses import mixes, objective_terms
-from .metrics import accuracy
-
-CHECKPOINT = (
-    "model",
-    "optimizer",
-    "step",
-    "rows",
-    "recipe",
-    "config",
-    "classes",
-    "rng",
-    "cuda_rng",
-    "augment_rng",
-)
-
-
-class TrainError(RuntimeError):
-    """Training can't start or go on; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; all of it is kept in checkpoints, and a resumed run must have the same.
-
-    `cutmix` is the alpha of CutMix's Beta distribution, at most 1000; 0 mixes no images. None is 1 where
-    patch_mixing is among the losses, by itself or in a preset, as its papers train, and else 0.
-    """
-
-    steps: int = 1200
-    batch: int = 32
-    lr: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-    label_smoothing: float = 0.1
-    cutmix: float | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    amp: bool = False
-    seed: int = 0
+from ..vit import ViT
+from . import checkpoint, cutmix
+from .data import Data, ImageSet, StepBatches, batches_of
+from .errors import TrainError
+from .logs import Row, csv_log
+from .loss_weights import mixes, objective_terms
+from .recipe import Recipe, learning_rate
 
 
 @contextlib.contextmanager
@@ -78,60 +41,13 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to a hundredth."""
-    warm = max(1, int(recipe.warmup * recipe.steps))
-    if step < warm:
-        return recipe.lr * (step + 1) / warm
-    done = (step - warm) / max(1, recipe.steps - warm)
-    return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-class StepBatches:
-    """The index lists of steps start..stop, a permutation for each epoch.
-
-    It depends on the seed and the epoch alone, so a run can start at any step.
-    """
-
-    def __init__(self, size: int, batch: int, seed: int, start: int, stop: int) -> None:
-        self.size, self.batch, self.seed, self.start, self.stop = size, batch, seed, start, stop
-        self.per_epoch = size // batch
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order_of = None
-        for step in range(self.start, self.stop):
-            epoch, i = divmod(step, self.per_epoch)
-            if epoch != order_of:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order, order_of = torch.randperm(self.size, generator=generator).tolist(), epoch
-            yield order[i * self.batch : (i + 1) * self.batch]
-
-
-def as_batch(batch):
-    return batch
-
-
-def with_own_errors(loader: DataLoader) -> Iterator:
-    """The loader's batches; a worker's DataError is cut back to its sentence.
-
-    The loader raises it again with the whole traceback of the worker as its message.
-    """
-    try:
-        yield from loader
-    except DataError as error:
-        name = f"{DataError.__module__}.{DataError.__qualname__}: "
-        raise DataError(str(error).rpartition(name)[2].strip()) from None
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay for the network's matrices only: not for biases, norms, position embedding, class token."""
-    plain = {"pos_embed", "cls_token"}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim >= 2 and name not in plain]
-    rest = [p for name, p in named if p.ndim < 2 or name in plain]
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decayed if p.ndim >= 2 and name not in ("pos_embed", "cls_token") else rest).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -141,6 +57,19 @@ def processes() -> int:
         return torch.distributed.get_world_size()
     world = os.environ.get("WORLD_SIZE", "")
     return int(world) if world.isdecimal() else 1
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: ImageSet, device: str | torch.device = "cpu", batch: int = 256) -> float:
+    """Share of the images whose class is right, in evaluation mode; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    right = 0
+    for start in range(0, len(data), batch):
+        images, labels = data.__getitems__(list(range(start, min(start + batch, len(data)))))
+        right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
+    model.train(was_training)
+    return right / len(data)
 
 
 class Trainer:
@@ -159,7 +88,7 @@ class Trainer:
         recipe: Recipe,
         *,
         device: str = "cpu",
-        backend: str = "auto",
+        backend: Backend = "auto",
         log_path: Path | None = None,
         log_every: int = 10,
         eval_every: int = 100,
@@ -181,24 +110,21 @@ class Trainer:
         if recipe.losses and model.patch_embed.num_patches < 2:
             raise TrainError("diversity losses need at least two patches, but the model has one")
         self.device, self.backend, self.workers = torch.device(device), backend, workers
-        with self._chosen_backend():
-            for operation in _dispatch.OPERATIONS:
-                try:
-                    _dispatch.resolve(operation, self.device, "auto")
-                except (RuntimeError, ValueError) as error:
-                    raise TrainError(str(error)) from None
         self.model, self.data = model.to(device), data
-        self.objective = None
-        if recipe.losses:
-            try:
+        self.objective: DiversityObjective | None = None
+        try:
+            with self._chosen_backend():
+                for operation in _dispatch.OPERATIONS:
+                    _dispatch.resolve(operation, self.device, "auto")
+            if recipe.losses:
                 # for good, and before the model is compiled: forward passes without gradients leave no trace
                 terms = objective_terms(recipe.losses, recipe.label_smoothing)
                 self.objective = DiversityObjective(terms).attach(self.model)
-            except (TypeError, ValueError) as error:
-                raise TrainError(str(error)) from None
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TrainError(str(error)) from None
         self.patches_mix = self.objective is not None and any(map(mixes, self.objective.terms.values()))
         self.recipe = recipe if recipe.cutmix is not None else replace(recipe, cutmix=float(self.patches_mix))
-        self.monitor = None
+        self.monitor: CollapseMonitor | None = None
         if monitor_every:
             csv_path = None if log_path is None else log_path.with_name("collapse.csv")
             self.monitor = CollapseMonitor(self.model, every=monitor_every, csv=csv_path)
@@ -210,21 +136,10 @@ class Trainer:
         self.augment_rng = torch.Generator().manual_seed(recipe.seed)
         self.step = 0
         self.stop_requested = False
-        self.rows: list[dict] = []
+        self.rows: list[Row] = []
         self.log_path, self.log_every, self.eval_every = log_path, log_every, eval_every
-
-    @property
-    def columns(self) -> list[str]:
-        return [
-            "step",
-            "epoch",
-            "loss",
-            "cross_entropy",
-            *(self.objective.terms if self.objective else ()),
-            "lr",
-            "grad_norm",
-            "val_accuracy",
-        ]
+        names = self.objective.terms if self.objective else ()
+        self.columns = ["step", "epoch", "loss", "cross_entropy", *names, "lr", "grad_norm", "val_accuracy"]
 
     def losses(self, images: Tensor, labels: Tensor, box: cutmix.Box | None = None) -> dict[str, Tensor]:
         """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum.
@@ -242,20 +157,20 @@ class Trainer:
             share = cutmix.share_left(box, *size)
             others = self._cross_entropy(logits, labels.flip(0))
             cross_entropy = share * cross_entropy + (1 - share) * others
-        terms["cross_entropy"] = cross_entropy
-        terms["loss"] = cross_entropy + total
-        return terms
+        return terms | {"cross_entropy": cross_entropy, "loss": cross_entropy + total}
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
 
-    def _patch_labels(self, labels: Tensor, box: cutmix.Box | None, size: Sequence[int]) -> tuple:
+    def _patch_labels(
+        self, labels: Tensor, box: cutmix.Box | None, size: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """labels, others and shares for patch_mixing; images that are not mixed have an empty box."""
         grid = [pixels // self.model.config.patch for pixels in size]
         shares = cutmix_shares(box or (0, 0, 0, 0), image_size=size, grid=grid)
         return labels, labels.flip(0), shares.to(self.device, non_blocking=True)
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """One update; returns the losses and the gradient norm before clipping, as detached scalars."""
         lr = learning_rate(self.recipe, self.step)
         for group in self.optimizer.param_groups:
@@ -263,7 +178,8 @@ class Trainer:
         images = self.data.augment(images.to(self.device, non_blocking=True), self.augment_rng)
         box = None
         if self.recipe.cutmix:
-            box = cutmix.draw_box(*images.shape[-2:], self.recipe.cutmix, self.augment_rng)
+            height, width = images.shape[-2:]
+            box = cutmix.draw_box(height, width, self.recipe.cutmix, self.augment_rng)
             images = cutmix.mix(images, box)
         terms = self.losses(images, labels.to(self.device, non_blocking=True), box)
         self.optimizer.zero_grad(set_to_none=True)
@@ -273,32 +189,27 @@ class Trainer:
         self.step += 1
         return {name: value.detach() for name, value in terms.items()} | {"lr": lr, "grad_norm": norm}
 
-    def fit(self, until: int | None = None, on_step: Callable[[int, dict], None] | None = None) -> None:
+    def fit(
+        self, until: int | None = None, on_step: Callable[[int, dict[str, Any]], None] | None = None
+    ) -> None:
         """Trains to step `until` (default: the recipe's last), or until `stop_requested` is set.
 
         May be called again for more. `on_step(step, terms)` is called after each step. Raises TrainError when
         the loss is not finite at a logged step, DataError when an image can't be read.
         """
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
-        batches = StepBatches(len(self.data.train), self.recipe.batch, self.recipe.seed, self.step, until)
-        # A generator of its own: a loader without one takes a number from the global state at each start, and
-        # resuming is a start.
-        loader = DataLoader(
-            self.data.train,
-            batch_sampler=batches,
-            collate_fn=as_batch,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
-        )
+        steps = StepBatches(len(self.data.train), self.recipe.batch, self.recipe.seed, self.step, until)
+        batches = batches_of(self.data.train, steps, self.workers, pin_memory=self.device.type == "cuda")
         self.model.train()
-        with self._chosen_backend(), self._log_file() as log:
-            for images, labels in with_own_errors(loader):
+        with self._chosen_backend(), csv_log(self.log_path, self.columns, self.rows) as log:
+            if self.monitor and self.monitor.csv:
+                write_records(self.monitor.csv, self.monitor.records)
+            for images, labels in batches:
                 terms = self.train_step(images, labels)
-                last = self.step == self.recipe.steps
-                measure = last or self.step % self.eval_every == 0
+                measure = self.step == self.recipe.steps or self.step % self.eval_every == 0
                 if measure or self.step % self.log_every == 0:
-                    self._log(log, terms, batches.per_epoch, measure)
+                    self.rows.append(self._row(terms, steps.per_epoch, measure))
+                    log(self.rows[-1])
                 if self.monitor:
                     self.monitor.step(images, self.step)
                 if on_step:
@@ -306,65 +217,48 @@ class Trainer:
                 if self.stop_requested:
                     break
 
-    def _chosen_backend(self):
+    def _chosen_backend(self) -> contextlib.AbstractContextManager[Any]:
         """Sets the backend of the fused operations; `auto` leaves it to VITDIV_BACKEND and the table."""
         return contextlib.nullcontext() if self.backend == "auto" else use_backend(self.backend)
 
-    def _log(self, log, terms: dict, per_epoch: int, measure: bool) -> None:
-        row = {"step": self.step, "epoch": round(self.step / per_epoch, 3)}
+    def _row(self, terms: dict[str, Any], per_epoch: int, measure: bool) -> Row:
+        row: Row = {"step": self.step, "epoch": round(self.step / per_epoch, 3)}
         row |= {name: float(terms[name]) for name in self.columns if name in terms}
         if not math.isfinite(row["loss"]):
             raise TrainError(
                 f"the loss is {row['loss']} at step {self.step}: try a smaller --lr or --clip, or no --amp"
             )
         row["val_accuracy"] = accuracy(self.model, self.data.val, self.device) if measure else ""
-        self.rows.append(row)
-        if log:
-            csv.DictWriter(log, self.columns).writerow(row)
-            log.flush()
-
-    @contextlib.contextmanager
-    def _log_file(self):
-        """The CSV log, rewritten up to this step, so that a killed and resumed run has no row twice."""
-        if self.log_path is None:
-            yield None
-            return
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        if self.monitor:
-            write_records(self.monitor.csv, self.monitor.records)
-        with open(self.log_path, "w", newline="") as log:
-            writer = csv.DictWriter(log, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-            yield log
+        return row
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint beside the path, then renames it: a crash never leaves half a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "rows": self.rows,
-            "recipe": asdict(self.recipe),
-            "config": _plain(asdict(self.model.config)),
-            "classes": list(self.data.classes),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "augment_rng": self.augment_rng.get_state(),
-        }
-        part = path.with_name(path.name + ".part")
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        """Writes a checkpoint; one that was there stays whole until then."""
+        checkpoint.write(
+            path,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "rows": self.rows,
+                **self._made_with(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "augment_rng": self.augment_rng.get_state(),
+            },
+        )
+
+    def _made_with(self) -> dict[str, Any]:
+        """What a run that goes on must have as it was."""
+        config = checkpoint.plain(asdict(self.model.config))
+        return {"recipe": asdict(self.recipe), "config": config, "classes": list(self.data.classes)}
 
     def load(self, path: Path) -> None:
         """Restores a checkpoint of the same model, recipe and classes; otherwise raises TrainError."""
-        state = read_checkpoint(path, CHECKPOINT)
-        now = asdict(self.recipe) | _plain(asdict(self.model.config)) | {"classes": list(self.data.classes)}
-        then = state["recipe"] | state["config"] | {"classes": state["classes"]}
+        state = checkpoint.read(path)
+        now, then = (
+            made["recipe"] | made["config"] | {"classes": made["classes"]}
+            for made in (self._made_with(), state)
+        )
         changed = [
             f"{name} {then.get(name)!r}, now {now[name]!r}" for name in now if now[name] != then.get(name)
         ]
@@ -385,22 +279,3 @@ class Trainer:
             except ValueError as error:
                 raise TrainError(str(error)) from None
             self.monitor.records = [record for record in records if record["step"] <= self.step]
-
-
-def read_checkpoint(path: Path, parts: Sequence[str]) -> dict:
-    """What `Trainer.save` wrote, on the CPU. Raises TrainError where a part is not there."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TrainError(f"there is no checkpoint {path}") from None
-    except Exception as error:
-        raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
-    absent = [name for name in parts if not isinstance(state, dict) or name not in state]
-    if absent:
-        raise TrainError(f"{path} is no checkpoint of this trainer: it has no {', '.join(absent)}")
-    return state
-
-
-def _plain(config: dict) -> dict:
-    """Ranges as lists, which a checkpoint can hold and compare."""
-    return config | {"reattention": list(config["reattention"])}

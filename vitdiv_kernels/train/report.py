@@ -2,15 +2,15 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..attach.monitor import CollapseMonitor, read_records
-from ..vit.model import ViT, ViTConfig
-from .cli import HelpFormatter, number
-from .data import DataError, load
-from .loop import TrainError, read_checkpoint
+from ..attach.monitor import CollapseMonitor, Record, read_records
+from ..vit import ViT, ViTConfig
+from . import checkpoint, plots
+from .cli import HelpFormatter, number, run_command, usable
+from .data import load
+from .errors import DataError
 
 COLUMNS = {
     "patch cosine": "patch_cosine",
@@ -26,13 +26,13 @@ COLUMNS = {
 
 def load_model(path: Path) -> tuple[ViT, int, int]:
     """The ViT of a checkpoint of the trainer, its step, and its recipe's seed. Raises TrainError."""
-    state = read_checkpoint(path, ("model", "config", "recipe", "step"))
+    state = checkpoint.read(path, ("model", "config", "recipe", "step"))
     model = ViT(ViTConfig(**state["config"]))
     model.load_state_dict(state["model"])
     return model, state["step"], state["recipe"]["seed"]
 
 
-def table(records: list[dict]) -> str:
+def table(records: list[Record]) -> str:
     """The measures of each block, and the likeness of its maps to those of the block before."""
     widths = [max(8, len(title) + 2) for title in COLUMNS]
     titles = "".join(title.rjust(width) for title, width in zip(COLUMNS, widths, strict=True))
@@ -45,19 +45,14 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def similar_blocks(records: list[dict], threshold: float = 0.9) -> int:
+def similar_blocks(records: list[Record], threshold: float = 0.9) -> int:
     """Blocks whose maps have a mean cosine above the threshold with those of the block before."""
     return sum(records[i]["attention_cosine"][i - 1] > threshold for i in range(1, len(records)))
 
 
-def draw(records: list[dict], history: list[dict], title: str, path: Path) -> None:
+def draw(records: list[Record], history: list[Record], title: str, path: Path) -> None:
     """Writes the PNG: the measures now, by block, and, where there is a history, by block and step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.titlesize": 11})
+    plt = plots.pyplot("the report")
     figure, axes = plt.subplots(
         2 if history else 1, 3, figsize=(13.5, 8 if history else 4.2), layout="constrained", squeeze=False
     )
@@ -82,9 +77,7 @@ def draw(records: list[dict], history: list[dict], title: str, path: Path) -> No
     patches.plot(blocks, [r["patch_cosine"] for r in records], color="#D55E00", label="mean")
     patches.set(title="patches: cosine of two", xlabel="block", ylim=(-1.02, 1.02))
     patches.legend(frameon=False, loc="lower right")
-    for axis in (heads, patches):
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
+    plots.add_grid(heads, patches)
     if history:
         steps = sorted({record["step"] for record in history})
         by_step = [[r for r in history if r["step"] == step] for step in steps]
@@ -126,23 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise DataError(
-            "the report draws with matplotlib, which is absent: pip install 'vitdiv-kernels[demo]'"
-        ) from None
-    checkpoint = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    model, step, seed = load_model(checkpoint)
+    plots.pyplot("the report")  # before the measurements, which take longer
+    path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
+    model, step, seed = load_model(path)
     # the seed splits a folder as it was split in training: no image is measured that was trained on
     data = load(args.data, model.config.image_size, model.config.channels, seed)
     images, _ = data.val.__getitems__(list(range(min(args.images, len(data.val)))))
-    try:
-        model = model.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainError(f"the device {args.device!r} can't be used: {str(error).splitlines()[0]}") from None
-    records = CollapseMonitor(model, images=args.images).measure(images, step)
-    csv = checkpoint.with_name("collapse.csv")
+    records = CollapseMonitor(model.to(usable(args.device)), images=args.images).measure(images, step)
+    csv = path.with_name("collapse.csv")
     try:
         history = read_records(csv) if csv.exists() else []
     except ValueError as error:
@@ -150,28 +134,22 @@ def run(args: argparse.Namespace) -> None:
     blocks = [record["block"] for record in history]
     if blocks != list(range(len(records))) * (len(history) // len(records)):
         raise DataError(
-            f"{csv} does not have every block of the {len(records)} of {checkpoint} at each step: remove it"
+            f"{csv} does not have every block of the {len(records)} of {path} at each step: remove it"
         )
-    print(f"{checkpoint}, step {step}, {len(images)} validation images\n\n{table(records)}\n")
+    print(f"{path}, step {step}, {len(images)} validation images\n\n{table(records)}\n")
     print(
         f"{similar_blocks(records)} of {len(records)} blocks have maps whose mean cosine with those of the "
         "block before is above 0.9."
     )
     if not history:
         print(f"There is no {csv}: train with --monitor-every to see this over time.")
-    out = args.out or checkpoint.with_name("report.png")
+    out = args.out or path.with_name("report.png")
     try:
-        draw(records, history, f"{checkpoint}, step {step}, {len(images)} images", out)
+        draw(records, history, f"{path}, step {step}, {len(images)} images", out)
     except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it can't write
         raise DataError(f"{out} can't be written: {error}") from None
     print(f"{out} shows it.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except (DataError, TrainError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(make_parser(), run, argv)

@@ -1,6 +1,6 @@
-"""A reference ViT, its trainer (`python -m vitdiv_kernels.train --help`), the report on a run (`.report`)
-and the demo (`.demo`)."""
+"""A reference ViT; `python -m vitdiv_kernels.train --help` trains it."""
 
-from .model import CONFIGS, ViT, ViTConfig
+from .configs import CONFIGS, ViTConfig
+from .model import ViT
 
 __all__ = ["CONFIGS", "ViT", "ViTConfig"]

@@ -1,73 +1,11 @@
 """A plain vision transformer with timm's names, whose blocks attend or re-attend (arXiv 2103.11886)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import ReAttention
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """The shape of a ViT.
-
-    `overlap` widens each patch by so many pixels on every side; `reattention` lists the blocks that
-    re-attend. Raises ValueError for sizes that do not fit together.
-
-    Example:
-        >>> ViTConfig(depth=24, reattention=range(12, 24)).patch
-        16
-    """
-
-    image_size: int = 224
-    channels: int = 3
-    patch: int = 16
-    overlap: int = 0
-    dim: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    classes: int = 1000
-    drop_path: float = 0.0
-    pos_std: float = 0.02
-    reattention: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size must be a multiple of patch ({self.patch}), got {self.image_size}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim must be a multiple of heads ({self.heads}), got {self.dim}")
-        unknown = [i for i in self.reattention if not 0 <= i < self.depth]
-        if unknown:
-            raise ValueError(f"reattention must list blocks from 0 to {self.depth - 1}, got {unknown}")
-
-
-_DIGITS24 = dict(
-    image_size=8,
-    channels=1,
-    patch=2,
-    overlap=1,
-    dim=48,
-    depth=24,
-    heads=4,
-    mlp_ratio=2.0,
-    classes=10,
-    pos_std=0.2,
-)
-
-CONFIGS = {
-    "digits24": ViTConfig(**_DIGITS24),
-    "digits24_reattention": ViTConfig(**_DIGITS24, reattention=range(24)),
-    "deit_tiny": ViTConfig(dim=192, heads=3),
-    "deit_small": ViTConfig(),
-    "deit_base": ViTConfig(dim=768, heads=12),
-    "deepvit_16b": ViTConfig(depth=16, heads=12, mlp_ratio=3.0, reattention=range(16)),
-    "deepvit_24b": ViTConfig(depth=24, heads=12, mlp_ratio=3.0, reattention=range(24)),
-    "deepvit_32b": ViTConfig(depth=32, heads=12, mlp_ratio=3.0, reattention=range(32)),
-}
+from .configs import ViTConfig
 
 
 class PatchEmbed(nn.Module):
@@ -173,7 +111,7 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=self.config.pos_std)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.get_parameter("patch_embed.proj.bias"))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -188,11 +126,3 @@ class ViT(nn.Module):
             tokens.append(x)
         logits = self.head(self.norm(x[:, 0]))
         return (logits, tokens) if return_tokens else logits
-
-    def query_key(self, tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys [B, H, N, d] of a block, from the tokens [B, N, D] that enter it: one product."""
-        norm, attn = self.blocks[block].norm1, self.blocks[block].attn
-        rows = 2 * self.config.dim
-        qk = F.linear(norm(tokens), attn.qkv.weight[:rows], attn.qkv.bias[:rows])
-        q, k = qk.unflatten(-1, (2, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k

@@ -4,13 +4,17 @@ The kernels give the centred Gram matrix G~; everything after it is H x H mathem
 """
 
 import torch
+from torch import Tensor
 
 from .... import _checks, _dispatch
+from ...._types import Backend, Penalty, Reduction
 from ...._vectors import PENALTIES
 from . import function, reference
 
 
-def attention_gram(q, k, *, scale=None, centered=False, backend="auto"):
+def attention_gram(
+    q: Tensor, k: Tensor, *, scale: float | None = None, centered: bool = False, backend: Backend = "auto"
+) -> Tensor:
     """Gram matrix of the attention maps of all heads, per image, without holding the maps.
 
     `G[b, g, h] = sum_ij A_g[i, j] A_h[i, j]` with `A_h = softmax(scale q_h k_h^T)`. `centered=True` gives
@@ -47,7 +51,15 @@ def attention_gram(q, k, *, scale=None, centered=False, backend="auto"):
     return gram if centered else gram + q.shape[2] / k.shape[2]
 
 
-def attention_cosine(q, k, q2=None, k2=None, *, scale=None, backend="auto"):
+def attention_cosine(
+    q: Tensor,
+    k: Tensor,
+    q2: Tensor | None = None,
+    k2: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Cosine similarity of attention maps: between the heads of a layer, or between the heads of two layers.
 
     `cos[b, g, h] = G[g, h] / sqrt(G[g, g] G[h, h])`, each map taken as one vector of N M numbers.
@@ -79,7 +91,7 @@ def attention_cosine(q, k, q2=None, k2=None, *, scale=None, backend="auto"):
         q, k, q2, k2 = _checks.autocast_to(q, k, q2, k2)
     _checks.queries_and_keys(q, k)
     _checks.both_or_neither("q2", q2, "k2", k2)
-    if q2 is not None:
+    if q2 is not None and k2 is not None:
         _checks.queries_and_keys(q2, k2, "q2", "k2")
         _checks.same_kind("q2", q2, "q", q)
         for name, x, because, like in (("q2", q2, " to match q", q), ("k2", k2, " to match k", k)):
@@ -90,8 +102,15 @@ def attention_cosine(q, k, q2=None, k2=None, *, scale=None, backend="auto"):
 
 
 def attention_diversity(
-    q, k, *, penalty="signed", include_self=True, reduction="mean", scale=None, backend="auto"
-):
+    q: Tensor,
+    k: Tensor,
+    *,
+    penalty: Penalty = "signed",
+    include_self: bool = True,
+    reduction: Reduction = "mean",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Penalty on the cosine similarity of the attention maps of the heads of a layer: the head diversity
     loss.
 

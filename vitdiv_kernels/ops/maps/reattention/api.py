@@ -1,16 +1,61 @@
 """The public function `reattention`."""
 
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
 from .... import _checks, _dispatch
+from ...._types import Backend
 from . import operation, reference
 
 NORMS = ("none", "batch", "layer")
 
 
+@overload
 def reattention(
-    q, k, v, mix, *, mix_bias=None, pre_mix=None, pre_bias=None, norm="none", norm_weight=None,
-    norm_bias=None, running_mean=None, running_var=None, training=False, momentum=0.1, eps=1e-5,
-    out_scale=1.0, scale=None, dropout_p=0.0, return_gram=False, process_group=None, backend="auto",
-):  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, mix: Tensor, *, mix_bias: Tensor | None = None,
+    pre_mix: Tensor | None = None, pre_bias: Tensor | None = None,
+    norm: Literal["none", "batch", "layer"] = "none", norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5, out_scale: float = 1.0,
+    scale: float | None = None, dropout_p: float = 0.0, return_gram: Literal[False] = False,
+    process_group: "torch.distributed.ProcessGroup | None" = None, backend: Backend = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def reattention(
+    q: Tensor, k: Tensor, v: Tensor, mix: Tensor, *, mix_bias: Tensor | None = None,
+    pre_mix: Tensor | None = None, pre_bias: Tensor | None = None,
+    norm: Literal["none", "batch", "layer"] = "none", norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5, out_scale: float = 1.0,
+    scale: float | None = None, dropout_p: float = 0.0, return_gram: Literal[True],
+    process_group: "torch.distributed.ProcessGroup | None" = None, backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def reattention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Tensor,
+    *,
+    mix_bias: Tensor | None = None,
+    pre_mix: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    norm: Literal["none", "batch", "layer"] = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    out_scale: float = 1.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_gram: bool = False,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention whose maps are mixed across heads, forward and backward without holding any N x M map.
 
     ```
@@ -112,7 +157,7 @@ def reattention(
         process_group=process_group,
     )  # fmt: skip
     if backend == "reference":
-        run = reference.reattention
+        run: Any = reference.reattention
         arguments["dropout_p"] = dropout_p
     else:
         run = operation.reattention

@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
     unbiased_var: torch.Tensor  # [H]
     mixed_covariance: torch.Tensor  # [H, H], the mix times the maps' covariance over this process's images
     gain: torch.Tensor  # [H], see `gain_of`
-    count: int | torch.Tensor  # B N M, over all processes
+    count: int | torch.Tensor  # type: ignore[assignment]  # B N M, over all processes
 
 
 def gain_of(norm_weight, var, eps, out_scale):

@@ -1,13 +1,23 @@
 """The public function `pairwise_cosine`."""
 
+from torch import Tensor
+
 from .... import _checks, _dispatch
+from ...._types import Backend, Penalty, Reduction
 from ...._vectors import PENALTIES
 from . import function, reference
 
 
 def pairwise_cosine(
-    x, y=None, *, penalty="abs", include_self=False, reduction="mean", eps=1e-8, backend="auto"
-):
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    penalty: Penalty = "abs",
+    include_self: bool = False,
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
     """Penalty on the cosine similarity of all pairs of vectors: the patch diversity loss.
 
     With `x_hat = x / max(|x|, eps)` and `S = x_hat y_hat^T` (y = x when absent), reduces `penalty(S)` over

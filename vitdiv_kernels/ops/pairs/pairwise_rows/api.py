@@ -1,10 +1,15 @@
 """The public functions `pairwise_logsumexp` and `pairwise_nearest`."""
 
+from torch import Tensor
+
 from .... import _checks, _dispatch
+from ...._types import Backend
 from . import function, reference
 
 
-def pairwise_logsumexp(x, y=None, *, scale=1.0, eps=1e-8, backend="auto"):
+def pairwise_logsumexp(
+    x: Tensor, y: Tensor | None = None, *, scale: float = 1.0, eps: float = 1e-8, backend: Backend = "auto"
+) -> Tensor:
     """Log-sum-exp of the cosines of each vector with all others: `log sum_j exp(scale S_ij)`.
 
     `S = x_hat y_hat^T` with `x_hat = x / max(|x|, eps)`. No N x M matrix reaches main memory, except with the
@@ -45,7 +50,9 @@ def pairwise_logsumexp(x, y=None, *, scale=1.0, eps=1e-8, backend="auto"):
         return function.logsumexp(x, y, scale=scale, eps=eps, backend=backend)
 
 
-def pairwise_nearest(x, y=None, *, eps=1e-8, backend="auto"):
+def pairwise_nearest(
+    x: Tensor, y: Tensor | None = None, *, eps: float = 1e-8, backend: Backend = "auto"
+) -> Tensor:
     """The index of the most similar vector: `argmax_j S_ij`, the first one of equals.
 
     Args, errors: as `pairwise_logsumexp`.

@@ -1,12 +1,27 @@
 """The public function `two_gram`."""
 
+from typing import Literal
+
+from torch import Tensor
+
 from .... import _checks, _dispatch
+from ...._types import Backend, Reduction
 from . import function, reference
 
 
 def two_gram(
-    x, y=None, *, penalty="square", margin=0.0, normalise=True, reduction="mean", eps=1e-8, backend="auto"
-):
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    penalty: Literal[
+        "square", "relu_square", "relu_teacher_square", "clamped_teacher_square", "hinge", "product"
+    ] = "square",
+    margin: float = 0.0,
+    normalise: bool = True,
+    reduction: Reduction = "mean",
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
     """Penalty on the entries of two Gram matrices of the same patches, over all pairs of patches.
 
     `S = x_hat x_hat^T`, `T = y_hat y_hat^T`, `x_hat = x / max(|x|, eps)`, reduces `penalty(S, T)`.

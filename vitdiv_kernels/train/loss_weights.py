@@ -1,10 +1,11 @@
 """The trainer's diversity losses: short names, presets and losses of `DiversityObjective`, with weights."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..attach.objective import LOSSES, PRESETS, Term
+from ..attach.presets import PRESETS
+from ..attach.terms import LOSSES, Term
 
 # Gong et al. (arXiv 2104.12753), Chen et al. (arXiv 2203.06345). Chen et al. weigh heads with 1e-4, beside
 # the cross-entropy of 1,000 classes; the first two weights are theirs.
@@ -71,25 +72,18 @@ def mixes(term: Term) -> bool:
 
 def listing() -> str:
     """The names for `--losses`, for its help."""
-    sets = {name: [term] for name, term in TERMS.items()}
-    sets |= {name: list(terms.values()) for name, terms in PRESETS.items()}
-    lines = {
-        name: textwrap.fill(
-            f"{name:24}" + " + ".join(f"{term.weight:g}*{term.loss}" for term in terms),
-            initial_indent="  ",
-            subsequent_indent=" " * 26,
-            width=80,
-        )
-        for name, terms in sets.items()
-    }
-    names = textwrap.fill(", ".join(LOSSES), initial_indent="  ", subsequent_indent="  ", width=80)
+
+    def line(name: str, terms: Iterable[Term]) -> str:
+        text = f"{name:24}" + " + ".join(f"{term.weight:g}*{term.loss}" for term in terms)
+        return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent=" " * 26)
+
     return "\n".join(
         [
             "losses by short name (diversity is all three; NAME=WEIGHT sets another weight):",
-            *(lines[name] for name in TERMS),
+            *(line(name, [term]) for name, term in TERMS.items()),
             "\npublished recipes (a weight multiplies the whole):",
-            *(lines[name] for name in PRESETS),
+            *(line(name, terms.values()) for name, terms in PRESETS.items()),
             "\nlosses by name (weight 1 unless given):",
-            names,
+            textwrap.fill(", ".join(LOSSES), 80, initial_indent="  ", subsequent_indent="  "),
         ]
     )

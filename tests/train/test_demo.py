@@ -10,7 +10,7 @@ from vitdiv_kernels import _dispatch, use_backend
 from vitdiv_kernels.demo import cost
 from vitdiv_kernels.demo import digits as demo
 from vitdiv_kernels.nn import ReAttention
-from vitdiv_kernels.train.loop import TrainError
+from vitdiv_kernels.train.errors import TrainError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +34,7 @@ def test_the_demo_ends_with_table_figure_and_cost(tmp_path, capsys):
 
     results = json.loads((tmp_path / "results.json").read_text())
     for model in results["models"].values():
-        assert [len(values) for values in model["diversity"].values()] == [24] * 4
+        assert [record["block"] for record in model["records"]] == list(range(24))
         assert (len(model["matrix"]), len(model["matrix"][0])) == (16, 16)
         assert model["rows"][-1]["val_accuracy"] > 0
     native = _dispatch.missing("native", "cpu") is None
@@ -56,7 +56,7 @@ def test_wilson_interval_is_the_published_one():
 
 
 def result(abs_cosine, accuracy):
-    return {"diversity": {"abs_cosine": [abs_cosine]}, "test_accuracy": accuracy, "matrix": [[1.0]]}
+    return {"records": [{"patch_abs_cosine": abs_cosine}], "test_accuracy": accuracy, "matrix": [[1.0]]}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""CutMix in the trainer: pixels, shares and labels agree, runs repeat and resume, the presets train whole."""
+"""CutMix in the trainer: pixels, shares and labels agree, runs repeat, the presets train whole."""
 
 import csv
 import math
@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_trainer import small_trainer
 from torch.nn.functional import log_softmax
 
 from vitdiv_kernels import DiversityObjective
-from vitdiv_kernels.attach.objective import PRESETS
-from vitdiv_kernels.train import command as train
+from vitdiv_kernels.attach.presets import PRESETS
 from vitdiv_kernels.train import cutmix
-from vitdiv_kernels.train.data import Augment, Data, Tensors
-from vitdiv_kernels.train.loop import Recipe, Trainer, TrainError, learning_rate
-from vitdiv_kernels.vit.model import ViT, ViTConfig
+from vitdiv_kernels.train.cli import main
+from vitdiv_kernels.train.errors import TrainError
+from vitdiv_kernels.train.recipe import learning_rate
+from vitdiv_kernels.vit import ViTConfig
 
 CONFIG = ViTConfig(
     image_size=12, channels=2, patch=3, dim=16, depth=3, heads=2, mlp_ratio=2.0, classes=4, drop_path=0.2
@@ -26,13 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(augment=None, config=CONFIG, **recipe):
-    generator = torch.Generator().manual_seed(5)
-    images = torch.rand(40, 2, 12, 12, generator=generator)
-    part = Tensors(images, torch.randint(4, (40,), generator=generator))
-    data = Data(part, part, part, list("abcd"), augment or Augment(rotation=10, mirror=True))
-    recipe = Recipe(**dict(steps=12, batch=8) | recipe)
-    torch.manual_seed(recipe.seed)
-    return Trainer(ViT(config), data, recipe, log_every=1, eval_every=6)
+    return small_trainer(config, recipe, augment=augment)
 
 
 def draw(count, alpha, size=(24, 48), seed=0):
@@ -224,23 +219,6 @@ def test_an_alpha_that_is_none_gets_a_sentence(alpha):
         trainer(cutmix=alpha)
 
 
-def test_resume_is_exact(tmp_path):
-    whole = trainer(losses={"gong2021": 1.0})
-    whole.fit()
-    first = trainer(losses={"gong2021": 1.0})
-    first.fit(until=5)
-    first.save(tmp_path / "checkpoint.pt")
-    torch.manual_seed(99)
-    second = trainer(losses={"gong2021": 1.0})
-    second.load(tmp_path / "checkpoint.pt")
-    second.fit()
-    assert second.rows == whole.rows
-    for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(TrainError, match=r"made with cutmix 1.0, now 0.5"):
-        trainer(losses={"gong2021": 1.0}, cutmix=0.5).load(tmp_path / "checkpoint.pt")
-
-
 def test_the_recipe_s_seed_draws_the_boxes():
     def boxes(seed, monkeypatch):
         drawn, draw = [], cutmix.draw_box
@@ -261,7 +239,7 @@ def test_the_recipe_s_seed_draws_the_boxes():
 def test_presets_train_whole_on_the_digits(preset, amp, tmp_path):
     pytest.importorskip("sklearn")
     options = ["--losses", preset, "--steps", "4", "--batch", "8", "--log-every", "1", "--out", str(tmp_path)]
-    assert train.main(options + ["--amp"] * amp) == 0
+    assert main(options + ["--amp"] * amp) == 0
     with open(tmp_path / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4

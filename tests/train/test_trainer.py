@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,55 +12,31 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_trainer import random_data, small_trainer
 
-import vitdiv_kernels as vd
 from vitdiv_kernels import _dispatch
-from vitdiv_kernels.attach.objective import LOSSES, PRESETS
-from vitdiv_kernels.train import command as train
-from vitdiv_kernels.train.data import Augment, Data, Tensors
-from vitdiv_kernels.train.loop import (
-    CHECKPOINT,
-    Recipe,
-    StepBatches,
-    Trainer,
-    TrainError,
-    learning_rate,
-)
-from vitdiv_kernels.train.losses import DIVERSITY
-from vitdiv_kernels.vit.model import CONFIGS, ViT, ViTConfig
+from vitdiv_kernels.attach.presets import PRESETS
+from vitdiv_kernels.attach.terms import LOSSES
+from vitdiv_kernels.train.checkpoint import PARTS
+from vitdiv_kernels.train.cli import main
+from vitdiv_kernels.train.data import StepBatches, Tensors
+from vitdiv_kernels.train.errors import TrainError
+from vitdiv_kernels.train.loop import accuracy
+from vitdiv_kernels.train.loss_weights import DIVERSITY
+from vitdiv_kernels.train.recipe import Recipe, learning_rate
+from vitdiv_kernels.vit import CONFIGS, ViT, ViTConfig
 
 SMALL = ViTConfig(
-    image_size=8,
-    channels=1,
-    patch=2,
-    overlap=1,
-    dim=16,
-    depth=4,
-    heads=2,
-    mlp_ratio=2.0,
-    classes=3,
-    drop_path=0.2,
-    pos_std=0.2,
+    8, 1, patch=2, overlap=1, dim=16, depth=4, heads=2, mlp_ratio=2.0, classes=3, drop_path=0.2, pos_std=0.2,
     reattention=(2, 3),
-)
+)  # fmt: skip
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def random_data(config=SMALL, count=50):
-    generator = torch.Generator().manual_seed(5)
-    images = torch.rand(count, config.channels, config.image_size, config.image_size, generator=generator)
-    labels = torch.randint(0, config.classes, (count,), generator=generator)
-    part = Tensors(images, labels)
-    augment = Augment(rotation=10, zoom=(0.9, 1.1), shift=0.1, mirror=True)
-    return Data(part, part, part, [str(i) for i in range(config.classes)], augment)
-
-
-def trainer(recipe=None, config=SMALL, **options):
-    recipe = recipe or Recipe(steps=24, batch=8, losses=DIVERSITY)
-    torch.manual_seed(recipe.seed)
-    return Trainer(ViT(config), random_data(config), recipe, log_every=1, eval_every=12, **options)
+def trainer(config=SMALL, recipe=None, **options):
+    return small_trainer(config, dict(steps=24, losses=DIVERSITY) | (recipe or {}), eval_every=12, **options)
 
 
 def read(path):
@@ -67,19 +44,20 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_resume_is_exact(tmp_path):
-    whole = trainer(log_path=tmp_path / "whole.csv")
+@pytest.mark.parametrize("losses", [DIVERSITY, {"gong2021": 1.0}], ids=["diversity", "mixed by CutMix"])
+def test_resume_is_exact(losses, tmp_path):
+    whole = trainer(recipe={"losses": losses}, log_path=tmp_path / "whole.csv")
     whole.fit()
 
-    first = trainer(log_path=tmp_path / "halves.csv")
+    first = trainer(recipe={"losses": losses}, log_path=tmp_path / "halves.csv")
     first.fit(until=11)
     first.save(tmp_path / "checkpoint.pt")
     first.fit(until=13)  # these rows were never saved: the resumed run must write them once
 
+    second = trainer(recipe={"losses": losses}, log_path=tmp_path / "halves.csv")
+    for parameter in second.model.parameters():
+        torch.nn.init.zeros_(parameter)
     torch.manual_seed(99)
-    second = Trainer(
-        ViT(SMALL), random_data(), first.recipe, log_every=1, eval_every=12, log_path=tmp_path / "halves.csv"
-    )
     second.load(tmp_path / "checkpoint.pt")
     assert second.step == 11
     second.fit()
@@ -108,52 +86,21 @@ def test_the_log_has_every_step_and_its_terms(tmp_path):
         assert float(row["lr"]) == learning_rate(run.recipe, int(row["step"]) - 1)
 
 
-def test_the_step_is_that_of_the_losses_written_out():
-    """As the trainer had them before the objective: from the returned tokens, q and k computed once more."""
-    run = trainer(Recipe(steps=24, batch=8, losses=DIVERSITY), replace(SMALL, drop_path=0.0))
-    images, labels = run.data.train.images[:8], run.data.train.labels[:8]
-    terms = run.losses(images, labels)
-    terms["loss"].backward()
-    found = {name: p.grad.clone() for name, p in run.model.named_parameters()}
-
-    run.model.zero_grad()
-    logits, tokens = run.model(images, return_tokens=True)
-    first, last = tokens[1][:, 1:], tokens[-1][:, 1:]
-    plain = {
-        "cosine": vd.pairwise_cosine(last, penalty="abs"),
-        "contrast": vd.losses.patch_contrast(first, last),
-        "heads": vd.attention_diversity(*run.model.query_key(tokens[0], 0), include_self=False),
-    }
-    plain["cross_entropy"] = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    plain["loss"] = plain["cross_entropy"] + sum(w * plain[name] for name, w in DIVERSITY.items())
-    plain["loss"].backward()
-    assert list(terms) == list(plain)
-    for name, value in plain.items():
-        torch.testing.assert_close(terms[name], value)
-    for name, p in run.model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, msg=name)
-
-
-def test_any_loss_and_preset_trains_and_is_logged():
-    run = trainer(Recipe(steps=2, batch=8, losses={"koleo": 0.1, "deepvit_cos_reg": 1.0}))
-    run.fit()
-    row = run.rows[-1]
-    expected = row["cross_entropy"] + 0.1 * row["koleo"] + 0.1 * row["deepvit_cos_reg.cos_reg"]
-    assert row["loss"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_loss_that_the_model_has_no_blocks_for_is_refused():
     with pytest.raises(TrainError, match="cos_reg takes block 2, but the model has 2 blocks"):
-        trainer(Recipe(losses={"cos_reg": 1.0}), replace(SMALL, depth=2, reattention=()))
+        trainer(replace(SMALL, depth=2, reattention=()), {"losses": {"cos_reg": 1.0}})
 
 
 def test_a_resume_with_another_recipe_or_model_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     trainer().save(path)
-    with pytest.raises(TrainError, match=r"made with lr 0.001, now 0.1"):
-        trainer(Recipe(steps=24, batch=8, losses=DIVERSITY, lr=0.1)).load(path)
-    with pytest.raises(TrainError, match=r"made with reattention \[2, 3\], now \[\]"):
-        trainer(config=replace(SMALL, reattention=())).load(path)
+    for changes, sentence in (
+        ({"recipe": {"lr": 0.1}}, "lr 0.001, now 0.1"),
+        ({"recipe": {"cutmix": 0.5}}, "cutmix 0.0, now 0.5"),
+        ({"config": replace(SMALL, reattention=())}, r"reattention \[2, 3\], now \[\]"),
+    ):
+        with pytest.raises(TrainError, match=f"made with {sentence}"):
+            trainer(**changes).load(path)
     with pytest.raises(TrainError, match="there is no checkpoint"):
         trainer().load(tmp_path / "none.pt")
     path.write_bytes(path.read_bytes()[:1000])
@@ -180,7 +127,7 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_named(content, absent, tmp_path
 
 def test_a_checkpoint_holds_what_load_asks_for(tmp_path):
     trainer().save(tmp_path / "checkpoint.pt")
-    assert tuple(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == CHECKPOINT
+    assert tuple(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == PARTS
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -198,7 +145,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_a_sentence():
-    run = trainer(Recipe(steps=24, batch=8))
+    run = trainer()
     with torch.no_grad():
         run.model.head.bias.fill_(float("nan"))
     with pytest.raises(TrainError, match="the loss is nan at step 1"):
@@ -206,8 +153,8 @@ def test_a_loss_that_is_not_finite_ends_training_with_a_sentence():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(TrainError, match=r"the batch \(64\) is larger than the training set \(50 images\)"):
-        trainer(Recipe(batch=64))
+    with pytest.raises(TrainError, match=r"the batch \(64\) is larger than the training set \(40 images\)"):
+        trainer(recipe={"batch": 64})
 
 
 def test_a_missing_backend_is_refused_before_training():
@@ -236,14 +183,14 @@ def test_three_steps_of_each_model(name):
     config = CONFIGS[name]
     if not name.startswith("digits"):
         config = replace(config, image_size=32, dim=config.dim // 4)
-    run = trainer(Recipe(steps=3, batch=2, losses=DIVERSITY), config)
+    run = trainer(config, {"steps": 3, "batch": 2})
     run.data = random_data(config, 4)
     run.fit()
     assert [row["step"] for row in run.rows] == [1, 2, 3]
 
 
 def test_autocast_trains_in_bfloat16():
-    run = trainer(Recipe(steps=3, batch=8, losses=DIVERSITY, amp=True))
+    run = trainer(recipe={"steps": 3, "amp": True})
     seen = []
     run.model.blocks[3].attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     run.fit()
@@ -257,7 +204,7 @@ def test_fused_and_reference_operations_give_the_same_losses():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     curves = []
     for backend in ("reference", "native"):
-        run = trainer(Recipe(steps=30, batch=8, losses=DIVERSITY), backend=backend)
+        run = trainer(recipe={"steps": 30}, backend=backend)
         run.fit()
         curves.append([row["loss"] for row in run.rows])
     assert curves[1] == pytest.approx(curves[0], rel=2e-3)
@@ -269,32 +216,42 @@ def command(*arguments):
 
 def test_the_command_line_trains_and_resumes(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    options = [
-        "--losses",
-        "cosine=0.5",
-        "--reattention",
-        "22-23",
-        "--steps",
-        "4",
-        "--batch",
-        "4",
-        "--log-every",
-        "1",
-    ]
-    options += ["--out", str(tmp_path)]
-    assert train.main(options) == 0
+    options = f"--losses cosine=0.5 --reattention 22-23 --steps 4 --batch 4 --log-every 1 --out {tmp_path}"
+    options = options.split()
+    assert main(options) == 0
     assert "test accuracy" in capsys.readouterr().out
     assert len(read(tmp_path / "log.csv")) == 4
-    assert train.main(options) == 2
+    assert main(options) == 2
     assert "is there already: add --resume" in capsys.readouterr().err
-    assert train.main([*options, "--resume"]) == 0
+    assert main([*options, "--resume"]) == 0
     assert len(read(tmp_path / "log.csv")) == 4
+
+
+@pytest.mark.parametrize("name", ["train", "report", "demo"])
+def test_the_old_commands_say_where_they_went(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python", "--help"])
+    new = f"vitdiv_kernels.{name}"
+    with pytest.raises(SystemExit, match=f"^it has moved: run python -m {new}, with the same options$"):
+        runpy.run_module(f"vitdiv_kernels.vit.{name}", run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(new, run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m {new} ")
+
+
+def test_accuracy_counts_right_answers():
+    model, images = ViT(SMALL), torch.randn(300, 1, 8, 8)
+    with torch.no_grad():
+        labels = model.eval()(images).argmax(-1)
+    labels[:30] = (labels[:30] + 1) % 3
+    assert accuracy(model.train(), Tensors(images, labels)) == pytest.approx(0.9)
+    assert model.training
 
 
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train.main(["--out", str(tmp_path / "run")]) == 2
+    assert main(["--out", str(tmp_path / "run")]) == 2
     assert re.match(r"error: .* one of 2 \(WORLD_SIZE\).* start it with python, not", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -316,7 +273,7 @@ def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
 )
 def test_bad_arguments_get_a_sentence(options, sentence, tmp_path, capsys):
     pytest.importorskip("sklearn")
-    assert train.main(["--out", str(tmp_path), *options]) == 2
+    assert main(["--out", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.startswith("error: ")
@@ -339,26 +296,15 @@ def test_bad_arguments_get_a_sentence(options, sentence, tmp_path, capsys):
 )
 def test_arguments_that_do_not_parse_get_a_sentence(options, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        train.main(options)
+        main(options)
     assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
 
 
 def test_help_names_every_option():
     out = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
-    for option in (
-        "--data",
-        "--model",
-        "--losses",
-        "--cutmix",
-        "--amp",
-        "--resume",
-        "--seed",
-        "--device",
-        "--backend",
-        "--epochs",
-    ):
-        assert option in out
+    options = ("data", "model", "losses", "cutmix", "amp", "resume", "seed", "device", "backend", "epochs")
+    assert all(f"--{option}" in out for option in options)
     below = out[out.index("losses by short name") :]
     for names, part in zip((DIVERSITY, PRESETS, LOSSES), below.split("\n\n"), strict=True):
         assert all(re.search(rf"\b{name}\b", part) for name in names)

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-from vitdiv_kernels.train import command as train
-from vitdiv_kernels.train.data import Augment, DataError, load
+from vitdiv_kernels.train.cli import main
+from vitdiv_kernels.train.data import Augment, load
+from vitdiv_kernels.train.errors import DataError
 
 
 @pytest.fixture
@@ -25,6 +26,12 @@ def write_images(root, classes=("cat", "dog"), count=10):
         for i in range(count):
             pixels = torch.randint(0, 256, (9, 12, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
+
+
+def train(folder, out, options):
+    """The command line, of a model for small images."""
+    options = f"--data imagefolder:{folder} --out {out}/out --model deit_tiny --image-size 32 {options}"
+    return main(options.split())
 
 
 def test_digits_are_split_once_and_for_all():
@@ -100,15 +107,11 @@ def test_splits_with_different_classes_are_refused(tmp_path, torchvision):
         load(f"imagefolder:{tmp_path}", 8, 3)
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"the image folder .*nowhere does not exist"):
-        load(f"imagefolder:{tmp_path / 'nowhere'}", 8, 3)
-
-
-def test_a_file_is_no_folder(tmp_path):
+@pytest.mark.parametrize(("name", "sentence"), [("nowhere", "does not exist"), ("file", "is not a folder")])
+def test_what_is_no_folder_is_named(name, sentence, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="is not a folder"):
-        load(f"imagefolder:{tmp_path / 'file'}", 8, 3)
+    with pytest.raises(DataError, match=f"{tmp_path / name} {sentence}"):
+        load(f"imagefolder:{tmp_path / name}", 8, 3)
 
 
 def test_an_empty_class_is_named(folder):
@@ -133,19 +136,8 @@ def test_a_class_too_small_to_split_is_named(tmp_path, torchvision):
 def test_a_broken_image_is_named(folder, content, tmp_path, capsys):
     broken = folder / "cat" / "0.png"
     broken.write_bytes(broken.read_bytes()[:100] if content is None else content)
-    options = [
-        "--data",
-        f"imagefolder:{folder}",
-        "--model",
-        "deit_tiny",
-        "--image-size",
-        "32",
-        "--batch",
-        "4",
-    ]
-    assert train.main([*options, "--epochs", "1", "--eval-every", "1", "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert f"error: the image file {broken} can't be read" in error
+    assert train(folder, tmp_path, "--batch 4 --epochs 1 --eval-every 1") == 2
+    assert f"error: the image file {broken} can't be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["0", "1", "2"])
@@ -154,9 +146,7 @@ def test_a_broken_image_is_one_sentence_from_any_process(workers, tmp_path, torc
         write_images(tmp_path / name, count=4)
     broken = tmp_path / "train" / "cat" / "0.png"
     broken.write_bytes(b"no picture")
-    options = ["--data", f"imagefolder:{tmp_path}", "--model", "deit_tiny", "--image-size", "32"]
-    options += ["--batch", "4", "--epochs", "1", "--workers", workers, "--out", str(tmp_path / "out")]
-    assert train.main(options) == 2
+    assert train(tmp_path, tmp_path, f"--batch 4 --epochs 1 --workers {workers}") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: the image file {broken} can't be read (")
@@ -170,40 +160,10 @@ def test_torchvision_that_is_absent(tmp_path, monkeypatch):
 
 
 def test_training_on_a_folder(folder, tmp_path, capsys):
-    options = [
-        "--data",
-        f"imagefolder:{folder}",
-        "--model",
-        "deit_tiny",
-        "--image-size",
-        "32",
-        "--batch",
-        "8",
-    ]
-    options += [
-        "--reattention",
-        "11",
-        "--losses",
-        "diversity",
-        "--epochs",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert train.main(options) == 0
+    assert train(folder, tmp_path, "--batch 8 --reattention 11 --losses diversity --epochs 1") == 0
     assert "test accuracy" in capsys.readouterr().out
 
 
 def test_losses_on_a_single_patch_are_refused(folder, tmp_path, capsys):
-    options = [
-        "--data",
-        f"imagefolder:{folder}",
-        "--model",
-        "deit_tiny",
-        "--image-size",
-        "16",
-        "--losses",
-        "cosine",
-    ]
-    assert train.main([*options, "--batch", "4", "--out", str(tmp_path / "out")]) == 2
+    assert train(folder, tmp_path, "--image-size 16 --losses cosine --batch 4") == 2
     assert "diversity losses need at least two patches, but the model has one" in capsys.readouterr().err

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_trainer import small_trainer
 
 from vitdiv_kernels import CollapseMonitor
 from vitdiv_kernels.attach.monitor import MEASURES, read_records
 from vitdiv_kernels.train import report
-from vitdiv_kernels.train.data import Augment, Data, DataError, Tensors
-from vitdiv_kernels.train.loop import Recipe, Trainer, TrainError
-from vitdiv_kernels.vit import CONFIGS, ViT
+from vitdiv_kernels.train.errors import DataError, TrainError
+from vitdiv_kernels.vit import CONFIGS
 
 CONFIG = replace(CONFIGS["digits24"], depth=3, dim=16, heads=2, reattention=(2,))
 
@@ -20,11 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(folder, **options):
-    torch.manual_seed(0)
-    part = Tensors(torch.rand(40, 1, 8, 8), torch.randint(10, (40,)))
-    data = Data(part, part, part, [str(i) for i in range(10)], Augment(rotation=10))
-    recipe = Recipe(steps=6, batch=8, losses={"cosine": 0.5})
-    return Trainer(ViT(CONFIG), data, recipe, log_path=folder / "log.csv", log_every=1, **options)
+    recipe = {"steps": 6, "losses": {"cosine": 0.5}}
+    return small_trainer(CONFIG, recipe, log_path=folder / "log.csv", eval_every=100, **options)
 
 
 @pytest.fixture(scope="module")
