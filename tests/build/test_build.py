@@ -239,7 +239,7 @@ def test_an_installation_leaves_the_kernels_in_the_source_tree_too(source_tree, 
     assert not list((source_tree / "vitdiv_kernels").glob("*.new"))
     info = run(sys.executable, "-m", "vitdiv_kernels.info")
     assert f" in {source_tree / 'vitdiv_kernels'}\n" in info.stdout
-    assert f"native, CPU     here: compiled for torch {library.built_for_torch}" in info.stdout
+    assert re.search("native, CPU +here: compiled for torch ", info.stdout)
 
 
 def test_info_tells_what_is_here(library):
