@@ -179,7 +179,7 @@ def pytest_collection_modifyitems(config, items):
         sampled = next((name for name in SAMPLED if name in item.name), None)
         if item in dropped:
             continue
-        test, case = gpu_cases.parted(f"{item.path.name}::{item.name}")
+        test, case = gpu_cases.parted(gpu_cases.case_of(item))
         without = not any(name in item.name for name in BACKENDS)
         if test in GPU_CASES and ("triton-gpu" in item.name or (without and not INTERPRETED)):
             known[item] = case in GPU_CASES[test]
@@ -207,7 +207,7 @@ def interpreted(request):
 
 @pytest.fixture
 def emulated(request):
-    """Whether CUDA kernels are emulated; tests/test_cuda_<op>.py have the sizes that take seconds."""
+    """Whether CUDA kernels are emulated; tests/cuda/test_cuda_<op>.py have the sizes that take seconds."""
     return "emulated-cuda" in request.node.name
 
 

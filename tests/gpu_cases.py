@@ -36,6 +36,11 @@ def load():
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
+def case_of(item):
+    """The name of pytest's item in gpu_cases.json."""
+    return f"{item.path.name}::{item.name}"
+
+
 def parted(case):
     """(test, what is in its brackets)."""
     test, _, parameters = case.partition("[")

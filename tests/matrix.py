@@ -68,7 +68,7 @@ def main():
     add("--triton", type=names, default=TRITON, metavar="A,B", help=f"default: {','.join(TRITON)}")
     add("--only", choices=CHECKS, help="default: all; tests build what --folder does not hold")
     add("--sample", action="store_true", help="of the tests some files, without what is emulated")
-    add("--tests", type=names, metavar="A,B", help="only tests/test_A.py, tests/test_B.py")
+    add("--tests", type=names, metavar="A,B", help="only tests/*/test_A.py, tests/*/test_B.py")
     add("-k", default="", metavar="EXPRESSION", help="only tests that match, as pytest takes it")
     add("--capabilities", default=",".join(CAPABILITIES), help="of GPUs; default: all")
     add("--one-in", type=int, default=1, metavar="N", help="compile every N-th launch of each kernel")
@@ -84,7 +84,7 @@ def main():
     if unknown:
         parser.error(f"--capabilities must be of {', '.join(CAPABILITIES)}, got {unknown[0]}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
+        folder = (args.folder or Path(temporary)).resolve()  # processes start in other folders
         folder.mkdir(parents=True, exist_ok=True)
         if args.only != "tables":
             for version in args.torch:
@@ -174,7 +174,8 @@ def tests(python, tree, folder, args):
     for done, stem in enumerate(stems, 1):
         report = folder / f"tests-{row['torch']}-{stem}.xml"
         report.unlink(missing_ok=True)
-        command = [python, "-m", "pytest", "-q", *TESTS.glob(f"*/test_{stem}.py"), f"--junitxml={report}"]
+        files = [str(path.relative_to(tree)) for path in tree.glob(f"tests/*/test_{stem}.py")]
+        command = [python, "-m", "pytest", "-q", *files, f"--junitxml={report}"]
         command += ["-k", chosen] if chosen else []
         command += [f"--numprocesses={args.jobs}", "--dist=worksteal"] if args.jobs > 1 else []
         begin = time.monotonic()

@@ -52,10 +52,45 @@ def test_wrong_names_are_refused_before_anything_runs(monkeypatch, capsys, optio
     assert sentence in capsys.readouterr().err
 
 
-def arguments(folder):
+def arguments(folder, **options):
     return SimpleNamespace(
-        folder=folder, results=folder / "results", prefix=[], capabilities="90", one_in=1, jobs=1, only=None
+        folder=folder,
+        results=folder / "results",
+        prefix=[],
+        capabilities="90",
+        one_in=1,
+        jobs=1,
+        only=None,
+        **options,
     )
+
+
+def test_a_folder_is_that_of_the_shell(monkeypatch, tmp_path):
+    """The processes start elsewhere."""
+    found = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matrix, "with_torch", lambda version, folder, args: found.append(folder))
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--only", "build", "--torch", "2.8.0", "--folder", "a/b"])
+    matrix.main()
+    assert found == [tmp_path / "a/b"]
+
+
+def test_the_tests_of_the_copy_run(monkeypatch, tmp_path):
+    """Not those of this tree, which may change meanwhile."""
+    tree, calls = tmp_path / "source", []
+    (tree / "tests/ops").mkdir(parents=True)
+    (tree / "tests/ops/test_func.py").touch()
+
+    def finished(command, folder):
+        calls.append((command, folder))
+        return SimpleNamespace(returncode=0, stdout="1 passed")
+
+    monkeypatch.setattr(matrix, "finished", finished)
+    monkeypatch.setattr(matrix, "versions", lambda python: {"torch": "2.8.0", "triton": "3.4.0"})
+    matrix.tests("python", tree, tmp_path, arguments(tmp_path, tests=["func"], sample=False, k=""))
+    ((command, folder),) = calls
+    assert folder == tree
+    assert command[:5] == ["python", "-m", "pytest", "-q", "tests/ops/test_func.py"]
 
 
 def test_releases_that_do_not_exist_are_no_failures(monkeypatch, tmp_path):

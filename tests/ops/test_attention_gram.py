@@ -30,7 +30,7 @@ SHAPES = [
 
 @pytest.fixture(params=SHAPES, ids=str)
 def shape(request, interpreted, emulated):
-    """Shorter rows where kernels run slowly; tests/test_triton_*.py and test_cuda_*.py have longer ones."""
+    """Shorter rows where kernels run slowly; those of tests/triton and tests/cuda are longer."""
     batch, heads, *tokens, width = request.param
     return batch, heads, *(min(n, 65) if interpreted or emulated else n for n in tokens), width
 

@@ -176,7 +176,7 @@ def case_of(i, j):
 @pytest.mark.parametrize("i", range(len(SIZES)), ids=str)
 def test_values_and_gradients(backend, interpreted, i, j, dtype):
     if interpreted and max(SIZES[i][2:4]) > 65:
-        pytest.skip("slow: shorter rows stand for it; tests/test_triton_*.py walk rows in blocks")
+        pytest.skip("slow: shorter rows stand for it; tests/triton has rows in blocks")
     check(backend, case_of(i, j), dtype)
 
 
@@ -214,7 +214,7 @@ def test_whole_images_beside_a_part_of_one(backend, threads, norm, training, dty
 @pytest.mark.parametrize(("norm", "training"), NORMS)
 def test_rows_longer_than_what_stays_in_l1(backend, interpreted, norm, training, pre):
     if interpreted:
-        pytest.skip("slow: tests/test_triton_*.py walk rows in blocks")
+        pytest.skip("slow: tests/triton has rows in blocks")
     check(backend, Case((1, 12, 5, 500, 8), norm, training, pre=pre, gram=True), torch.float32)
 
 

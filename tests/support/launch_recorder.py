@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import gpu_cases
 import pytest
 import torch
 from places import ROOT, python_path, test_file
@@ -101,7 +102,7 @@ def _forward_and_backward(function, inputs, **options):
 
 
 def pytest_runtest_setup(item):
-    LAUNCHES[None] = LAUNCHES.setdefault(item.nodeid.removeprefix("tests/"), set())
+    LAUNCHES[None] = LAUNCHES.setdefault(gpu_cases.case_of(item), set())
 
 
 def pytest_sessionfinish(session):
