@@ -28,7 +28,7 @@ def draw(results, path):
         1, len(widths), figsize=(11, 3.0), width_ratios=widths, layout="constrained"
     )
     for name, (title, color, dash) in MODELS.items():
-        cosine = results["models"][name]["diversity"]["abs_cosine"]
+        cosine = [record["patch_abs_cosine"] for record in results["models"][name]["records"]]
         curve.plot(range(1, 1 + len(cosine)), cosine, dash, color=color, label=title, linewidth=1.8)
     curve.set(title="how alike patches are, by block", xlabel="block", ylabel="mean |cosine|", ylim=(0, 1))
     curve.legend(frameon=False, fontsize=9, loc="upper left")

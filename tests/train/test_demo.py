@@ -1,10 +1,12 @@
 """The demo, end to end with few steps, and the parts of it that judge."""
 
 import json
+import runpy
 import sys
 
 import pytest
 import torch
+from places import ROOT
 
 from vitdiv_kernels import _dispatch, use_backend
 from vitdiv_kernels.demo import cost
@@ -41,6 +43,10 @@ def test_the_demo_ends_with_table_figure_and_cost(tmp_path, capsys):
     assert set(results["cost"]) == {"published", "reference", "native"} - (set() if native else {"native"})
     assert all(row["ms"] > 0 and row["megabytes"] > 0 for row in results["cost"].values())
     assert {p.name for p in tmp_path.iterdir()} == {"demo.png", "results.json", *demo.TITLES}
+
+    draw = runpy.run_path(str(ROOT / "docs/images/collapse.py"))["draw"]  # README's picture
+    draw(results, tmp_path / "collapse.png")
+    assert image.imread(tmp_path / "collapse.png")[..., :3].std() > 0.1
 
 
 def test_the_demo_without_scikit_learn(monkeypatch, capsys):
