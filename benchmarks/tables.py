@@ -14,8 +14,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/speed.md")
 KEY = ("op", "variant", "provider", "mode", "shape", "dtype", "threads")
-# rows that were made under an operation's earlier name
-RENAMED = {"attention_gram": "attention_gram"}
 OPERATIONS = {
     "pairwise_cosine abs": "patch cosine",
     "attention_gram gram": "Gram matrix of maps",
@@ -45,8 +43,6 @@ def read(name):
     """The rows of a CSV by KEY; a run that was repeated replaces the rows of the earlier one."""
     with open(ROOT / "benchmarks/results" / name, newline="") as file:
         rows = list(csv.DictReader(file))
-    for row in rows:
-        row["op"] = RENAMED.get(row["op"], row["op"])
     return {tuple(row[name] for name in KEY): row for row in rows}
 
 

@@ -103,6 +103,17 @@ def test_cos_reg_takes_the_published_maps(reattention, training, tracked):
     torch.testing.assert_close(total, 0.1 * parts["cos_reg"])
 
 
+def test_cos_reg_takes_mixed_maps_without_a_norm():
+    model = a_model()
+    attn = model.blocks[1].attn = ReAttention(16, 2, norm="none")
+    nn.init.normal_(attn.reatten_matrix.bias)
+    term = Term("cos_reg", layers=(0, 1))
+    _, parts, tokens, _ = evaluate({"cos_reg": term}, model, images())
+    mixed = attn.reatten_matrix(softmax_maps(model, tokens, 1))
+    expected = F.cosine_similarity(softmax_maps(model, tokens, 0), mixed, dim=1).mean()
+    torch.testing.assert_close(parts["cos_reg"], expected)
+
+
 def test_neighbourhood_contrast_takes_what_the_released_code_takes():
     """Patches after the final norm, and embeddings without positions; also under autocast."""
     model, x = a_model(), images()

@@ -13,8 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 from small_trainer import random_data, small_trainer
+from small_vit import query_key
 
-from vitdiv_kernels import _dispatch
+from vitdiv_kernels import _dispatch, attention_diversity, losses, pairwise_cosine
 from vitdiv_kernels.attach.presets import PRESETS
 from vitdiv_kernels.attach.terms import LOSSES
 from vitdiv_kernels.train.checkpoint import PARTS
@@ -84,6 +85,42 @@ def test_the_log_has_every_step_and_its_terms(tmp_path):
         terms = sum(weight * float(row[name]) for name, weight in DIVERSITY.items())
         assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + terms, rel=1e-5)
         assert float(row["lr"]) == learning_rate(run.recipe, int(row["step"]) - 1)
+
+
+def test_the_step_is_that_of_the_losses_written_out():
+    run = trainer(replace(SMALL, drop_path=0.0))
+    images, labels = run.data.train[:8]
+    terms = run.losses(images, labels)
+    terms["loss"].backward()
+    found = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+
+    run.model.zero_grad()
+    logits, tokens = run.model(images, return_tokens=True)
+    first, last = tokens[1][:, 1:], tokens[-1][:, 1:]
+    plain = {
+        "cosine": pairwise_cosine(last, penalty="abs"),
+        "contrast": losses.patch_contrast(first, last),
+        "heads": attention_diversity(*query_key(run.model, tokens, 0), include_self=False),
+    }
+    entropy = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    plain |= {
+        "cross_entropy": entropy,
+        "loss": entropy + sum(w * plain[name] for name, w in DIVERSITY.items()),
+    }
+    plain["loss"].backward()
+    assert list(terms) == list(plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(terms[name], value)
+    for name, p in run.model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
+def test_any_loss_and_preset_trains_and_is_logged():
+    run = trainer(recipe={"steps": 2, "losses": {"koleo": 0.1, "deepvit_cos_reg": 1.0}})
+    run.fit()
+    row = run.rows[-1]
+    expected = row["cross_entropy"] + 0.1 * row["koleo"] + 0.1 * row["deepvit_cos_reg.cos_reg"]
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_that_the_model_has_no_blocks_for_is_refused():
