@@ -194,6 +194,6 @@ def _no_such_form():
 
 
 def _check(ops: list[str]) -> None:
-    tests = [str(*HERE.parent.glob(f"tests/*/test_{op}.py")) for op in ops]
+    tests = [str(path) for op in ops for path in HERE.parent.glob(f"tests/*/test_{op}.py")]
     if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests]).returncode:
         sys.exit(f"tests of {', '.join(ops)} fail: no speed reported")
