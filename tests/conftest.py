@@ -124,6 +124,13 @@ def operation_of(node):
     return name if name in _dispatch.OPERATIONS else None
 
 
+def backend_of(node):
+    """Of BACKENDS, that of a test, if it has one."""
+    callspec = getattr(node, "callspec", None)
+    name = callspec and callspec.params.get("backend")
+    return name if name in BACKENDS else None
+
+
 @pytest.fixture(params=[name for name in BACKENDS if name not in ABSENT])
 def backend(request, monkeypatch):
     """The `backend` argument of one test body that runs on every backend, on tensors of its device."""
@@ -173,18 +180,16 @@ def pytest_collection_modifyitems(config, items):
     """Of the cases that are interpreted or emulated, slowly, or compiled for the GPU, keep such that each
     value of each parameter is in one; emulated, only those of the files of tests that are for one
     operation. Of the tests that tests/gpu_cases.json knows a GPU runs the cases that it names."""
-    dropped = {item for item in items if "emulated-cuda" in item.name and operation_of(item) is None}
+    dropped = {item for item in items if backend_of(item) == "emulated-cuda" and operation_of(item) is None}
     tests, known = defaultdict(list), {}
     for item in items:
-        sampled = next((name for name in SAMPLED if name in item.name), None)
         if item in dropped:
             continue
-        test, case = gpu_cases.parted(gpu_cases.case_of(item))
-        without = not any(name in item.name for name in BACKENDS)
-        if test in GPU_CASES and ("triton-gpu" in item.name or (without and not INTERPRETED)):
+        name, (test, case) = backend_of(item), gpu_cases.parted(gpu_cases.case_of(item))
+        if test in GPU_CASES and (name == "triton-gpu" or (name is None and not INTERPRETED)):
             known[item] = case in GPU_CASES[test]
-        elif sampled is not None:
-            tests[item.path, item.originalname, sampled].append(item)
+        elif name in SAMPLED:
+            tests[item.path, item.originalname, name].append(item)
     if not config.getoption("--every-case"):
         dropped |= {item for cases in tests.values() for item in set(cases) - set(covering(cases))}
         dropped |= {item for item, runs in known.items() if not runs}
@@ -202,13 +207,13 @@ def covering(cases):
 @pytest.fixture
 def interpreted(request):
     """Whether the kernels are interpreted or emulated, where a test of many sizes takes fewer."""
-    return "triton-interpreter" in request.node.name or "emulated-cuda" in request.node.name
+    return backend_of(request.node) in ("triton-interpreter", "emulated-cuda")
 
 
 @pytest.fixture
 def emulated(request):
     """Whether CUDA kernels are emulated; tests/cuda/test_cuda_<op>.py have the sizes that take seconds."""
-    return "emulated-cuda" in request.node.name
+    return backend_of(request.node) == "emulated-cuda"
 
 
 @pytest.fixture
