@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import vitdiv_kernels
 
 SUITES = {
-    "issue": [((32, 12, 197, 64), {})],
+    "readme": [((32, 12, 197, 64), {})],
     "vit": [
         ((32, 6, 197, 64), {}),
         ((32, 12, 197, 32), {}),

@@ -105,7 +105,7 @@ LOSSES = {
     "info_nce": Loss(info_nce, losses.info_nce, 2, lambda n, d: n, lambda n, d: 2 * n),
 }
 SUITES = {
-    "issue": [
+    "readme": [
         (PATCHES, {"loss": "signed_cosine"}),
         (PATCHES, {"loss": "patch_contrast"}),
         (WEIGHTS, {"loss": "weight_soft_orthogonality"}),

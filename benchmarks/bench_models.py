@@ -22,7 +22,7 @@ from vitdiv_kernels.vit import CONFIGS, ViT
 
 MODELS = "deepvit_16b", "cait_xxs24"
 SUITES = {
-    "issue": [((batch, 224), {"model": model}) for model in MODELS for batch in (2, 16)],
+    "readme": [((batch, 224), {"model": model}) for model in MODELS for batch in (2, 16)],
     "tiny": [((1, 32), {"model": "deepvit_16b"})],
 }
 

@@ -136,7 +136,7 @@ def terms(which, starts, kind):
 
 WHICH = "recipe", "every", "monitor"
 SUITES = {
-    "issue": [((16, 224, 384), {"losses": which}) for which in WHICH],
+    "readme": [((16, 224, 384), {"losses": which}) for which in WHICH],
     "tiny": [((2, 32, 24), {"losses": which}) for which in WHICH],
 }
 

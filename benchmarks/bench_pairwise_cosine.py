@@ -16,7 +16,7 @@ import vitdiv_kernels
 
 PENALTIES = {"abs": torch.abs, "square": torch.square, "relu": torch.relu, "signed": lambda s: s}
 SUITES = {
-    "issue": [((64, 196, 384), {}), ((16, 1024, 768), {})],
+    "readme": [((64, 196, 384), {}), ((16, 1024, 768), {})],
     "vit": [
         *(((64, 196, 384), {"penalty": penalty}) for penalty in PENALTIES),
         ((32, 197, 768), {}),

@@ -21,7 +21,7 @@ from torch.nn.functional import batch_norm, conv2d, layer_norm, scaled_dot_produ
 import vitdiv_kernels
 
 SUITES = {
-    "issue": [
+    "readme": [
         ((32, 12, 197, 64), {}),
         ((32, 12, 197, 32), {}),
         ((32, 12, 197, 64), {"norm": "batch"}),

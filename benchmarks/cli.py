@@ -75,8 +75,8 @@ def parser(description: str, *, providers: Sequence[str], threads: Sequence[int]
 
 def add_shapes(parser: ArgumentParser, letters: str, suites: dict, **options: Sequence[str]) -> None:
     """--suite, or --shapes together with the operation's own options, the first value of each its default."""
-    suite = "named shapes; default: issue, the rows of the README's table"
-    parser.add_argument("--suite", choices=suites, default="issue", help=suite)
+    suite = "named shapes; default: readme, the rows of the README's table"
+    parser.add_argument("--suite", choices=suites, default="readme", help=suite)
     form = "x".join(letters)
     parser.add_argument("--shapes", type=_shapes(letters), help=f"comma-separated {form}, instead of a suite")
     for name, values in options.items():

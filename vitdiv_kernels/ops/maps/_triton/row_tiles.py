@@ -6,8 +6,8 @@ import torch
 
 from ..._tables import ANY, first_row
 
-# Of the maps of a chunk and the copies of its operands, by capability. Source: cost model; README.md counts
-# why it is more than the L2 (A100 40 MB, H200 50 MB, B200 126 MB).
+# Of the maps of a chunk and the copies of its operands, by capability. Source: cost model, which counts in
+# docs/kernels/reattention.md why it is more than the L2 (A100 40 MB, H200 50 MB, B200 126 MB).
 WORKSPACE_BYTES = (((10, 0), 128 << 20), ((9, 0), 96 << 20), ((0, 0), 64 << 20))
 
 
