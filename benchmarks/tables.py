@@ -30,6 +30,11 @@ LOSSES = {
     "info_nce": "InfoNCE",
     "weight_soft_orthogonality": "soft orthogonality of 36 weights",
 }
+OBJECTIVE = {
+    "recipe": "recipe of Diverse-ViT: patches, heads, weights, labels",
+    "every": "all 19 losses of its paper at once",
+    "monitor": "a measurement of `CollapseMonitor`, 8 images",
+}
 MODELS = {"deepvit_16b": "DeepViT-16B", "cait_xxs24": "CaiT-XXS24 of timm"}
 SHORT = (
     ("patch cosine", "64x196x384"),
@@ -195,6 +200,20 @@ def losses():
     return table(["loss", "shape", "× eager", "× compile", "MB ours", "MB eager", "MB compile"], body)
 
 
+def objective():
+    """What losses, and a measurement of the monitor, add to a training step."""
+    rows = read("cpu_losses.csv").values()
+    ms = {(r["variant"], r["provider"]): float(r["ms"]) for r in rows if r["op"] == "objective"}
+
+    def added(variant, provider):
+        if (variant, provider) not in ms:
+            return ""
+        return f"{100 * (ms[variant, provider] / ms[variant, 'plain'] - 1):.2g} %"
+
+    body = [[title, *(added(name, p) for p in ("ours", "eager"))] for name, title in OBJECTIVE.items()]
+    return table(["what", "adds to a training step", "with the published formulas"], body)
+
+
 TABLES = {
     "speed": speed_short,
     "forward": lambda: speed("fwd"),
@@ -204,6 +223,7 @@ TABLES = {
     "batches, forward and backward": lambda: batches("fwd+bwd"),
     "models": models,
     "losses": losses,
+    "objective": objective,
     **{
         f"origin of {name}": lambda name=name: origin(read(name))
         for name in ("cpu.csv", "cpu_batches.csv", "cpu_models.csv", "cpu_losses.csv")

@@ -146,6 +146,12 @@ def test_tables_of_speed_are_those_of_the_csvs(name):
     assert tables.renewed(cells) == text
 
 
+def test_the_api_reference_has_every_public_name():
+    pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    documented = set(re.findall(r"^\.\. auto\w+:: (?:vitdiv_kernels\.)?(\w+)$", pages, re.MULTILINE))
+    assert set(vitdiv_kernels.__all__) <= documented
+
+
 def test_the_site_builds(tmp_path):
     """With warnings as errors; `make docs` installs what it takes."""
     for package in ("sphinx", "myst_parser", "pydata_sphinx_theme", "sphinx_copybutton"):
