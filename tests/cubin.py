@@ -80,4 +80,10 @@ def print_kernels(library):
 
 
 if __name__ == "__main__":
-    print_kernels(Path(__file__).resolve().parents[1] / "vitdiv_kernels/libvitdiv.so")
+    built = Path(__file__).resolve().parents[1] / "vitdiv_kernels/libvitdiv.so"
+    if cuobjdump() is None:
+        sys.exit("there is no cuobjdump: install the CUDA toolkit, or Triton, which brings it")
+    try:
+        print_kernels(built)
+    except subprocess.CalledProcessError:
+        sys.exit(f"{built} has no CUDA kernels: put nvcc on PATH and run VITDIV_CUDA=1 make build")
