@@ -62,7 +62,7 @@ def check_weight(block, index):
 
 
 def reads_weights(block, kind):
-    """Whether losses of a kind, as in `objective.LOSSES`, read weights outside of the forward pass."""
+    """Whether losses of a kind, as in `terms.LOSSES`, read weights outside of the forward pass."""
     attn = getattr(block, "attn", None)
     norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
     own = any(True for norm in norms if norm is not None for _ in norm.parameters())
