@@ -18,7 +18,7 @@ def smooth(values: list[float], keep: float = 0.8) -> list[float]:
 
 
 def draw(results: dict[str, dict[str, Any]], titles: dict[str, str], path: Path) -> None:
-    """Writes the PNG from what `demo.train_model` returned for each model."""
+    """Writes the PNG from what `digits.train_model` returned for each model."""
     plt = pyplot("the demo")
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(13.5, 8.6), layout="constrained")
