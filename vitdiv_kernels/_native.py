@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +43,13 @@ def _why_unusable(facts_file: Path) -> str | None:
         return (
             f"the kernels were compiled for torch {built}, but torch {running} is running: reinstall "
             "from the source tree with `pip install --no-build-isolation --no-deps .`"
+        )
+    modules = sorted(path.name for path in facts_file.parent.glob("_C.*"))
+    if modules and not {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES} & set(modules):
+        return (
+            f"the kernels were compiled for another Python, as {modules[0]}, and this one loads "
+            f"_C{EXTENSION_SUFFIXES[0]}: reinstall with it, from the source tree, with "
+            "`pip install --no-build-isolation --no-deps .`"
         )
     return None
 

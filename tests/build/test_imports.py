@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_a_patch_release_of_torch_is_not_refused(tmp_path):
     facts_file = tmp_path / "_build.json"
     major, minor = torch.__version__.split(".")[:2]
     facts_file.write_text(json.dumps({"torch": f"{major}.{minor}.99"}))
+    assert _native._why_unusable(facts_file) is None
+
+
+def test_kernels_for_another_python_are_named(tmp_path):
+    facts_file = tmp_path / "_build.json"
+    facts_file.write_text(json.dumps({"torch": torch.__version__}))
+    (tmp_path / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    reason = _native._why_unusable(facts_file)
+    assert (
+        "compiled for another Python, as _C.cpython-39-x86_64-linux-gnu.so, and this one loads _C." in reason
+    )
+    assert "pip install --no-build-isolation --no-deps ." in reason
+    (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").touch()
     assert _native._why_unusable(facts_file) is None
 
 
