@@ -258,7 +258,7 @@ def test_every_call_has_a_schedule_and_tiles(direction, capability):
                     assert heads <= tiles.share * heads <= tiles.tile_rows
                     assert tiles.one_block == (keys <= tiles.block)
                     assert tiles.block % (16 * tiles.split) == 0
-                    assert 32 * tiles.num_warps * (tiles.maxnreg or 0) <= 65536  # registers of an SM
+                    assert 32 * tiles.warps * (tiles.maxnreg or 0) <= 65536  # registers of an SM
     sources = {row.source for row in (*triton_configs.SCHEDULES.values(), *row_tiles.ROWS.values())}
     assert all(s in ("cost model", "aot") or s.startswith("measured on ") for s in sources)
 
