@@ -194,6 +194,10 @@ def _no_such_form():
 
 
 def _check(ops: list[str]) -> None:
-    tests = [str(path) for op in ops for path in HERE.parent.glob(f"tests/*/test_{op}.py")]
+    tests = []
+    for op in ops:
+        if not (found := sorted(map(str, HERE.parent.glob(f"tests/*/test_{op}.py")))):
+            sys.exit(f"{HERE.parent / 'tests'} has no test_{op}.py in its folders: no speed reported")
+        tests += found
     if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests]).returncode:
         sys.exit(f"tests of {', '.join(ops)} fail: no speed reported")

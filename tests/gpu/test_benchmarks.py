@@ -446,11 +446,13 @@ def test_peak_memory_sees_what_is_freed_again(module, fake):
 
 def test_red_tests_give_no_speed(module, monkeypatch, tmp_path):
     cli = module("cli")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_fake.py").write_text("def test_red():\n    assert False\n")
+    (tmp_path / "tests/ops").mkdir(parents=True)
+    (tmp_path / "tests/ops/test_fake.py").write_text("def test_red():\n    assert False\n")
     monkeypatch.setattr(cli, "HERE", tmp_path / "benchmarks")
     with pytest.raises(SystemExit, match="tests of fake fail: no speed reported"):
         cli._check(["fake"])
+    with pytest.raises(SystemExit, match="has no test_missing.py in its folders: no speed reported"):
+        cli._check(["fake", "missing"])  # pytest without a file would run all tests
 
 
 def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, capsys):
