@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
-from places import BENCHMARKS
+from places import BENCHMARKS, ROOT
 
 import vitdiv_kernels
 from vitdiv_kernels import DiversityObjective, _dispatch
@@ -451,8 +452,17 @@ def test_red_tests_give_no_speed(module, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "HERE", tmp_path / "benchmarks")
     with pytest.raises(SystemExit, match="tests of fake fail: no speed reported"):
         cli._check(["fake"])
-    with pytest.raises(SystemExit, match="has no test_missing.py in its folders: no speed reported"):
+    with pytest.raises(SystemExit, match="have no test_missing\\*.py: no speed reported"):
         cli._check(["fake", "missing"])  # pytest without a file would run all tests
+
+
+def test_workloads_have_tests(module):
+    found = {
+        op for path in BENCHMARKS.glob("bench_*.py") for op in re.findall(r' op="(\w+)"', path.read_text())
+    }
+    assert {"losses", "models", "reattention"} < found
+    for op in found:
+        assert list(ROOT.glob(f"tests/*/test_{module('cli').TESTS.get(op, op)}*.py")), op
 
 
 def test_every_operator_goes_through_the_sanitizers_script(module, monkeypatch, capsys):
