@@ -452,7 +452,7 @@ def test_red_tests_give_no_speed(module, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "HERE", tmp_path / "benchmarks")
     with pytest.raises(SystemExit, match="tests of fake fail: no speed reported"):
         cli._check(["fake"])
-    with pytest.raises(SystemExit, match="have no test_missing\\*.py: no speed reported"):
+    with pytest.raises(SystemExit, match=r"have no test_missing\*.py: no speed reported"):
         cli._check(["fake", "missing"])  # pytest without a file would run all tests
 
 
