@@ -20,8 +20,8 @@ else
   ADD_TRITON := $(PY) -c 'import triton' 2>/dev/null || extras="$$extras,triton"
 endif
 
-# most tests have one thread; those of threads take two, as these processes together
-WORKERS ?= --numprocesses=2 --dist=worksteal
+# A process a core, which tests/conftest.py gives one thread; a test that hangs fails after so many seconds.
+WORKERS ?= --numprocesses=2 --dist=worksteal --timeout=900 --timeout-method=thread
 # errors alone: with one q pip warns, for each package, of every folder of its configuration that is not there
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install -qq
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)

@@ -10,7 +10,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker for each core. Threads that wait for one another busily would take the cores from other workers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
@@ -275,6 +281,15 @@ def threads(request, interpreted):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads_in_turn(request, interpreted):
+    """Half of a test's cases have one thread, half two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if interpreted else 1 + sum(request.node.callspec.indices.values()) % 2)
+    yield
     torch.set_num_threads(before)
 
 

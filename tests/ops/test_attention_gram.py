@@ -83,17 +83,20 @@ def check_instructions(dtype):
     check("native", attention_cosine, formulas.attention_cosine, two, dtype)
 
 
+@pytest.mark.usefixtures("threads_in_turn")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("centered", [False, True])
 def test_gram(backend, shape, centered, dtype):
     check(backend, attention_gram, formulas.attention_gram, draw(shape, dtype), dtype, centered=centered)
 
 
+@pytest.mark.usefixtures("threads_in_turn")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_cosine_between_heads(backend, shape, dtype):
     check(backend, attention_cosine, formulas.attention_cosine, draw(shape, dtype), dtype)
 
 
+@pytest.mark.usefixtures("threads_in_turn")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_cosine_between_layers(backend, shape, dtype):
     if backend == "triton" and 2 * shape[1] > _dispatch.TRITON_HEADS:

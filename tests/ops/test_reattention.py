@@ -171,6 +171,7 @@ def case_of(i, j):
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("threads_in_turn")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("j", range(len(NORMS)), ids=str)
 @pytest.mark.parametrize("i", range(len(SIZES)), ids=str)
@@ -191,6 +192,7 @@ def test_every_combination(backend, norm, training, mix_bias, pre, affine, gram)
     check(backend, replace(case, sizes=(1, 4, 19, 23, 8)), torch.float32)
 
 
+@pytest.mark.usefixtures("threads_in_turn")
 @pytest.mark.parametrize("pre", ["", "mix and bias"])
 @pytest.mark.parametrize(("norm", "training"), NORMS)
 @pytest.mark.parametrize("parameters", ["own dtype", "float32"])
