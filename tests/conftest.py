@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # A worker for each core. Threads that wait for one another busily would take the cores from other workers.
+    # A worker for each core: threads that wait for one another busily would take it from other workers.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
