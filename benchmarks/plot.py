@@ -36,7 +36,7 @@ def read(path: Path) -> dict[tuple[str, ...], dict[tuple[str, str], dict[str, st
 
 
 def draw(workloads: dict, provider: str, modes: list[str]) -> plt.Figure:
-    """A row of panels for each mode: how many times faster than eager and compile, and peak extra memory.
+    """A row of panels for each mode: speed as a multiple of that of eager and compile, and peak extra memory.
 
     A workload is drawn where the provider has something to be compared with.
     """
@@ -52,12 +52,12 @@ def draw(workloads: dict, provider: str, modes: list[str]) -> plt.Figure:
     for (mode, found), (speed, memory) in zip(shown.items(), axes, strict=True):
         titles = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward and backward"}
         ratios = {
-            f"over {other}": [rows[mode, provider][f"ratio_{other}"] for rows in found.values()]
+            f"that of {other}": [rows[mode, provider][f"ratio_{other}"] for rows in found.values()]
             for other in ("eager", "compile")
         }
         _bars(speed, [_label(key) for key in found], ratios, (GREY, BLUE), "{:.1f}")
         speed.axvline(1, color="black", linewidth=0.8)
-        speed.set_title(f"{titles[mode]}: times faster", loc="left", fontsize=10, pad=22)
+        speed.set_title(f"{titles[mode]}: speed as a multiple of", loc="left", fontsize=10, pad=22)
         peaks = {
             name: [rows.get((mode, name), {}).get("peak_extra_mb", "") for rows in found.values()]
             for name in ("eager", "compile", provider)

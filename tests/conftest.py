@@ -39,11 +39,6 @@ import sampling  # noqa: E402
 
 from vitdiv_kernels import _dispatch, _native  # noqa: E402
 
-# The plain formula in float32 sets the budgets of float32. On a GPU torch allows cuDNN's convolutions TF32,
-# which would make the budgets a hundred times as large.
-torch.backends.cudnn.allow_tf32 = False
-torch.backends.cuda.matmul.allow_tf32 = False
-
 BACKENDS = {
     "reference": ("reference", "cpu"),
     "native-cpu": ("native", "cpu"),
@@ -56,8 +51,6 @@ GPU_CASES = gpu_cases.load()
 # Each of their cases takes seconds, or, of native-cuda, time on a GPU, of which there is little.
 SAMPLED = ("triton-interpreter", "triton-gpu", "emulated-cuda", "native-cuda")
 INTERPRETED = _dispatch._INTERPRETED
-# Only the tests of the backend "triton-interpreter" see it, all others what a user sees.
-_dispatch._INTERPRETED = False
 # Backends that all their tests would skip, with the reason.
 ABSENT = {}
 if INTERPRETED:
@@ -70,6 +63,15 @@ if emulation_build.compiler() is None:
     ABSENT["emulated-cuda"] = "there is no C++ compiler"
 if wanted := os.environ.get("VITDIV_TEST_BACKENDS"):  # to collect 1,000 tests rather than 8,000
     ABSENT |= {name: "VITDIV_TEST_BACKENDS is set" for name in BACKENDS if name not in wanted.split(",")}
+
+
+def pytest_configure():
+    # The plain formula in float32 sets the budgets of float32. On a GPU torch allows cuDNN's convolutions
+    # TF32, which would make the budgets a hundred times as large.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # Only the tests of the backend "triton-interpreter" see it, all others what a user sees.
+    _dispatch._INTERPRETED = False
 
 
 @pytest.fixture(autouse=True)

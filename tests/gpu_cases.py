@@ -25,7 +25,7 @@ ALWAYS = "test_compile.py::test_fullgraph"
 # functions, the order of sums, addresses of more than 31 bits.
 OF_HARDWARE = (
     "values_and_gradients", "low_precision", "dtypes", "float16", "nan", "lost_row", "extreme", "one_hot",
-    "nearly_uniform", "test_determinism.py", "2_to_31",
+    "nearly_uniform", "any_length", "test_determinism.py", "2_to_31",
 )  # fmt: skip
 # Worth of the first case of such a test, in each dtype, and of another test; any value of an argument has 1.
 HARDWARE_TEST, A_TEST = 30, 4

@@ -55,11 +55,11 @@ def _here_or_not(backend: str, device: str, facts: Callable[[], str]) -> str:
 
 def _cpu_facts() -> str:
     library: Any = _native.library()
-    limit = os.environ.get("VITDIV_CPU_CAPABILITY", "not set")
+    limit, threads = os.environ.get("VITDIV_CPU_CAPABILITY", "not set"), library.num_threads()
     return (
         f"compiled for torch {library.built_for_torch}; instruction set {library.cpu_capability()} "
         f"(processor: {torch.backends.cpu.get_cpu_capability().lower()}, VITDIV_CPU_CAPABILITY: {limit}); "
-        f"{library.num_threads()} threads"
+        f"{threads} thread{'s' * (threads != 1)}"
     )
 
 

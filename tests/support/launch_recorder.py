@@ -59,6 +59,7 @@ def _pretend():
     return True
 
 
+@pytest.hookimpl(trylast=True)  # after conftest's
 def pytest_configure(config):
     import conftest
 
