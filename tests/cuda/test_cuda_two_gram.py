@@ -16,12 +16,12 @@ def gram(x, normalise):
     return x @ x.mT
 
 
-def draw(L, N, D, E, dtype, normalise=True, size=1.0):
+def draw(L, N, D, D2, dtype, normalise=True, size=1.0):
     """Vectors whose products stay away from the kinks of the penalties."""
     while True:
         x, y = (
             None if w is None else (size * torch.randn(L, N, w, dtype=torch.float64)).to(dtype)
-            for w in (D, E)
+            for w in (D, D2)
         )
         s = gram(x, normalise)
         t = torch.eye(N).expand_as(s) if y is None else gram(y, normalise)
@@ -59,7 +59,7 @@ def check(emulator, x, y, penalty, normalise=True, eps=1e-8, needs=(True, True))
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("L", "N", "D", "E", "penalties"),
+    ("L", "N", "D", "D2", "penalties"),
     [
         (2, 3, 16, 24, list(PENALTIES)),
         (1, 33, 35, 3, list(PENALTIES)),
@@ -69,18 +69,18 @@ def check(emulator, x, y, penalty, normalise=True, eps=1e-8, needs=(True, True))
         (2, 1, 8, 3, ["relu_square", "product"]),
     ],
 )
-def test_values_and_gradients(emulator, L, N, D, E, penalties, dtype):
-    x, y = draw(L, N, D, E, dtype)
+def test_values_and_gradients(emulator, L, N, D, D2, penalties, dtype):
+    x, y = draw(L, N, D, D2, dtype)
     for penalty in penalties:
         check(emulator, x, y, penalty)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("E", "penalty"), [(5, "product"), (5, "square"), (None, "square"), (5, "hinge")])
+@pytest.mark.parametrize(("D2", "penalty"), [(5, "product"), (5, "square"), (None, "square"), (5, "hinge")])
 @pytest.mark.parametrize("size", [1.0, 100.0])
-def test_inner_products(emulator, size, E, penalty, dtype):
+def test_inner_products(emulator, size, D2, penalty, dtype):
     """Of vectors as they are, whose products and slopes may be beyond the range of float16."""
-    x, y = draw(2, 37, 16, E, dtype, normalise=False, size=size)
+    x, y = draw(2, 37, 16, D2, dtype, normalise=False, size=size)
     options = dict(penalty=penalty, margin=MARGIN, normalise=False)
     if dtype != torch.float16:
         check(emulator, x, y, penalty, normalise=False)
