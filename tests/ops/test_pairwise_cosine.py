@@ -11,6 +11,7 @@ from far_vectors import EVERY_RANGE, assert_length_does_not_matter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
+from operation_checks import draw_away_from_0 as draw
 
 from vitdiv_kernels import pairwise_cosine
 from vitdiv_kernels.ops.pairs.pairwise_cosine import triton_configs
@@ -33,17 +34,6 @@ SHAPES = [
     ((2,), 197, 65, 80),
     ((2, 3), 17, 65, 16),
 ]
-
-
-def draw(shape, dtype=torch.float64, other=None):
-    """Vectors whose cosines stay away from 0, where |S| and max(S, 0) have a kink."""
-    while True:
-        x = torch.randn(shape, dtype=torch.float64).to(dtype)
-        y = x if other is None else other
-        cosines = torch.nn.functional.normalize(x.double(), dim=-1)
-        cosines = cosines @ torch.nn.functional.normalize(y.double(), dim=-1).mT
-        if cosines.abs().min() > 1e-6:
-            return x
 
 
 def check(backend, x, y, dtype=torch.float64, **options):

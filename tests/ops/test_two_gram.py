@@ -10,6 +10,7 @@ from far_vectors import EVERY_RANGE, assert_length_does_not_matter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
+from operation_checks import draw_two_grams as draw
 from test_determinism import assert_same_bits
 from test_pairwise_cosine import LAYOUTS
 
@@ -32,31 +33,11 @@ SHAPES = [
 NORMALISE = pytest.mark.parametrize("normalise", [True, False])
 
 
-def draw(leading, n, width, width2, dtype=torch.float64, margin=MARGIN, normalise=True):
-    """Vectors whose products stay away from the kinks of the penalties."""
-    while True:
-        x, y = (
-            None if w is None else torch.randn(*leading, n, w, dtype=torch.float64).to(dtype)
-            for w in (width, width2)
-        )
-        s, t = (torch.eye(n) if z is None else gram(z.double(), normalise) for z in (x, y))
-        others = ~torch.eye(n, dtype=torch.bool)  # of those with themselves the cosines are 1
-        d, s = (s - t)[..., others], s[..., others]
-        t = s if y is None else t[..., others]  # the identity has no gradient
-        if all(kink.abs().min() > 1e-6 for kink in (s, t, d, d.abs() - margin) if kink.numel()):
-            return x, y
-
-
-def gram(x, normalise):
-    x = torch.nn.functional.normalize(x, dim=-1) if normalise else x
-    return x @ x.mT
-
-
 def sizes_of_terms(name, inputs, *, normalise=True, reduction="mean", **_):
     """Of the value, and of the largest gradient of a vector, had all terms one sign."""
     x, y = (None if t is None else t.detach().double() for t in inputs.values())
-    n, sums = x.shape[-2], gram(x, normalise).abs().sum(-1)
-    sums = sums + (1 if y is None else gram(y, normalise).abs().sum(-1))
+    n, sums = x.shape[-2], checks.gram(x, normalise).abs().sum(-1)
+    sums = sums + (1 if y is None else checks.gram(y, normalise).abs().sum(-1))
     weight = {"sum": 1.0, "none": n**-2, "mean": n**-2 * n / sums.numel()}[reduction]
     if name == "value":
         return weight * sums.sum(-1).max().item()
@@ -291,12 +272,8 @@ def test_compiled_kernels_give_the_same_bits_on_any_number_of_threads(backend, i
     if interpreted:
         pytest.skip("the interpreter has one thread")
     x, y = torch.randn(items, 300, 48), torch.randn(items, 300, 20)
-    results, before = [], torch.get_num_threads()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        results.append(checks.value_and_leaves(lambda *a: two_gram(*a, backend=backend), x, y))
-    torch.set_num_threads(before)
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    operation = partial(two_gram, reduction="none", backend=backend)
+    checks.assert_same_on_any_number_of_threads(operation, x, y)
 
 
 def test_any_shape_layout_and_options(backend, interpreted):

@@ -117,7 +117,7 @@ class NearestForward(RowsArgs):
 
 class TwoGramArgs(ctypes.Structure):
     _fields_ = [
-        *[(size, ctypes.c_int64) for size in "LNDE"],
+        *[(size, ctypes.c_int64) for size in ("L", "N", "D", "D2")],
         ("x", BatchView),
         ("y", BatchView),
         ("penalty", ctypes.c_int),

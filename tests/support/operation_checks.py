@@ -2,6 +2,38 @@
 
 import torch
 from comparing import assert_within_budget, gradients
+from torch.nn.functional import normalize
+
+
+def draw_away_from_0(shape, dtype=torch.float64, other=None):
+    """Vectors whose cosines, with each other or with those of another set, stay away from 0, where |S| and
+    max(S, 0) have a kink."""
+    while True:
+        x = torch.randn(shape, dtype=torch.float64).to(dtype)
+        unit, unit_other = (normalize(t.double(), dim=-1) for t in (x, x if other is None else other))
+        if (unit @ unit_other.mT).abs().min() > 1e-6:
+            return x
+
+
+def gram(x, normalise):
+    x = normalize(x, dim=-1) if normalise else x
+    return x @ x.mT
+
+
+def draw_two_grams(leading, n, width, width2, dtype=torch.float64, margin=0.25, normalise=True, size=1.0):
+    """Two sets of vectors whose products stay away from the kinks of two_gram's penalties; the second is None
+    with no width2."""
+    while True:
+        x, y = (
+            None if w is None else (size * torch.randn(*leading, n, w, dtype=torch.float64)).to(dtype)
+            for w in (width, width2)
+        )
+        s, t = (torch.eye(n) if z is None else gram(z.double(), normalise) for z in (x, y))
+        others = ~torch.eye(n, dtype=torch.bool)  # of those with themselves the cosines are 1
+        d, s = (s - t)[..., others], s[..., others]
+        t = s if y is None else t[..., others]  # the identity has no gradient
+        if all(kink.abs().min() > 1e-6 for kink in (s, t, d, d.abs() - margin) if kink.numel()):
+            return x, y
 
 
 def of_pair(x, y):
@@ -86,3 +118,16 @@ def assert_backward_twice(loss, *inputs):
     for t, (old, version) in zip(inputs, before, strict=True):
         assert torch.equal(t, old)
         assert t._version == version
+
+
+def assert_same_on_any_number_of_threads(operation, *inputs):
+    """The same bits of values and gradients on one thread and on two."""
+    results, before = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        value = operation(*leaves)
+        value.backward(torch.linspace(-1, 1, value.numel()).reshape(value.shape))
+        results.append([value.detach(), *(t.grad for t in leaves)])
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
