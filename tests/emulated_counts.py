@@ -50,7 +50,7 @@ def reattention(emulator, heads):
         case = Case((1, heads, N, N, WIDTH), **options)
         inputs = inputs_of(case, torch.float16)
         dout, dgram = torch.randn_like(inputs["q"]), torch.randn(1, heads, heads)
-        needs = ["dq", "dmix"] + ["dnorm"] * case.layer + ["dpre_mix"] * bool(case.pre)
+        needs = ["dq", "dfolded_mix"] + ["dnorm"] * case.layer + ["dpre_mix"] * bool(case.pre)
 
         def backward(needs, inputs=inputs, dout=dout, coupling=dgram + dgram.mT):
             return counted(

@@ -7,10 +7,10 @@ namespace vitdiv {
 
 enum class GramPenalty { kSquare, kReluSquare, kReluTeacherSquare, kClampedTeacherSquare, kHinge, kProduct };
 
-// Penalties of S = x x^T and T = y y^T, of unit rows if `normalise`. E: the width of y, whose data is null if
-// T is the identity. What is saved is the device's own affair.
+// Penalties of S = x x^T and T = y y^T, of unit rows if `normalise`. D2: the width of y, whose data is null
+// if T is the identity. What is saved is the device's own affair.
 struct TwoGramArgs {
-  int64_t L, N, D, E;
+  int64_t L, N, D, D2;
   BatchView x, y;
   GramPenalty penalty;
   double margin;

@@ -8,19 +8,21 @@ namespace vitdiv {
 
 inline constexpr const char* kReattention[] = {
     "reattention_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, "
-    "Tensor mix, Tensor? bias, bool centred, Tensor? norm_weight, Tensor? norm_bias, float eps, bool "
+    "Tensor folded_mix, Tensor? folded_bias, bool centred, Tensor? norm_weight, Tensor? norm_bias, float "
+    "eps, bool "
     "needs_out, bool needs_gram) -> (Tensor out, Tensor gram)",
     "reattention_bwd(Tensor? dout, Tensor? coupling, Tensor q, Tensor k, Tensor v, float scale, "
-    "Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias, bool centred, Tensor? norm_weight, "
+    "Tensor? pre_mix, Tensor? pre_bias, Tensor folded_mix, Tensor? folded_bias, bool centred, Tensor? "
+    "norm_weight, "
     "Tensor? norm_bias, float eps, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor "
-    "dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
+    "dpre_mix, Tensor dfolded_mix, Tensor dfolded_bias, Tensor dnorm_weight, Tensor dnorm_bias)",
     "head_dots(Tensor x, Tensor y) -> Tensor",
 };
 
 inline void fill_reattention(c10::DeviceType device, ReattentionArgs& args, const at::Tensor& q,
                              const at::Tensor& k, const at::Tensor& v, double scale,
                              const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
-                             const at::Tensor& mix, const OptionalTensor& bias, bool centred,
+                             const at::Tensor& folded_mix, const OptionalTensor& folded_bias, bool centred,
                              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have shape [B, H, N, d]");
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2), d = q.size(3), dv = v.size(3);
@@ -37,8 +39,8 @@ inline void fill_reattention(c10::DeviceType device, ReattentionArgs& args, cons
   args.scale = scale;
   args.pre_mix = array(pre_mix, "pre_mix", {H, H}, acc);
   args.pre_bias = array(pre_bias, "pre_bias", {H}, acc);
-  args.mix = array(mix, "mix", {H, H}, acc);
-  args.bias = array(bias, "bias", {H}, acc);
+  args.folded_mix = array(folded_mix, "folded_mix", {H, H}, acc);
+  args.folded_bias = array(folded_bias, "folded_bias", {H}, acc);
   args.centred = centred;
   args.norm_weight = array(norm_weight, "norm_weight", {H}, acc);
   args.norm_bias = array(norm_bias, "norm_bias", {H}, acc);
@@ -49,13 +51,13 @@ inline void fill_reattention(c10::DeviceType device, ReattentionArgs& args, cons
 template <class Device>
 std::tuple<at::Tensor, at::Tensor> reattention_fwd(
     const at::Tensor& q_given, const at::Tensor& k_given, const at::Tensor& v_given, double scale,
-    const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& mix,
-    const OptionalTensor& bias, bool centred, const OptionalTensor& norm_weight,
+    const OptionalTensor& pre_mix, const OptionalTensor& pre_bias, const at::Tensor& folded_mix,
+    const OptionalTensor& folded_bias, bool centred, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, double eps, bool needs_out, bool needs_gram) {
   const at::Tensor q = unit_stride(q_given), k = unit_stride(k_given), v = unit_stride(v_given);
   ReattentionForward args{};
-  fill_reattention(Device::kType, args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight,
-                   norm_bias, eps);
+  fill_reattention(Device::kType, args, q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred,
+                   norm_weight, norm_bias, eps);
   const at::Tensor out = empty_heads(q_given, needs_out);
   const at::Tensor gram = empty(q, {args.B, args.H, args.H}, accumulation_type(q), needs_gram);
   if (needs_out) args.out = heads_view(out, "out");
@@ -67,25 +69,26 @@ std::tuple<at::Tensor, at::Tensor> reattention_fwd(
 using Tensors8 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                             at::Tensor, at::Tensor>;
 
-// needs: dq, dk, dv, dpre_mix, dmix (with dbias), dnorm (weight and bias)
+// needs: dq, dk, dv, dpre_mix, dfolded_mix (with dfolded_bias), dnorm (weight and bias)
 template <class Device>
 Tensors8 reattention_bwd(const OptionalTensor& dout_given, const OptionalTensor& coupling,
                          const at::Tensor& q_given, const at::Tensor& k_given, const at::Tensor& v_given,
                          double scale, const OptionalTensor& pre_mix, const OptionalTensor& pre_bias,
-                         const at::Tensor& mix, const OptionalTensor& bias, bool centred,
+                         const at::Tensor& folded_mix, const OptionalTensor& folded_bias, bool centred,
                          const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
                          c10::List<bool> needs) {
   const at::Tensor q = unit_stride(q_given), k = unit_stride(k_given), v = unit_stride(v_given);
   const OptionalTensor dout = unit_stride(dout_given);
   ReattentionBackward args{};
-  fill_reattention(Device::kType, args, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight,
-                   norm_bias, eps);
-  TORCH_CHECK_VALUE(needs.size() == 6, "needs must name dq, dk, dv, dpre_mix, dmix and dnorm");
-  const bool needs_dv = needs[2], needs_dpre_mix = needs[3], needs_dmix = needs[4], needs_dnorm = needs[5];
+  fill_reattention(Device::kType, args, q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred,
+                   norm_weight, norm_bias, eps);
+  TORCH_CHECK_VALUE(needs.size() == 6, "needs must name dq, dk, dv, dpre_mix, dfolded_mix and dnorm");
+  const bool needs_dv = needs[2], needs_dpre_mix = needs[3], needs_dfolded_mix = needs[4],
+             needs_dnorm = needs[5];
   TORCH_CHECK_VALUE(!needs_dpre_mix || pre_mix, "dpre_mix is asked for, but pre_mix is not given");
   TORCH_CHECK_VALUE(!needs_dnorm || norm_weight, "dnorm is asked for, but norm_weight is not given");
   TORCH_CHECK_VALUE(dout || coupling, "dout or coupling must be given");
-  TORCH_CHECK_VALUE(dout || !(needs_dv || needs_dmix || needs_dnorm),
+  TORCH_CHECK_VALUE(dout || !(needs_dv || needs_dfolded_mix || needs_dnorm),
                     "dout must be given for these gradients");
   const int64_t B = args.B, H = args.H;
   const Kind kind{q.device(), q.scalar_type()}, acc = accumulation_kind(q);
@@ -107,12 +110,12 @@ Tensors8 reattention_bwd(const OptionalTensor& dout_given, const OptionalTensor&
     return gradient;
   };
   const at::Tensor dpre_mix = parameter({H, H}, needs_dpre_mix, args.dpre_mix);
-  const at::Tensor dmix = parameter({H, H}, needs_dmix, args.dmix),
-                   dbias = parameter({H}, needs_dmix, args.dbias);
+  const at::Tensor dfolded_mix = parameter({H, H}, needs_dfolded_mix, args.dfolded_mix),
+                   dfolded_bias = parameter({H}, needs_dfolded_mix, args.dfolded_bias);
   const at::Tensor dnorm_weight = parameter({H}, needs_dnorm, args.dnorm_weight);
   const at::Tensor dnorm_bias = parameter({H}, needs_dnorm, args.dnorm_bias);
   Device::run(args, q);
-  return {dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias};
+  return {dq, dk, dv, dpre_mix, dfolded_mix, dfolded_bias, dnorm_weight, dnorm_bias};
 }
 
 template <class Device>

@@ -31,7 +31,7 @@ inline GramPenalty gram_penalty_of(const std::string& name) {
 template <class Device>
 std::optional<Saved> saved_of(const TwoGramArgs& args, const at::Tensor& x, bool needs_dx, bool needs_dy) {
   if (Device::kCudaKernels || !(needs_dx || needs_dy)) return std::nullopt;
-  const int64_t widths = (needs_dx ? args.D : 0) + (needs_dy ? args.E : 0);
+  const int64_t widths = (needs_dx ? args.D : 0) + (needs_dy ? args.D2 : 0);
   return Saved{{args.L * args.N * widths}, accumulation_type(x)};
 }
 
@@ -41,13 +41,13 @@ inline Kind fill_two_gram(c10::DeviceType device, TwoGramArgs& args, BatchOffset
   const Kind kind = kind_of(x, "x", device);
   args.x = batch_view(x, "x", kind, offsets.x);
   args.y = {};
-  args.E = 0;
+  args.D2 = 0;
   if (y) {
     args.y = batch_view(*y, "y", kind, offsets.y);
     TORCH_CHECK_VALUE(y->sizes().slice(0, y->dim() - 1) == x.sizes().slice(0, x.dim() - 1),
                       "y must have x's shape but for its width, got ", shape_text(y->sizes()), " beside ",
                       shape_text(x.sizes()));
-    args.E = y->size(-1);
+    args.D2 = y->size(-1);
   }
   TORCH_CHECK_VALUE(y || !needs_dy, "dy is asked for, but y is not given");
   args.L = int64_t(offsets.x.size());
@@ -57,7 +57,7 @@ inline Kind fill_two_gram(c10::DeviceType device, TwoGramArgs& args, BatchOffset
   args.margin = margin;
   args.normalise = normalise;
   args.eps = eps;
-  args.threads = threads_for(double(args.L) * double(args.N) * double(args.N) * double(args.D + args.E));
+  args.threads = threads_for(double(args.L) * double(args.N) * double(args.N) * double(args.D + args.D2));
   return kind;
 }
 

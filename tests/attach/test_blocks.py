@@ -64,7 +64,6 @@ def with_registers(name, number):
     model = small_vit()
     tokens = number + (name != "num_prefix_tokens")
     model.cls_token, model.pos_embed = (nn.Parameter(torch.randn(1, n, 16)) for n in (tokens, 16 + tokens))
-    type("Model", (ViT,), {"num_prefix_tokens": None}).x = None
     model.__class__ = type("Model", (ViT,), {"num_prefix_tokens": None})
     setattr(model, name, number)
     return model, tokens

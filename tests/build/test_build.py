@@ -126,17 +126,8 @@ def source_tree(tmp_path):
 
 
 def build_wheel(tree, **environment):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        "wheels",
-        ".",
-    ]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", "wheels"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "."]
     env = {k: v for k, v in os.environ.items() if k not in ("CXX", "VITDIV_SKIP_BUILD")} | environment
     return subprocess.run(command, capture_output=True, text=True, cwd=tree, env=env)
 

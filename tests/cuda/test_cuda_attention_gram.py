@@ -8,6 +8,11 @@ from comparing import assert_within_budget
 from vitdiv_kernels._layout import accumulation_dtype
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# B, H, N, d
+SIZES = [(1, 3, 2, 16), (2, 6, 3, 32), (1, 12, 17, 33), (2, 3, 65, 35), (1, 16, 37, 64), (1, 3, 40, 128)]
+TWO_LAYERS = pytest.mark.parametrize(
+    ("H", "H2", "d", "d2"), [(3, 6, 16, 33), (12, 12, 64, 64), (1, 40, 8, 16)]
+)
 
 
 def packed(B, H, N, d, dtype, parts=3):
@@ -64,18 +69,7 @@ def check_backward(emulator, q, k, scale=0.3, q2=None, k2=None, scale2=0.0, need
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("B", "H", "N", "d"),
-    [
-        (1, 1, 1, 1),
-        (1, 3, 2, 16),
-        (2, 6, 3, 32),
-        (1, 12, 17, 33),
-        (2, 3, 65, 35),
-        (1, 16, 37, 64),
-        (1, 3, 40, 128),
-    ],
-)
+@pytest.mark.parametrize(("B", "H", "N", "d"), [(1, 1, 1, 1), *SIZES])
 def test_forward(emulator, B, H, N, d, dtype):
     q, k, _ = packed(B, H, N, d, dtype)
     check_forward(emulator, q, k)
@@ -97,7 +91,7 @@ def test_keys_may_be_more_or_fewer_than_queries(emulator, N, M, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("H", "H2", "d", "d2"), [(3, 6, 16, 33), (12, 12, 64, 64), (1, 40, 8, 16)])
+@TWO_LAYERS
 def test_two_layers(emulator, H, H2, d, d2, dtype):
     q, k, _ = packed(2, H, 33, d, dtype)
     q2, k2, _ = packed(2, H2, 33, d2, dtype)
@@ -167,18 +161,7 @@ def test_shared_memory_is_read_without_bank_conflicts(emulator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("B", "H", "N", "d"),
-    [
-        (1, 1, 2, 1),
-        (1, 3, 3, 16),
-        (2, 6, 17, 33),
-        (1, 12, 40, 35),
-        (2, 3, 65, 32),
-        (1, 16, 37, 64),
-        (1, 3, 20, 128),
-    ],
-)
+@pytest.mark.parametrize(("B", "H", "N", "d"), [(1, 1, 2, 1), *SIZES])
 def test_backward(emulator, B, H, N, d, dtype):
     q, k, _ = packed(B, H, N, d, dtype)
     check_backward(emulator, q, k, d**-0.5)
@@ -198,7 +181,7 @@ def test_backward_with_more_or_fewer_keys(emulator, N, M, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("H", "H2", "d", "d2"), [(3, 6, 16, 33), (12, 12, 64, 64), (1, 40, 8, 16)])
+@TWO_LAYERS
 def test_backward_of_two_layers(emulator, H, H2, d, d2, dtype):
     q, k, _ = packed(1, H, 33, d, dtype)
     q2, k2, _ = packed(1, H2, 33, d2, dtype)

@@ -5,21 +5,12 @@ import formulas
 import pytest
 import torch
 from comparing import assert_within_budget
+from operation_checks import draw_away_from_0 as draw
 
 from vitdiv_kernels.ops.pairs.pairwise_cosine.gpu_saved import new_saved
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 PENALTIES = ["signed", "abs", "square", "relu"]
-
-
-def draw(*shape, dtype, other=None):
-    """Vectors whose cosines stay away from 0, where |S| and max(S, 0) have a kink."""
-    while True:
-        x = torch.randn(shape, dtype=torch.float64).to(dtype)
-        unit = torch.nn.functional.normalize(x.double(), dim=-1)
-        unit_other = unit if other is None else torch.nn.functional.normalize(other.double(), dim=-1)
-        if (unit @ unit_other.mT).abs().min() > 1e-6:
-            return x
 
 
 def check(emulator, x, y, penalty, include_self=False, eps=1e-8, needs=(True, True)):
@@ -69,15 +60,15 @@ def check(emulator, x, y, penalty, include_self=False, eps=1e-8, needs=(True, Tr
     ],
 )
 def test_values_and_gradients(emulator, L, N, M, D, penalties, dtype):
-    y = None if M is None else draw(L, M, D, dtype=dtype)
-    x = draw(L, N, D, dtype=dtype, other=y)
+    y = None if M is None else draw((L, M, D), dtype)
+    x = draw((L, N, D), dtype, other=y)
     for penalty in penalties:
         check(emulator, x, y, penalty)
 
 
 @pytest.mark.parametrize("N", [32, 64, 96, 161, 193, 224, 225])
 def test_short_sets_are_the_work_of_one_block(emulator, N):
-    x = draw(2, N, 40, dtype=torch.bfloat16)
+    x = draw((2, N, 40), torch.bfloat16)
     emulator.counts()
     emulator.pairwise_cosine_fwd(x, None, "abs")
     assert (emulator.counts()["launches"] == 1) == (N <= 224)
@@ -86,13 +77,13 @@ def test_short_sets_are_the_work_of_one_block(emulator, N):
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_self_pairs(emulator, penalty):
-    check(emulator, draw(2, 40, 24, dtype=torch.float64), None, penalty, include_self=True)
+    check(emulator, draw((2, 40, 24), torch.float64), None, penalty, include_self=True)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_vectors_that_are_zero_or_shorter_than_eps(emulator, dtype, penalty):
-    x = draw(1, 35, 12, dtype=dtype)
+    x = draw((1, 35, 12), dtype)
     x[:, 2] *= 1e-2
     check(emulator, x, None, penalty, eps=0.1)
     x[0, 3] = 0
@@ -125,8 +116,8 @@ def test_vectors_that_are_zero_or_shorter_than_eps(emulator, dtype, penalty):
     ],
 )
 def test_layouts(emulator, layout, dtype, two_sets):
-    y = layout(draw(3, 19, 16, dtype=dtype)) if two_sets else None
-    x = layout(draw(3, 21, 16, dtype=dtype, other=y))
+    y = layout(draw((3, 19, 16), dtype)) if two_sets else None
+    x = layout(draw((3, 21, 16), dtype, other=y))
     for penalty in PENALTIES:
         check(emulator, x, y, penalty)
 
@@ -141,8 +132,8 @@ def test_items_at_unequal_distances_are_refused(emulator):
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_only_gradients_that_are_needed(emulator, needs):
-    y = draw(2, 6, 8, dtype=torch.float32)
-    x = draw(2, 5, 8, dtype=torch.float32, other=y)
+    y = draw((2, 6, 8), torch.float32)
+    x = draw((2, 5, 8), torch.float32, other=y)
     for penalty in PENALTIES:
         check(emulator, x, y, penalty, needs=needs)
 
@@ -150,7 +141,7 @@ def test_only_gradients_that_are_needed(emulator, needs):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_not_a_number_stays_one(emulator, penalty, poison):
-    x = draw(2, 40, 16, dtype=torch.float16)
+    x = draw((2, 40, 16), torch.float16)
     x[0, 3, 5] = poison
     sums, saved = emulator.pairwise_cosine_fwd(x, None, penalty)
     dx, _ = emulator.pairwise_cosine_bwd(torch.ones(2), x, None, saved, penalty)
@@ -197,7 +188,7 @@ def test_any_schedule_gives_the_same_bits(emulator, order, dtype, penalty):
 @pytest.mark.parametrize("architecture", [80, 89])
 def test_gpus_with_less_shared_memory(emulator, architecture, dtype):
     emulator.configure(architecture=architecture)
-    x = draw(1, 40, 200, dtype=dtype)
+    x = draw((1, 40, 200), dtype)
     for penalty in ("abs", "square"):
         check(emulator, x, None, penalty)
 

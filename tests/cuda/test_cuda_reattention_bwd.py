@@ -27,7 +27,7 @@ class Case(Inputs):
             return self.needs.split()
         needs = ["dq", "dk"]
         if "dout" in self.given:
-            needs += ["dv", "dmix"] + (["dnorm"] if self.layer else [])
+            needs += ["dv", "dfolded_mix"] + (["dnorm"] if self.layer else [])
         return needs + (["dpre_mix"] if self.pre else [])
 
     def __str__(self):
@@ -35,8 +35,8 @@ class Case(Inputs):
 
 
 OF = dict(
-    dq="q", dk="k", dv="v", dpre_mix="pre_mix", dmix="mix", dbias="bias", dnorm_weight="norm_weight",
-    dnorm_bias="norm_bias",
+    dq="q", dk="k", dv="v", dpre_mix="pre_mix", dfolded_mix="mix", dfolded_bias="bias",
+    dnorm_weight="norm_weight", dnorm_bias="norm_bias",
 )  # fmt: skip
 
 
@@ -120,14 +120,15 @@ def test_backward(emulator, case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "needs", ["dq", "dk", "dv", "dpre_mix", "dmix", "dnorm", "dv dmix", "dk dnorm", "dq dv dpre_mix"]
+    "needs",
+    ["dq", "dk", "dv", "dpre_mix", "dfolded_mix", "dnorm", "dv dfolded_mix", "dk dnorm", "dq dv dpre_mix"],
 )
 def test_only_gradients_that_are_needed(emulator, needs, dtype):
     for layer in (True,) if "dnorm" in needs else (False, True):
         case = Case((2, 3, 18, 21, 16), pre="mix", layer=layer, given="dout dgram", needs=needs)
-        assert len(check(emulator, case, dtype)) == len(needs.split()) + needs.count("dmix") + needs.count(
-            "dnorm"
-        )
+        assert len(check(emulator, case, dtype)) == len(needs.split()) + needs.count(
+            "dfolded_mix"
+        ) + needs.count("dnorm")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_extreme_logits(emulator, pre, dtype):
     truth = plain_gradients(torch.float64, inputs, dout, None)
     assert all(x.isfinite().all() for x in got.values())
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-2}.get(dtype, 0.1)
-    for name in ("dv", "dmix"):
+    for name in ("dv", "dfolded_mix"):
         assert (got[name] - truth[OF[name]]).abs().max() < tolerance * truth[OF[name]].abs().max()
 
 

@@ -120,19 +120,10 @@ def test_the_published_formulas_are_what_the_objective_computes(module):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory needs Linux's /proc")
 def test_closed_form_memory_and_plot(tmp_path, module, monkeypatch, capsys):
     out, png = tmp_path / "rows.csv", tmp_path / "rows.png"
-    options = [
-        "--shapes",
-        "4x1024x16",
-        "--penalty",
-        "square",
-        "--providers",
-        "eager,closed",
-        "--modes",
-        "fwd",
-    ]
-    monkeypatch.setattr(
-        sys, "argv", ["bench", *options, "--repeats", "2", "--threads", "1", "--out", str(out)]
+    options = (
+        "--shapes 4x1024x16 --penalty square --providers eager,closed --modes fwd --repeats 2 --threads 1"
     )
+    monkeypatch.setattr(sys, "argv", ["bench", *options.split(), "--out", str(out)])
     # Memory is measured in processes of their own, which have to find the package that these tests run on.
     monkeypatch.setenv("PYTHONPATH", str(Path(vitdiv_kernels.__file__).parents[1]))
     module("bench_pairwise_cosine").main()
@@ -510,18 +501,7 @@ def test_the_tuner_writes_a_row(module, monkeypatch, tmp_path, capsys):
     copy = tmp_path / "triton_configs.py"
     copy.write_text(table.read_text())
     before = dict(configs.FROM_SIGNS)
-    options = [
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--shapes",
-        "1x5x8",
-        "--limit",
-        "2",
-        "--write",
-        str(copy),
-    ]
+    options = f"--device cpu --dtype float32 --shapes 1x5x8 --limit 2 --write {copy}".split()
     monkeypatch.setattr(sys, "argv", ["tune.py", "pairwise_cosine.FROM_SIGNS", *options])
     tune.main()
     assert "of the present row's time" in capsys.readouterr().out

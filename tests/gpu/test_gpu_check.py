@@ -575,17 +575,7 @@ def measured(module, monkeypatch, folder, entries, *options):
     """Exit status, events and rows of a run of these entries on the CPU."""
     monkeypatch.setattr(module, "ENTRIES", entries)
     events = folder / "events"
-    argv = [
-        "gpu_rows.py",
-        "--results",
-        str(folder),
-        "--device",
-        "cpu",
-        "--repeats",
-        "1",
-        "--events",
-        str(events),
-    ]
+    argv = f"gpu_rows.py --results {folder} --device cpu --repeats 1 --events {events}".split()
     monkeypatch.setattr(sys, "argv", [*argv, *options])
     status = module.main()
     rows = {}

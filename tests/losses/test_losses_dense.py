@@ -12,6 +12,7 @@ from loss_checks import (
     assert_is_its_formula,
     assert_reductions,
     assert_takes_halves,
+    bad_input,
     value_and_gradients,
 )
 from torch.nn.functional import cross_entropy, mse_loss, normalize
@@ -339,12 +340,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "words"), BAD)
-def test_bad_input_gets_a_sentence(call, error, words):
-    with pytest.raises(error) as caught:
-        call()
-    for word in words:
-        assert word in str(caught.value)
+test_bad_input_gets_a_sentence = bad_input(BAD)
 
 
 def test_a_short_vector_is_divided_by_eps():

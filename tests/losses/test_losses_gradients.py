@@ -9,6 +9,7 @@ from loss_checks import (
     assert_finite,
     assert_is_its_formula,
     assert_takes_halves,
+    bad_input,
 )
 
 from vitdiv_kernels import losses
@@ -63,17 +64,11 @@ def test_it_can_be_trained_on():
     torch.testing.assert_close(patches.grad, squares.grad * 6 * G)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (lambda: losses.gradient_diversity(None), TypeError, ["gradients", "NoneType"]),
-        (lambda: losses.gradient_diversity(G[0, 0]), ValueError, ["gradients", "[..., N, D]", "[4]"]),
-        (lambda: losses.gradient_diversity(G, eps=0), ValueError, ["eps", "positive"]),
-        (lambda: losses.gradient_diversity(G, reduction="max"), ValueError, ["reduction", "'max'"]),
-    ],
-)
-def test_bad_input_gets_a_sentence(call, error, words):
-    with pytest.raises(error) as caught:
-        call()
-    for word in words:
-        assert word in str(caught.value)
+BAD = [
+    (lambda: losses.gradient_diversity(None), TypeError, ["gradients", "NoneType"]),
+    (lambda: losses.gradient_diversity(G[0, 0]), ValueError, ["gradients", "[..., N, D]", "[4]"]),
+    (lambda: losses.gradient_diversity(G, eps=0), ValueError, ["eps", "positive"]),
+    (lambda: losses.gradient_diversity(G, reduction="max"), ValueError, ["reduction", "'max'"]),
+]
+
+test_bad_input_gets_a_sentence = bad_input(BAD)

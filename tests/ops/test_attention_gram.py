@@ -3,6 +3,7 @@
 import functools
 
 import formulas
+import operation_checks as checks
 import pytest
 import torch
 from comparing import assert_within_budget, gradients, largest_error
@@ -230,37 +231,23 @@ def test_layouts(backend, layout):
 
 
 def test_items_more_than_2_to_31_elements_apart(backend, far_apart):
-    near = [t.requires_grad_() for t in draw((2, 3, 5, 7, 16), torch.float16)]
-    far = [far_apart(t.detach()).requires_grad_() for t in near]
-    grams = [attention_gram(*pair, backend=backend) for pair in (near, far)]
-    assert torch.equal(*grams)
-    for gram in grams:
-        gram.square().sum().backward()
-    for a, b in zip(near, far, strict=True):
-        assert torch.equal(a.grad, b.grad)
+    near = dict(zip("qk", draw((2, 3, 5, 7, 16), torch.float16), strict=True))
+    checks.assert_far_apart(functools.partial(attention_gram, backend=backend), near, far_apart)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "q2", "k2"])
 def test_only_the_gradients_asked_for(backend, wanted):
-    tensors = dict(zip(("q", "k", "q2", "k2"), draw((2, 3, 9, 11, 16), layers=2), strict=True))
-    every = {name: t.clone().requires_grad_() for name, t in tensors.items()}
-    attention_cosine(**every, backend=backend).square().sum().backward()
-    one = {name: t.clone() for name, t in tensors.items()}
-    one[wanted].requires_grad_()
-    attention_cosine(**one, backend=backend).square().sum().backward()
-    torch.testing.assert_close(one[wanted].grad, every[wanted].grad)
-    assert all(t.grad is None for name, t in one.items() if name != wanted)
+    inputs = dict(zip(("q", "k", "q2", "k2"), draw((2, 3, 9, 11, 16), layers=2), strict=True))
+    checks.assert_only_one_gradient(
+        lambda **t: attention_cosine(**t, backend=backend).square().sum(), inputs, wanted
+    )
 
 
 def test_backward_twice_and_inputs_untouched(backend):
     q, k = (t.requires_grad_() for t in draw((2, 3, 33, 33, 16), torch.float32))
-    before = [t.detach().clone() for t in (q, k)]
-    loss = attention_diversity(q, k, penalty="square", backend=backend)
-    first = torch.autograd.grad(loss, (q, k), retain_graph=True)
-    second = torch.autograd.grad(loss, (q, k))
-    for a, b, t, old in zip(first, second, (q, k), before, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(t, old)
+    checks.assert_backward_twice(
+        lambda q, k: attention_diversity(q, k, penalty="square", backend=backend), q, k
+    )
 
 
 def test_autocast_casts_like_scaled_dot_product_attention(backend):

@@ -1,13 +1,17 @@
 """pairwise_cosine: values, gradients, layouts and extremes, on every backend."""
 
+from functools import partial
+
 import formulas
+import operation_checks as checks
 import pytest
 import torch
-from comparing import assert_within_budget, gradients, largest_error
+from comparing import largest_error
 from far_vectors import EVERY_RANGE, assert_length_does_not_matter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
+from operation_checks import draw_away_from_0 as draw
 
 from vitdiv_kernels import pairwise_cosine
 from vitdiv_kernels.ops.pairs.pairwise_cosine import triton_configs
@@ -32,36 +36,17 @@ SHAPES = [
 ]
 
 
-def draw(shape, dtype=torch.float64, other=None):
-    """Vectors whose cosines stay away from 0, where |S| and max(S, 0) have a kink."""
-    while True:
-        x = torch.randn(shape, dtype=torch.float64).to(dtype)
-        y = x if other is None else other
-        cosines = torch.nn.functional.normalize(x.double(), dim=-1)
-        cosines = cosines @ torch.nn.functional.normalize(y.double(), dim=-1).mT
-        if cosines.abs().min() > 1e-6:
-            return x
-
-
 def check(backend, x, y, dtype=torch.float64, **options):
     """Value and every gradient against the plain formula in float64."""
-    inputs = {"x": x.detach().requires_grad_(), "y": None if y is None else y.detach().requires_grad_()}
-
-    def value_and_gradients(operation, cast):
-        cast_inputs = {name: None if t is None else cast(t) for name, t in inputs.items()}
-        value = operation(cast_inputs["x"], cast_inputs["y"], **options)
-        cotangent = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
-        return {"value": value.detach(), **gradients(value, cotangent, cast_inputs)}
-
-    truth = value_and_gradients(formulas.pairwise_cosine, lambda t: t.detach().double().requires_grad_())
-    plain = value_and_gradients(formulas.pairwise_cosine, lambda t: t)
-    got = value_and_gradients(lambda *a, **o: pairwise_cosine(*a, backend=backend, **o), lambda t: t)
-    sizes_of_terms = formulas.pairwise_cosine(*inputs.values(), **options | {"penalty": "abs"})
-    for name, expected in truth.items():
-        scale = sizes_of_terms.max().item() if name == "value" else None
-        assert_within_budget(got[name], plain[name], expected, dtype, name, scale)
-    assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert got["x"].dtype == dtype
+    inputs = checks.of_pair(x, y)
+    terms = formulas.pairwise_cosine(*inputs.values(), **options | {"penalty": "abs"}).max().item()
+    checks.assert_pairs(
+        partial(pairwise_cosine, backend=backend, **options),
+        partial(formulas.pairwise_cosine, **options),
+        inputs,
+        dtype,
+        lambda name, _: terms if name == "value" else None,
+    )
 
 
 # For test_plain_formulas.py: formulas, and their inputs.
@@ -137,15 +122,11 @@ def test_zero_vectors(backend, penalty, include_self):
     x[0, 3] = 0
     x[1] = 0
     options = dict(penalty=penalty, include_self=include_self)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    got, expected = pairwise_cosine(a, backend=backend, **options), formulas.pairwise_cosine(b, **options)
-    torch.testing.assert_close(got, expected)
-    got.backward()
-    expected.backward()
-    # dx of a zero vector is dx_hat / eps: 1e8 times the others, so the rows are compared apart.
-    zero = (x == 0).all(-1)
-    torch.testing.assert_close(a.grad[zero], b.grad[zero])
-    torch.testing.assert_close(a.grad[~zero], b.grad[~zero])
+    checks.assert_zero_vectors(
+        lambda x, _: pairwise_cosine(x, backend=backend, **options),
+        lambda x, _: formulas.pairwise_cosine(x, **options),
+        x,
+    )
 
 
 def test_width_one(backend):
@@ -230,15 +211,8 @@ def test_layouts(backend, layout, two_sets):
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_items_more_than_2_to_31_elements_apart(backend, far_apart, penalty):
-    x, y = draw((2, 5, 8), torch.float16), draw((2, 3, 8), torch.float16)
-    near = [x.requires_grad_(), y.requires_grad_()]
-    far = [far_apart(t.detach()).requires_grad_() for t in near]
-    values = [pairwise_cosine(*pair, penalty=penalty, backend=backend) for pair in (near, far)]
-    assert torch.equal(*values)
-    for value in values:
-        value.backward()
-    for a, b in zip(near, far, strict=True):
-        assert torch.equal(a.grad, b.grad)
+    near = {"x": draw((2, 5, 8), torch.float16), "y": draw((2, 3, 8), torch.float16)}
+    checks.assert_far_apart(partial(pairwise_cosine, penalty=penalty, backend=backend), near, far_apart)
 
 
 def test_the_rows_of_the_triton_tables_fit_together():
@@ -262,14 +236,8 @@ def test_no_gradient_is_wanted(backend, penalty):
 
 @pytest.mark.parametrize("wanted", ["x", "y"])
 def test_only_the_gradients_asked_for(backend, wanted):
-    x, y = draw((2, 5, 8)), draw((2, 6, 8))
-    both = {"x": x.clone().requires_grad_(), "y": y.clone().requires_grad_()}
-    pairwise_cosine(**both, backend=backend).backward()
-    one = {"x": x.clone(), "y": y.clone()}
-    one[wanted].requires_grad_()
-    pairwise_cosine(**one, backend=backend).backward()
-    torch.testing.assert_close(one[wanted].grad, both[wanted].grad)
-    assert all(t.grad is None for name, t in one.items() if name != wanted)
+    inputs = {"x": draw((2, 5, 8)), "y": draw((2, 6, 8))}
+    checks.assert_only_one_gradient(partial(pairwise_cosine, backend=backend), inputs, wanted)
 
 
 def test_the_same_set_twice_is_two_sets(backend):
@@ -286,13 +254,7 @@ def test_the_same_set_twice_is_two_sets(backend):
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_backward_twice_and_inputs_untouched(backend, penalty):
     x = draw((2, 17, 8), torch.float32).requires_grad_()
-    before, version = x.detach().clone(), x._version
-    loss = pairwise_cosine(x, penalty=penalty, backend=backend)
-    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, x)
-    assert torch.equal(first, second)
-    assert torch.equal(x, before)
-    assert x._version == version
+    checks.assert_backward_twice(partial(pairwise_cosine, penalty=penalty, backend=backend), x)
 
 
 def test_autocast_does_not_change_it(backend):

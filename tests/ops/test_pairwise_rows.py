@@ -1,9 +1,12 @@
 """pairwise_logsumexp and pairwise_nearest: values, gradients, layouts and extremes, on every backend."""
 
+from functools import partial
+
 import formulas
+import operation_checks as checks
 import pytest
 import torch
-from comparing import FLOOR, assert_within_budget, gradients
+from comparing import FLOOR
 from far_vectors import EVERY_RANGE, assert_length_does_not_matter, lengths_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,23 +61,15 @@ def check(backend, x, y, dtype=torch.float64, terms=0.01, **options):
     Of parallel vectors and those of one number rounding is left in a gradient, of what the normalisation
     takes out: `terms` is how large that may be taken to be, of scale / |x|.
     """
-    inputs = {"x": x.detach().requires_grad_(), "y": None if y is None else y.detach().requires_grad_()}
+    inputs = checks.of_pair(x, y)
 
-    def value_and_gradients(operation, cast):
-        cast_inputs = {name: None if t is None else cast(t) for name, t in inputs.items()}
-        value = operation(cast_inputs["x"], cast_inputs["y"], **options)
-        cotangent = torch.linspace(-0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
-        return {"value": value.detach(), **gradients(value, cotangent, cast_inputs)}
-
-    truth = value_and_gradients(formulas.pairwise_logsumexp, lambda t: t.detach().double().requires_grad_())
-    plain = value_and_gradients(formulas.pairwise_logsumexp, lambda t: t)
-    got = value_and_gradients(lambda *a, **o: pairwise_logsumexp(*a, backend=backend, **o), lambda t: t)
-    for name, expected in truth.items():
+    def scale_of(name, truth):
         least = 1.0 if name == "value" else terms * options.get("scale", 1.0) / shortest(inputs[name])
-        scale = max(least, expected.abs().max().item())
-        assert_within_budget(got[name], plain[name], expected, dtype, name, scale)
-    assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert got["x"].dtype == dtype
+        return max(least, truth.abs().max().item())
+
+    operation = partial(pairwise_logsumexp, backend=backend, **options)
+    formula = partial(formulas.pairwise_logsumexp, **options)
+    checks.assert_pairs(operation, formula, inputs, dtype, scale_of, cotangent_from=-0.5)
 
 
 # For test_plain_formulas.py: formulas, and their inputs.
@@ -184,19 +179,9 @@ def test_zero_vectors(backend, m):
     x[1] = 0
     if y is not None:
         y[0, 2] = 0
-    leaves = []
-    for operation in (formulas.pairwise_logsumexp, lambda *t: pairwise_logsumexp(*t, backend=backend)):
-        a, b = (None if t is None else t.clone().requires_grad_() for t in (x, y))
-        value = operation(a, b)
-        value.sum().backward()
-        leaves.append((value.detach(), a, b))
-    (expected, *theirs), (got, *ours) = leaves
-    torch.testing.assert_close(got, expected)
-    for t, u in zip(theirs, ours, strict=True):
-        if t is not None:  # dx of a zero vector is dx_hat / eps: 1e8 times the others, compared apart
-            zero = (t == 0).all(-1)
-            torch.testing.assert_close(u.grad[zero], t.grad[zero])
-            torch.testing.assert_close(u.grad[~zero], t.grad[~zero])
+    checks.assert_zero_vectors(
+        partial(pairwise_logsumexp, backend=backend), formulas.pairwise_logsumexp, x, y
+    )
 
 
 def test_vectors_shorter_than_eps(backend):
@@ -246,29 +231,21 @@ def test_layouts(backend, layout, two_sets):
 
 
 def test_items_more_than_2_to_31_elements_apart(backend, far_apart):
-    near = [draw(2, n, 8, dtype=torch.float16).requires_grad_() for n in (5, 3)]
-    far = [far_apart(t.detach()).requires_grad_() for t in near]
-    values = [pairwise_logsumexp(*pair, backend=backend) for pair in (near, far)]
-    assert torch.equal(*values)
-    for value in values:
-        value.sum().backward()
-    for a, b in zip(near, far, strict=True):
-        assert torch.equal(a.grad, b.grad)
-    assert torch.equal(*(pairwise_nearest(*pair, backend=backend) for pair in (near, far)))
+    near = {name: draw(2, n, 8, dtype=torch.float16) for name, n in (("x", 5), ("y", 3))}
+    pairs = checks.assert_far_apart(partial(pairwise_logsumexp, backend=backend), near, far_apart)
+    assert torch.equal(*(pairwise_nearest(**pair, backend=backend) for pair in pairs))
 
 
 @pytest.mark.parametrize("wanted", ["x", "y"])
 @pytest.mark.parametrize("equal", [True, False])
 def test_only_the_gradients_asked_for(backend, wanted, equal):
-    x, y = draw(2, 5, 8), draw(2, 6, 8)
     cotangent = torch.ones(2, 5).double() if equal else torch.randn(2, 5).double()
-    both = {"x": x.clone().requires_grad_(), "y": y.clone().requires_grad_()}
-    pairwise_logsumexp(**both, backend=backend).backward(cotangent)
-    one = {"x": x.clone(), "y": y.clone()}
-    one[wanted].requires_grad_()
-    pairwise_logsumexp(**one, backend=backend).backward(cotangent)
-    torch.testing.assert_close(one[wanted].grad, both[wanted].grad)
-    assert all(t.grad is None for name, t in one.items() if name != wanted)
+    inputs = {"x": draw(2, 5, 8), "y": draw(2, 6, 8)}
+
+    def loss(x, y):
+        return (pairwise_logsumexp(x, y, backend=backend) * cotangent).sum()
+
+    checks.assert_only_one_gradient(loss, inputs, wanted)
 
 
 def test_the_same_set_twice_is_two_sets(backend):
@@ -283,13 +260,8 @@ def test_the_same_set_twice_is_two_sets(backend):
 @pytest.mark.parametrize("m", [None, 9])
 def test_backward_twice_and_inputs_untouched(backend, m):
     x, y = draw_sets(((2,), 17, m, 8), torch.float32)
-    before, version = x.clone(), x._version
-    loss = pairwise_logsumexp(x.requires_grad_(), y, backend=backend).mean()
-    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, x)
-    assert torch.equal(first, second)
-    assert torch.equal(x, before)
-    assert x._version == version
+    inputs = [t for t in (x.requires_grad_(), y) if t is not None]
+    checks.assert_backward_twice(lambda *t: pairwise_logsumexp(*t, backend=backend).mean(), *inputs)
 
 
 def test_once_differentiable(backend):
@@ -388,15 +360,9 @@ def test_compiled_kernels_give_the_same_bits_on_any_number_of_threads(backend, i
     if interpreted:
         pytest.skip("the interpreter has one thread")
     x, y = draw_sets(((items,), 300, m, 48), torch.float32)
-    results, before = [], torch.get_num_threads()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        a, b = (None if t is None else t.clone().requires_grad_() for t in (x, y))
-        rows = pairwise_logsumexp(a, b, scale=3.0, backend=backend)
-        rows.backward(torch.linspace(-1, 1, rows.numel()).reshape(rows.shape))
-        results.append([rows.detach(), a.grad] + ([] if b is None else [b.grad]))
-    torch.set_num_threads(before)
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    inputs = [t for t in (x, y) if t is not None]
+    operation = partial(pairwise_logsumexp, scale=3.0, backend=backend)
+    checks.assert_same_on_any_number_of_threads(operation, *inputs)
 
 
 def test_any_shape_layout_and_options(backend, interpreted):

@@ -1,9 +1,11 @@
 """reattention: output, Gram matrix, running statistics and every gradient, on every backend."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
 import formulas
+import operation_checks as checks
 import pytest
 import torch
 from comparing import assert_within_budget, gradients
@@ -386,16 +388,7 @@ def test_layouts(backend, layout, norm, training):
 @pytest.mark.parametrize(("norm", "training"), NORMS)
 def test_items_more_than_2_to_31_elements_apart(backend, far_apart, norm, training):
     near, options = inputs_of(Case((2, 3, 5, 7, 16), norm, training, running=not training), torch.float16)
-    far = {
-        name: (far_apart(t.detach()) if name in "qkv" else t.detach().clone()).requires_grad_()
-        for name, t in near.items()
-    }
-    outs = [reattention(**inputs, **options, backend=backend) for inputs in (near, far)]
-    assert torch.equal(*outs)
-    for out in outs:
-        out.float().square().sum().backward()
-    for name, t in near.items():
-        assert torch.equal(t.grad, far[name].grad), name
+    checks.assert_far_apart(functools.partial(reattention, **options, backend=backend), near, far_apart)
 
 
 def test_incoming_gradients_of_any_layout(backend):
@@ -447,13 +440,11 @@ def test_one_of_two_outputs_used(backend, used):
 @pytest.mark.parametrize(("norm", "training"), NORMS)
 def test_backward_twice_and_inputs_untouched(backend, norm, training):
     inputs, options = inputs_of(Case((2, 3, 33, 33, 16), norm, training, pre="mix and bias"), torch.float32)
-    before = {name: t.detach().clone() for name, t in inputs.items()}
-    out = reattention(**inputs, **options, backend=backend)
-    first = torch.autograd.grad(out.sum(), list(inputs.values()), retain_graph=True)
-    second = torch.autograd.grad(out.sum(), list(inputs.values()))
-    for (name, t), a, b in zip(inputs.items(), first, second, strict=True):
-        assert torch.equal(a, b), name
-        assert torch.equal(t, before[name]), name
+
+    def loss(*tensors):
+        return reattention(**dict(zip(inputs, tensors, strict=True)), **options, backend=backend).sum()
+
+    checks.assert_backward_twice(loss, *inputs.values())
 
 
 def test_backward_after_the_running_statistics_moved_on(backend):

@@ -1,13 +1,16 @@
 """two_gram: values, gradients, layouts and extremes, on every backend."""
 
+from functools import partial
+
 import formulas
+import operation_checks as checks
 import pytest
 import torch
-from comparing import assert_within_budget, gradients
 from far_vectors import EVERY_RANGE, assert_length_does_not_matter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import draw_layout
+from operation_checks import draw_two_grams as draw
 from test_determinism import assert_same_bits
 from test_pairwise_cosine import LAYOUTS
 
@@ -30,31 +33,11 @@ SHAPES = [
 NORMALISE = pytest.mark.parametrize("normalise", [True, False])
 
 
-def draw(leading, n, width, width2, dtype=torch.float64, margin=MARGIN, normalise=True):
-    """Vectors whose products stay away from the kinks of the penalties."""
-    while True:
-        x, y = (
-            None if w is None else torch.randn(*leading, n, w, dtype=torch.float64).to(dtype)
-            for w in (width, width2)
-        )
-        s, t = (torch.eye(n) if z is None else gram(z.double(), normalise) for z in (x, y))
-        others = ~torch.eye(n, dtype=torch.bool)  # of those with themselves the cosines are 1
-        d, s = (s - t)[..., others], s[..., others]
-        t = s if y is None else t[..., others]  # the identity has no gradient
-        if all(kink.abs().min() > 1e-6 for kink in (s, t, d, d.abs() - margin) if kink.numel()):
-            return x, y
-
-
-def gram(x, normalise):
-    x = torch.nn.functional.normalize(x, dim=-1) if normalise else x
-    return x @ x.mT
-
-
 def sizes_of_terms(name, inputs, *, normalise=True, reduction="mean", **_):
     """Of the value, and of the largest gradient of a vector, had all terms one sign."""
     x, y = (None if t is None else t.detach().double() for t in inputs.values())
-    n, sums = x.shape[-2], gram(x, normalise).abs().sum(-1)
-    sums = sums + (1 if y is None else gram(y, normalise).abs().sum(-1))
+    n, sums = x.shape[-2], checks.gram(x, normalise).abs().sum(-1)
+    sums = sums + (1 if y is None else checks.gram(y, normalise).abs().sum(-1))
     weight = {"sum": 1.0, "none": n**-2, "mean": n**-2 * n / sums.numel()}[reduction]
     if name == "value":
         return weight * sums.sum(-1).max().item()
@@ -65,24 +48,14 @@ def sizes_of_terms(name, inputs, *, normalise=True, reduction="mean", **_):
 
 def check(backend, x, y, dtype=torch.float64, **options):
     """Value and every gradient against the plain formula in float64."""
-    inputs = {"x": x.detach().requires_grad_(), "y": None if y is None else y.detach().requires_grad_()}
+    inputs = checks.of_pair(x, y)
 
-    def value_and_gradients(operation, cast):
-        cast_inputs = {name: None if t is None else cast(t) for name, t in inputs.items()}
-        value = operation(cast_inputs["x"], cast_inputs["y"], **options)
-        cotangent = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
-        return {"value": value.detach(), **gradients(value, cotangent, cast_inputs)}
-
-    truth = value_and_gradients(formulas.two_gram, lambda t: t.detach().double().requires_grad_())
-    plain = value_and_gradients(formulas.two_gram, lambda t: t)
-    got = value_and_gradients(lambda *a, **o: two_gram(*a, backend=backend, **o), lambda t: t)
-    for name, expected in truth.items():
+    def scale_of(name, truth):
         # where terms cancel, in S - T or in what the normalisation takes out, rounding is left
-        terms = sizes_of_terms(name, inputs, **options)
-        scale = max(0.1 * terms, expected.abs().max().item())
-        assert_within_budget(got[name], plain[name], expected, dtype, name, scale)
-    assert got["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert got["x"].dtype == dtype
+        return max(0.1 * sizes_of_terms(name, inputs, **options), truth.abs().max().item())
+
+    operation, formula = partial(two_gram, backend=backend, **options), partial(formulas.two_gram, **options)
+    checks.assert_pairs(operation, formula, inputs, dtype, scale_of)
 
 
 # For test_plain_formulas.py: formulas, and their inputs.
@@ -150,13 +123,6 @@ def test_gradcheck(backend, interpreted, normalise, penalty, n, width, width2):
         )  # fmt: skip
 
 
-def value_and_leaves(operation, x, y, **options):
-    x, y = (None if t is None else t.detach().clone().requires_grad_() for t in (x, y))
-    value = operation(x, y, **options)
-    value.sum().backward()
-    return value.detach(), x.grad, None if y is None else y.grad
-
-
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("margin", [0.0, MARGIN])
 @NORMALISE
@@ -167,8 +133,9 @@ def test_at_the_kinks(backend, normalise, margin, penalty):
     y = torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 1, 0, 0], [0.25, 0, 0, 0]]).double()
     for first, second in ((x, y), (y, x), (x, x), (x, None), (0 * x, y), (y, 0 * x)):
         options = dict(penalty=penalty, margin=margin, normalise=normalise, eps=0.5)
-        got = value_and_leaves(lambda *a, **o: two_gram(*a, backend=backend, **o), first, second, **options)
-        for a, b in zip(got, value_and_leaves(formulas.two_gram, first, second, **options), strict=True):
+        got = checks.value_and_leaves(partial(two_gram, backend=backend, **options), first, second)
+        expected = checks.value_and_leaves(partial(formulas.two_gram, **options), first, second)
+        for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -179,14 +146,8 @@ def test_zero_vectors(backend, penalty):
     x[1] = 0
     y[0, 5] = 0
     options = dict(penalty=penalty, margin=MARGIN)
-    got = value_and_leaves(lambda *a, **o: two_gram(*a, backend=backend, **o), x, y, **options)
-    expected = value_and_leaves(formulas.two_gram, x, y, **options)
-    torch.testing.assert_close(got[0], expected[0])
-    for original, a, b in zip((x, y), got[1:], expected[1:], strict=True):
-        # dx of a zero vector is dx_hat / eps: 1e8 times the others, so the rows are compared apart.
-        zero = (original == 0).all(-1)
-        torch.testing.assert_close(a[zero], b[zero])
-        torch.testing.assert_close(a[~zero], b[~zero])
+    operation, formula = partial(two_gram, backend=backend, **options), partial(formulas.two_gram, **options)
+    checks.assert_zero_vectors(operation, formula, x, y)
 
 
 def test_vectors_shorter_than_eps(backend):
@@ -200,9 +161,8 @@ def test_vectors_shorter_than_eps(backend):
 def test_equal_sets(backend, penalty):
     """S = T: no penalty, and no gradient, except of product."""
     x = torch.randn(2, 150, 16, dtype=torch.float32)
-    value, dx, dy = value_and_leaves(
-        lambda *a, **o: two_gram(*a, backend=backend, **o), x, x, penalty=penalty, margin=MARGIN
-    )
+    operation = partial(two_gram, penalty=penalty, margin=MARGIN, backend=backend)
+    value, dx, dy = checks.value_and_leaves(operation, x, x)
     expected = formulas.two_gram(x.double(), x.double(), penalty=penalty, margin=MARGIN).item()
     assert value.item() == pytest.approx(expected, rel=1e-5)
     if penalty in ("square", "relu_square"):
@@ -249,14 +209,8 @@ def test_layouts(backend, layout, without_y):
 
 
 def test_items_more_than_2_to_31_elements_apart(backend, far_apart):
-    near = [t.requires_grad_() for t in draw((2,), 5, 8, 3, torch.float16)]
-    far = [far_apart(t.detach()).requires_grad_() for t in near]
-    values = [two_gram(*pair, backend=backend) for pair in (near, far)]
-    assert torch.equal(*values)
-    for value in values:
-        value.backward()
-    for a, b in zip(near, far, strict=True):
-        assert torch.equal(a.grad, b.grad)
+    near = dict(zip("xy", draw((2,), 5, 8, 3, torch.float16), strict=True))
+    checks.assert_far_apart(partial(two_gram, backend=backend), near, far_apart)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -270,32 +224,20 @@ def test_no_gradient_is_wanted(backend, penalty):
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("wanted", ["x", "y"])
 def test_only_the_gradients_asked_for(backend, wanted, penalty):
-    x, y = draw((2,), 19, 8, 6)
-    both = {"x": x.clone().requires_grad_(), "y": y.clone().requires_grad_()}
-    two_gram(**both, penalty=penalty, backend=backend).backward()
-    one = {"x": x.clone(), "y": y.clone()}
-    one[wanted].requires_grad_()
-    two_gram(**one, penalty=penalty, backend=backend).backward()
-    torch.testing.assert_close(one[wanted].grad, both[wanted].grad)
-    assert all(t.grad is None for name, t in one.items() if name != wanted)
+    inputs = dict(zip("xy", draw((2,), 19, 8, 6), strict=True))
+    checks.assert_only_one_gradient(partial(two_gram, penalty=penalty, backend=backend), inputs, wanted)
 
 
 def test_one_tensor_as_both(backend):
     x, _ = draw((2,), 9, 8, None)
-    expected = value_and_leaves(lambda x, _: formulas.two_gram(x, x, penalty="product"), x, None)
-    got = value_and_leaves(lambda x, _: two_gram(x, x, penalty="product", backend=backend), x, None)
+    expected = checks.value_and_leaves(lambda x, _: formulas.two_gram(x, x, penalty="product"), x, None)
+    got = checks.value_and_leaves(lambda x, _: two_gram(x, x, penalty="product", backend=backend), x, None)
     torch.testing.assert_close(got, expected)
 
 
 def test_backward_twice_and_inputs_untouched(backend):
     x, y = draw((2,), 17, 8, 5, torch.float32)
-    before, version = x.clone(), x._version
-    loss = two_gram(x.requires_grad_(), y, backend=backend)
-    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, x)
-    assert torch.equal(first, second)
-    assert torch.equal(x, before)
-    assert x._version == version
+    checks.assert_backward_twice(partial(two_gram, backend=backend), x.requires_grad_(), y)
 
 
 def test_once_differentiable(backend):
@@ -330,12 +272,8 @@ def test_compiled_kernels_give_the_same_bits_on_any_number_of_threads(backend, i
     if interpreted:
         pytest.skip("the interpreter has one thread")
     x, y = torch.randn(items, 300, 48), torch.randn(items, 300, 20)
-    results, before = [], torch.get_num_threads()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        results.append(value_and_leaves(lambda *a: two_gram(*a, backend=backend), x, y))
-    torch.set_num_threads(before)
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    operation = partial(two_gram, reduction="none", backend=backend)
+    checks.assert_same_on_any_number_of_threads(operation, x, y)
 
 
 def test_any_shape_layout_and_options(backend, interpreted):

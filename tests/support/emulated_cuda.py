@@ -117,7 +117,7 @@ class NearestForward(RowsArgs):
 
 class TwoGramArgs(ctypes.Structure):
     _fields_ = [
-        *[(size, ctypes.c_int64) for size in "LNDE"],
+        *[(size, ctypes.c_int64) for size in ("L", "N", "D", "D2")],
         ("x", BatchView),
         ("y", BatchView),
         ("penalty", ctypes.c_int),
@@ -148,7 +148,7 @@ class ReattentionArgs(ctypes.Structure):
         *[(size, ctypes.c_int64) for size in ("B", "H", "N", "M", "d", "dv")],
         *[(name, HeadsView) for name in "qkv"],
         ("scale", ctypes.c_double),
-        *[(name, ctypes.c_void_p) for name in ("pre_mix", "pre_bias", "mix", "bias")],
+        *[(name, ctypes.c_void_p) for name in ("pre_mix", "pre_bias", "folded_mix", "folded_bias")],
         ("centred", ctypes.c_bool),
         *[(name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")],
         ("eps", ctypes.c_double),
@@ -178,7 +178,10 @@ class ReattentionBackward(ReattentionArgs):
         *[(name, HeadsView) for name in ("dout", "dq", "dk", "dv_out")],
         ("coupling", ctypes.c_void_p),
         ("coupling_stride_b", ctypes.c_int64),
-        *[(name, ctypes.c_void_p) for name in ("dpre_mix", "dmix", "dbias", "dnorm_weight", "dnorm_bias")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in ("dpre_mix", "dfolded_mix", "dfolded_bias", "dnorm_weight", "dnorm_bias")
+        ],
     ]
 
 
@@ -378,7 +381,7 @@ class Emulator:
         return nearest
 
     def two_gram_args(self, kind, x, y, penalty, margin, normalise, eps):
-        args = kind(L=x.shape[0], N=x.shape[1], D=x.shape[2], E=0 if y is None else y.shape[2])
+        args = kind(L=x.shape[0], N=x.shape[1], D=x.shape[2], D2=0 if y is None else y.shape[2])
         args.x = self.batch(x)
         if y is not None:
             args.y = self.batch(y)
@@ -401,15 +404,16 @@ class Emulator:
         return gradients
 
     def reattention_args(
-        self, kind, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps
+        self, kind, q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred, norm_weight,
+        norm_bias, eps,
     ):  # fmt: skip
         args = kind(*q.shape[:3], *k.shape[2:], v.shape[3], *map(self.heads, (q, k, v)), scale)
         args.centred, args.eps = centred, eps
         parameters = dict(
             pre_mix=pre_mix,
             pre_bias=pre_bias,
-            mix=mix,
-            bias=bias,
+            folded_mix=folded_mix,
+            folded_bias=folded_bias,
             norm_weight=norm_weight,
             norm_bias=norm_bias,
         )
@@ -438,7 +442,7 @@ class Emulator:
         return out, gram
 
     def reattention_bwd(self, dout, coupling, *inputs, needs):
-        """Gradients by name, of those that `needs` names: dq, dk, dv, dpre_mix, dmix, dnorm."""
+        """Gradients by name, of those that `needs` names: dq, dk, dv, dpre_mix, dfolded_mix, dnorm."""
         args = self.reattention_args(ReattentionBackward, *inputs)
         q, k, v = inputs[:3]
         if dout is not None:
@@ -455,7 +459,8 @@ class Emulator:
                 setattr(args, field, self.heads(gradients[name], output=True))
         heads = q.shape[1]
         of_needs = {
-            "dpre_mix": ["dpre_mix"], "dmix": ["dmix", "dbias"], "dnorm": ["dnorm_weight", "dnorm_bias"],
+            "dpre_mix": ["dpre_mix"], "dfolded_mix": ["dfolded_mix", "dfolded_bias"],
+            "dnorm": ["dnorm_weight", "dnorm_bias"],
         }  # fmt: skip
         for name in (name for need, names in of_needs.items() if need in needs for name in names):
             shape = (heads, heads) if name.endswith("mix") else (heads,)

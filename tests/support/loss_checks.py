@@ -1,5 +1,6 @@
 """What the tests of all losses share: value and gradients against a formula, in several precisions."""
 
+import pytest
 import torch
 
 # float32 and half inputs against float64, relative to the largest gradient
@@ -82,3 +83,16 @@ def assert_finite(loss, *inputs):
 def close(got, expected, tolerance):
     scale = expected.abs().max().item()
     torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance * scale)
+
+
+def bad_input(cases):
+    """A test for each (call, error, words): the call raises the error, in a sentence with the words."""
+
+    @pytest.mark.parametrize(("call", "error", "words"), cases)
+    def test(call, error, words):
+        with pytest.raises(error) as caught:
+            call()
+        for word in words:
+            assert word in str(caught.value)
+
+    return test

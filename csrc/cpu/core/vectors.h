@@ -37,10 +37,10 @@ Rows<T> raw_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, 
 template <class T>
 struct Vector {
   const T* data;
-  T inverse;    // makes it the unit vector
-  T length;     // of the unit vector, 1 but for |x| < eps
-  T rate;       // 1 / max(|x|, eps)
-  bool radial;  // |x| > eps: the normalisation takes the part along x out of a gradient
+  T to_unit;       // makes it the unit vector
+  T length;        // of the unit vector, 1 but for |x| < eps
+  T inverse_norm;  // 1 / max(|x|, eps)
+  bool radial;     // |x| > eps: the normalisation takes the part along x out of a gradient
 };
 
 // Whether max(norm, eps) is within a third of the exponents on both sides of 1. Not if it is NaN.
@@ -73,8 +73,8 @@ __attribute__((noinline)) Vector<T> far_vector(int64_t D, const T* x, T eps, T* 
   }
   const T m = finite ? power_of_two(size) : T(1), least = eps / m;
   for (int64_t k = 0; k < D; k++) copy[k] = x[k] / m;
-  const T norm = square_root(dot(D, copy, copy)), inverse = T(1) / (norm < least ? least : norm);
-  return {copy, inverse, norm * inverse, inverse / m, !(norm <= least)};
+  const T norm = square_root(dot(D, copy, copy)), to_unit = T(1) / (norm < least ? least : norm);
+  return {copy, to_unit, norm * to_unit, to_unit / m, !(norm <= least)};
 }
 
 // The vector itself, or in `copy`, which may be the vector.
@@ -82,29 +82,29 @@ template <class T>
 VITDIV_INLINE Vector<T> vector_of(int64_t D, const T* x, T eps, T* copy) {
   const T norm = square_root(dot(D, x, x)), larger = norm < eps ? eps : norm;
   if (!is_near_one(larger)) return far_vector(D, x, eps, copy);
-  const T inverse = T(1) / larger;
-  return {x, inverse, norm * inverse, inverse, norm > eps};
+  const T inverse_norm = T(1) / larger;
+  return {x, inverse_norm, norm * inverse_norm, inverse_norm, norm > eps};
 }
 
-// inverse [n] = 1 / max(|x|, eps); returns whether all are near 1.
+// inverse_norms [n] = 1 / max(|x|, eps); returns whether all are near 1.
 template <class T>
-bool inverse_norms(int64_t D, const Rows<T>& x, int64_t n, T eps, T* inverse) {
+bool find_inverse_norms(int64_t D, const Rows<T>& x, int64_t n, T eps, T* inverse_norms) {
   bool near = true;
   for (int64_t r = 0; r < n; r++) {
     const T norm = square_root(dot(D, x.data + r * x.ld, x.data + r * x.ld));
     const T larger = norm < eps ? eps : norm;
-    inverse[r] = T(1) / larger;
+    inverse_norms[r] = T(1) / larger;
     near = near && is_near_one(larger);
   }
   return near;
 }
 
-// n vectors of any length as vectors near 1 in copy [n, D], which may hold them; inverse [n] as of a Vector.
+// n vectors of any length as vectors near 1 in copy [n, D], which may hold them; to_unit [n] as of a Vector.
 template <class T>
-Rows<T> near_vectors(int64_t D, const Rows<T>& x, int64_t n, T eps, T* copy, T* inverse) {
+Rows<T> near_vectors(int64_t D, const Rows<T>& x, int64_t n, T eps, T* copy, T* to_unit) {
   for (int64_t r = 0; r < n; r++) {
     const Vector<T> v = far_vector(D, x.data + r * x.ld, eps, copy + r * D);
-    inverse[r] = v.inverse;
+    to_unit[r] = v.to_unit;
   }
   return {copy, D};
 }

@@ -15,33 +15,33 @@ template <class T>
 struct MapScratch {
   HeadPanels<T> keys_t[kLayers];
   int64_t columns;
-  T *copy, *a, *factors,
-      *chunk;  // maps [H, rows, padded] whose softmax factors [H, rows] scale; [H, columns]
+  T *copy, *a, *row_scales,
+      *chunk;  // maps [H, rows, padded] before their row_scales [H, rows]; [H, columns]
   MapScratch(Arena& arena, const GramArgs& args, const Work<T>& w)
       : keys_t{{arena, true, args.layers[0].H, args.M, args.layers[0].d, Pack::kTransposed},
                {arena, true, args.layers[1].H, args.M, args.layers[1].d, Pack::kTransposed}},
         columns(chunk_columns<T>(heads_of(args))),
         copy(arena.take<T>(copy_size(w.tile, max64(args.layers[0].d, args.layers[1].d)))),
         a(arena.take<T>(heads_of(args) * w.tile.head_stride())),
-        factors(arena.take<T>(heads_of(args) * w.tile.rows)),
+        row_scales(arena.take<T>(heads_of(args) * w.tile.rows)),
         chunk(arena.take<T>(heads_of(args) * columns)) {}
   void set_image(const GramArgs& args, int64_t b) const {
     for (int l = 0; l < kLayers; l++) keys_t[l].fill(args.layers[l].k, b, args.layers[l].H, copy);
   }
 };
 
-// The softmax maps of query rows i ... i + n of both layers' heads, for m.factors to scale.
+// The softmax maps of query rows i ... i + n of both layers' heads, for m.row_scales to scale.
 template <class T>
 void softmax_maps(const GramArgs& args, const Work<T>& w, const MapScratch<T>& m, int64_t b, int64_t i,
                   int64_t n) {
   const int64_t padded = w.tile.padded;
-  T *a = m.a, *factors = m.factors;
+  T *a = m.a, *row_scales = m.row_scales;
   for (int l = 0; l < kLayers; l++)
-    for (int64_t h = 0; h < args.layers[l].H; h++, a += w.tile.head_stride(), factors += n) {
+    for (int64_t h = 0; h < args.layers[l].H; h++, a += w.tile.head_stride(), row_scales += n) {
       const Layer& layer = args.layers[l];
       const Rows<T> q = head_rows(layer.q, b, h, i, n, layer.d, m.copy);
       gemm<T, false>(n, args.M, layer.d, q.data, q.ld, m.keys_t[l][h], a, padded, false);
-      softmax_rows_unscaled(n, args.M, padded, a, T(layer.scale), factors);
+      softmax_rows_unscaled(n, args.M, padded, a, T(layer.scale), row_scales);
     }
 }
 
@@ -81,7 +81,7 @@ bool forward(const GramForward& args) {
         softmax_maps(args, w, m, b, i, n);
         m.gram.clear();
         for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
-          centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk,
+          centre<T>(H, n, args.M, padded, row, rows, x, width, m.row_scales, w.mean, m.a, stride, m.chunk,
                     m.columns, false);
           m.gram.add(width, m.chunk, m.columns, m.chunk, m.columns, T(0));
         });
@@ -145,7 +145,7 @@ bool backward(const GramBackward& args) {
         const int64_t i = w.tile.begin(t), n = w.tile.begin(t + 1) - i;
         softmax_maps(args, w, m, b, i, n);
         for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
-          centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk,
+          centre<T>(H, n, args.M, padded, row, rows, x, width, m.row_scales, w.mean, m.a, stride, m.chunk,
                     m.columns, true);
           // the maps enter centred: a constant along a row of their gradient has no effect on that of the
           // logits

@@ -98,17 +98,17 @@ void mix_in_place(int64_t H, int64_t L, const T* weight, const T* bias, T* tile,
 }
 
 // A chunk of maps less their mean, its padding 0, into chunk [H, columns]. The maps' softmax is still to be
-// scaled, by factors[h, row]; with `keep` they are.
+// scaled, by row_scales[h, row]; with `keep` they are.
 template <class T>
 void centre(int64_t H, int64_t n, int64_t M, int64_t padded, int64_t row, int64_t rows, int64_t x,
-            int64_t width, const T* factors, T mean, T* maps, int64_t stride, T* chunk, int64_t columns,
+            int64_t width, const T* row_scales, T mean, T* maps, int64_t stride, T* chunk, int64_t columns,
             bool keep) {
   constexpr int V = kLanes<T>;
   if (rows > 1) width = padded;
   for (int64_t h = 0; h < H; h++)
     for (int64_t r = row; r < row + rows; r++) {
       const int64_t begin = rows > 1 ? r * padded : x, valid = min64(width, M - (begin - r * padded));
-      const T factor = factors[h * n + r];
+      const T factor = row_scales[h * n + r];
       T *in = maps + h * stride + begin, *out = chunk + h * columns + begin - x;
       int64_t j = 0;
       if (keep)
@@ -261,10 +261,10 @@ VITDIV_INLINE Vec<T> reciprocal_sqrt(Vec<T> v) {
   return T(1) / v;
 }
 
-// Layer norm over heads at each position: out = weight * normalized + bias. normalized may be x itself; rstd
-// and out may be null; out may be x when normalized is null.
+// Layer norm over heads at each position: out = weight * normalised + bias. normalised may be x itself; rstd
+// and out may be null; out may be x when normalised is null.
 template <class T>
-void layer_norm_heads(int64_t H, int64_t L, const T* x, T* normalized, T* rstd, T* out, int64_t stride,
+void layer_norm_heads(int64_t H, int64_t L, const T* x, T* normalised, T* rstd, T* out, int64_t stride,
                       const T* weight, const T* bias, T eps) {
   const T inv_h = T(1) / T(H);
   for (int64_t i = 0; i < L; i += kLanes<T>) {
@@ -279,7 +279,7 @@ void layer_norm_heads(int64_t H, int64_t L, const T* x, T* normalized, T* rstd, 
     if (rstd) store(rstd + i, r);
     for (int64_t h = 0; h < H; h++) {
       const Vec<T> n = (load(x + h * stride + i) - mean) * r;
-      if (normalized) store(normalized + h * stride + i, n);
+      if (normalised) store(normalised + h * stride + i, n);
       if (out) store(out + h * stride + i, n * weight[h] + bias[h]);
     }
   }
@@ -287,7 +287,7 @@ void layer_norm_heads(int64_t H, int64_t L, const T* x, T* normalized, T* rstd, 
 
 // dy, the gradient of the layer norm's output, becomes that of its input.
 template <class T>
-void layer_norm_heads_bwd(int64_t H, int64_t L, const T* normalized, const T* rstd, T* dy, int64_t stride,
+void layer_norm_heads_bwd(int64_t H, int64_t L, const T* normalised, const T* rstd, T* dy, int64_t stride,
                           const T* weight) {
   const T inv_h = T(1) / T(H);
   for (int64_t i = 0; i < L; i += kLanes<T>) {
@@ -295,14 +295,14 @@ void layer_norm_heads_bwd(int64_t H, int64_t L, const T* normalized, const T* rs
     for (int64_t h = 0; h < H; h++) {
       const Vec<T> dn = load(dy + h * stride + i) * weight[h];
       mean += dn;
-      projection += dn * load(normalized + h * stride + i);
+      projection += dn * load(normalised + h * stride + i);
     }
     mean *= inv_h;
     projection *= inv_h;
     const Vec<T> r = load(rstd + i);
     for (int64_t h = 0; h < H; h++) {
       const Vec<T> dn = load(dy + h * stride + i) * weight[h];
-      store(dy + h * stride + i, r * (dn - mean - load(normalized + h * stride + i) * projection));
+      store(dy + h * stride + i, r * (dn - mean - load(normalised + h * stride + i) * projection));
     }
   }
 }

@@ -25,8 +25,9 @@ const T* centred_bias(const ReattentionArgs& args, T* out) {
   for (int64_t g = 0; g < args.H; g++) {
     double total = 0;
     for (int64_t h = 0; !args.centred && h < args.H; h++)
-      total += double(static_cast<const T*>(args.mix)[g * args.H + h]);
-    out[g] = T(total / double(args.M) + (args.bias ? double(static_cast<const T*>(args.bias)[g]) : 0));
+      total += double(static_cast<const T*>(args.folded_mix)[g * args.H + h]);
+    out[g] = T(total / double(args.M) +
+               (args.folded_bias ? double(static_cast<const T*>(args.folded_bias)[g]) : 0));
   }
   return out;
 }
@@ -36,19 +37,19 @@ template <class T>
 struct MapScratch {
   HeadPanels<T> keys_t;
   int64_t columns;
-  T *copy, *a, *factors,
-      *chunk;  // maps [H, rows, padded] whose softmax factors [H, rows] scale; [H, columns]
+  T *copy, *a, *row_scales,
+      *chunk;  // maps [H, rows, padded] before their row_scales [H, rows]; [H, columns]
   MapScratch(Arena& arena, const ReattentionArgs& args, const Work<T>& w)
       : keys_t(arena, w.whole > 0, args.H, args.M, args.d, Pack::kTransposed),
         columns(chunk_columns<T>(args.H)),
         copy(arena.take<T>(copy_size(w.tile, max64(args.d, args.dv)))),
         a(arena.take<T>(args.H * w.tile.head_stride())),
-        factors(arena.take<T>(args.H * w.tile.rows)),
+        row_scales(arena.take<T>(args.H * w.tile.rows)),
         chunk(arena.take<T>(args.H * columns)) {}
 };
 
-// The softmax maps of query rows i ... i + n into m.a, for m.factors to scale. With pre_mix (times the scale
-// already) the raw logits are made in `raw`.
+// The softmax maps of query rows i ... i + n into m.a, for m.row_scales to scale. With pre_mix (times the
+// scale already) the raw logits are made in `raw`.
 template <class T>
 void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratch<T>& m,
                   const HeadPanels<T>& keys_t, const T* pre_mix, T* raw, int64_t b, int64_t i, int64_t n) {
@@ -60,7 +61,7 @@ void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratc
     if (pre_mix)
       w.tile.clear_padding(n, z);
     else
-      softmax_rows_unscaled(n, args.M, padded, z, T(args.scale), m.factors + h * n);
+      softmax_rows_unscaled(n, args.M, padded, z, T(args.scale), m.row_scales + h * n);
   }
   if (!pre_mix) return;
   if (raw == m.a)
@@ -68,7 +69,7 @@ void softmax_maps(const ReattentionArgs& args, const Work<T>& w, const MapScratc
   else
     mix<T>(args.H, n * padded, pre_mix, static_cast<const T*>(args.pre_bias), T(0), raw, stride, m.a, stride);
   for (int64_t h = 0; h < args.H; h++)
-    softmax_rows_unscaled(n, args.M, padded, m.a + h * stride, T(1), m.factors + h * n);
+    softmax_rows_unscaled(n, args.M, padded, m.a + h * stride, T(1), m.row_scales + h * n);
 }
 
 template <class T>
@@ -136,11 +137,12 @@ bool forward(const ReattentionForward& args) {
         softmax_maps<T>(args, w, m, keys_t, pre_mix, m.a, b, i, n);
         if (args.gram) m.gram.clear();
         for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
-          centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk,
+          centre<T>(H, n, args.M, padded, row, rows, x, width, m.row_scales, w.mean, m.a, stride, m.chunk,
                     m.columns, false);
           if (args.gram) m.gram.add(width, m.chunk, m.columns, m.chunk, m.columns, T(0));
           if (!args.out.data) return;
-          mix<T>(H, width, static_cast<const T*>(args.mix), bias, T(0), m.chunk, m.columns, m.a + x, stride);
+          mix<T>(H, width, static_cast<const T*>(args.folded_mix), bias, T(0), m.chunk, m.columns, m.a + x,
+                 stride);
           if (args.norm_weight)
             layer_norm_heads<T>(H, width, m.a + x, nullptr, nullptr, m.a + x, stride,
                                 static_cast<const T*>(args.norm_weight),
@@ -172,7 +174,7 @@ struct ParameterSums {
 template <class T>
 struct BackwardScratch : MapScratch<T> {
   HeadPanels<T> values_t, keys;
-  T *g, *raw, *normalized, *rstd, *dk, *dv;
+  T *g, *raw, *normalised, *rstd, *dk, *dv;
   PairSums<T, false> dmix, dpre_mix;
   HeadSums<T> dbias, dnorm_weight, dnorm_bias;
   BackwardScratch(Arena& arena, const ReattentionBackward& args, const Work<T>& w)
@@ -181,11 +183,11 @@ struct BackwardScratch : MapScratch<T> {
         keys(arena, args.dq.data && w.whole > 0, args.H, args.M, args.d, Pack::kRows),
         g(arena.take<T>(args.H * w.tile.head_stride())),
         raw(arena.take<T>(args.pre_mix ? args.H * w.tile.head_stride() : 0)),
-        normalized(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
+        normalised(arena.take<T>(args.norm_weight ? args.H * w.tile.head_stride() : 0)),
         rstd(arena.take<T>(args.norm_weight ? w.tile.head_stride() : 0)),
         dk(arena.take<T>(HeadGradients<T>::scratch_size(args.dk, args.H, args.M, args.d, false))),
         dv(arena.take<T>(HeadGradients<T>::scratch_size(args.dv_out, args.H, args.M, args.dv, false))),
-        dmix{arena.take<T>(args.dmix ? PairSums<T, false>::size(args.H) : 0), args.H},
+        dmix{arena.take<T>(args.dfolded_mix ? PairSums<T, false>::size(args.H) : 0), args.H},
         dpre_mix{arena.take<T>(args.dpre_mix ? PairSums<T, false>::size(args.H) : 0), args.H},
         dbias{arena.take<T>(HeadSums<T>::size(args.H)), args.H},
         dnorm_weight{arena.take<T>(HeadSums<T>::size(args.H)), args.H},
@@ -226,18 +228,19 @@ void mixed_maps(const ReattentionBackward& args, const Work<T>& w, const Backwar
   const T* norm_weight = static_cast<const T*>(args.norm_weight);
   const bool mixes = args.dout.data && (norm_weight || args.dv_out.data);
   for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
-    centre<T>(H, n, args.M, padded, row, rows, x, width, m.factors, w.mean, m.a, stride, m.chunk, m.columns,
-              true);
+    centre<T>(H, n, args.M, padded, row, rows, x, width, m.row_scales, w.mean, m.a, stride, m.chunk,
+              m.columns, true);
     if (!mixes) return;
-    T* mixed = (norm_weight ? m.normalized : m.g) + x;
-    mix<T>(H, width, static_cast<const T*>(args.mix), in.bias, T(0), m.chunk, m.columns, mixed, stride);
+    T* mixed = (norm_weight ? m.normalised : m.g) + x;
+    mix<T>(H, width, static_cast<const T*>(args.folded_mix), in.bias, T(0), m.chunk, m.columns, mixed,
+           stride);
     if (norm_weight)
       layer_norm_heads<T>(H, width, mixed, mixed, m.rstd + x, args.dv_out.data ? m.g + x : nullptr, stride,
                           norm_weight, static_cast<const T*>(args.norm_bias), T(args.eps));
   });
   if (!norm_weight) return;
   w.tile.clear_padding(n, m.rstd);
-  for (int64_t h = 0; h < H; h++) w.tile.clear_padding(n, m.normalized + h * stride);
+  for (int64_t h = 0; h < H; h++) w.tile.clear_padding(n, m.normalised + h * stride);
 }
 
 // m.g, the gradient of the tile's mixed maps, becomes that of the logits; on the way to the parameters' sums.
@@ -249,23 +252,23 @@ void logits_gradient(const ReattentionBackward& args, const Work<T>& w, const Ba
   const T* norm_weight = static_cast<const T*>(args.norm_weight);
   const T* coupling =
       args.coupling ? static_cast<const T*>(args.coupling) + b * args.coupling_stride_b : nullptr;
-  if (args.dmix) m.dmix.clear();
+  if (args.dfolded_mix) m.dmix.clear();
   if (args.dpre_mix) m.dpre_mix.clear();
   m.dbias.clear(), m.dnorm_weight.clear(), m.dnorm_bias.clear();
   for_chunks<T>(H, n, padded, [&](int64_t row, int64_t rows, int64_t x, int64_t width) {
     T *a = m.a + x, *g = m.g + x;
     if (args.dout.data) {
       if (norm_weight) {
-        const T* normalized = m.normalized + x;
+        const T* normalised = m.normalised + x;
         for (int64_t h = 0; h < H; h++) {
-          m.dnorm_weight.add(h, sum_products<T>(width, g + h * stride, normalized + h * stride));
+          m.dnorm_weight.add(h, sum_products<T>(width, g + h * stride, normalised + h * stride));
           m.dnorm_bias.add(h, sum_vectors<T>(width, g + h * stride));
         }
-        layer_norm_heads_bwd<T>(H, width, normalized, m.rstd + x, g, stride, norm_weight);
+        layer_norm_heads_bwd<T>(H, width, normalised, m.rstd + x, g, stride, norm_weight);
       }
       for (int64_t h = 0; h < H; h++)
         m.dbias.add(h, copy_and_sum<T>(width, g + h * stride, m.chunk + h * m.columns));
-      if (args.dmix) m.dmix.add(width, m.chunk, m.columns, a, stride, w.mean);
+      if (args.dfolded_mix) m.dmix.add(width, m.chunk, m.columns, a, stride, w.mean);
       if (goes_on) mix<T>(H, width, in.mix_t, nullptr, T(0), m.chunk, m.columns, g, stride);
     }
     if (!goes_on) return;
@@ -288,7 +291,7 @@ void logits_gradient(const ReattentionBackward& args, const Work<T>& w, const Ba
       mix<T>(H, some, in.pre_mix_t, nullptr, T(0), m.chunk, m.columns, m.g + y, stride);
     }
   });
-  if (args.dmix) m.dmix.add_to(sums.dmix);
+  if (args.dfolded_mix) m.dmix.add_to(sums.dmix);
   if (args.dpre_mix) m.dpre_mix.add_to(sums.dpre_mix);
   m.dbias.add_to(sums.dbias);
   m.dnorm_weight.add_to(sums.dnorm_weight), m.dnorm_bias.add_to(sums.dnorm_bias);
@@ -307,12 +310,12 @@ void store_parameters(const ReattentionBackward& args, const Work<T>& w, const d
     for (int64_t x = 0; out && x < count; x++) static_cast<T*>(out)[x] = T(factor * total(from + x));
   };
   store(args.dpre_mix, first.dpre_mix, H * H, args.scale);
-  for (int64_t g = 0; args.dmix && g < H; g++) {
+  for (int64_t g = 0; args.dfolded_mix && g < H; g++) {
     const double from_bias = args.centred ? 0 : total(first.dbias + g) / double(args.M);
     for (int64_t h = 0; h < H; h++)
-      static_cast<T*>(args.dmix)[g * H + h] = T(total(first.dmix + g * H + h) + from_bias);
+      static_cast<T*>(args.dfolded_mix)[g * H + h] = T(total(first.dmix + g * H + h) + from_bias);
   }
-  store(args.dbias, first.dbias, H, 1);
+  store(args.dfolded_bias, first.dbias, H, 1);
   store(args.dnorm_weight, first.dnorm_weight, H, 1);
   store(args.dnorm_bias, first.dnorm_bias, H, 1);
 }
@@ -332,7 +335,7 @@ bool backward(const ReattentionBackward& args) {
   const BackwardShared<T> shared(common_arena, args, w);
   const T* pre_mix = scaled(H, args.pre_mix, args.scale, false, shared.pre_mix);
   const T* pre_mix_t = scaled(H, args.pre_mix, args.scale, true, shared.pre_mix_t);
-  const T* mix_t = scaled(H, args.mix, 1, true, shared.mix_t);
+  const T* mix_t = scaled(H, args.folded_mix, 1, true, shared.mix_t);
   const T* bias = centred_bias(args, shared.bias);
 
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)

@@ -105,11 +105,11 @@ bool for_each_item(const Kernel& kernel, int64_t L, int threads) {
 template <class T>
 struct PackedSet {
   int64_t count, D;
-  T* rows;     // [count, D]: left factors of S
-  T* columns;  // panels of their transpose: right factors of S; or null
-  T* panels;   // panels of D columns: right factors of gradients; or null
-  T* inverse;  // what each was multiplied by
-  T* radial;   // 1 where that was one over its norm, else 0
+  T* rows;           // [count, D]: left factors of S
+  T* columns;        // panels of their transpose: right factors of S; or null
+  T* panels;         // panels of D columns: right factors of gradients; or null
+  T* inverse_norms;  // what each was multiplied by
+  T* radial;         // 1 where that was one over its norm, else 0
 
   PackedSet(Arena& arena, int64_t n, int64_t width, bool with_columns, bool with_panels)
       : count(n),
@@ -117,7 +117,7 @@ struct PackedSet {
         rows(arena.take<T>(n * width)),
         columns(with_columns ? arena.take<T>(packed_size<T>(n, width)) : nullptr),
         panels(with_panels ? arena.take<T>(packed_size<T>(width, n)) : nullptr),
-        inverse(arena.take<T>(n)),
+        inverse_norms(arena.take<T>(n)),
         radial(arena.take<T>(n)) {}
 
   // Rows `first` (a multiple of kPanel) to `first` + n.
@@ -126,9 +126,9 @@ struct PackedSet {
       T* z = rows + i * D;
       const T* x = raw_rows(set, item, i, 1, D, z).data;
       const Vector<T> v = normalise ? vector_of(D, x, eps, z) : Vector<T>{x, T(1), T(1), T(1), false};
-      inverse[i] = v.rate;
+      inverse_norms[i] = v.inverse_norm;
       radial[i] = v.radial ? T(1) : T(0);
-      for (int64_t k = 0; k < D; k++) z[k] = v.data[k] * v.inverse;
+      for (int64_t k = 0; k < D; k++) z[k] = v.data[k] * v.to_unit;
       if (panels) pack_row(D, z, i, count, panels);
     }
     for (int64_t j = first; columns && j < first + n; j += kPanel<T>)
@@ -139,7 +139,7 @@ struct PackedSet {
   // eps.
   void finish(int64_t i, const T* dz, T factor, T* dx) const {
     const T *z = rows + i * D, along = radial[i] != 0 ? dot(D, z, dz) : T(0);
-    factor *= inverse[i];
+    factor *= inverse_norms[i];
     for (int64_t k = 0; k < D; k++) dx[k] = factor * (dz[k] - z[k] * along);
   }
 };

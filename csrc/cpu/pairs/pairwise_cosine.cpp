@@ -24,7 +24,7 @@ template <class T>
 void unit_rows(const Set& set, int64_t item, int64_t i, int64_t n, int64_t D, T eps, T* row, T* out) {
   for (int64_t r = 0; r < n; r++) {
     const Vector<T> x = vector_of(D, raw_rows(set, item, i + r, 1, D, row).data, eps, row);
-    for (int64_t k = 0; k < D; k++) out[r * D + k] = x.data[k] * x.inverse;
+    for (int64_t k = 0; k < D; k++) out[r * D + k] = x.data[k] * x.to_unit;
   }
 }
 
@@ -95,27 +95,27 @@ VITDIV_INLINE Vec<T> penalise(Vec<T> s) {
 // The penalties of one micro-tile of raw products, c [rows, kPanel] at (i, j). `triangle`: only pairs j > i
 // count.
 template <class T, Penalty P>
-double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* row_inverse,
-                   const T* column_inverse, bool triangle, const Signs& signs) {
+double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* row_inverse_norms,
+                   const T* column_inverse_norms, bool triangle, const Signs& signs) {
   Vec<T> total = {};
   for (int64_t r = 0; r < rows; r++) {
     Vec<T> row_total = {};
     uint32_t positive = 0, negative = 0;
     for (int v = 0; v < 2; v++) {
-      Vec<T> s = load(c + r * kPanel<T> + v * kLanes<T>) * load(column_inverse + v * kLanes<T>);
+      Vec<T> s = load(c + r * kPanel<T> + v * kLanes<T>) * load(column_inverse_norms + v * kLanes<T>);
       if (triangle) {
         const Lane<T> first = Lane<T>(i + r + 1 - j - v * kLanes<T>);
         s = lane_index<T>() >= (first - Int<T>{}) ? s : Vec<T>{};
       }
       if (P == Penalty::kSquare)
-        s *= row_inverse[r];  // before squaring: the square of an inverse may overflow
+        s *= row_inverse_norms[r];  // before squaring: the square of an inverse may overflow
       row_total += penalise<T, P>(s);
       if (signs.words) {
         positive |= positive_lanes<T>(s) << (v * kLanes<T>);
         if (P == Penalty::kAbs) negative |= positive_lanes<T>(-s) << (v * kLanes<T>);
       }
     }
-    total += P == Penalty::kSquare ? row_total : row_total * row_inverse[r];
+    total += P == Penalty::kSquare ? row_total : row_total * row_inverse_norms[r];
     if (signs.words) {
       *signs.at(i + r, 0, j) |= positive << (j % kWord);
       if (P == Penalty::kAbs) *signs.at(i + r, 1, j) |= negative << (j % kWord);
@@ -126,12 +126,12 @@ double reduce_tile(const T* c, int64_t rows, int64_t i, int64_t j, const T* row_
 
 template <class T>
 struct TileScratch {
-  T *panels, *rows, *row_inverse, *column_inverse, *c;
+  T *panels, *rows, *row_inverse_norms, *column_inverse_norms, *c;
   TileScratch(Arena& arena, const CosineArgs& a)
       : panels(arena.take<T>(packed_size<T>(a.M, a.D))),
         rows(arena.take<T>(kTile * a.D)),
-        row_inverse(arena.take<T>(kTile)),
-        column_inverse(arena.take<T>(round_up(a.M, kPanel<T>))),
+        row_inverse_norms(arena.take<T>(kTile)),
+        column_inverse_norms(arena.take<T>(round_up(a.M, kPanel<T>))),
         c(arena.take<T>(kMaxRows * kPanel<T>)) {}
 };
 
@@ -139,16 +139,16 @@ struct TileScratch {
 // vectors of them, 0 in the padding. `copy` holds kPanel rows. Returns whether all are raw.
 template <class T>
 bool pack_columns(const Set& set, int64_t item, int64_t first, int64_t D, T eps, T* copy, T* panels,
-                  T* inverse) {
+                  T* inverse_norms) {
   bool all_raw = true;
   for (int64_t j = first; j < set.count; j += kPanel<T>) {
     const int64_t width = min64(kPanel<T>, set.count - j);
     Rows<T> x = raw_rows(set, item, j, width, D, copy);
-    if (!inverse_norms(D, x, width, eps, inverse + j)) {
-      x = near_vectors(D, x, width, eps, copy, inverse + j);
+    if (!find_inverse_norms(D, x, width, eps, inverse_norms + j)) {
+      x = near_vectors(D, x, width, eps, copy, inverse_norms + j);
       all_raw = false;
     }
-    for (int64_t c = width; c < kPanel<T>; c++) inverse[j + c] = 0;
+    for (int64_t c = width; c < kPanel<T>; c++) inverse_norms[j + c] = 0;
     pack_transposed(width, D, x.data, x.ld, panels + j * D);
   }
   return all_raw;
@@ -162,17 +162,18 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
   const int64_t D = a.D;
   const Signs signs(a, a.saved, item);
   const bool raw_columns = pack_columns(columns, item, within ? begin / kPanel<T> * kPanel<T> : 0, D,
-                                        T(a.eps), m.rows, m.panels, m.column_inverse);
+                                        T(a.eps), m.rows, m.panels, m.column_inverse_norms);
   constexpr int64_t kDepth = 384;  // of a product at a time: the rows' part stays in L1
   double total = 0;
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = min64(kTile, end - i);
     Rows<T> x = raw_rows(rows_of_x, item, i, n, D, m.rows);
-    if (within) memcpy(m.row_inverse, m.column_inverse + i, size_t(n) * sizeof(T));
-    if (within ? !raw_columns : !inverse_norms(D, x, n, T(a.eps), m.row_inverse))
-      x = near_vectors(D, x, n, T(a.eps), m.rows, m.row_inverse);
+    if (within) memcpy(m.row_inverse_norms, m.column_inverse_norms + i, size_t(n) * sizeof(T));
+    if (within ? !raw_columns : !find_inverse_norms(D, x, n, T(a.eps), m.row_inverse_norms))
+      x = near_vectors(D, x, n, T(a.eps), m.rows, m.row_inverse_norms);
     for (int64_t r = 0; within && a.include_self && r < n; r++) {
-      const T unit = m.row_inverse[r] * m.row_inverse[r] * dot(D, x.data + r * x.ld, x.data + r * x.ld);
+      const T unit =
+          m.row_inverse_norms[r] * m.row_inverse_norms[r] * dot(D, x.data + r * x.ld, x.data + r * x.ld);
       total += double(P == Penalty::kSquare ? unit * unit : unit);
     }
     const RowBlocks blocks(n);
@@ -185,8 +186,8 @@ double tile_rows(const CosineForward& a, const TileScratch<T>& m, int64_t item, 
           micro_kernel_rows<T, 2, false>(rows, min64(kDepth, D - k), x.data + r * x.ld + k, x.ld,
                                          m.panels + j * D + k * kPanel<T>, m.c, kPanel<T>, k > 0);
         const bool triangle = within && j <= i + r + rows - 1;
-        const double sum =
-            reduce_tile<T, P>(m.c, rows, i + r, j, m.row_inverse + r, m.column_inverse + j, triangle, signs);
+        const double sum = reduce_tile<T, P>(m.c, rows, i + r, j, m.row_inverse_norms + r,
+                                             m.column_inverse_norms + j, triangle, signs);
         total += within ? 2 * sum : sum;
       }
   }
@@ -232,7 +233,7 @@ double sum_unit_rows(const Set& set, int64_t item, int64_t D, T eps, T* row, dou
   double squares = 0;
   for (int64_t i = 0; i < set.count; i++) {
     const Vector<T> x = vector_of(D, raw_rows(set, item, i, 1, D, row).data, eps, row);
-    for (int64_t k = 0; k < D; k++) sums[k] += double(x.data[k] * x.inverse);
+    for (int64_t k = 0; k < D; k++) sums[k] += double(x.data[k] * x.to_unit);
     squares += double(x.length) * double(x.length);
   }
   for (int64_t k = 0; k < D; k++) out[k] = T(sums[k]);
@@ -464,11 +465,11 @@ void RowsGradient<T>::finish(const Scratch& m, int64_t item, int64_t i, int64_t 
   for (int64_t r = 0; r < n; r++) {
     const Vector<T> x = vector_of(a.D, raw_rows(rows, item, i + r, 1, a.D, m.row).data, T(a.eps), m.row);
     const T* dz = m.dz + r * m.ld;
-    const T along = x.radial ? dot(a.D, x.data, dz) * x.inverse * x.inverse : T(0);
+    const T along = x.radial ? dot(a.D, x.data, dz) * x.to_unit * x.to_unit : T(0);
     const bool direct = is_native<T>(out.dtype);
     const int64_t offset = out.offset[item] + (i + r) * out.stride_n;
     T* dx = direct ? static_cast<T*>(out.data) + offset : m.unit;
-    for (int64_t k = 0; k < a.D; k++) dx[k] = factor * x.rate * (dz[k] - x.data[k] * along);
+    for (int64_t k = 0; k < a.D; k++) dx[k] = factor * x.inverse_norm * (dz[k] - x.data[k] * along);
     if (!direct) store_row(dx, a.D, out.data, out.dtype, offset);
   }
 }

@@ -89,9 +89,9 @@ struct TwoGram {
     double* sums;  // of the tiles
     Item(Arena& arena, const TwoGram& k)
         : x(arena, k.a.N, k.a.D, true, k.a.needs_dx),
-          y(arena, k.a.y.data ? k.a.N : 0, k.a.E, true, k.a.needs_dy),
+          y(arena, k.a.y.data ? k.a.N : 0, k.a.D2, true, k.a.needs_dy),
           dx(k.a.needs_dx ? arena.take<T>(k.a.N * round_up(k.a.D, kLanes<T>)) : nullptr),
-          dy(k.a.needs_dy ? arena.take<T>(k.a.N * round_up(k.a.E, kLanes<T>)) : nullptr),
+          dy(k.a.needs_dy ? arena.take<T>(k.a.N * round_up(k.a.D2, kLanes<T>)) : nullptr),
           sums(arena.take<double>(k.tiling.count * k.tiling.count)) {}
   };
   struct Own {
@@ -114,7 +114,7 @@ struct TwoGram {
     each(team, tiles, [&](int64_t t) {
       T* saved = static_cast<T*>(a.saved);
       finish(m.dx, m.x, t, saved + item * a.N * a.D);
-      finish(m.dy, m.y, t, saved + (a.needs_dx ? a.L * a.N * a.D : 0) + item * a.N * a.E);
+      finish(m.dy, m.y, t, saved + (a.needs_dx ? a.L * a.N * a.D : 0) + item * a.N * a.D2);
       if (t > 0) return;
       double total = 0;
       for (int64_t row = 0; row < tiles; row++)
@@ -171,7 +171,7 @@ struct TwoGram {
 
 template <class T>
 bool backward(const TwoGramBackward& a) {
-  const int64_t rows = a.L * a.N, width = max64(a.D, a.E);
+  const int64_t rows = a.L * a.N, width = max64(a.D, a.D2);
   const T* dsums = static_cast<const T*>(a.dsums);
   const T *saved_x = static_cast<const T*>(a.saved), *saved_y = saved_x + (a.dx.data ? rows * a.D : 0);
   Arena per_thread;
@@ -186,7 +186,7 @@ bool backward(const TwoGramBackward& a) {
     for (int64_t row = 0; row < rows; row++) {
       const int64_t item = row / a.N, i = row % a.N;
       if (a.dx.data) store_scaled(a.D, dsums[item], saved_x + row * a.D, a.dx, item, i, copy);
-      if (a.dy.data) store_scaled(a.E, dsums[item], saved_y + row * a.E, a.dy, item, i, copy);
+      if (a.dy.data) store_scaled(a.D2, dsums[item], saved_y + row * a.D2, a.dy, item, i, copy);
     }
   }
   return true;

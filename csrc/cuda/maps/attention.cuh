@@ -151,12 +151,12 @@ struct Scores {
 // own columns; finish() unites the four lanes of a row.
 template <class T, int ROW_TILES>
 struct RowStatistics {
-  Acc<T> top[ROW_TILES][2], sum[ROW_TILES][2];
+  Acc<T> row_max[ROW_TILES][2], sum[ROW_TILES][2];
 
   DEVICE RowStatistics() {
     UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
       UNROLLED_FOR (int i = 0; i < 2; ++i) {
-        top[r][i] = Acc<T>(-1e38);  // finite: no inf - inf
+        row_max[r][i] = Acc<T>(-1e38);  // finite: no inf - inf
         sum[r][i] = 0;
       }
   }
@@ -165,20 +165,20 @@ struct RowStatistics {
     UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
       UNROLLED_FOR (int i = 0; i < 2; ++i) {
         const auto& x = logits[r];
-        const Acc<T> before = top[r][i];
-        top[r][i] = larger(larger(before, larger(x[0][2 * i], x[0][2 * i + 1])),
-                           larger(x[1][2 * i], x[1][2 * i + 1]));
-        sum[r][i] *= fast_exp2(before - top[r][i]);
+        const Acc<T> before = row_max[r][i];
+        row_max[r][i] = larger(larger(before, larger(x[0][2 * i], x[0][2 * i + 1])),
+                               larger(x[1][2 * i], x[1][2 * i + 1]));
+        sum[r][i] *= fast_exp2(before - row_max[r][i]);
         UNROLLED_FOR (int j = 0; j < 2; ++j)
-          UNROLLED_FOR (int e = 0; e < 2; ++e) sum[r][i] += fast_exp2(x[j][2 * i + e] - top[r][i]);
+          UNROLLED_FOR (int e = 0; e < 2; ++e) sum[r][i] += fast_exp2(x[j][2 * i + e] - row_max[r][i]);
       }
   }
   DEVICE void finish() {
     UNROLLED_FOR (int r = 0; r < ROW_TILES; ++r)
       UNROLLED_FOR (int i = 0; i < 2; ++i) {
-        const Acc<T> own = top[r][i];
-        top[r][i] = quad_max(own);
-        sum[r][i] = quad_sum(sum[r][i] * fast_exp2(own - top[r][i]));
+        const Acc<T> own = row_max[r][i];
+        row_max[r][i] = quad_max(own);
+        sum[r][i] = quad_sum(sum[r][i] * fast_exp2(own - row_max[r][i]));
       }
   }
 };

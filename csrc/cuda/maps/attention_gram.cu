@@ -68,8 +68,9 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   const Chunk<M> at = maps_of<T>(heads, a.chunk);
   Carver carve;
   const Shared<M> maps = carve.take<M>(maps_space<T>(heads, a.chunk, warps));
-  const Shared<Acc<T>> tops = carve.take<Acc<T>>(heads * rows), inverses = carve.take<Acc<T>>(heads * rows);
-  const Shared<Acc<T>> deltas = carve.take<Acc<T>>(ROWS ? groups * heads * rows : 0);
+  const Shared<Acc<T>> row_maxes = carve.take<Acc<T>>(heads * rows),
+                       row_scales = carve.take<Acc<T>>(heads * rows);
+  const Shared<Acc<T>> row_dots = carve.take<Acc<T>>(ROWS ? groups * heads * rows : 0);
   const int slot = Scores<T, row_tiles>::size(a.stride);
   const Shared<T> slots = carve.take<T>(a.workers * slot);
   at.clear_zeros(maps);
@@ -109,8 +110,8 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
           UNROLLED_FOR (int i = 0; i < 2; ++i) {
             if ((lane & 3) != 0) continue;
             const int row = h * rows + 16 * r + tile_row(2 * i);
-            tops.st(row, statistics.top[r][i]);
-            inverses.st(row, MapNumbers<T>::kScale / statistics.sum[r][i]);
+            row_maxes.st(row, statistics.row_max[r][i]);
+            row_scales.st(row, MapNumbers<T>::kScale / statistics.sum[r][i]);
           }
       });
 
@@ -119,7 +120,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   const int first = pair / groups * 16, second = pair % groups * 16;
   const int present = a.n - row0 < rows ? a.n - row0 : rows;
   const Acc<T> mean = Acc<T>(MapNumbers<T>::kScale) / a.m;
-  Acc<T> gram[2][4] = {}, coupling[2][4] = {}, top[row_tiles][2], inverse[row_tiles][2];
+  Acc<T> gram[2][4] = {}, coupling[2][4] = {}, row_max[row_tiles][2], row_scale[row_tiles][2];
   if constexpr (ROWS)
     UNROLLED_FOR (int j = 0; j < 2; ++j)
       UNROLLED_FOR (int e = 0; e < 4; ++e) {
@@ -135,7 +136,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
           UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int row = h * rows + 16 * r + tile_row(2 * i);
-              top[r][i] = tops.ld(row), inverse[r][i] = inverses.ld(row);
+              row_max[r][i] = row_maxes.ld(row), row_scale[r][i] = row_scales.ld(row);
             }
         },
         [&](int h, int t, const auto& logits) {
@@ -145,7 +146,7 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
                 Acc<T> x[2];
                 UNROLLED_FOR (int e = 0; e < 2; ++e)
                   x[e] = 16 * t + 8 * j + tile_col(e) < a.m
-                             ? fast_exp2(logits[r][j][2 * i + e] - top[r][i]) * inverse[r][i] - mean
+                             ? fast_exp2(logits[r][j][2 * i + e] - row_max[r][i]) * row_scale[r][i] - mean
                              : Acc<T>(0);
                 store2(maps,
                        at.place_of_head(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0)),
@@ -170,15 +171,15 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
       }
       if constexpr (ROWS)
         UNROLLED_FOR (int half = 0; half < 2; ++half) {
-          Acc<T> delta = 0;
+          Acc<T> row_dot = 0;
           UNROLLED_FOR (int j = 0; j < 2; ++j)
             UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) {
-              delta += coupling[j][e] * gram[j][e];
+              row_dot += coupling[j][e] * gram[j][e];
               gram[j][e] = 0;
             }
-          delta = quad_sum(delta);
+          row_dot = quad_sum(row_dot);
           const int g = first + tile_row(2 * half), to = (second / 16 * heads + g) * rows + i;
-          if ((lane & 3) == 0 && g < heads) deltas.st(to, key0 ? deltas.ld(to) + delta : delta);
+          if ((lane & 3) == 0 && g < heads) row_dots.st(to, key0 ? row_dots.ld(to) + row_dot : row_dot);
         }
     }
     sync_block();
@@ -188,13 +189,13 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gram_tile(GramKernel<T> a) {
   if constexpr (ROWS) {
     for (int c = thread_x(); c < heads * present; c += threads()) {
       const int h = c / present, i = c % present;
-      Acc<T> delta = 0;
-      for (int group = 0; group < groups; ++group) delta += deltas.ld((group * heads + h) * rows + i);
+      Acc<T> row_dot = 0;
+      for (int group = 0; group < groups; ++group) row_dot += row_dots.ld((group * heads + h) * rows + i);
       const int64_t to = (int64_t(image) * heads + h) * a.n + row0 + i,
                     field = int64_t(a.images) * heads * a.n;
-      a.rows.st(to, tops.ld(h * rows + i));
-      a.rows.st(to + field, inverses.ld(h * rows + i));
-      a.rows.st(to + 2 * field, delta * unit);
+      a.rows.st(to, row_maxes.ld(h * rows + i));
+      a.rows.st(to + field, row_scales.ld(h * rows + i));
+      a.rows.st(to + 2 * field, row_dot * unit);
     }
     return;
   }

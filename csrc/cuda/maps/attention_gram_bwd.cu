@@ -147,9 +147,10 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
             UNROLLED_FOR (int e = 0; e < 2; ++e) {
               const int row = row0 + tile_row(2 * i), col = first + t + 8 * j + tile_col(e);
               const int query = BY_KEY ? col : row;
-              const Acc<T> top = row_number(0, h, query), inverse = row_number(1, h, query);
+              const Acc<T> row_max = row_number(0, h, query), row_scale = row_number(1, h, query);
               x[e] = row < a.n && col < a.m
-                         ? fast_exp2(acc[j][2 * i + e] * a.scale[layer] - top) * inverse - a.mean * map_scale
+                         ? fast_exp2(acc[j][2 * i + e] * a.scale[layer] - row_max) * row_scale -
+                               a.mean * map_scale
                          : Acc<T>(0);
             }
             store2(maps, at.maps.place_of_head(h, tile_row(2 * i), t + 8 * j + tile_col(0)), x[0], x[1]);
@@ -183,9 +184,9 @@ KERNEL LAUNCH_BOUNDS(32 * kMaxWarps<T>, 1) gradient_tile(GradientKernel<T> a) {
               const int place = at.maps.place_of_head(g, i, col);
               Acc<T> z[2];
               UNROLLED_FOR (int e = 0; e < 2; ++e) {
-                const Acc<T> delta = row_number(2, g, BY_KEY ? first + col + e : row0 + i) / unit;
+                const Acc<T> row_dot = row_number(2, g, BY_KEY ? first + col + e : row0 + i) / unit;
                 const Acc<T> map = to_float(maps.ld(place + e)) / map_scale + a.mean;
-                z[e] = map * (da[group][j][2 * half + e] / map_scale - delta) * a.dz_scale;
+                z[e] = map * (da[group][j][2 * half + e] / map_scale - row_dot) * a.dz_scale;
               }
               store2(dz, place, z[0], z[1]);
             }

@@ -204,10 +204,10 @@ DEVICE void sum_heads(A (&sum)[2][2], const A (&tile)[GROUPS][2][4]) {
     }
 }
 
-// The layer norm over heads without weight and bias, in place; 0 for heads that are not there. rate: 1 /
+// The layer norm over heads without weight and bias, in place; 0 for heads that are not there. rstd: 1 /
 // deviation, by columns as in sum_heads.
 template <class A, int GROUPS>
-DEVICE void normalise_heads(A (&tile)[GROUPS][2][4], A (&rate)[2][2], int heads, A eps) {
+DEVICE void normalise_heads(A (&tile)[GROUPS][2][4], A (&rstd)[2][2], int heads, A eps) {
   A sum[2][2];
   const A part = A(1) / heads;
   sum_heads(sum, tile);
@@ -222,10 +222,10 @@ DEVICE void normalise_heads(A (&tile)[GROUPS][2][4], A (&rate)[2][2], int heads,
       }
   sum_heads(sum, square);
   UNROLLED_FOR (int j = 0; j < 2; ++j)
-    UNROLLED_FOR (int e = 0; e < 2; ++e) rate[j][e] = reciprocal_sqrt(sum[j][e] * part + eps);
+    UNROLLED_FOR (int e = 0; e < 2; ++e) rstd[j][e] = reciprocal_sqrt(sum[j][e] * part + eps);
   UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
     UNROLLED_FOR (int j = 0; j < 2; ++j)
-      UNROLLED_FOR (int e = 0; e < 4; ++e) tile[group][j][e] *= rate[j][e & 1];
+      UNROLLED_FOR (int e = 0; e < 4; ++e) tile[group][j][e] *= rstd[j][e & 1];
 }
 
 }  // namespace vitdiv::cuda

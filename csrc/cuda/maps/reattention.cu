@@ -142,8 +142,8 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   a.centred = args.centred;
   a.pre_mix = acc(args.pre_mix);
   a.pre_bias = acc(args.pre_bias);
-  a.mix = acc(args.mix);
-  a.bias = acc(args.bias);
+  a.mix = acc(args.folded_mix);
+  a.bias = acc(args.folded_bias);
   a.norm_weight = acc(args.norm_weight);
   a.norm_bias = acc(args.norm_bias);
   a.stride = row_stride<T>(std::max(a.width, std::min(a.out_width, 16 * kOutTiles<T>)));

@@ -32,7 +32,7 @@ struct Layout {
   Chunk<Map<T>> maps;  // of each plane
   Chunk<Logit<T>> logits;
   int planes, mix, pre_mix, vector, rows, slot;
-  int mix_at, mix_units_at, pre_mix_at, pre_mix_units_at, vectors_at, tops_at, inverses_at, slots_at;
+  int mix_at, mix_units_at, pre_mix_at, pre_mix_units_at, vectors_at, row_maxes_at, row_scales_at, slots_at;
   int64_t bytes;
 
   Layout() = default;
@@ -59,8 +59,8 @@ struct Layout {
     pre_mix_at = take(pre_mix, number);
     pre_mix_units_at = take(vector, acc);
     vectors_at = take(kVectors * vector, acc);
-    tops_at = take(rows, acc);
-    inverses_at = take(rows, acc);
+    row_maxes_at = take(rows, acc);
+    row_scales_at = take(rows, acc);
     slots_at = take(int64_t(workers) * slot, number);
   }
 };

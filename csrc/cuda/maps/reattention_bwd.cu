@@ -90,7 +90,8 @@ BackwardMemory<T> memory_of(const BackwardKernel<T>& a, bool by_key) {
   for (Piece& units : m.units) take(units, !kFarMatrices<T>, padded, acc);
   take(m.vectors, true, 4 * padded, acc);
   m.number_row = by_key ? a.chunk : kOwnRows;
-  for (Piece* numbers : {&m.tops, &m.inverses, &m.deltas}) take(*numbers, true, heads * m.number_row, acc);
+  for (Piece* numbers : {&m.row_maxes, &m.row_scales, &m.row_dots})
+    take(*numbers, true, heads * m.number_row, acc);
   take(m.map_sums, !by_key, heads * kOwnRows, acc);
   m.slot = Scores<T, 1>::size(a.stride);
   // at other times in the same place
@@ -163,8 +164,8 @@ BackwardKernel<T> common(const ReattentionBackward& args) {
   a.eps = static_cast<Acc<T>>(args.eps);
   a.pre_mix = array(args.pre_mix);
   a.pre_bias = array(args.pre_mix ? args.pre_bias : nullptr);
-  a.mix = array(args.mix);
-  a.bias = array(args.bias);
+  a.mix = array(args.folded_mix);
+  a.bias = array(args.folded_bias);
   a.coupling = array(args.coupling);
   a.coupling_image = args.coupling_stride_b;
   a.norm_weight = array(args.norm_weight);
@@ -202,7 +203,7 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   rows.own_rows = keys.other_rows = static_cast<int>(args.N);
   rows.other_rows = keys.own_rows = static_cast<int>(args.M);
   for (BackwardKernel<T>* a : {&rows, &keys}) a->tiles = (a->own_rows + kOwnRows - 1) / kOwnRows;
-  rows.wants_dmix = args.dmix || args.dbias;
+  rows.wants_dmix = args.dfolded_mix || args.dfolded_bias;
   rows.wants_dnorm = args.dnorm_weight || args.dnorm_bias;
   rows.wants_dpre_mix = args.dpre_mix != nullptr;
   rows.goes_on = args.dq.data || args.dk.data || args.dpre_mix;
@@ -261,9 +262,9 @@ void backward(const ReattentionBackward& args, void* scratch, void* stream) {
   sums.images = rows.images;
   sums.heads = rows.heads;
   sums.mean = mean_beside<T>(args);
-  sums.dmix = {static_cast<A*>(args.dmix)};
+  sums.dmix = {static_cast<A*>(args.dfolded_mix)};
   sums.dpre_mix = {static_cast<A*>(args.dpre_mix)};
-  sums.dbias = {static_cast<A*>(args.dbias)};
+  sums.dbias = {static_cast<A*>(args.dfolded_bias)};
   sums.dnorm_weight = {static_cast<A*>(args.dnorm_weight)};
   sums.dnorm_bias = {static_cast<A*>(args.dnorm_bias)};
   launch(kOperation, parameter_sums<A>, (size + 255) / 256, 256, 0, stream, sums);

@@ -36,9 +36,9 @@ struct BackwardMemory {
   Piece grads;  // dY, then dM, then Y; in 32 and 64 bits at last raw_again
   Piece raw;    // scale q k, where those are mixed; in 32 and 64 bits the maps' place
   Piece mix, mix_t, coupling, pre, pre_t, units[5];
-  Piece vectors;                 // [4, heads]: bias beside the mix, norm_weight, norm_bias, pre_bias
-  Piece tops, inverses, deltas;  // [heads, number_row]
-  Piece map_sums;                // [heads, 16], by query
+  Piece vectors;                          // [4, heads]: bias beside the mix, norm_weight, norm_bias, pre_bias
+  Piece row_maxes, row_scales, row_dots;  // [heads, number_row]
+  Piece map_sums;                         // [heads, 16], by query
   Piece slots, sums, maxima;
   int number_row, slot, sum_row, bytes;
 };

@@ -90,17 +90,17 @@ DEVICE void mixed_maps(const B& b, typename B::Tile& y, int i, int x) {
   });
 }
 
-// The mixed maps as the layer norm leaves them, before its weight; they and their rate are 0 outside, where
-// the rate would be Inf without eps.
+// The mixed maps as the layer norm leaves them, before its weight; they and their rstd are 0 outside, where
+// the rstd would be Inf without eps.
 template <class B>
-DEVICE void normalised_maps(const B& b, typename B::Tile& normal, typename B::A (&rate)[2][2], int i, int x,
+DEVICE void normalised_maps(const B& b, typename B::Tile& normal, typename B::A (&rstd)[2][2], int i, int x,
                             int first) {
   mixed_maps(b, normal, i, x);
-  normalise_heads(normal, rate, b.a.heads, b.a.eps);
+  normalise_heads(normal, rstd, b.a.heads, b.a.eps);
   UNROLLED_FOR (int j = 0; j < 2; ++j)
     UNROLLED_FOR (int e = 0; e < 2; ++e)
       if (!b.inside(i, first + x + 8 * j + tile_col(e))) {
-        rate[j][e] = 0;
+        rstd[j][e] = 0;
         UNROLLED_FOR (int group = 0; group < B::kGroups; ++group)
           normal[group][j][e] = normal[group][j][e + 2] = 0;
       }
@@ -112,8 +112,8 @@ DEVICE void through_norm(const B& b, typename B::Tile& normal, VectorSums<B>& su
   using A = typename B::A;
   const int heads = b.a.heads;
   const A part = A(1) / heads;
-  A rate[2][2];
-  normalised_maps(b, normal, rate, i, x, first);
+  A rstd[2][2];
+  normalised_maps(b, normal, rstd, i, x, first);
   const Shared<typename B::T> grads = b.grads();
   const auto at = b.at_t();
   UNROLLED_FOR (int j = 0; j < 2; ++j) {  // half of the columns at a time: registers
@@ -143,7 +143,7 @@ DEVICE void through_norm(const B& b, typename B::Tile& normal, VectorSums<B>& su
       UNROLLED_FOR (int half = 0; half < 2; ++half) {
         A dm[2];
         UNROLLED_FOR (int e = 0; e < 2; ++e)
-          dm[e] = rate[j][e] * (dn[group][e + 2 * half] -
+          dm[e] = rstd[j][e] * (dn[group][e + 2 * half] -
                                 part * (mean[e] + projection[e] * normal[group][j][e + 2 * half]));
         if (b.head_of(group, 2 * half) < heads) store2(grads, place(group, half), dm[0], dm[1]);
       }
@@ -183,13 +183,13 @@ DEVICE void logits_gradient(const B& b, const typename B::Tile& da, int i, int x
   typename B::Tile p;
   whole_maps(b, p, i, x, first);
   for_each_head<B::kGroups>([&](int group, int half, int h) {
-    typename B::A delta = 0;
+    typename B::A row_dot = 0;
     const bool there = h < b.a.heads;
-    if (there && !B::BY_KEY) delta = b.deltas().ld(b.number(h, i, x));
+    if (there && !B::BY_KEY) row_dot = b.row_dots().ld(b.number(h, i, x));
     UNROLLED_FOR (int j = 0; j < 2; ++j)
       UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e) {
-        if (there && B::BY_KEY) delta = b.deltas().ld(b.number(h, i, x + 8 * j + tile_col(e)));
-        p[group][j][e] *= (da[group][j][e] - delta) * size;
+        if (there && B::BY_KEY) row_dot = b.row_dots().ld(b.number(h, i, x + 8 * j + tile_col(e)));
+        p[group][j][e] *= (da[group][j][e] - row_dot) * size;
       }
   });
   sync_warp();  // the maps are read

@@ -27,9 +27,9 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKern
       const int64_t from = (int64_t(b.image) * heads + h) * a.other_rows + first + x;
       const int to = b.number(h, 0, x);
       const bool there = first + x < a.other_rows;
-      b.tops().st(to, there ? a.rows.ld(from) : A(0));
-      b.inverses().st(to, there ? a.rows.ld(from + a.field) : A(0));
-      b.deltas().st(to, there && wants_dk ? a.rows.ld(from + 2 * a.field) : A(0));
+      b.row_maxes().st(to, there ? a.rows.ld(from) : A(0));
+      b.row_scales().st(to, there ? a.rows.ld(from + a.field) : A(0));
+      b.row_dots().st(to, there && wants_dk ? a.rows.ld(from + 2 * a.field) : A(0));
     }
     sync_block();
     b.make(first, columns, true, a.dout && wants_dk);
@@ -43,14 +43,14 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) key_sweep(BackwardKern
           if (wants_dk) {
             through_norm(b, y, unused, i, x, first);
           } else {
-            A rate[2][2];
-            normalised_maps(b, y, rate, i, x, first);
+            A rstd[2][2];
+            normalised_maps(b, y, rstd, i, x, first);
           }
           for_each_head<GROUPS>([&](int group, int half, int g) {
-            const A weight = b.vector(1, g), shift = b.vector(2, g);
+            const A weight = b.vector(1, g), norm_bias = b.vector(2, g);
             UNROLLED_FOR (int j = 0; j < 2; ++j)
               UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
-                y[group][j][e] = y[group][j][e] * weight + shift;
+                y[group][j][e] = y[group][j][e] * weight + norm_bias;
           });
         } else if (wants_dv) {
           mixed_maps(b, y, i, x);

@@ -15,8 +15,8 @@ DEVICE void statistics(const B& b) {
   if (!a.pre_mix.p) {  // softmax_rows has made them
     for (int c = thread_x(); c < a.heads * kOwnRows; c += threads()) {
       const bool there = b.row0 + c % kOwnRows < a.own_rows;
-      b.tops().st(c, there ? a.rows.ld(b.global_row(c)) : A(0));
-      b.inverses().st(c, there ? a.rows.ld(b.global_row(c) + a.field) : A(0));
+      b.row_maxes().st(c, there ? a.rows.ld(b.global_row(c)) : A(0));
+      b.row_scales().st(c, there ? a.rows.ld(b.global_row(c) + a.field) : A(0));
     }
     sync_block();
     return;
@@ -38,17 +38,18 @@ DEVICE void statistics(const B& b) {
           const int h = b.head_of(group, 2 * half);
           if (h >= a.heads || (lane_id() & 3) != 0) continue;
           const int at = b.number(h, i, 0);
-          const A before = first ? b.tops().ld(at) : A(-1e38), sum = first ? b.inverses().ld(at) : A(0);
-          const A top = larger(before, row.top[group][half]);
-          b.tops().st(at, top);
-          b.inverses().st(at, sum * fast_exp2(before - top) +
-                                  row.sum[group][half] * fast_exp2(row.top[group][half] - top));
+          const A before = first ? b.row_maxes().ld(at) : A(-1e38),
+                  sum = first ? b.row_scales().ld(at) : A(0);
+          const A row_max = larger(before, row.row_max[group][half]);
+          b.row_maxes().st(at, row_max);
+          b.row_scales().st(at, sum * fast_exp2(before - row_max) +
+                                    row.sum[group][half] * fast_exp2(row.row_max[group][half] - row_max));
         }
     }
     sync_block();
   }
   for (int c = thread_x(); c < a.heads * kOwnRows; c += threads())
-    b.inverses().st(c, b.kScale / b.inverses().ld(c));
+    b.row_scales().st(c, b.kScale / b.row_scales().ld(c));
   sync_block();
 }
 
@@ -122,29 +123,29 @@ DEVICE void add_dbias(const B& b, int i, int x, VectorSums<B>& sums) {
 
 // A lane's part of sum_j A dA and of sum_j A, which rounding has made other than 1, and its largest |A dA|.
 template <class B>
-struct Delta {
+struct RowDot {
   typename B::A sums[B::kGroups][2], maps[B::kGroups][2];
 };
 template <class B>
-DEVICE void add_delta(const B& b, const typename B::Tile& da, int i, int x, int first, Delta<B>& delta,
-                      typename B::A& largest) {
+DEVICE void add_row_dot(const B& b, const typename B::Tile& da, int i, int x, int first, RowDot<B>& row_dot,
+                        typename B::A& largest) {
   typename B::Tile p;
   whole_maps(b, p, i, x, first);
   for_each_element<B::kGroups>([&](int group, int j, int e) {
     const typename B::A product = p[group][j][e] * da[group][j][e];
-    delta.sums[group][e >> 1] += product;
-    delta.maps[group][e >> 1] += p[group][j][e];
+    row_dot.sums[group][e >> 1] += product;
+    row_dot.maps[group][e >> 1] += p[group][j][e];
     if constexpr (kBounded<typename B::T>) largest = larger(largest, product < 0 ? -product : product);
   });
 }
 
 template <class B>
-DEVICE void store_delta(const B& b, const Delta<B>& delta, int i, bool first) {
+DEVICE void store_row_dot(const B& b, const RowDot<B>& row_dot, int i, bool first) {
   for_each_head<B::kGroups>([&](int group, int half, int h) {
-    const typename B::A sum = quad_sum(delta.sums[group][half]), maps = quad_sum(delta.maps[group][half]);
+    const typename B::A sum = quad_sum(row_dot.sums[group][half]), maps = quad_sum(row_dot.maps[group][half]);
     if (h >= b.a.heads || (lane_id() & 3) != 0) return;
     const int at = b.number(h, i, 0);
-    b.deltas().st(at, first ? sum : b.deltas().ld(at) + sum);
+    b.row_dots().st(at, first ? sum : b.row_dots().ld(at) + sum);
     b.map_sums().st(at, first ? maps : b.map_sums().ld(at) + maps);
   });
 }
@@ -172,17 +173,17 @@ DEVICE void store_vectors(const B& b, const VectorSums<B>& sums, int64_t to) {
 // A bound of |dL| in this block, from the lanes' largest |A dA|.
 template <class B>
 DEVICE typename B::A bound_of(const B& b, typename B::A largest) {
-  typename B::A delta = 0;
+  typename B::A row_dot = 0;
   for (int c = lane_id(); c < b.a.heads * kOwnRows; c += 32) {
-    const typename B::A x = b.deltas().ld(c);
-    delta = larger(delta, x < 0 ? -x : x);
+    const typename B::A x = b.row_dots().ld(c);
+    row_dot = larger(row_dot, x < 0 ? -x : x);
   }
-  delta = warp_max(delta);
+  row_dot = warp_max(row_dot);
   largest = warp_max(largest);
   if (lane_id() == 0) b.maxima().st(b.warp, largest);
   sync_block();
   for (int w = 0; w < threads() >> 5; ++w) largest = larger(largest, b.maxima().ld(w));
-  return largest + delta;
+  return largest + row_dot;
 }
 
 // dY = dout v^T; dM = dY through the layer norm; dA_h = sum_g mix[g, h] dM_g + sum_k coupling[h, k] (A_k -
@@ -195,8 +196,8 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
   const int warps = threads() >> 5, heads = a.heads, keys = padded_width(a.other_rows);
   const bool whole = a.chunk >= keys;
   const int64_t part = int64_t(block_x()) * (2 * heads * heads + 3 * heads);
-  constexpr bool holds_delta = GROUPS == 1 || sizeof(T) < 8;  // else registers are short
-  const auto clear = [&](bool unused, int first, int end) {   // all of it is added up
+  constexpr bool holds_row_dot = GROUPS == 1 || sizeof(T) < 8;  // else registers are short
+  const auto clear = [&](bool unused, int first, int end) {     // all of it is added up
     if (unused && (a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix))
       for (int c = first + thread_x(); c < end; c += threads()) a.partial.st(part + c, A(0));
   };
@@ -218,7 +219,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
       if (fresh) b.make(first, columns, !(whole && a.pre_mix.p), a.dout);
       sync_block();
       ROLLED_FOR (int i = b.warp; i < kOwnRows; i += warps) {
-        Delta<B> delta{};
+        RowDot<B> row_dot{};
         ROLLED_FOR (int x = 0; x < columns; x += 16) {
           typename B::Tile tile;
           if (fresh && a.pre_mix.p) maps_of_logits(b, i, x, first);
@@ -230,11 +231,11 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
             logits_gradient(b, tile, i, x, first, size);
             continue;
           }
-          if constexpr (!holds_delta) delta = {};
-          add_delta(b, tile, i, x, first, delta, largest);
-          if constexpr (!holds_delta) store_delta(b, delta, i, first == 0 && x == 0);
+          if constexpr (!holds_row_dot) row_dot = {};
+          add_row_dot(b, tile, i, x, first, row_dot, largest);
+          if constexpr (!holds_row_dot) store_row_dot(b, row_dot, i, first == 0 && x == 0);
         }
-        if (holds_delta && pass == 0 && a.goes_on) store_delta(b, delta, i, first == 0);
+        if (holds_row_dot && pass == 0 && a.goes_on) store_row_dot(b, row_dot, i, first == 0);
       }
       sync_block();
       if (pass == 0) {
@@ -265,7 +266,7 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
       if (a.wants_dmix || a.wants_dnorm) store_vectors(b, sums, part + 2 * heads * heads);
       if (!a.goes_on) break;
       for (int c = thread_x(); c < heads * kOwnRows; c += threads())
-        if (b.map_sums().ld(c) != 0) b.deltas().st(c, b.deltas().ld(c) / b.map_sums().ld(c));
+        if (b.map_sums().ld(c) != 0) b.row_dots().st(c, b.row_dots().ld(c) / b.map_sums().ld(c));
       sync_block();  // the sums' place is that of rows again
       if constexpr (kBounded<T>) {
         const A bound = bound_of(b, largest);
@@ -280,10 +281,10 @@ KERNEL LAUNCH_BOUNDS((32 * kBackwardWarps<T, GROUPS>), 1) query_sweep(BackwardKe
     if (b.row0 + c % kOwnRows >= a.own_rows) continue;
     const int64_t to = b.global_row(c);
     if (a.pre_mix.p) {
-      a.rows.st(to, b.tops().ld(c));
-      a.rows.st(to + a.field, b.inverses().ld(c));
+      a.rows.st(to, b.row_maxes().ld(c));
+      a.rows.st(to + a.field, b.row_scales().ld(c));
     }
-    if (a.goes_on) a.rows.st(to + 2 * a.field, b.deltas().ld(c));
+    if (a.goes_on) a.rows.st(to + 2 * a.field, b.row_dots().ld(c));
   }
 }
 

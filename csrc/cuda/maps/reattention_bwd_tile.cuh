@@ -98,9 +98,9 @@ struct BackwardTile {
   DEVICE Shared<T> grads() const { return take<T>(a.memory.grads); }
   DEVICE Shared<A> raw() const { return take<A>(a.memory.raw); }
   DEVICE Shared<A> raw_again() const { return take<A>(kWide ? a.memory.grads : a.memory.raw); }
-  DEVICE Shared<A> tops() const { return take<A>(a.memory.tops); }
-  DEVICE Shared<A> inverses() const { return take<A>(a.memory.inverses); }
-  DEVICE Shared<A> deltas() const { return take<A>(a.memory.deltas); }
+  DEVICE Shared<A> row_maxes() const { return take<A>(a.memory.row_maxes); }
+  DEVICE Shared<A> row_scales() const { return take<A>(a.memory.row_scales); }
+  DEVICE Shared<A> row_dots() const { return take<A>(a.memory.row_dots); }
   DEVICE Shared<A> map_sums() const { return take<A>(a.memory.map_sums); }
   DEVICE Shared<A> sums() const { return take<A>(a.memory.sums); }
   DEVICE Shared<A> maxima() const { return take<A>(a.memory.maxima); }
@@ -144,18 +144,18 @@ struct BackwardTile {
     }
     const Shared<A> vectors = take<A>(memory.vectors);
     for (int g = thread_x(); g < padded_width(heads); g += threads()) {
-      A beside = 0, weight = 0, shift = 0, added = 0;
+      A beside = 0, weight = 0, norm_bias = 0, added = 0;
       if (g < heads) {
         if (a.dout)
           for (int h = 0; h < heads; ++h) beside += a.mix.ld(g * heads + h);
         beside = beside * a.beside + (a.bias.p ? a.bias.ld(g) : A(0));
-        if (a.layer_norm) weight = a.norm_weight.ld(g), shift = a.norm_bias.ld(g);
+        if (a.layer_norm) weight = a.norm_weight.ld(g), norm_bias = a.norm_bias.ld(g);
         if (a.pre_bias.p) added = a.pre_bias.ld(g) * A(kLog2e);
       }
       const int padded = padded_width(heads);
       vectors.st(g, beside);
       vectors.st(padded + g, weight);
-      vectors.st(2 * padded + g, shift);
+      vectors.st(2 * padded + g, norm_bias);
       vectors.st(3 * padded + g, added);
     }
     sync_block();
@@ -164,7 +164,7 @@ struct BackwardTile {
   DEVICE A vector(int which, int g) const {
     return take<A>(a.memory.vectors).ld(which * padded_width(a.heads) + g);
   }
-  // Where `rows` has what number `c` of tops and so on is, in the sweep over queries.
+  // Where `rows` has what number `c` of row_maxes and so on is, in the sweep over queries.
   DEVICE int64_t global_row(int c) const {
     return (int64_t(image) * a.heads + c / kOwnRows) * a.own_rows + row0 + c % kOwnRows;
   }
@@ -217,8 +217,9 @@ struct BackwardTile {
   }
   DEVICE A map_of(A logit, int h, int i, int x, int first) const {
     const int from = number(h, i, x);
-    return inside(i, first + x) ? fast_exp2(logit - tops().ld(from)) * inverses().ld(from) - a.mean * kScale
-                                : A(0);
+    return inside(i, first + x)
+               ? fast_exp2(logit - row_maxes().ld(from)) * row_scales().ld(from) - a.mean * kScale
+               : A(0);
   }
 
   // Adds left [16, columns] of a chunk times the other side's rows (of q and k, or of dout and v) to

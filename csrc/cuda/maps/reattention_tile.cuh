@@ -41,8 +41,8 @@ struct ForwardTile {
   DEVICE Shared<A> vector(Vector which) const {
     return piece<A>(a.at.vectors_at + which * a.at.vector * int(sizeof(A)), a.at.vector);
   }
-  DEVICE Shared<A> tops() const { return piece<A>(a.at.tops_at, a.at.rows); }
-  DEVICE Shared<A> inverses() const { return piece<A>(a.at.inverses_at, a.at.rows); }
+  DEVICE Shared<A> row_maxes() const { return piece<A>(a.at.row_maxes_at, a.at.rows); }
+  DEVICE Shared<A> row_scales() const { return piece<A>(a.at.row_scales_at, a.at.rows); }
   DEVICE Slot scores() const {  // of a warp that has a slot
     return {piece<T>(a.at.slots_at + warp() * a.at.slot * int(sizeof(T)), a.at.slot), renewed(a.stride),
             a.width, padded_width(a.width)};
@@ -173,11 +173,11 @@ struct ForwardTile {
     for (int c = thread_x(); c < a.heads * kRows; c += threads()) {
       const int h = c / kRows, i = c % kRows;
       const int64_t from = (int64_t(image) * a.heads + h) * a.n + row0 + i;
-      tops().st(c, i < present ? a.rows.ld(from) : A(0));
-      inverses().st(c, i < present ? a.rows.ld(from + a.field) : A(0));
+      row_maxes().st(c, i < present ? a.rows.ld(from) : A(0));
+      row_scales().st(c, i < present ? a.rows.ld(from + a.field) : A(0));
     }
   }
-  // The same of mixed logits, chunk by chunk; `inverses` holds the sum so far.
+  // The same of mixed logits, chunk by chunk; `row_scales` holds the sum so far.
   DEVICE void add_statistics(int key0, int columns) const {
     const bool leader = (lane_id() & 3) == 0;
     const auto at = a.at.logits.renewed();
@@ -186,8 +186,8 @@ struct ForwardTile {
       if (key0 > 0)
         for_each_head_place([&](int group, int half, int h) {
           if (h >= a.heads) return;
-          statistics.top[group][half] = tops().ld(h * kRows + i);
-          if (leader) statistics.sum[group][half] = inverses().ld(h * kRows + i);
+          statistics.row_max[group][half] = row_maxes().ld(h * kRows + i);
+          if (leader) statistics.sum[group][half] = row_scales().ld(h * kRows + i);
         });
       ROLLED_FOR (int x = 0; x < columns; x += 16) {
         Columns z;
@@ -199,8 +199,8 @@ struct ForwardTile {
       for_each_head_place([&](int group, int half, int h) {
         if (h >= a.heads || !leader) return;
         const A sum = statistics.sum[group][half];
-        tops().st(h * kRows + i, statistics.top[group][half]);
-        inverses().st(h * kRows + i, key0 + columns < a.m ? sum : MapNumbers<T>::kScale / sum);
+        row_maxes().st(h * kRows + i, statistics.row_max[group][half]);
+        row_scales().st(h * kRows + i, key0 + columns < a.m ? sum : MapNumbers<T>::kScale / sum);
       });
     }
   }
@@ -212,19 +212,19 @@ struct ForwardTile {
       UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
         UNROLLED_FOR (int i = 0; i < 2; ++i) {
           const int row = 16 * r + tile_row(2 * i);
-          const A top = tops().ld(h * kRows + row), inverse = inverses().ld(h * kRows + row);
+          const A row_max = row_maxes().ld(h * kRows + row), row_scale = row_scales().ld(h * kRows + row);
           UNROLLED_FOR (int j = 0; j < 2; ++j) {
             const int column = 16 * t + 8 * j + tile_col(0);
             A x[2];
             UNROLLED_FOR (int e = 0; e < 2; ++e)
-              x[e] = centred_map(s[r][j][2 * i + e], top, inverse, column + e);
+              x[e] = centred_map(s[r][j][2 * i + e], row_max, row_scale, column + e);
             store2(maps(), at.place_of_head(h, row, column - key0), x[0], x[1]);
           }
         }
     });
   }
-  DEVICE A centred_map(A logit, A top, A inverse, int column) const {
-    return column < a.m ? fast_exp2(logit - top) * inverse - a.mean : A(0);
+  DEVICE A centred_map(A logit, A row_max, A row_scale, int column) const {
+    return column < a.m ? fast_exp2(logit - row_max) * row_scale - a.mean : A(0);
   }
   // The centred maps of 16 keys of query row i, from logits in the same place.
   DEVICE void make_mixed_maps(const Chunk<L>& at, int key0, int i, int x) const {
@@ -233,12 +233,12 @@ struct ForwardTile {
     sync_warp();  // all heads of this place are read
     for_each_head_place([&](int group, int half, int h) {
       if (h >= a.heads) return;
-      const A top = tops().ld(h * kRows + i), inverse = inverses().ld(h * kRows + i);
+      const A row_max = row_maxes().ld(h * kRows + i), row_scale = row_scales().ld(h * kRows + i);
       UNROLLED_FOR (int j = 0; j < 2; ++j) {
         const int column = x + 8 * j + tile_col(0);
         A p[2];
         UNROLLED_FOR (int e = 0; e < 2; ++e)
-          p[e] = centred_map(z[group][j][2 * half + e], top, inverse, key0 + column + e);
+          p[e] = centred_map(z[group][j][2 * half + e], row_max, row_scale, key0 + column + e);
         store2(maps(), at.place_of_head(h, i, column), p[0], p[1]);
       }
     });
@@ -268,8 +268,8 @@ struct ForwardTile {
       sync_warp();  // all heads of this place are read
       affine(y, kFactor, kConstant);
       if (a.norm_weight.p) {
-        A rate[2][2];
-        normalise_heads(y, rate, a.heads, a.eps);
+        A rstd[2][2];
+        normalise_heads(y, rstd, a.heads, a.eps);
         affine(y, kWeight, kAdded);
       }
       for_each_head_place([&](int group, int half, int h) {

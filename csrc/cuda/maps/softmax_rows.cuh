@@ -78,7 +78,7 @@ KERNEL LAUNCH_BOUNDS(32 * SoftmaxRows<T>::kWarps, 1) softmax_rows(SoftmaxRows<T>
       const int row = row0 + 16 * r + tile_row(2 * i);
       if ((lane_id() & 3) != 0 || row >= a.n) continue;
       const int64_t to = (int64_t(image) * a.heads + head) * a.n + row;
-      a.rows.st(to, statistics.top[r][i]);
+      a.rows.st(to, statistics.row_max[r][i]);
       a.rows.st(to + a.field, MapNumbers<T>::kScale / statistics.sum[r][i]);
     }
 }

@@ -16,15 +16,15 @@ constexpr int kSumRows = 256;  // vectors whose sums a block adds
 
 template <class T>
 struct SimilarityKernel {
-  Vectors<T> x;                  // [items, N, D]
-  Vectors<T> y;                  // [items, M, D]
-  Global<const Acc<T>> x_rates;  // [items, N]; not of whole sets
-  Global<const Acc<T>> y_rates;  // [items, M]; not of whole sets
-  Global<Acc<T>> x_sums;         // [items, column tiles, N]; of a whole set [items, N]
-  Global<Acc<T>> y_sums;         // [items, row tiles, M]
-  Global<Acc<T>> rates;          // [items, N]; of whole sets
-  Global<Acc<T>> totals;         // [items]; of whole sets
-  Global<uint32_t> signs;        // [items, N, 1 or 2, ceil(M / 32)]
+  Vectors<T> x;                          // [items, N, D]
+  Vectors<T> y;                          // [items, M, D]
+  Global<const Acc<T>> x_inverse_norms;  // [items, N]; not of whole sets
+  Global<const Acc<T>> y_inverse_norms;  // [items, M]; not of whole sets
+  Global<Acc<T>> x_sums;                 // [items, column tiles, N]; of a whole set [items, N]
+  Global<Acc<T>> y_sums;                 // [items, row tiles, M]
+  Global<Acc<T>> inverse_norms;          // [items, N]; of whole sets
+  Global<Acc<T>> totals;                 // [items]; of whole sets
+  Global<uint32_t> signs;                // [items, N, 1 or 2, ceil(M / 32)]
   int row_tiles;
   int column_tiles;
   int tiles;    // of an item
@@ -51,14 +51,14 @@ struct SumPlaces {
   static constexpr int kAcross = WHOLE ? (CosineTile<T>::kWhole + 1) / 2 : 2,
                        kDown = WHOLE ? CosineTile<T>::kWhole : CosineTile<T>::kDown;
   static constexpr int kSize = WHOLE ? 32 * CosineTile<T>::kWhole : CosineTile<T>::kSize;
-  static constexpr int kNumbers = (kAcross + kDown + (WHOLE ? 1 : 0)) * kSize;  // with a whole set's rates
+  static constexpr int kNumbers =
+      (kAcross + kDown + (WHOLE ? 1 : 0)) * kSize;  // with a whole set's inverse norms
 };
 
 template <class T, bool WHOLE>
 inline constexpr int kMostThreads = WHOLE ? 512 : CosineTile<T>::kThreads;
 
-// S[i, j] = rate_i rate_j x_i . y_j; x_sums[i] = sum over j of the tile of penalty(S[i, j]), y_sums[j] over
-// i.
+// S[i, j] = x̂_i . ŷ_j; x_sums[i] = sum over j of the tile of penalty(S[i, j]), y_sums[j] over i.
 template <class T, bool WHOLE>
 KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1))
     similarity_tile(SimilarityKernel<T> a) {
@@ -75,7 +75,7 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
   const CosineProducts<T> products{carve.take<T>(a.stages * stage), a.stages, stage, most};
   const Shared<A> row_sums = carve.take<A>(Places::kAcross * Places::kSize),
                   column_sums = carve.take<A>(Places::kDown * Places::kSize),
-                  rates = carve.take<A>(WHOLE ? Places::kSize : 0);
+                  inverse_norms = carve.take<A>(WHOLE ? Places::kSize : 0);
   const Shared<double> total = carve.take<double>(WHOLE ? threads() / 32 : 0);
 
   const auto part = WHOLE ? CosinePart<T>::of_triangle((n + 31) / 32)
@@ -98,27 +98,29 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
         });
     squares += warp_shuffle_xor(squares, 1);
     if (mine < most && thread_x() % 2 == 0) {
-      const A rate = inverse_norm(square_root(squares), a.eps, a.inverse_eps);
-      rates.st(mine, rate);
-      if (a.keep && mine < n) a.rates.st(item * n + mine, rate);
+      const A inverse_norm = inverse_of_norm(square_root(squares), a.eps, a.inverse_eps);
+      inverse_norms.st(mine, inverse_norm);
+      if (a.keep && mine < n) a.inverse_norms.st(item * n + mine, inverse_norm);
     }
     sync_block();
   } else {
-    const auto rate = [&](int set, int i) {
+    const auto inverse_norm = [&](int set, int i) {
       const int at = (set ? column0 : row0) + i, count = set ? m : n;
-      return at < count ? (set ? a.y_rates : a.x_rates).ld(item * count + at) : A(0);
+      return at < count ? (set ? a.y_inverse_norms : a.x_inverse_norms).ld(item * count + at) : A(0);
     };
     products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0, diagonal,
-                 Powers<T>::of_tile(Tile::kSize, rate), rate, [](int) {});
-    powers = Powers<T>::of_tile(Tile::kSize, rate);  // again: no register is left to keep it
+                 Powers<T>::of_tile(Tile::kSize, inverse_norm), inverse_norm, [](int) {});
+    powers = Powers<T>::of_tile(Tile::kSize, inverse_norm);  // again: no register is left to keep it
   }
 
   const int row = row0 + part.row, words = (m + 31) / 32, planes = a.penalty == Penalty::kAbs ? 2 : 1;
-  A rate[2][2], sum[2][2] = {};
+  A inverse_norm[2][2], sum[2][2] = {};
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at >= n ? A(0) : WHOLE ? rates.ld(at) : powers.left_of(a.x_rates.ld(item * n + at));
+      inverse_norm[r][i] = at >= n ? A(0)
+                           : WHOLE ? inverse_norms.ld(at)
+                                   : powers.left_of(a.x_inverse_norms.ld(item * n + at));
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
     const bool active = g >= part.first && g < part.end;
@@ -130,15 +132,16 @@ KERNEL LAUNCH_BOUNDS((kMostThreads<T, WHOLE>), (sizeof(T) == 2 && !WHOLE ? 2 : 1
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int bit = 16 * h + 8 * j + tile_col(e), to = column + bit;
-          const A column_rate = to >= m ? A(0)
-                                : WHOLE ? rates.ld(to)
-                                        : powers.left_of(a.y_rates.ld(item * m + to));
+          const A column_inverse_norm = to >= m ? A(0)
+                                        : WHOLE ? inverse_norms.ld(to)
+                                                : powers.left_of(a.y_inverse_norms.ld(item * m + to));
           A column_sum = 0;
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);
               const bool counts = from < n && to < m && (!a.within || a.include_self || from != to);
-              const A s = counts ? acc[g][h][r][j][2 * i + e] * rate[r][i] * column_rate : A(0);
+              const A s =
+                  counts ? acc[g][h][r][j][2 * i + e] * inverse_norm[r][i] * column_inverse_norm : A(0);
               const A penalty = penalise(a.penalty, s);
               sum[r][i] += penalty;
               column_sum += penalty;
@@ -225,12 +228,12 @@ bool is_whole(const CosineArgs& args) {
 // Places in scratch, in bytes.
 template <class T>
 struct Places : Pieces {
-  int64_t rates[2], parts[2], totals;
+  int64_t inverse_norms[2], parts[2], totals;
   explicit Places(const CosineForward& args) : Pieces(args.x.dtype) {
     const int64_t counts[2] = {args.N, args.M}, tile = CosineTile<T>::kSize, L = args.L;
     if (is_whole<T>(args)) return;
     for (int s = 0; s < (args.y.data ? 2 : 1); ++s) {
-      rates[s] = take(args.saved ? 0 : L * counts[s]);
+      inverse_norms[s] = take(args.saved ? 0 : L * counts[s]);
       parts[s] = take(L * ceil_div(counts[1 - s], tile) * counts[s]);
     }
     totals = take(L * ceil_div(args.N, kSumRows));
@@ -266,7 +269,7 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
       a.row_tiles = a.column_tiles = a.tiles = 1;
       a.eps = static_cast<A>(args.eps);
       a.inverse_eps = static_cast<A>(inverse_of(args.eps));
-      a.rates = {kept(saved.rates[0])};
+      a.inverse_norms = {kept(saved.inverse_norms[0])};
       a.x_sums = {kept(saved.sums[0])};
       a.totals = {static_cast<A*>(args.sums)};
       const int64_t stage = 32 * squares * Tile::kStride * int64_t(sizeof(T)),
@@ -276,13 +279,13 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
       return;
     }
 
-  A* rates[2];
+  A* inverse_norms[2];
   for (int s = 0; s < sets; ++s) {
-    rates[s] = args.saved ? kept(saved.rates[s]) : place(at.rates[s]);
-    vector_rates(kName, args, s, rates[s], stream);
+    inverse_norms[s] = args.saved ? kept(saved.inverse_norms[s]) : place(at.inverse_norms[s]);
+    vector_inverse_norms(kName, args, s, inverse_norms[s], stream);
   }
-  a.x_rates = {rates[0]};
-  a.y_rates = {rates[other]};
+  a.x_inverse_norms = {inverse_norms[0]};
+  a.y_inverse_norms = {inverse_norms[other]};
   a.x_sums = {place(at.parts[0])};
   a.y_sums = {place(at.parts[other])};
   a.row_tiles = static_cast<int>(ceil_div(args.N, Tile::kSize));

@@ -64,13 +64,13 @@ Vectors<T> vectors(const char* name, const BatchView& view, int64_t items, int64
 }
 
 // What is saved, in words of 4 bytes; of two sets unless y is absent. gpu_saved.py says the same in Python.
-//   rates  acc [L, N]             1 / max(|x|, eps)
+//   inverse_norms  acc [L, N]     1 / max(|x|, eps)
 //   sums   acc [L, D] or [L, N]   signed: of unit vectors; else of the penalties of a vector with all others
 //   signs  [L, N, planes, ceil(M / 32)]  abs, relu: bit j % 32 of word j / 32 is set where S > 0 and, in the
 //                                 second plane of abs, where S < 0. Within x only squares of 32 on and above
 //                                 the diagonal are written.
 struct CosineSaved {
-  int64_t rates[2], sums[2], signs, words;
+  int64_t inverse_norms[2], sums[2], signs, words;
   explicit CosineSaved(const CosineArgs& args) : words(0) {
     const int64_t acc = args.x.dtype == ScalarType::kDouble ? 2 : 1, counts[2] = {args.N, args.M};
     const int sets = args.y.data ? 2 : 1;
@@ -79,10 +79,10 @@ struct CosineSaved {
       words += (size + 15) / 16 * 16;
       return at;
     };
-    for (int s = 0; s < sets; ++s) rates[s] = take(acc * args.L * counts[s]);
+    for (int s = 0; s < sets; ++s) inverse_norms[s] = take(acc * args.L * counts[s]);
     for (int s = 0; s < sets; ++s)
       sums[s] = take(acc * args.L * (args.penalty == Penalty::kSigned ? args.D : counts[s]));
-    if (sets == 1) rates[1] = rates[0], sums[1] = sums[0];
+    if (sets == 1) inverse_norms[1] = inverse_norms[0], sums[1] = sums[0];
     const int64_t planes = args.penalty == Penalty::kAbs ? 2 : args.penalty == Penalty::kRelu ? 1 : 0;
     signs = take(args.L * args.N * planes * ((args.M + 31) / 32));
   }
@@ -208,36 +208,36 @@ DEVICE bool is_far(A norm) {
 // Whether a tile has vectors so long or so short that products of raw vectors would leave the range. Then all
 // of its vectors are multiplied by their inverse norms first: the products are cosines. float16 has no such
 // vectors.
-//   rate(set, i)   the inverse norm of its i-th row (set 0) or column (1), 0 past the last
+//   inverse_norm(set, i)   the inverse norm of its i-th row (set 0) or column (1), 0 past the last
 template <class T>
 struct Powers {
   bool any;
 
   // The same for all warps of a block. `most`: vectors of a tile.
-  template <class Rate>
-  DEVICE static Powers of_tile(int most, Rate rate) {
+  template <class InverseNorm>
+  DEVICE static Powers of_tile(int most, InverseNorm inverse_norm) {
     if constexpr (std::is_same_v<T, half_t>) return {false};
     float far = 0;
     ROLLED_FOR (int i = lane_id(); i < most; i += 32)
       UNROLLED_FOR (int set = 0; set < 2; ++set) {
-        const Acc<T> number = rate(set, i);
+        const Acc<T> number = inverse_norm(set, i);
         if (number != 0 && is_far(number)) far = 1;
       }
     return {renewed(int(warp_max(far))) != 0};
   }
   // A chunk of `rows` vectors of a set at a place in shared memory.
-  template <class Rate>
-  DEVICE void scale(Shared<T> memory, int at, int set, int rows, Rate rate) const {
+  template <class InverseNorm>
+  DEVICE void scale(Shared<T> memory, int at, int set, int rows, InverseNorm inverse_norm) const {
     constexpr int chunk = CosineTile<T>::kChunk;
     ROLLED_FOR (int e = thread_x(); e < rows * chunk; e += threads()) {
       const int i = e / chunk, to = at + i * CosineTile<T>::kStride + e % chunk;
-      const Acc<T> number = rate(set, i);
+      const Acc<T> number = inverse_norm(set, i);
       if (number == 0) continue;  // past the last there may be no numbers
       memory.st(to, from_acc<T>(to_float(memory.ld(to)) * number));
     }
   }
   // 1 where products are cosines already.
-  DEVICE Acc<T> left_of(Acc<T> rate) const { return any ? Acc<T>(1) : rate; }
+  DEVICE Acc<T> left_of(Acc<T> inverse_norm) const { return any ? Acc<T>(1) : inverse_norm; }
 };
 
 // step(k) for each step of a product's depth. Of 32 and 64 bits the compiler would unroll more than there are
@@ -280,10 +280,10 @@ struct CosineProducts {
 
   // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows.
   // see(at): a chunk of the rows has come, at that place in the memory.
-  template <class Rate, class See>
+  template <class InverseNorm, class See>
   DEVICE void add(Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
-                  const Vectors<T>& y, int64_t y_item, int column0, bool same, Powers<T> powers, Rate rate,
-                  See see) const {
+                  const Vectors<T>& y, int64_t y_item, int column0, bool same, Powers<T> powers,
+                  InverseNorm inverse_norm, See see) const {
     const int chunks = (x.width + Tile::kChunk - 1) / Tile::kChunk;
     const int columns = (same ? column0 - row0 : most) * Tile::kStride;  // behind the rows
     const auto fetch_chunk = [&](int t) {
@@ -306,10 +306,10 @@ struct CosineProducts {
       fetch_chunk(t + stages - 1);
       see(t % stages * stage);
       if (powers.any) {
-        powers.scale(memory, t % stages * stage, 0, most, rate);
+        powers.scale(memory, t % stages * stage, 0, most, inverse_norm);
         if (!same)
           powers.scale(memory, t % stages * stage + columns, 1, GROUPS < Tile::kGroups ? 64 * GROUPS : most,
-                       rate);
+                       inverse_norm);
         sync_block();
       }
       if (!part.any()) continue;
@@ -339,7 +339,7 @@ struct CosineProducts {
 
 // 1 / max(norm, eps); of a NaN a NaN. A vector that was divided by eps has exactly inverse_eps.
 template <class A>
-DEVICE A inverse_norm(A norm, A eps, A inverse_eps) {
+DEVICE A inverse_of_norm(A norm, A eps, A inverse_eps) {
   return norm <= eps ? inverse_eps : 1 / norm;
 }
 inline double inverse_of(double eps) { return eps > 0 ? 1 / eps : HUGE_VAL; }
@@ -369,7 +369,8 @@ inline int stages_of(const char* operation, int64_t stage_bytes, int64_t others,
 }
 
 // Inverse norms of the vectors of one set (0: x, 1: y), acc [L, count].
-void vector_rates(const char* operation, const CosineArgs& args, int set, void* rates, void* stream);
+void vector_inverse_norms(const char* operation, const CosineArgs& args, int set, void* inverse_norms,
+                          void* stream);
 
 int64_t signed_forward_scratch(const CosineForward& args);
 void signed_forward(const CosineForward& args, void* scratch, void* stream);

@@ -10,8 +10,8 @@ namespace {
 
 constexpr const char* kName = "pairwise_cosine_bwd";
 
-// dx_i = factor dsums rate_i (sum_j slope[i, j] ŷ_j - x̂_i x_sums_i), slope = 1, -1 or 0 by the forward's
-// signs.
+// dx_i = factor dsums inverse_norm_i (sum_j slope[i, j] ŷ_j - x̂_i x_sums_i), slope = 1, -1 or 0 by the
+// forward's signs.
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (sizeof(T) == 2 ? 2 : 1)) gradient_tile(SignedGradient<T> a) {
   using Layout = SignLayout<T>;
@@ -22,7 +22,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (sizeof(T) == 2 ? 2 : 1)) gradient
   const int row = row0 + part.row, lane = lane_id();
   Carver carve;
   const Shared<T> memory = carve.take<T>(Layout::kMemory);
-  UnitVectors<T, Layout> unit{a.y, a.y_rates, item * a.y.item, item * m, k0, {}, {}};
+  UnitVectors<T, Layout> unit{a.y, a.y_inverse_norms, item * a.y.item, item * m, k0, {}, {}};
   CosineSums<T> acc = {};
 
   unit.load(0);
@@ -82,8 +82,8 @@ void gradient(const CosineBackward& args, int s, const BatchView& dx, void* stre
   const auto fill = [&](auto& a) {
     a.x = set_of<T>(args, s);
     a.y = set_of<T>(args, 1 - s);
-    a.x_rates = numbers(saved.rates[s]);
-    a.y_rates = numbers(saved.rates[1 - s]);
+    a.x_inverse_norms = numbers(saved.inverse_norms[s]);
+    a.y_inverse_norms = numbers(saved.inverse_norms[1 - s]);
     a.inverse_eps = static_cast<A>(inverse_of(args.eps));
   };
   const Global<const A> dsums{static_cast<const A*>(args.dsums)};

@@ -7,10 +7,10 @@ namespace vitdiv::cuda {
 
 template <class T>
 struct SignedGradient : Gradient<T> {
-  Vectors<T> y;                  // [items, M, D]
-  Global<const Acc<T>> y_rates;  // [items, M]
-  Global<const Acc<T>> x_sums;   // [items, N]: of the penalties of a vector
-  Global<const Acc<T>> dsums;    // [items]
+  Vectors<T> y;                          // [items, M, D]
+  Global<const Acc<T>> y_inverse_norms;  // [items, M]
+  Global<const Acc<T>> x_sums;           // [items, N]: of the penalties of a vector
+  Global<const Acc<T>> dsums;            // [items]
   Global<const uint32_t> signs;  // [items, N, planes, ceil(M / 32)]; turned [items, M, planes, ceil(N / 32)]
   bool within;                   // y is x
   bool turned;                   // signs stand in rows of y

@@ -9,12 +9,12 @@ namespace {
 constexpr int kThreads = 256, kBlockRows = 32;  // a block's vectors, four a warp
 
 template <class T>
-struct RatesKernel {
+struct InverseNormsKernel {
   Vectors<T> x;  // [items, count, width]
   int blocks;    // of an item
   Acc<T> eps;
   Acc<T> inverse_eps;
-  Global<Acc<T>> rates;  // [items, count]
+  Global<Acc<T>> inverse_norms;  // [items, count]
   bool wants_sums;
   Global<Acc<T>> sums;     // [items, blocks, width]: of unit vectors
   Global<Acc<T>> squares;  // [items, blocks]: of their norms
@@ -40,10 +40,10 @@ DEVICE Acc<T> far_norm(const Vectors<T>& x, int64_t at, Acc<T> eps) {
   return square_root(warp_sum(squares)) * power;
 }
 
-// rate_i = 1 / max(|x_i|, eps); with wants_sums, of a block's vectors, sum_i rate_i x_i and sum_i |rate_i
-// x_i|^2.
+// inverse_norm_i = 1 / max(|x_i|, eps); with wants_sums, of a block's vectors, sum_i x̂_i and
+// sum_i |x̂_i|^2.
 template <class T>
-KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
+KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(InverseNormsKernel<T> a) {
   constexpr int each = kBlockRows / (kThreads / 32);
   const int warp = thread_x() >> 5, lane = lane_id();
   const int64_t item = block_x() / a.blocks, x = item * a.x.item;
@@ -66,17 +66,18 @@ KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
       }
   }
   Carver carve;
-  const Shared<Acc<T>> rates = carve.take<Acc<T>>(kBlockRows), lengths = carve.take<Acc<T>>(kBlockRows);
+  const Shared<Acc<T>> inverse_norms = carve.take<Acc<T>>(kBlockRows),
+                       lengths = carve.take<Acc<T>>(kBlockRows);
   UNROLLED_FOR (int r = 0; r < each; ++r) {
     Acc<T> norm = square_root(warp_sum(squares[r]));
     if constexpr (!std::is_same_v<T, half_t>)
       if (mine + r < a.x.count && is_far(larger(norm, a.eps)))
         norm = far_norm<T>(a.x, x + (mine + r) * a.x.row, a.eps);
-    const Acc<T> rate = inverse_norm(norm, a.eps, a.inverse_eps);
+    const Acc<T> inverse_norm = inverse_of_norm(norm, a.eps, a.inverse_eps);
     if (lane != 0) continue;
-    if (mine + r < a.x.count) a.rates.st(item * a.x.count + mine + r, rate);
-    rates.st(warp * each + r, rate);
-    lengths.st(warp * each + r, norm * rate);
+    if (mine + r < a.x.count) a.inverse_norms.st(item * a.x.count + mine + r, inverse_norm);
+    inverse_norms.st(warp * each + r, inverse_norm);
+    lengths.st(warp * each + r, norm * inverse_norm);
   }
   if (!a.wants_sums) return;
   sync_block();
@@ -84,7 +85,7 @@ KERNEL LAUNCH_BOUNDS(kThreads, 2) read_vectors(RatesKernel<T> a) {
   for (int k = thread_x(); k < a.x.width; k += threads()) {
     Acc<T> sum = 0;
     for (int r = 0; r < present; ++r)
-      sum += to_float(a.x.data.ld(x + (row0 + r) * a.x.row + k)) * rates.ld(r);
+      sum += to_float(a.x.data.ld(x + (row0 + r) * a.x.row + k)) * inverse_norms.ld(r);
     a.sums.st(int64_t(block_x()) * a.x.width + k, sum);
   }
   if (thread_x() == 0) {
@@ -112,11 +113,11 @@ KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_totals(Global<const A> x, Global<const 
 
 template <class T>
 struct SignedKernel {
-  Vectors<T> x;                // [items, count, width]
-  Global<const Acc<T>> rates;  // [items, count]
-  Global<const Acc<T>> sums;   // [items, width]: of the other set's unit vectors
-  Global<const Acc<T>> dsums;  // [items]
-  int blocks;                  // of an item
+  Vectors<T> x;                        // [items, count, width]
+  Global<const Acc<T>> inverse_norms;  // [items, count]
+  Global<const Acc<T>> sums;           // [items, width]: of the other set's unit vectors
+  Global<const Acc<T>> dsums;          // [items]
+  int blocks;                          // of an item
   bool less_itself;
   Acc<T> factor;
   Acc<T> inverse_eps;
@@ -125,8 +126,8 @@ struct SignedKernel {
   int64_t dx_row;
 };
 
-// dx = rate (u - x̂ (x̂ . u)), u being the sum of unit vectors. The part of x̂ itself in u has no gradient,
-// but where it was divided by eps.
+// dx = inverse_norm (u - x̂ (x̂ . u)), u being the sum of unit vectors. The part of x̂ itself in u has no
+// gradient, but where it was divided by eps.
 template <class T>
 KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_gradient(SignedKernel<T> a) {
   using A = Acc<T>;
@@ -135,43 +136,43 @@ KERNEL LAUNCH_BOUNDS(kThreads, 1) signed_gradient(SignedKernel<T> a) {
   const A factor = a.factor * a.dsums.ld(item);
   for (int i = row0 + thread_x() / 32; i < row0 + kBlockRows && i < a.x.count; i += kThreads / 32) {
     const int64_t x = item * a.x.item + i * a.x.row, dx = item * a.dx_item + i * a.dx_row;
-    const A rate = a.rates.ld(item * a.x.count + i);
+    const A inverse_norm = a.inverse_norms.ld(item * a.x.count + i);
     A along = 0;
     for (int k = lane_id(); k < a.x.width; k += 32)
-      along += to_float(a.x.data.ld(x + k)) * rate * a.sums.ld(sums + k);
+      along += to_float(a.x.data.ld(x + k)) * inverse_norm * a.sums.ld(sums + k);
     along = warp_sum(along);
-    if (!(rate < a.inverse_eps)) along = a.less_itself ? A(1) : A(0);
+    if (!(inverse_norm < a.inverse_eps)) along = a.less_itself ? A(1) : A(0);
     for (int k = lane_id(); k < a.x.width; k += 32) {
-      const A unit = to_float(a.x.data.ld(x + k)) * rate;
-      a.dx.st(dx + k, from_acc<T>(factor * rate * (a.sums.ld(sums + k) - unit * along)));
+      const A unit = to_float(a.x.data.ld(x + k)) * inverse_norm;
+      a.dx.st(dx + k, from_acc<T>(factor * inverse_norm * (a.sums.ld(sums + k) - unit * along)));
     }
   }
 }
 
 template <class T>
-void read(const char* operation, const CosineArgs& args, int set, Acc<T>* rates, Acc<T>* sums,
+void read(const char* operation, const CosineArgs& args, int set, Acc<T>* inverse_norms, Acc<T>* sums,
           Acc<T>* squares, void* stream) {
   const Vectors<T> x = set_of<T>(args, set);
   const int blocks = static_cast<int>(ceil_div(x.count, kBlockRows));
   launch(operation, read_vectors<T>, args.L * blocks, kThreads, 2 * kBlockRows * sizeof(Acc<T>), stream,
-         RatesKernel<T>{x,
-                        blocks,
-                        static_cast<Acc<T>>(args.eps),
-                        static_cast<Acc<T>>(inverse_of(args.eps)),
-                        {rates},
-                        sums != nullptr,
-                        {sums},
-                        {squares}});
+         InverseNormsKernel<T>{x,
+                               blocks,
+                               static_cast<Acc<T>>(args.eps),
+                               static_cast<Acc<T>>(inverse_of(args.eps)),
+                               {inverse_norms},
+                               sums != nullptr,
+                               {sums},
+                               {squares}});
 }
 
 // Places in scratch, in bytes.
 struct Places : Pieces {
-  int64_t rates[2], sums[2], parts[2], squares[2];
+  int64_t inverse_norms[2], sums[2], parts[2], squares[2];
   explicit Places(const CosineForward& args) : Pieces(args.x.dtype) {
     const int64_t counts[2] = {args.N, args.M}, L = args.L;
     for (int s = 0; s < (args.y.data ? 2 : 1); ++s) {
       const int64_t blocks = ceil_div(counts[s], kBlockRows);
-      rates[s] = take(args.saved ? 0 : L * counts[s]);
+      inverse_norms[s] = take(args.saved ? 0 : L * counts[s]);
       sums[s] = take(args.saved ? 0 : L * args.D);
       parts[s] = take(blocks > 1 ? L * blocks * args.D : 0);
       squares[s] = take(L * blocks);
@@ -195,8 +196,8 @@ void forward(const CosineForward& args, void* scratch, void* stream) {
     const int blocks = static_cast<int>(ceil_div(counts[s], kBlockRows));
     sums[s] = keep(saved.sums[s], at.sums[s]);
     A* parts = blocks > 1 ? place(at.parts[s]) : sums[s];
-    read<T>("pairwise_cosine_fwd", args, s, keep(saved.rates[s], at.rates[s]), parts, place(at.squares[s]),
-            stream);
+    read<T>("pairwise_cosine_fwd", args, s, keep(saved.inverse_norms[s], at.inverse_norms[s]), parts,
+            place(at.squares[s]), stream);
     if (blocks > 1)
       launch_sum_parts("pairwise_cosine_fwd", parts, sums[s], args.L, blocks, int(args.D), stream);
   }
@@ -216,7 +217,7 @@ void backward(const CosineBackward& args, int set, const BatchView& dx, void* st
   const int blocks = static_cast<int>(ceil_div(x.count, kBlockRows));
   launch("pairwise_cosine_bwd", signed_gradient<T>, args.L * blocks, kThreads, 0, stream,
          SignedKernel<T>{x,
-                         numbers(saved.rates[set]),
+                         numbers(saved.inverse_norms[set]),
                          numbers(saved.sums[1 - set]),
                          {static_cast<const A*>(args.dsums)},
                          blocks,
@@ -230,10 +231,11 @@ void backward(const CosineBackward& args, int set, const BatchView& dx, void* st
 
 }  // namespace
 
-void vector_rates(const char* operation, const CosineArgs& args, int set, void* rates, void* stream) {
+void vector_inverse_norms(const char* operation, const CosineArgs& args, int set, void* inverse_norms,
+                          void* stream) {
   with_type(args.x.dtype, [&](auto number) {
     using T = decltype(number);
-    read<T>(operation, args, set, static_cast<Acc<T>*>(rates), nullptr, nullptr, stream);
+    read<T>(operation, args, set, static_cast<Acc<T>*>(inverse_norms), nullptr, nullptr, stream);
   });
 }
 

@@ -13,10 +13,10 @@ namespace vitdiv::cuda {
 // Whose gradient it is, and where it goes.
 template <class T>
 struct Gradient {
-  Vectors<T> x;                  // [items, N, D]
-  Global<const Acc<T>> x_rates;  // [items, N]
-  Acc<T> inverse_eps;            // nothing is taken out of vectors with this rate or a larger one
-  bool pieces;                   // x and dx are in pieces of 16 bytes
+  Vectors<T> x;                          // [items, N, D]
+  Global<const Acc<T>> x_inverse_norms;  // [items, N]
+  Acc<T> inverse_eps;  // nothing is taken out of vectors with this inverse norm or a larger one
+  bool pieces;         // x and dx are in pieces of 16 bytes
   int row_tiles;
   int width_tiles;
   Global<T> dx;  // [items, N, D]
@@ -53,11 +53,11 @@ template <class T, class Layout>
 struct UnitVectors {
   using Tile = CosineTile<T>;
   const Vectors<T>& y;
-  Global<const Acc<T>> rates;
-  int64_t item, first_rate;
+  Global<const Acc<T>> inverse_norms;
+  int64_t item, first_inverse_norm;
   int k0;  // the first feature
   uint4 bits[Layout::kPieces];
-  Acc<T> rate[Layout::kPieces];
+  Acc<T> inverse_norm[Layout::kPieces];
 
   DEVICE static int row(int p) { return (p * Tile::kThreads + thread_x()) / (Layout::kWidth / kPiece<T>); }
   DEVICE static int column(int p) {
@@ -69,7 +69,7 @@ struct UnitVectors {
       const int j = first + row(p), k = k0 + column(p);
       const bool inside = j < y.count && k < y.width;
       bits[p] = inside ? y.data.template ld<uint4>(item + j * y.row + k) : uint4{0, 0, 0, 0};
-      rate[p] = inside ? rates.ld(first_rate + j) : Acc<T>(0);
+      inverse_norm[p] = inside ? inverse_norms.ld(first_inverse_norm + j) : Acc<T>(0);
     }
   }
   DEVICE void store(Shared<T> to, int first) const {
@@ -77,7 +77,7 @@ struct UnitVectors {
       UNROLLED_FOR (int p = 0; p < Layout::kPieces; ++p) {
         Acc<T> v[kPiece<T>];
         unpack<T>(bits[p], v);
-        UNROLLED_FOR (int i = 0; i < kPiece<T>; ++i) v[i] *= rate[p];
+        UNROLLED_FOR (int i = 0; i < kPiece<T>; ++i) v[i] *= inverse_norm[p];
         to.template st<uint4>(row(p) * Layout::kUnitStride + column(p), pack<T>(v));
       }
     } else {
@@ -85,7 +85,7 @@ struct UnitVectors {
         const int j = p / Layout::kWidth, k = p % Layout::kWidth;
         const bool inside = first + j < y.count && k0 + k < y.width;
         const Acc<T> v = inside ? to_float(y.data.ld(item + (first + j) * y.row + k0 + k)) *
-                                      rates.ld(first_rate + first + j)
+                                      inverse_norms.ld(first_inverse_norm + first + j)
                                 : Acc<T>(0);
         to.st(j * Layout::kUnitStride + k, from_acc<T>(v));
       }
@@ -138,8 +138,8 @@ DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const Cosin
         const int from = p / pieces, at = row0 + part.row + from, column = p % pieces * piece;
         const int k = k0 + part.column + 32 * g + 16 * h + column;
         if (at >= a.x.count || k >= a.x.width) continue;
-        const A rate = a.x_rates.ld(item * a.x.count + at);
-        const A along = rate * (rate < a.inverse_eps ? sum_along(part.row + from) : A(0));
+        const A inverse_norm = a.x_inverse_norms.ld(item * a.x.count + at);
+        const A along = inverse_norm * (inverse_norm < a.inverse_eps ? sum_along(part.row + from) : A(0));
         const int64_t x = item * a.x.item + at * a.x.row + k, dx = item * a.dx_item + at * a.dx_row + k;
         A v[piece], out[piece];
         if (a.pieces)
@@ -148,7 +148,8 @@ DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const Cosin
           UNROLLED_FOR (int i = 0; i < piece; ++i)
             v[i] = k + i < a.x.width ? A(to_float(a.x.data.ld(x + i))) : A(0);
         UNROLLED_FOR (int i = 0; i < piece; ++i)
-          out[i] = factor * rate * (turned.ld(from * Layout::kTurnedStride + column + i) - v[i] * along);
+          out[i] =
+              factor * inverse_norm * (turned.ld(from * Layout::kTurnedStride + column + i) - v[i] * along);
         if (a.pieces)
           a.dx.template st<uint4>(dx, pack<T>(out));
         else
@@ -168,11 +169,11 @@ DEVICE void write_gradient(const Gradient<T>& a, CosineSums<T>& acc, const Cosin
 //   factor(item)                    of the sum
 template <class T, class Weights>
 struct WeightedKernel : Gradient<T> {
-  Vectors<T> y;                  // [items, M, D]
-  Vectors<T> z;                  // [items, N, E], N = M; its width may be 0: then there is no second product
-  bool within;                   // y is x
-  Global<const Acc<T>> y_rates;  // [items, M]
-  Global<const Acc<T>> z_rates;  // [items, N]
+  Vectors<T> y;  // [items, M, D]
+  Vectors<T> z;  // [items, N, D2], N = M; its width may be 0: then there is no second product
+  bool within;   // y is x
+  Global<const Acc<T>> y_inverse_norms;  // [items, M]
+  Global<const Acc<T>> z_inverse_norms;  // [items, N]
   Weights weights;
 };
 
@@ -193,7 +194,7 @@ struct WeightedLayout : GradientLayout<T, CosineTile<T>::kSize, CosineTile<T>::k
       kMemory * int64_t(sizeof(T)) + (kWaiting + 2 * Tile::kSize) * int64_t(sizeof(Acc<T>));
 };
 
-// u_i = sum_j weight(S[i, j], T[i, j]) rate_j y_j, S of x and y, T of z; dx_i = factor rate_i (u_i - x̂_i
+// u_i = sum_j weight(S[i, j], T[i, j]) ŷ_j, S of x and y, T of z; dx_i = factor inverse_norm_i (u_i - x̂_i
 // (x̂_i . u_i)).
 template <class T, class Weights>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T, Weights> a) {
@@ -212,7 +213,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
   const Shared<T> memory = carve.take<T>(Layout::kMemory);
   const Shared<A> waiting = carve.take<A>(Layout::kWaiting), sums = carve.take<A>(2 * Tile::kSize);
   const CosineProducts<T, groups> products{memory, 2, Layout::kStage, Tile::kSize};
-  UnitVectors<T, Layout> unit{a.y, a.y_rates, item * a.y.item, item * m, k0, {}, {}};
+  UnitVectors<T, Layout> unit{a.y, a.y_inverse_norms, item * a.y.item, item * m, k0, {}, {}};
   Weights weights = a.weights;
   weights.begin(item);
   CosineSums<T> acc = {};
@@ -227,13 +228,14 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
     ROLLED_FOR (int gram = waits ? 1 : 0; gram >= 0; --gram) {
       const bool of_z = Weights::kGrams == 2 && gram == 1;
       z_powers = powers;
-      const auto rate = [&](int set, int i) {  // computed anew: no registers are left through the products
+      const auto inverse_norm = [&](int set,
+                                    int i) {  // computed anew: no registers are left through the products
         const int64_t of_item = renewed(block_x()) / tiles;
         const int at = renewed(set ? column0 : row0) + i, count = set ? m : n;
-        const auto rates = of_z ? a.z_rates : set ? a.y_rates : a.x_rates;
-        return at < count ? rates.ld(of_item * count + at) : A(0);
+        const auto inverse_norms = of_z ? a.z_inverse_norms : set ? a.y_inverse_norms : a.x_inverse_norms;
+        return at < count ? inverse_norms.ld(of_item * count + at) : A(0);
       };
-      powers = Powers<T>::of_tile(Tile::kSize, rate);
+      powers = Powers<T>::of_tile(Tile::kSize, inverse_norm);
       const Vectors<T> rows = of_z ? a.z : a.x, columns = of_z ? a.z : a.y;
       UNROLLED_FOR (int g = 0; g < groups; ++g)
         UNROLLED_FOR (int h = 0; h < 2; ++h)
@@ -242,7 +244,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
               UNROLLED_FOR (int e = 0; e < 4; ++e) s[g][h][r][j][e] = 0;
       sync_block();  // the memory may still be in use
       products.add(s, product, rows, item * rows.item, row0, columns, item * columns.item, column0,
-                   among_rows && (of_z || a.within), powers, rate, [](int) {});
+                   among_rows && (of_z || a.within), powers, inverse_norm, [](int) {});
       if constexpr (Weights::kGrams == 2)
         if (of_z)
           UNROLLED_FOR (int i = 0; i < 32 * groups; ++i)
@@ -253,14 +255,15 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
     UNROLLED_FOR (int r = 0; r < 2; ++r) {
       sync_warp();  // as below, of other rows
       const int first = row + 16 * r;
-      A along[2] = {}, row_rate[2], z_row_rate[2];
+      A along[2] = {}, row_inverse_norm[2], z_row_inverse_norm[2];
       typename Weights::Side row_side[2];
       UNROLLED_FOR (int i = 0; i < 2; ++i) {
         const int at = first + tile_row(2 * i);
         const bool inside = at < n;
         row_side[i] = weights.row(item * n + (inside ? at : 0));
-        row_rate[i] = inside ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
-        if (waits) z_row_rate[i] = inside ? z_powers.left_of(a.z_rates.ld(item * n + at)) : A(0);
+        row_inverse_norm[i] = inside ? powers.left_of(a.x_inverse_norms.ld(item * n + at)) : A(0);
+        if (waits)
+          z_row_inverse_norm[i] = inside ? z_powers.left_of(a.z_inverse_norms.ld(item * n + at)) : A(0);
       }
       UNROLLED_FOR (int g = 0; g < groups; ++g)
         UNROLLED_FOR (int h = 0; h < 2; ++h)
@@ -268,24 +271,25 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) weighted_tile(WeightedKernel<T,
             sync_warp();  // keeps the compiler from loading what other columns need, too
             const int bit = 32 * g + 16 * h + 8 * j + tile_col(0), to = column + bit;
             typename Weights::Side column_side[2];
-            A rate[2], z_rate[2];
+            A inverse_norm[2], z_inverse_norm[2];
             UNROLLED_FOR (int e = 0; e < 2; ++e) {
               const bool inside = to + e < m;
               column_side[e] = weights.column(item * m + (inside ? to + e : 0));
-              rate[e] = inside ? powers.left_of(a.y_rates.ld(item * m + to + e)) : A(0);
-              if (waits) z_rate[e] = inside ? z_powers.left_of(a.z_rates.ld(item * m + to + e)) : A(0);
+              inverse_norm[e] = inside ? powers.left_of(a.y_inverse_norms.ld(item * m + to + e)) : A(0);
+              if (waits)
+                z_inverse_norm[e] = inside ? z_powers.left_of(a.z_inverse_norms.ld(item * m + to + e)) : A(0);
             }
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = first + tile_row(2 * i);
               A w[2];
               UNROLLED_FOR (int e = 0; e < 2; ++e) {
                 const int at = 2 * i + e;
-                // the product of the rates first: equal pairs then have equal cosines
-                const A cosine = s[g][h][r][j][at] * (row_rate[i] * rate[e]);
+                // the product of the inverse norms first: equal pairs then have equal cosines
+                const A cosine = s[g][h][r][j][at] * (row_inverse_norm[i] * inverse_norm[e]);
                 A t = 0;
                 if (waits)
                   t = waiting.ld((32 * g + 16 * h + 8 * r + 4 * j + at) * Tile::kThreads + thread_x()) *
-                      (z_row_rate[i] * z_rate[e]);
+                      (z_row_inverse_norm[i] * z_inverse_norm[e]);
                 w[e] = from < n && to + e < m
                            ? weights.weight(row_side[i], column_side[e], cosine, t, from == to + e)
                            : A(0);

@@ -64,11 +64,11 @@ DEVICE A add_rests(Reduction reduction, A x, A y) {
 
 template <class T>
 struct RowsKernel {
-  Vectors<T> x;                  // [items, N, D]
-  Vectors<T> y;                  // [items, M, D]
-  Global<const Acc<T>> x_rates;  // [items, N]
-  Global<const Acc<T>> y_rates;  // [items, M]
-  Global<Acc<T>> slots;          // [items, 2, column tiles, N]
+  Vectors<T> x;                          // [items, N, D]
+  Vectors<T> y;                          // [items, M, D]
+  Global<const Acc<T>> x_inverse_norms;  // [items, N]
+  Global<const Acc<T>> y_inverse_norms;  // [items, M]
+  Global<Acc<T>> slots;                  // [items, 2, column tiles, N]
   int row_tiles;
   int column_tiles;
   int tiles;       // of an item
@@ -79,7 +79,7 @@ struct RowsKernel {
   Acc<T> scale;
 };
 
-// S[i, j] = rate_i rate_j x_i . y_j; of row i over the tile's j: max_j S and its place, or max_j and
+// S[i, j] = x̂_i . ŷ_j; of row i over the tile's j: max_j S and its place, or max_j and
 // sum_j exp(scale S[i, j] - max), where the maximum may be its bound.
 template <class T>
 KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
@@ -102,7 +102,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
   CosineSums<T> acc = {};
   const auto inverse_norm_of = [&](int set, int i) {
     const int at = (set ? column0 : row0) + i, count = set ? m : n;
-    return at < count ? (set ? a.y_rates : a.x_rates).ld(item * count + at) : A(0);
+    return at < count ? (set ? a.y_inverse_norms : a.x_inverse_norms).ld(item * count + at) : A(0);
   };
   const auto powers = Powers<T>::of_tile(Tile::kSize, inverse_norm_of);
   products.add(acc, part, a.x, item * a.x.item, row0, a.y, item * a.y.item, column0,
@@ -110,11 +110,11 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
 
   const int row = row0 + part.row;
   const A nothing = bounded ? A(0) : -A(INFINITY);  // the value of a pair that does not count
-  A rate[2][2], top[2][2];
+  A inverse_norm[2][2], top[2][2];
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at < n ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
+      inverse_norm[r][i] = at < n ? powers.left_of(a.x_inverse_norms.ld(item * n + at)) : A(0);
       top[r][i] = bounded ? a.scale : lowest<A>();
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
@@ -125,14 +125,14 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) rows_tile(RowsKernel<T> a) {
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int to = column + 16 * h + 8 * j + tile_col(e);
-          const A column_rate = to < m ? powers.left_of(a.y_rates.ld(item * m + to)) : A(0);
+          const A column_inverse_norm = to < m ? powers.left_of(a.y_inverse_norms.ld(item * m + to)) : A(0);
           A column_top = bounded ? a.scale : lowest<A>();
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);
-              // the product of the rates first: then the cosines of equal vectors are equal, also across the
-              // diagonal
-              A value = acc[g][h][r][j][2 * i + e] * (rate[r][i] * column_rate);
+              // the product of the inverse norms first: then the cosines of equal vectors are equal, also
+              // across the diagonal
+              A value = acc[g][h][r][j][2 * i + e] * (inverse_norm[r][i] * column_inverse_norm);
               if (nearest)
                 value = value == value ? value : A(INFINITY);
               else
@@ -232,12 +232,12 @@ KERNEL LAUNCH_BOUNDS(kMergedRows, 1)
 
 // Places in scratch, in bytes.
 struct Places : Pieces {
-  int64_t rates[2], slots;
+  int64_t inverse_norms[2], slots;
   explicit Places(const RowsArgs& args) : Pieces(args.x.dtype) {
     const int64_t tile =
         with_type(args.x.dtype, [](auto number) { return int64_t(CosineTile<decltype(number)>::kSize); });
-    rates[0] = rates[1] = take(args.L * args.N);
-    if (args.y.data) rates[1] = take(args.L * args.M);
+    inverse_norms[0] = inverse_norms[1] = take(args.L * args.N);
+    if (args.y.data) inverse_norms[1] = take(args.L * args.M);
     slots = take(2 * args.L * ceil_div(args.M, tile) * args.N);
   }
 };
@@ -251,12 +251,12 @@ void reduce_rows(const char* operation, const RowsArgs& args, Reduction reductio
   const CosineArgs sets = vectors_of(args);
   const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
   for (int s = 0; s < (args.y.data ? 2 : 1); ++s)
-    vector_rates(operation, sets, s, place(at.rates[s]), stream);
+    vector_inverse_norms(operation, sets, s, place(at.inverse_norms[s]), stream);
   RowsKernel<T> a{};
   a.x = set_of<T>(sets, 0);
   a.y = set_of<T>(sets, 1);
-  a.x_rates = {place(at.rates[0])};
-  a.y_rates = {place(at.rates[1])};
+  a.x_inverse_norms = {place(at.inverse_norms[0])};
+  a.y_inverse_norms = {place(at.inverse_norms[1])};
   a.slots = {place(at.slots)};
   a.within = !args.y.data;
   // Three products of tf32 parts are added in another order across the diagonal, where the cosines of equal

@@ -58,10 +58,10 @@ struct SoftmaxWeights {
 
 // Places in scratch, in bytes.
 struct Places : Pieces {
-  int64_t rates[2], ranges;
+  int64_t inverse_norms[2], ranges;
   explicit Places(const RowsArgs& args) : Pieces(args.x.dtype) {
-    rates[0] = rates[1] = take(args.L * args.N);
-    if (args.y.data) rates[1] = take(args.L * args.M);
+    inverse_norms[0] = inverse_norms[1] = take(args.L * args.N);
+    if (args.y.data) inverse_norms[1] = take(args.L * args.M);
     ranges = take(args.x.dtype == ScalarType::kHalf ? args.L : 0);
   }
 };
@@ -73,7 +73,8 @@ void backward(const LogSumExpBackward& args, void* scratch, void* stream) {
   const bool within = !args.y.data;
   const CosineArgs sets = vectors_of(args);
   const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
-  for (int s = 0; s < (within ? 1 : 2); ++s) vector_rates(kName, sets, s, place(at.rates[s]), stream);
+  for (int s = 0; s < (within ? 1 : 2); ++s)
+    vector_inverse_norms(kName, sets, s, place(at.inverse_norms[s]), stream);
   SoftmaxWeights<T> weights{};
   weights.drows = {static_cast<const A*>(args.drows)};
   weights.rows = {static_cast<const A*>(args.rows)};
@@ -89,8 +90,8 @@ void backward(const LogSumExpBackward& args, void* scratch, void* stream) {
     WeightedKernel<T, SoftmaxWeights<T>> a{};
     a.x = set_of<T>(sets, s);
     a.y = set_of<T>(sets, 1 - s);
-    a.x_rates = {place(at.rates[s])};
-    a.y_rates = {place(at.rates[1 - s])};
+    a.x_inverse_norms = {place(at.inverse_norms[s])};
+    a.y_inverse_norms = {place(at.inverse_norms[1 - s])};
     a.within = within;
     a.inverse_eps = static_cast<A>(inverse_of(args.eps));
     a.weights = weights;

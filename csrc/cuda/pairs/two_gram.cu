@@ -11,11 +11,11 @@ constexpr const char* kName = "two_gram_fwd";
 
 template <class T>
 struct TwoGramKernel {
-  Vectors<T> x;                  // [items, N, D]
-  Vectors<T> y;                  // [items, N, E]; E = 0: the second matrix is the identity
-  Global<const Acc<T>> x_rates;  // [items, N]
-  Global<const Acc<T>> y_rates;  // [items, N]
-  Global<Acc<T>> sums;           // [items, tiles]
+  Vectors<T> x;                          // [items, N, D]
+  Vectors<T> y;                          // [items, N, D2]; D2 = 0: the second matrix is the identity
+  Global<const Acc<T>> x_inverse_norms;  // [items, N]
+  Global<const Acc<T>> y_inverse_norms;  // [items, N]
+  Global<Acc<T>> sums;                   // [items, tiles]
   int row_tiles;
   int tiles;   // of an item
   int stages;  // of the products' ring in shared memory
@@ -48,22 +48,23 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
     }
     sync_block();  // the memory may still be in use
     other_powers = powers;
-    const auto rate = [&](int set, int i) {
+    const auto inverse_norm = [&](int set, int i) {
       const int at = (set ? column0 : row0) + i;
-      return at < n ? (gram ? a.y_rates : a.x_rates).ld(item * n + at) : A(0);
+      return at < n ? (gram ? a.y_inverse_norms : a.x_inverse_norms).ld(item * n + at) : A(0);
     };
-    powers = Powers<T>::of_tile(Tile::kSize, rate);
+    powers = Powers<T>::of_tile(Tile::kSize, inverse_norm);
     products.add(s, part, z, item * z.item, row0, z, item * z.item, column0, row_tile == column_tile, powers,
-                 rate, [](int) {});
+                 inverse_norm, [](int) {});
   }
 
   const int row = row0 + part.row;
-  A rate[2][2], other_rate[2][2], sum = 0;
+  A inverse_norm[2][2], other_inverse_norm[2][2], sum = 0;
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
       const int at = row + 16 * r + tile_row(2 * i);
-      rate[r][i] = at < n ? powers.left_of(a.x_rates.ld(item * n + at)) : A(0);
-      other_rate[r][i] = at < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + at)) : A(0);
+      inverse_norm[r][i] = at < n ? powers.left_of(a.x_inverse_norms.ld(item * n + at)) : A(0);
+      other_inverse_norm[r][i] =
+          at < n && !identity ? other_powers.left_of(a.y_inverse_norms.ld(item * n + at)) : A(0);
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
     if (g < part.first || g >= part.end) continue;
@@ -73,15 +74,16 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int to = column + 16 * h + 8 * j + tile_col(e);
-          const A column_rate = to < n ? powers.left_of(a.x_rates.ld(item * n + to)) : A(0);
-          const A other_column_rate =
-              to < n && !identity ? other_powers.left_of(a.y_rates.ld(item * n + to)) : A(0);
+          const A column_inverse_norm = to < n ? powers.left_of(a.x_inverse_norms.ld(item * n + to)) : A(0);
+          const A other_column_inverse_norm =
+              to < n && !identity ? other_powers.left_of(a.y_inverse_norms.ld(item * n + to)) : A(0);
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);
-              const A x = s[g][h][r][j][2 * i + e] * (rate[r][i] * column_rate);
+              const A x = s[g][h][r][j][2 * i + e] * (inverse_norm[r][i] * column_inverse_norm);
               const A y = identity ? A(from == to)
-                                   : t[g][h][r][j][2 * i + e] * (other_rate[r][i] * other_column_rate);
+                                   : t[g][h][r][j][2 * i + e] *
+                                         (other_inverse_norm[r][i] * other_column_inverse_norm);
               square_sum += from < n && to < n ? a.penalty.value(x, y) : A(0);
             }
         }
@@ -93,13 +95,13 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
 
 // Places in scratch, in bytes.
 struct Places : Pieces {
-  int64_t rates[2], sums;
+  int64_t inverse_norms[2], sums;
   explicit Places(const TwoGramArgs& args) : Pieces(args.x.dtype) {
     const int64_t tile =
         with_type(args.x.dtype, [](auto number) { return int64_t(CosineTile<decltype(number)>::kSize); });
     const int64_t tiles = ceil_div(args.N, tile);
-    rates[0] = rates[1] = take(args.L * args.N);
-    if (args.y.data && args.normalise) rates[1] = take(args.L * args.N);
+    inverse_norms[0] = inverse_norms[1] = take(args.L * args.N);
+    if (args.y.data && args.normalise) inverse_norms[1] = take(args.L * args.N);
     sums = take(args.L * tiles * (tiles + 1) / 2);
   }
 };
@@ -110,7 +112,7 @@ void forward(const TwoGramForward& args, void* scratch, void* stream) {
   using Tile = CosineTile<T>;
   const Places at(args);
   const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
-  A* const rates[2] = {place(at.rates[0]), place(at.rates[1])};
+  A* const inverse_norms[2] = {place(at.inverse_norms[0]), place(at.inverse_norms[1])};
   const int row_tiles = static_cast<int>(ceil_div(args.N, Tile::kSize)),
             tiles = row_tiles * (row_tiles + 1) / 2;
   A* const sums = tiles > 1 ? place(at.sums) : static_cast<A*>(args.sums);
@@ -118,14 +120,14 @@ void forward(const TwoGramForward& args, void* scratch, void* stream) {
   const int stages = stages_of(kName, stage, others, 1);
   const TwoGramKernel<T> a{gram_vectors<T>(args, 0),
                            gram_vectors<T>(args, 1),
-                           {rates[0]},
-                           {rates[1]},
+                           {inverse_norms[0]},
+                           {inverse_norms[1]},
                            {sums},
                            row_tiles,
                            tiles,
                            stages,
                            pair_penalty<A>(args)};
-  gram_rates(kName, args, rates, stream);
+  gram_inverse_norms(kName, args, inverse_norms, stream);
   launch(kName, two_gram_tile<T>, args.L * tiles, Tile::kThreads, stages * stage + others, stream, a);
   if (tiles > 1) launch_sum_parts(kName, sums, static_cast<A*>(args.sums), args.L, tiles, 1, stream);
 }

@@ -50,7 +50,7 @@ PairPenalty<A> pair_penalty(const TwoGramArgs& args) {
 inline CosineArgs vectors_of(const TwoGramArgs& args, int set) {
   CosineArgs vectors{};
   vectors.L = args.L, vectors.N = vectors.M = args.N;
-  vectors.D = set ? args.E : args.D;
+  vectors.D = set ? args.D2 : args.D;
   vectors.x = set ? args.y : args.x;
   vectors.eps = args.eps;
   return vectors;
@@ -60,7 +60,7 @@ inline CosineArgs vectors_of(const TwoGramArgs& args, int set) {
 template <class T>
 Vectors<T> gram_vectors(const TwoGramArgs& args, int set) {
   if (set && !args.y.data) return {};
-  return vectors<T>(set ? "y" : "x", set ? args.y : args.x, args.L, args.N, set ? args.E : args.D);
+  return vectors<T>(set ? "y" : "x", set ? args.y : args.x, args.L, args.N, set ? args.D2 : args.D);
 }
 
 // numbers[..] = 1
@@ -72,18 +72,19 @@ KERNEL LAUNCH_BOUNDS(256, 1) fill_ones(Global<A> numbers, int64_t count) {
 
 // What products of raw vectors take: inverse norms, or 1, for both sets.
 template <class A>
-void gram_rates(const char* operation, const TwoGramArgs& args, A* const (&rates)[2], void* stream) {
+void gram_inverse_norms(const char* operation, const TwoGramArgs& args, A* const (&inverse_norms)[2],
+                        void* stream) {
   const int64_t count = args.L * args.N;
   if (args.normalise) {
     for (int s = 0; s < (args.y.data ? 2 : 1); ++s)
-      vector_rates(operation, vectors_of(args, s), 0, rates[s], stream);
+      vector_inverse_norms(operation, vectors_of(args, s), 0, inverse_norms[s], stream);
   } else {
-    launch(operation, fill_ones<A>, ceil_div(count, 256), 256, 0, stream, Global<A>{rates[0]}, count);
+    launch(operation, fill_ones<A>, ceil_div(count, 256), 256, 0, stream, Global<A>{inverse_norms[0]}, count);
   }
 }
 
 inline void check_sizes(const TwoGramArgs& args) {
-  if (args.N < 1 || args.D < 1 || (args.y.data && args.E < 1))
+  if (args.N < 1 || args.D < 1 || (args.y.data && args.D2 < 1))
     throw std::invalid_argument(
         "two_gram: the CUDA kernels need at least one vector of at least one feature");
 }

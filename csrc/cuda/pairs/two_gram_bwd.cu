@@ -12,15 +12,16 @@ constexpr int kRangeThreads = 256;
 // is larger than a multiple of the squares of the largest norms, and with this factor than 2^14.
 template <class A>
 KERNEL LAUNCH_BOUNDS(kRangeThreads, 1)
-    norm_ranges(Global<const A> x_rates, Global<const A> y_rates, A bound, Global<A> ranges, int n) {
+    norm_ranges(Global<const A> x_inverse_norms, Global<const A> y_inverse_norms, A bound, Global<A> ranges,
+                int n) {
   Carver carve;
   const Shared<A> memory = carve.take<A>(kRangeThreads / 32);
   const int64_t item = block_x();
   UNROLLED_FOR (int s = 0; s < 2; ++s) {
-    const Global<const A> rates = s ? y_rates : x_rates;
+    const Global<const A> inverse_norms = s ? y_inverse_norms : x_inverse_norms;
     A top = 0;
-    if (rates.p)
-      for (int i = thread_x(); i < n; i += threads()) top = larger(top, 1 / rates.ld(item * n + i));
+    if (inverse_norms.p)
+      for (int i = thread_x(); i < n; i += threads()) top = larger(top, 1 / inverse_norms.ld(item * n + i));
     top = block_max(top, memory);
     bound += top * top;
   }
@@ -53,13 +54,13 @@ struct PenaltyWeights {
 
 // Places in scratch, in bytes.
 struct Places : Pieces {
-  int64_t rates[2], norms[2], ranges;
+  int64_t inverse_norms[2], norms[2], ranges;
   bool finds_ranges;
   explicit Places(const TwoGramArgs& args)
       : Pieces(args.x.dtype), finds_ranges(!args.normalise && args.x.dtype == ScalarType::kHalf) {
     const int sets = args.y.data ? 2 : 1;
-    rates[0] = rates[1] = take(args.L * args.N);
-    if (args.y.data && args.normalise) rates[1] = take(args.L * args.N);
+    inverse_norms[0] = inverse_norms[1] = take(args.L * args.N);
+    if (args.y.data && args.normalise) inverse_norms[1] = take(args.L * args.N);
     for (int s = 0; s < 2; ++s) norms[s] = take(finds_ranges && s < sets ? args.L * args.N : 0);
     ranges = take(finds_ranges ? args.L : 0);
   }
@@ -70,13 +71,13 @@ void backward(const TwoGramBackward& args, void* scratch, void* stream) {
   using A = Acc<T>;
   const Places at(args);
   const auto place = [&](int64_t byte) { return place_in<A>(scratch, byte); };
-  A* const rates[2] = {place(at.rates[0]), place(at.rates[1])};
-  gram_rates(kName, args, rates, stream);
+  A* const inverse_norms[2] = {place(at.inverse_norms[0]), place(at.inverse_norms[1])};
+  gram_inverse_norms(kName, args, inverse_norms, stream);
   const bool half = args.x.dtype == ScalarType::kHalf, product = args.penalty == GramPenalty::kProduct;
   for (int s = 0; at.finds_ranges && s < (args.y.data ? 2 : 1); ++s) {
     CosineArgs set = vectors_of(args, s);
     set.eps = 0;
-    vector_rates(kName, set, 0, place(at.norms[s]), stream);
+    vector_inverse_norms(kName, set, 0, place(at.norms[s]), stream);
   }
   for (int s = 0; s < 2; ++s) {
     const BatchView& dx = s ? args.dy : args.dx;
@@ -98,8 +99,8 @@ void backward(const TwoGramBackward& args, void* scratch, void* stream) {
     }
     a.x = a.y = gram_vectors<T>(args, s);
     a.z = gram_vectors<T>(args, 1 - s);
-    a.x_rates = a.y_rates = {rates[s]};
-    a.z_rates = {rates[1 - s]};
+    a.x_inverse_norms = a.y_inverse_norms = {inverse_norms[s]};
+    a.z_inverse_norms = {inverse_norms[1 - s]};
     a.within = true;
     a.inverse_eps = static_cast<A>(args.normalise ? inverse_of(args.eps) : 0);
     launch_weighted(kName, a, s ? "dy" : "dx", dx, args.L, stream);

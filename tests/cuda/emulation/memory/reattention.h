@@ -14,8 +14,8 @@ inline void allow_inputs(const ReattentionArgs& args) {
   allow(args.k, args.B, args.H, args.M, args.d, false);
   allow(args.v, args.B, args.H, args.M, args.dv, false);
   const int64_t vector = args.H * accumulator_bytes(args.q.dtype);
-  for (const void* matrix : {args.pre_mix, args.mix}) allow(matrix, args.H * vector, false);
-  for (const void* each : {args.pre_bias, args.bias, args.norm_weight, args.norm_bias})
+  for (const void* matrix : {args.pre_mix, args.folded_mix}) allow(matrix, args.H * vector, false);
+  for (const void* each : {args.pre_bias, args.folded_bias, args.norm_weight, args.norm_bias})
     allow(each, vector, false);
 }
 inline void allow_all(const ReattentionForward& args) {
@@ -31,8 +31,8 @@ inline void allow_all(const ReattentionBackward& args) {
   allow(args.dv_out, args.B, args.H, args.M, args.dv, true);
   const int64_t vector = args.H * accumulator_bytes(args.q.dtype), matrix = args.H * vector;
   allow(args.coupling, args.coupling_stride_b ? gram_bytes(args) : matrix, false);
-  for (const void* each : {args.dpre_mix, args.dmix}) allow(each, matrix, true);
-  for (const void* each : {args.dbias, args.dnorm_weight, args.dnorm_bias}) allow(each, vector, true);
+  for (const void* each : {args.dpre_mix, args.dfolded_mix}) allow(each, matrix, true);
+  for (const void* each : {args.dfolded_bias, args.dnorm_weight, args.dnorm_bias}) allow(each, vector, true);
 }
 inline void allow_all(const HeadDots& args) {
   allow(args.x, args.B, args.H, args.N, args.width, false);

@@ -189,6 +189,27 @@ def softmax_sweep(
 
 
 @triton.jit
+def reload_matrices(
+    pre, pre_t, w, wt, c,  # as held
+    pre_mix, mix, coupling, image, coupling_b, pre_size, size, c_size, offset,
+    H: tl.constexpr, HP: tl.constexpr, PRE: tl.constexpr, PRE_T: tl.constexpr, W: tl.constexpr,
+    WT: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, ZT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The matrices of a step of a loop, those that have a flag made again from `offset`, which is 0."""
+    if PRE:
+        pre = kronecker(pre_mix + offset, H, HP, False, ACC).to(ZT)
+    if W:
+        w = scaled_kronecker(mix + offset, size, H, HP, False, DT, ACC)
+    if WT:
+        wt = scaled_kronecker(mix + offset, size, H, HP, True, DT, ACC)
+    if C:
+        c = scaled_kronecker(coupling + image * coupling_b + offset, c_size, H, HP, False, DT, ACC)
+    if PRE_T:
+        pre_t = scaled_kronecker(pre_mix + offset, pre_size, H, HP, True, DT, ACC)
+    return pre, pre_t, w, wt, c
+
+
+@triton.jit
 def maps_gradient(
     dy, centred, valid, mix, mix_t, size, constant, norm_weight, eps, c, c_size, H: tl.constexpr,
     HP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, DOUT: tl.constexpr,
@@ -238,13 +259,8 @@ def query_gradient(
     mean = 1.0 / tl.full((), M, ACC)
     factor = factors(factor_high, factor_low, factor2_high, factor2_low, H1, HP, ACC)
     held_q = hold_heads(q, i, N, q_h, q_n, H, HP, D, DB, DT, HOLD)
-    held_o = held_q
-    pre = factor
-    w = factor
-    wt = factor
-    size = mean
-    constant = factor
-    gain = factor
+    held_o, pre, pre_t, w, wt = held_q, factor, factor, factor, factor
+    pre_size, size, constant, gain = mean, mean, factor, factor
     if PRE:
         pre_acc = kronecker(pre_mix, H, HP, False, ACC)
         pre = pre_acc.to(ZT)
@@ -262,8 +278,7 @@ def query_gradient(
             constant = mix_constant(mix, bias, mean, H, HP, CENTRED, BIAS, ACC)
             gain = head_values(norm_weight, H, HP, ACC)
     eps = double(eps_high, eps_low, ACC)
-    c = factor
-    c_size = mean
+    c, c_size = factor, mean
     if COUPLING:
         c_acc = kronecker(coupling + image * coupling_b, H, HP, False, ACC)
         c_size = magnitude(c_acc, DT, ACC)
@@ -278,25 +293,12 @@ def query_gradient(
         pre_sums = tl.zeros((W, 16 if HP < 16 else HP, 16 if HP < 16 else HP), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
-        pre_now = pre
-        w_now = w
-        wt_now = wt
-        c_now = c
-        if PRE:
-            pre_t_now = pre_t
+        pre_now, pre_t_now, w_now, wt_now, c_now = pre, pre_t, w, wt, c
         if RELOAD:
-            if PRE:
-                pre_now = kronecker(pre_mix + j0 * ZERO, H, HP, False, ACC).to(ZT)
-            if DOUT and LAYER:
-                w_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, False, DT, ACC)
-            if DOUT:
-                wt_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, True, DT, ACC)
-            if COUPLING:
-                c_now = scaled_kronecker(
-                    coupling + image * coupling_b + j0 * ZERO, c_size, H, HP, False, DT, ACC
-                )
-            if PRE:
-                pre_t_now = scaled_kronecker(pre_mix + j0 * ZERO, pre_size, H, HP, True, DT, ACC)
+            pre_now, pre_t_now, w_now, wt_now, c_now = reload_matrices(
+                pre, pre_t, w, wt, c, pre_mix, mix, coupling, image, coupling_b, pre_size, size, c_size,
+                j0 * ZERO, H, HP, PRE, PRE, DOUT and LAYER, DOUT, COUPLING, DT, ZT, ACC,
+            )  # fmt: skip
         inside = (j < M)[None, None, :]
         s = products(held_q, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
@@ -362,13 +364,8 @@ def key_gradient(
     mean = 1.0 / tl.full((), M, ACC)
     factor = factors(factor_high, factor_low, factor2_high, factor2_low, H1, HP, ACC)
     held_k = hold_heads(k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD)
-    held_v = held_k
-    pre = factor
-    w = factor
-    wt = factor
-    size = mean
-    constant = factor
-    gain = factor
+    held_v, pre, pre_t, w, wt = held_k, factor, factor, factor, factor
+    pre_size, size, constant, gain = mean, mean, factor, factor
     if PRE:
         pre_acc = kronecker(pre_mix, H, HP, False, ACC)
         pre = pre_acc.to(ZT)
@@ -386,8 +383,7 @@ def key_gradient(
             constant = mix_constant(mix, bias, mean, H, HP, CENTRED, BIAS, ACC)
             gain = head_values(norm_weight, H, HP, ACC)
     eps = double(eps_high, eps_low, ACC)
-    c = factor
-    c_size = mean
+    c, c_size = factor, mean
     if COUPLING:
         c_acc = kronecker(coupling + image * coupling_b, H, HP, False, ACC)
         c_size = magnitude(c_acc, DT, ACC)
@@ -396,25 +392,12 @@ def key_gradient(
     acc = tl.zeros((HP, BR, DB), ACC)
     for i0 in tl.range(0, N, BC):
         i = i0 + tl.arange(0, BC)
-        pre_now = pre
-        w_now = w
-        wt_now = wt
-        c_now = c
-        if PRE:
-            pre_t_now = pre_t
+        pre_now, pre_t_now, w_now, wt_now, c_now = pre, pre_t, w, wt, c
         if RELOAD:
-            if PRE:
-                pre_now = kronecker(pre_mix + i0 * ZERO, H, HP, False, ACC).to(ZT)
-            if DOUT and LAYER:
-                w_now = scaled_kronecker(mix + i0 * ZERO, size, H, HP, False, DT, ACC)
-            if DOUT:
-                wt_now = scaled_kronecker(mix + i0 * ZERO, size, H, HP, True, DT, ACC)
-            if COUPLING:
-                c_now = scaled_kronecker(
-                    coupling + image * coupling_b + i0 * ZERO, c_size, H, HP, False, DT, ACC
-                )
-            if PRE:
-                pre_t_now = scaled_kronecker(pre_mix + i0 * ZERO, pre_size, H, HP, True, DT, ACC)
+            pre_now, pre_t_now, w_now, wt_now, c_now = reload_matrices(
+                pre, pre_t, w, wt, c, pre_mix, mix, coupling, image, coupling_b, pre_size, size, c_size,
+                i0 * ZERO, H, HP, PRE, PRE, DOUT and LAYER, DOUT, COUPLING, DT, ZT, ACC,
+            )  # fmt: skip
         row_maxes = row_values(row_max + statistics, i, N, NS, 0.0, HP)[:, None, :]
         row_scales = row_values(row_scale + statistics, i, N, NS, mean, HP)[:, None, :]
         row_dots = row_values(row_dot + statistics, i, N, NS, 0.0, HP)[:, None, :]

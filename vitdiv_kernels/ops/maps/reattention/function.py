@@ -19,7 +19,7 @@ class Needs(NamedTuple):
     dk: bool
     dv: bool
     dpre_mix: bool
-    dmix: bool  # and dbias
+    dfolded_mix: bool  # and dfolded_bias
     dnorm: bool  # of the layer norm's weight and bias
 
 
@@ -30,20 +30,21 @@ class Gradients(NamedTuple):
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
     dpre_mix: torch.Tensor | None = None
-    dmix: torch.Tensor | None = None
-    dbias: torch.Tensor | None = None
+    dfolded_mix: torch.Tensor | None = None
+    dfolded_bias: torch.Tensor | None = None
     dnorm_weight: torch.Tensor | None = None
     dnorm_bias: torch.Tensor | None = None
 
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor mix, Tensor? bias,"
-    " bool centred, Tensor? norm_weight, Tensor? norm_bias, float eps"
+    "Tensor q, Tensor k, Tensor v, float scale, Tensor? pre_mix, Tensor? pre_bias, Tensor folded_mix,"
+    " Tensor? folded_bias, bool centred, Tensor? norm_weight, Tensor? norm_bias, float eps"
 )
 
 
 def _fwd_fake(
-    q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs_out, needs_gram
+    q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred, norm_weight, norm_bias, eps,
+    needs_out, needs_gram,
 ):  # fmt: skip
     gram_shape = (q.shape[0], q.shape[1], q.shape[1])
     return (
@@ -53,7 +54,8 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs
+    dout, coupling, q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred, norm_weight,
+    norm_bias, eps, needs,
 ):  # fmt: skip
     heads, dtype, needs = q.shape[1], accumulation_dtype(q), Needs(*needs)
 
@@ -65,9 +67,9 @@ def _bwd_fake(
         for x, need in zip((q, k, v), (needs.dq, needs.dk, needs.dv), strict=True)
     )
     found = Gradients(
-        dq, dk, dv, dpre_mix=empty(needs.dpre_mix, heads, heads), dmix=empty(needs.dmix, heads, heads),
-        dbias=empty(needs.dmix, heads), dnorm_weight=empty(needs.dnorm, heads),
-        dnorm_bias=empty(needs.dnorm, heads),
+        dq, dk, dv, dpre_mix=empty(needs.dpre_mix, heads, heads),
+        dfolded_mix=empty(needs.dfolded_mix, heads, heads), dfolded_bias=empty(needs.dfolded_mix, heads),
+        dnorm_weight=empty(needs.dnorm, heads), dnorm_bias=empty(needs.dnorm, heads),
     )  # fmt: skip
     return tuple(found)
 
@@ -77,20 +79,24 @@ def _head_dots_fake(x, y):
 
 
 def _setup(ctx, inputs, outputs):
-    q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, *_ = inputs
-    ctx.save_for_backward(q, k, v, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias)
+    q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred, norm_weight, norm_bias, eps, *_ = (
+        inputs
+    )
+    ctx.save_for_backward(q, k, v, pre_mix, pre_bias, folded_mix, folded_bias, norm_weight, norm_bias)
     ctx.options = scale, centred, eps
 
 
 def _backward(ctx, operator, needs, dout, dgram):
-    q, k, v, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias = ctx.saved_tensors
+    q, k, v, pre_mix, pre_bias, folded_mix, folded_bias, norm_weight, norm_bias = ctx.saved_tensors
     scale, centred, eps = ctx.options
     has_dout = dout is not None
-    needs_q, needs_k, needs_v, _, needs_pre_mix, needs_pre_bias, needs_mix, needs_bias, _ = needs[:9]
+    needs_q, needs_k, needs_v, _, needs_pre_mix, needs_pre_bias, needs_folded_mix, needs_folded_bias, _ = (
+        needs[:9]
+    )
     needs_norm_weight, needs_norm_bias = needs[9:11]
     wanted = Needs(
         dq=needs_q, dk=needs_k, dv=needs_v and has_dout, dpre_mix=needs_pre_mix,
-        dmix=(needs_mix or needs_bias) and has_dout,
+        dfolded_mix=(needs_folded_mix or needs_folded_bias) and has_dout,
         dnorm=(needs_norm_weight or needs_norm_bias) and has_dout,
     )  # fmt: skip
     found = Gradients()
@@ -98,16 +104,17 @@ def _backward(ctx, operator, needs, dout, dgram):
         coupling = None if dgram is None else dgram + dgram.mT
         found = Gradients(
             *operator("reattention_bwd")(
-                dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias,
-                eps, list(wanted),
+                dout, coupling, q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred,
+                norm_weight, norm_bias, eps, list(wanted),
             )
         )  # fmt: skip
     # a constant added to a row of logits changes no softmax
     dpre_bias = torch.zeros_like(pre_bias) if needs_pre_bias else None
     return (
         when(wanted.dq, found.dq), when(wanted.dk, found.dk), when(wanted.dv, found.dv), None,
-        when(wanted.dpre_mix, found.dpre_mix), dpre_bias, when(needs_mix and has_dout, found.dmix),
-        when(needs_bias and has_dout, found.dbias), None,
+        when(wanted.dpre_mix, found.dpre_mix), dpre_bias,
+        when(needs_folded_mix and has_dout, found.dfolded_mix),
+        when(needs_folded_bias and has_dout, found.dfolded_bias), None,
         when(needs_norm_weight and has_dout, found.dnorm_weight),
         when(needs_norm_bias and has_dout, found.dnorm_bias),
     )  # fmt: skip
@@ -122,7 +129,7 @@ def _fwd_folds(inputs, dims):
 
 def _bwd_folds(inputs, dims):
     needs, coupling = Needs(*inputs[-1]), inputs[1]
-    parameters = needs.dpre_mix or needs.dmix or needs.dnorm
+    parameters = needs.dpre_mix or needs.dfolded_mix or needs.dnorm
     if parameters or any(dims[i] is not None for i in (6, 7, 8, 9, 11, 12)):
         return None  # gradients of parameters are sums over the images of each item
     into = JOIN
@@ -148,8 +155,8 @@ def _bwd_shards(inputs):
     for_all = coupling is not None and coupling.shape[0] == 1 != q.shape[0]
     into = (BATCH, WHOLE if for_all else BATCH, *(BATCH,) * 3, *(WHOLE,) * 10)
     dq, dk, dv = map(batch_where, needs[:3])
-    dpre_mix, dmix, dnorm = (SUM if needed else WHOLE for needed in needs[3:])
-    return into, (dq, dk, dv, dpre_mix, dmix, dmix, dnorm, dnorm)
+    dpre_mix, dfolded_mix, dnorm = (SUM if needed else WHOLE for needed in needs[3:])
+    return into, (dq, dk, dv, dpre_mix, dfolded_mix, dfolded_mix, dnorm, dnorm)
 
 
 def _dots_shards(inputs):
@@ -159,21 +166,23 @@ def _dots_shards(inputs):
 
 
 def _fwd_flops(
-    q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, nw, nb, eps, needs_out, needs_gram, **_
-):
+    q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred, nw, nb, eps, needs_out, needs_gram,
+    **_,
+):  # fmt: skip
     mixes = (pre_mix is not None) + needs_out + needs_gram
     return (1 + needs_out) * _flops.maps(q, k) + mixes * _flops.mixed(q, k)
 
 
 def _bwd_flops(
-    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, nw, nb, eps, needs, **_
-):
-    dq, dk, dv, dpre_mix, dmix, dnorm = Needs(*needs)
+    dout, coupling, q, k, v, scale, pre_mix, pre_bias, folded_mix, folded_bias, centred, nw, nb, eps, needs,
+    **_,
+):  # fmt: skip
+    dq, dk, dv, dpre_mix, dfolded_mix, dnorm = Needs(*needs)
     of_maps = dq or dk or dpre_mix
-    of_out = dout is not None and (of_maps or dmix or dnorm)
+    of_out = dout is not None and (of_maps or dfolded_mix or dnorm)
     products = 1 + of_out + dq + dk + dv  # the logits again, dY, and one a gradient
     # the maps mixed again, dY mixed back, the coupling, and what mixes the logits, forward and back
-    mixes = (dv or dnorm) + (of_out and of_maps) + (coupling is not None) + dmix + dpre_mix
+    mixes = (dv or dnorm) + (of_out and of_maps) + (coupling is not None) + dfolded_mix + dpre_mix
     mixes += (pre_mix is not None) * (1 + (dq or dk))
     return products * _flops.maps(q, k) + mixes * _flops.mixed(q, k)
 
@@ -195,7 +204,7 @@ reattention_fwd = define(
 reattention_bwd = define(
     "reattention_bwd",
     f"(Tensor? dout, Tensor? coupling, {_INPUTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv,"
-    " Tensor dpre_mix, Tensor dmix, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
+    " Tensor dpre_mix, Tensor dfolded_mix, Tensor dfolded_bias, Tensor dnorm_weight, Tensor dnorm_bias)",
     _bwd_fake,
     folds=_bwd_folds,
     shards=_bwd_shards,

@@ -203,7 +203,7 @@ def _backward(saved, options, count, needs, dout, dgram):
     coupling = None if dgram is None else dgram + dgram.mT
     folded_mix = saved.mix * saved.gain.unsqueeze(1) if from_batch else saved.folded_mix
     dvar = None
-    # beside dmix, only the maps' gradient needs that of the variances
+    # beside dfolded_mix, only the maps' gradient needs that of the variances
     if from_batch and has_dout and (needs.q or needs.k or needs.mix or needs.pre_mix):
         with autocast_off(saved.q):
             dots = _head_dots(saved, dout, options.backend)
@@ -216,7 +216,7 @@ def _backward(saved, options, count, needs, dout, dgram):
     needs_affine = needs.mix or needs.mix_bias or (norm == "batch" and needs_norm)
     wanted = Needs(
         dq=needs.q, dk=needs.k, dv=needs.v and has_dout, dpre_mix=needs.pre_mix,
-        dmix=needs_affine and has_dout, dnorm=norm == "layer" and needs_norm and has_dout,
+        dfolded_mix=needs_affine and has_dout, dnorm=norm == "layer" and needs_norm and has_dout,
     )  # fmt: skip
     found = Gradients()
     if any(wanted) and (has_dout or coupling is not None):
@@ -228,17 +228,18 @@ def _backward(saved, options, count, needs, dout, dgram):
             )
         )  # fmt: skip
     dmix = dmix_bias = dnorm_weight = dnorm_bias = None
-    if wanted.dmix and from_batch:
+    if wanted.dfolded_mix and from_batch:
         dmix, dnorm_weight = batch_norm_backward(
-            found.dmix, saved.mix, saved.norm_weight, saved.var, saved.mixed_covariance, dvar, eps, out_scale
-        )
+            found.dfolded_mix, saved.mix, saved.norm_weight, saved.var, saved.mixed_covariance, dvar, eps,
+            out_scale,
+        )  # fmt: skip
         # a bias moves the mean and nothing else
-        dmix_bias = torch.zeros_like(found.dbias) if needs.mix_bias else None
-        dnorm_bias = found.dbias if out_scale == 1 else found.dbias * out_scale
-    elif wanted.dmix:
+        dmix_bias = torch.zeros_like(found.dfolded_bias) if needs.mix_bias else None
+        dnorm_bias = found.dfolded_bias if out_scale == 1 else found.dfolded_bias * out_scale
+    elif wanted.dfolded_mix:
         dmix, dmix_bias, dnorm_weight, dnorm_bias = fold_backward(
-            found.dmix, found.dbias, saved.mix, saved.mix_bias, norm, saved.norm_weight, saved.running_mean,
-            saved.running_var, eps, out_scale,
+            found.dfolded_mix, found.dfolded_bias, saved.mix, saved.mix_bias, norm, saved.norm_weight,
+            saved.running_mean, saved.running_var, eps, out_scale,
         )  # fmt: skip
     if wanted.dnorm:
         dnorm_weight, dnorm_bias = found.dnorm_weight * out_scale, found.dnorm_bias * out_scale

@@ -31,7 +31,14 @@ from ..._triton.heads import (
     store_heads,
     uncouple,
 )
-from ..._triton.maps import layer_norm, layer_norm_gradient, logits, mix_constant, mixed_maps
+from ..._triton.maps import (
+    layer_norm,
+    layer_norm_gradient,
+    logits,
+    mix_constant,
+    mixed_maps,
+    reload_matrices,
+)
 from ..._triton.sweeps import (
     Maps,
     located,
@@ -136,7 +143,7 @@ def parameter_sweep(
     factor = factors(factor_high, factor_low, factor2_high, factor2_low, H1, HP, ACC)
     held_q = hold_heads(q, i, N, q_h, q_n, H, HP, D, DB, DT, HOLD)
     held_o = hold_heads(dout, i, N, o_h, o_n, H, HP, DV, DVB, DT, HOLD)
-    pre = factor
+    pre, w, wt, c, c_size = factor, factor, factor, factor, mean
     if PRE:
         pre = kronecker(pre_mix, H, HP, False, ACC).to(ZT)
     w_acc = kronecker(mix, H, HP, False, ACC)
@@ -163,24 +170,12 @@ def parameter_sweep(
         norm_bias_sums = tl.zeros((HP, BR), ACC)
     for j0 in tl.range(0, M, BC):
         j = j0 + tl.arange(0, BC)
-        pre_now = pre
-        if LAYER:
-            w_now = w
-        if NEED_ROW_DOT:
-            wt_now = wt
-            if COUPLING:
-                c_now = c
+        pre_now, w_now, wt_now, c_now = pre, w, wt, c
         if RELOAD:
-            if PRE:
-                pre_now = kronecker(pre_mix + j0 * ZERO, H, HP, False, ACC).to(ZT)
-            if LAYER:
-                w_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, False, DT, ACC)
-            if NEED_ROW_DOT:
-                wt_now = scaled_kronecker(mix + j0 * ZERO, size, H, HP, True, DT, ACC)
-            if NEED_ROW_DOT and COUPLING:
-                c_now = scaled_kronecker(
-                    coupling + image * coupling_b + j0 * ZERO, c_size, H, HP, False, DT, ACC
-                )
+            pre_now, _, w_now, wt_now, c_now = reload_matrices(
+                pre, pre, w, wt, c, pre_mix, mix, coupling, image, coupling_b, size, size, c_size,
+                j0 * ZERO, H, HP, PRE, False, LAYER, NEED_ROW_DOT, NEED_ROW_DOT and COUPLING, DT, ZT, ACC,
+            )  # fmt: skip
         inside = (j < M)[None, None, :]
         s = products(held_q, q, i, N, q_h, q_n, k, j, M, k_h, k_n, H, HP, D, DB, DT, HOLD, PREC, ACC)
         z = logits(s, pre_now, factor, HP, BR, BC, 2, PRE, ZT, ZPREC, ACC)
