@@ -94,19 +94,18 @@ def in_turn(launches):
 
 
 def sample(launches):
-    """Few of what `in_turn` chooses: of each kernel each GPU, list of pointers' types, alignment of all its
-    arguments, options, type of an argument and constant is in one."""
+    """Few of what `in_turn` chooses: of each kernel, whatever operations launch it, each GPU, type of an
+    argument, alignment of all arguments, options and constant is in one."""
     of_kernel = {}
-    for key in in_turn(launches):
-        of_kernel.setdefault((key[0], key[2]), {})[key] = values_of(key)
+    for key, launch in in_turn(launches).items():
+        of_kernel.setdefault((launch.kernel.__module__, key[2]), {})[key] = values_of(key)
     return {key: launches[key] for values in of_kernel.values() for key in sampling.covering(values)}
 
 
 def values_of(key):
     """What a sample is to have of a launch."""
     _, capability, _, signature, constexprs, attributes, options = key
-    types = tuple(kind for _, kind in signature if kind.startswith("*"))
-    values = {("GPU", capability), ("types", types), ("aligned", attributes), ("options", options)}
+    values = {("GPU", capability), ("aligned", attributes), ("options", options)}
     return (
         values | {("argument", *argument) for argument in signature} | {("constant", *c) for c in constexprs}
     )

@@ -80,7 +80,7 @@ def test_compiled_kernels_have_each_value_among_them():
         aligned = ((0, "D"), (1, "D")) if half else ((0, "D"),)
         for name in ("kernel", "other"):
             key = "op", cc, name, signature, ((2, rows), (3, half)), aligned, (warps, 2, None)
-            launches[key] = "launch"
+            launches[key] = SimpleNamespace(kernel=SimpleNamespace(__module__="kernels"))
     chosen = aot.sample(launches)
     assert len(chosen) <= len(launches) / 10
     for name in ("kernel", "other"):
