@@ -4,6 +4,7 @@ import argparse
 import copy
 import functools
 import os
+import re
 import warnings
 from dataclasses import replace
 
@@ -226,6 +227,34 @@ def test_another_architecture_is_refused_and_nothing_is_loaded(source, target, s
             if "ViTConfig" not in sentence or into is target:
                 error.match(sentence)
     assert same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("pos_embed", (16, 24)),
+        ("pos_embed", (1, 17)),
+        ("pos_embed", (1, 5, 25)),
+        ("pos_embed", (2, 5, 24)),
+        ("pos_embed", (1, 8, 24)),
+        ("head.weight", ()),
+        ("head.weight", (7, 25)),
+        ("cls_token", (24,)),
+    ],
+)
+def test_tensors_of_odd_shapes_are_listed(state, name, shape):
+    changed = {**state, name: torch.ones(shape)}
+    with pytest.raises(
+        ValueError, match=f"of other shapes: .*{name} {re.escape(str(list(shape)))}, expected"
+    ):
+        load(changed, SMALL)
+
+
+def test_a_model_without_memory_is_refused(state):
+    with torch.device("meta"):
+        model = ViT(SMALL)
+    with pytest.raises(ValueError, match="model must have memory, got one on the meta device"):
+        load(state, model)
 
 
 def test_what_both_have_can_be_loaded(state):

@@ -83,6 +83,8 @@ def load(
     target, called = _model(model)
     found = _weights(state, ema, name)
     expected = target.state_dict()
+    if any(tensor.is_meta for tensor in expected.values()):
+        raise ValueError("model must have memory, got one on the meta device: call model.to_empty first")
     weights, notes = _fitted(found, expected, getattr(target, "patch_embed", None))
     differences = _differences(weights, expected, strict)
     if differences:
@@ -136,14 +138,15 @@ def _fitted(found: State, expected: State, patch_embed: Any) -> tuple[dict[str, 
     weights, notes = _renamed(found, expected), []
     for head in HEADS:
         there, here = (tensors.get(f"{head}.weight") for tensors in (weights, expected))
-        if there is None or here is None or len(there) == len(here) or there.shape[1:] != here.shape[1:]:
+        if there is None or here is None or there.shape == here.shape or there.shape[1:] != here.shape[1:]:
             continue
         notes.append(
             f"{head} is for {len(there)} classes and the model's for {len(here)}: it keeps its initial values"
         )
-        weights |= {part: expected[part] for part in (f"{head}.weight", f"{head}.bias")}
+        parts = (f"{head}.weight", f"{head}.bias")
+        weights |= {part: expected[part] for part in parts if part in expected}
     there, here = weights.get("pos_embed"), expected.get("pos_embed")
-    if there is not None and here is not None and there.shape[1:2] != here.shape[1:2]:
+    if there is not None and here is not None and _other_positions(there, here):
         before = _prefix_and_grid(there, weights)
         after = _prefix_and_grid(here, expected, getattr(patch_embed, "grid_size", None))
         if before and after and before[0] == after[0]:
@@ -165,6 +168,12 @@ def _renamed(found: State, expected: State) -> dict[str, Tensor]:
     return weights
 
 
+def _other_positions(there: Tensor, here: Tensor) -> bool:
+    """Whether the two [1, positions, D] differ in their positions alone."""
+    alike = there.ndim == here.ndim == 3 and there.shape[::2] == here.shape[::2]
+    return alike and there.shape != here.shape
+
+
 def _prefix_and_grid(
     pos_embed: Tensor, tensors: State, grid: tuple[int, int] | None = None
 ) -> tuple[int, tuple[int, int]] | None:
@@ -173,7 +182,8 @@ def _prefix_and_grid(
     positions = pos_embed.shape[1]
     if grid is not None:
         return positions - grid[0] * grid[1], grid
-    for prefix in (sum(tensors[name].shape[1] for name in PREFIX_TOKENS if name in tensors), 0):
+    tokens = sum(tensors[name].shape[-2:-1].numel() for name in PREFIX_TOKENS if name in tensors)
+    for prefix in (tokens, 0):
         side = math.isqrt(max(0, positions - prefix))
         if side * side == positions - prefix > 0:
             return prefix, (side, side)

@@ -23,10 +23,13 @@ class ViT(nn.Module):
         torch.Size([2, 10])
     """
 
+    num_prefix_tokens = 1
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_prefix_tokens = 0 if config.class_blocks else 1 + config.distilled
+        if config.class_blocks or config.distilled:
+            self.num_prefix_tokens = 2 if config.distilled else 0
         dim, depth = config.dim, config.depth
         self.patch_embed = STEMS[config.stem](config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
