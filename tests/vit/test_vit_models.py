@@ -41,6 +41,16 @@ def test_deepvit_s_and_l_are_the_published_ones(name, transform_scale):
     torch.testing.assert_close(model(x), expected)
 
 
+def test_the_factor_of_deepvit_can_be_folded_into_weights():
+    model, x = ViT(KINDS["deepvit"]).double().eval(), images()
+    state = model.state_dict()
+    folded = {name: 2 * t if ".attn.proj." in name or ".fc2." in name else t for name, t in state.items()}
+    plain = load(folded, ViT(replace(KINDS["deepvit"], scale_adjustment=1.0)).double()).eval()
+    for block in plain.blocks:
+        block.norm1.eps = block.norm2.eps = 4e-6
+    torch.testing.assert_close(plain(x), model(x))
+
+
 def test_the_vit_of_gong_is_the_published_one():
     state = random_state(gong_shapes(24, 3, 4, patches=16, patch=8, classes=5))
     config = replace(KINDS["gong"], mlp_ratio=4.0)
