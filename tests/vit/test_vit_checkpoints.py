@@ -309,6 +309,29 @@ def test_cut_files(state, tmp_path, share, zipped):
     assert same(model, before)
 
 
+def test_a_changed_byte_is_found(state, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": state}, path)
+    content = path.read_bytes()
+    weights = state["blocks.1.mlp.fc1.weight"].numpy().tobytes()
+    changed = content.replace(weights, weights[:99] + bytes([weights[99] ^ 1]) + weights[100:])
+    assert len(changed) == len(content) != 0
+    assert changed != content
+    with pytest.raises(ValueError, match=r"x.pth is cut or damaged"):
+        load(write(path, changed), SMALL)
+    assert torch.load(path)  # torch doesn't see it
+
+
+def test_files_without_checksums_load(state, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(load(tmp_path / "x.pth", SMALL), state)
+
+
 @pytest.mark.parametrize("content", [b"a text\n" * 99, b"\x89PNG\r\n\x1a\n" * 20, b"version https://git-lfs"])
 def test_files_of_another_kind(tmp_path, content):
     with pytest.raises(ValueError, match=r"x.pth is cut or damaged, or no file of torch"):
