@@ -5,6 +5,7 @@ import copy
 import functools
 import os
 import re
+import sys
 import warnings
 from dataclasses import replace
 
@@ -344,6 +345,12 @@ def test_cut_safetensors(state, tmp_path):
     write(tmp_path / "x.safetensors", (tmp_path / "x.safetensors").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"x.safetensors is cut or damaged, or no file of safetensors"):
         load(tmp_path / "x.safetensors", SMALL)
+
+
+def test_without_safetensors_a_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="safetensors must be installed: pip install safetensors"):
+        load(write(tmp_path / "x.safetensors", b""), SMALL)
 
 
 def test_paths_without_a_file(tmp_path):
