@@ -1,80 +1,21 @@
-"""A plain vision transformer with timm's names, whose blocks attend or re-attend (arXiv 2103.11886)."""
+"""A vision transformer with timm's names, made of parts that a ViTConfig chooses."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import ReAttention
 from .configs import ViTConfig
-
-
-class PatchEmbed(nn.Module):
-    """Images [B, C, S, S] to patch tokens [B, N, D]."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.num_patches = (config.image_size // config.patch) ** 2
-        width = config.patch + 2 * config.overlap
-        self.proj = nn.Conv2d(config.channels, config.dim, width, stride=config.patch, padding=config.overlap)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over [B, N, D]."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each [B, H, N, d]
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm block; in training a branch is dropped for a whole image with probability `drop_path`."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = drop_path
-
-    def _drop(self, branch: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.drop_path)
-        return branch * keep / (1 - self.drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._drop(self.attn(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
+from .parts import STEMS, Block, ClassAttention, ClassBlock, attention_of
 
 
 class ViT(nn.Module):
     """Images [B, C, S, S] to logits [B, classes]; the head reads the class token.
 
-    With `return_tokens=True` the second result is the list of `depth + 1` token tensors [B, 1 + N, D]: entry
+    With `return_tokens=True` the second result is the list of `depth + 1` token tensors [B, P + N, D]: entry
     i enters block i, the last leaves the last block. They are the tensors that the forward pass makes anyway,
-    not copies.
+    not copies. P, `num_prefix_tokens`, is 1 for the class token, 2 with a distillation token, and 0 where the
+    class token joins after the blocks (`class_blocks`).
+
+    With a distillation token the logits are the mean of both heads, as DeiT's are in evaluation.
 
     Example:
         >>> model = ViT(ViTConfig(image_size=32, dim=48, depth=2, heads=4, classes=10))
@@ -87,42 +28,77 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        if config.class_blocks or config.distilled:
+            self.num_prefix_tokens = 2 if config.distilled else 0
         dim, depth = config.dim, config.depth
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = STEMS[config.stem](config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, dim))
-        self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                ReAttention(dim, config.heads, qkv_bias=True)
-                if i in config.reattention
-                else Attention(dim, config.heads),
-                config.mlp_ratio,
-                config.drop_path * i / max(1, depth - 1),
+        self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if config.distilled else None
+        positions = self.num_prefix_tokens + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
+
+        def block(i: int) -> Block:
+            share = config.drop_path * i / max(1, depth - 1) if config.drop_path_grows else config.drop_path
+            attn = attention_of(config, i)
+            return Block(dim, attn, config.mlp_ratio, share, config.scale_adjustment, config.layer_scale)
+
+        self.blocks = nn.ModuleList(block(i) for i in range(depth))
+        if config.class_blocks:
+            self.blocks_token_only = nn.ModuleList(
+                ClassBlock(dim, ClassAttention(dim, config.heads), 4.0, 0.0, layer_scale=config.layer_scale)
+                for _ in range(config.class_blocks)
             )
-            for i in range(depth)
-        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, config.classes)
+        self.head_dist = nn.Linear(dim, config.classes) if config.distilled else None
+        self.patch_head = nn.Linear(dim, config.classes) if config.patch_head else None
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.pos_embed, std=self.config.pos_std)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.get_parameter("patch_embed.proj.bias"))
+        as_timm = self.config.init == "timm"
+        normal = nn.init.trunc_normal_ if as_timm else nn.init.normal_
+        normal(self.cls_token, std=0.02)
+        normal(self.pos_embed, std=self.config.pos_std)
+        if self.dist_token is not None:
+            normal(self.dist_token, std=0.02)
+        if not as_timm:
+            nn.init.xavier_uniform_(self.get_parameter("patch_embed.proj.weight").flatten(1))
+            nn.init.zeros_(self.get_parameter("patch_embed.proj.bias"))
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if as_timm:
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that the papers' recipes do not decay, beside vectors; timm's optimizers ask."""
+        return {"pos_embed", "cls_token", "dist_token"}
 
     def forward(self, x: Tensor, return_tokens: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
+        class_token = self.cls_token.expand(x.shape[0], -1, -1)
+        if self.dist_token is not None:
+            x = torch.cat([class_token, self.dist_token.expand(x.shape[0], -1, -1), x], 1)
+        elif not self.config.class_blocks:
+            x = torch.cat([class_token, x], 1)
+        x = x + self.pos_embed
         tokens = [x]
         for block in self.blocks:
             x = block(x)
             tokens.append(x)
-        logits = self.head(self.norm(x[:, 0]))
+        logits = self._logits(x, class_token)
         return (logits, tokens) if return_tokens else logits
+
+    def _logits(self, x: Tensor, class_token: Tensor) -> Tensor:
+        if self.config.class_blocks:
+            for block in self.blocks_token_only:
+                class_token = block(class_token, x)
+            x = class_token
+        logits = self.head(self.norm(x[:, 0]))
+        if self.head_dist is not None:
+            logits = (logits + self.head_dist(self.norm(x[:, 1]))) / 2
+        return logits
