@@ -29,7 +29,7 @@ class ReAttention(_attention.PackedAttention):
             proj_drop, norm_layer, device, dtype: as timm's Attention; attn_drop is for the reference only.
         norm: of the mixed maps, "batch" (the paper), "layer" (over the heads) or "none".
         apply_transform: False gives plain attention, without mix and norm: DeepViT's first blocks.
-        transform_scale: scale the output by head_dim^-1/2, as DeepViT-S and -L do.
+        transform_scale: scale the output by head_dim^-1/2, as DeepViT-S does.
         mix_init: "identity" starts from the heads unmixed, I plus noise of 0.1 with zero bias, and small
             maps: norm weight 0.05. "conv" is the published initialisation: that of Conv2d and a norm weight
             of 1. That makes the branch many times stronger than plain attention, see below; deep small models
