@@ -16,7 +16,7 @@ class _FusedPacked(Fused):
         self.attn_dim = self.num_heads * self.head_dim
         for name in ("q_norm", "k_norm", "norm"):
             if name not in self._modules:
-                self._modules[name] = nn.Identity()
+                self._modules[name] = nn.Identity().train(original.training)
         self._modules.setdefault("gate", None)
 
     def unreadable(self):

@@ -91,7 +91,8 @@ def fuse(
     if known[0].module is model:
         raise ValueError("model must hold its attentions, got an attention: put it into a Sequential")
     wanted = _numbers(blocks, len(known))
-    swapped, left, replaced, tried = [], [], {}, {}
+    swapped, left, replaced = [], [], {}
+    tried: dict[Any, Any] = {}  # signature -> what a trial call gave, or why it failed
     for number, attention in enumerate(known):
         try:
             if number not in wanted:

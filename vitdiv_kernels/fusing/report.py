@@ -29,7 +29,21 @@ class Left:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` replaced, and what it left and why. `print` it."""
+    """What `fuse` replaced, and what it left and why; print it.
+
+    Attributes:
+        swapped: what was replaced, each with `number` (as `blocks` takes it), `names` (where it is; more than
+            one for a shared module), `what` (its former class) and `notes` (what changes by it).
+        left: what was left, each with `number` (None for a class that `fuse` does not know), `names`, `what`
+            and `why`.
+        backend: of the operation.
+
+    Example:
+        >>> import timm
+        >>> report = fuse(timm.create_model("vit_tiny_patch16_224", depth=1))
+        >>> report.left[0].why
+        'it mixes no heads: plain=True gives it a mix that starts as the identity'
+    """
 
     swapped: tuple[Swapped, ...]
     left: tuple[Left, ...]

@@ -9,6 +9,8 @@ from .._packed import PARTS, FusedPackedReAttention, FusedPackedTalkingHeads
 class IdentityConv2d(nn.Conv2d):
     """A mix that starts as the identity: the heads as they are."""
 
+    bias: torch.Tensor
+
     def reset_parameters(self) -> None:
         nn.init.dirac_(self.weight)
         nn.init.zeros_(self.bias)
