@@ -74,7 +74,7 @@ LEFT = {
         "vit-pytorch CaiT",
         {},
         lambda model: first(model).register_parameter("mix_heads_pre_attn", Quantised(torch.ones(4, 4))),
-        "its mix_heads_pre_attn is a Quantised: fuse before it is sharded or quantised",
+        "mix_heads_pre_attn is a Quantised: fuse before it is sharded or quantised",
     ),
     "part": ("DeepViT", {}, lambda model: delattr(first(model), "proj_drop"), "it has no proj_drop"),
     "cos_reg": ("DeepViT", {}, lambda model: setattr(model, "cos_reg", True), "the maps for cos_reg"),
@@ -89,6 +89,12 @@ LEFT = {
         {},
         lambda model: first(model).proj_pre.register_forward_hook(hook),
         "proj_pre must be without hooks on its output and gradients, got hook",
+    ),
+    "hook of the dropout": (
+        "DeepViT", {}, lambda model: hooked(first(model), "attn_drop"), "attn_drop must be without"
+    ),
+    "hook of the softmax": (
+        "vit-pytorch CaiT", {}, lambda model: hooked(first(model), "attend"), "attend must be without"
     ),
     "dropout after the mix": ("Gong", {"attn_drop": 0.1}, None, "its attn_drop is 0.1, a dropout after"),
     "scale_post": ("x-transformers", {"scale_post": True}, None, "pre_scale_post_talking_heads multiplies"),

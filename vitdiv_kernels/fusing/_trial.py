@@ -34,7 +34,7 @@ def rest_of(family, original, above):
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        first, second = (_copy(root, torch.Generator().manual_seed(SEED), {}) for _ in range(2))
+        first, second = _copied(root), _copied(root)
         expected = _results(first, shapes, "a trial call of it failed")
         rest = _rest(family, expected.pop("rest")) if root is original else None
         second = _with_fused(family, second, path, rest)
@@ -45,11 +45,18 @@ def rest_of(family, original, above):
     return rest
 
 
+def _copied(root):
+    try:
+        return _copy(root, torch.Generator().manual_seed(SEED), {})
+    except Exception as error:
+        raise Refused(f"it can't be copied for a trial call: {type(error).__name__}: {error}") from error
+
+
 def _copy(module, generator, copies):
     """A copy with random weights, in evaluation, its dropouts off."""
     if id(module) in copies:
         return copies[id(module)]
-    copies[id(module)] = copy = type(module).__new__(type(module))
+    copies[id(module)] = copy = object.__new__(type(module))
     copy.__dict__.update(vars(nn.Module()))
     copy.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     for name, value in vars(module).items():

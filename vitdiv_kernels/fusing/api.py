@@ -230,7 +230,10 @@ def _made(attention, plain, backend, tried):
     fused = family(module, backend, tried[key])
     if backend != "reference" and (sentence := fused.unreadable()) is not None:
         raise _trial.Refused(sentence)
-    return fused, _notes(fused, backend)
+    try:
+        return fused, _notes(fused, backend)
+    except TypeError as hook:
+        raise _trial.Refused(str(hook)) from hook
 
 
 def _why_not(attention, plain):
@@ -251,10 +254,13 @@ def _why_not(attention, plain):
             return f"it has a {name} of its own: fuse it before that is set"
     if (hook := hook_of(module)) is not None:
         return f"it has the hook {hook}: remove it, fuse, and register it on what takes its place"
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and type(tensor) not in (torch.Tensor, nn.Parameter):
-            return f"its {name} is a {type(tensor).__name__}: fuse before it is sharded or quantised"
-    return family.why_not(module, attention.above)
+    sentence = family.why_not(module, attention.above)
+    if sentence is None:
+        root, _ = family.trial(module, attention.above)
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            if type(tensor) not in (torch.Tensor, nn.Parameter):
+                return f"{name} is a {type(tensor).__name__}: fuse before it is sharded or quantised"
+    return sentence
 
 
 def _signature(module):

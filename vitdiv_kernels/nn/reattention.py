@@ -152,7 +152,7 @@ class ReAttention(_attention.PackedAttention):
             raise ValueError("return_gram must be False when apply_transform is False: use attention_gram")
         else:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
         out = self._project(out, x)
         return (out, gram) if return_gram else out
 

@@ -38,10 +38,13 @@ class FusedTimmAttention(FusedPackedReAttention):
         super().__init__(original, backend, rest)
         self.map_norm = "none"
         self.out_scale = 1.0
-        # made without the global random numbers
         like, heads = next(original.parameters()), self.num_heads
-        mix = IdentityConv2d(heads, heads, 1, device="meta", dtype=like.dtype).to_empty(device=like.device)
-        mix.reset_parameters()
+        with torch.inference_mode(False):  # its parameters can be trained
+            # made without the global random numbers
+            mix = IdentityConv2d(heads, heads, 1, device="meta", dtype=like.dtype).to_empty(
+                device=like.device
+            )
+            mix.reset_parameters()
         mix.requires_grad_(any(parameter.requires_grad for parameter in original.parameters()))
         self.reatten_matrix = mix.train(original.training)
         self.var_norm = nn.Identity().train(original.training)
@@ -49,8 +52,9 @@ class FusedTimmAttention(FusedPackedReAttention):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """The original's own state dict: what it computes has the identity as its mix."""
         mix = f"{prefix}reatten_matrix."
-        if f"{prefix}proj.weight" in state_dict and not any(name.startswith(mix) for name in state_dict):
-            identity = torch.eye(self.num_heads, dtype=self.reatten_matrix.weight.dtype)
+        like = state_dict.get(f"{prefix}proj.weight")
+        if like is not None and not any(name.startswith(mix) for name in state_dict):
+            identity = torch.eye(self.num_heads, dtype=like.dtype, device=like.device)
             state_dict[f"{mix}weight"] = identity[:, :, None, None]
             state_dict[f"{mix}bias"] = identity.new_zeros(self.num_heads)
         super()._load_from_state_dict(state_dict, prefix, *args)
