@@ -155,7 +155,7 @@ def _check_wrappers(model, plain):
 
 def _attentions(model):
     """All attentions of a model, in its order: those that are known, and others that are called so."""
-    found: dict[int, _Found] = {}
+    found = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         if id(module) in found:
