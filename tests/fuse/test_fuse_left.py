@@ -307,6 +307,10 @@ def test_unfuse_refuses_and_changes_nothing():
         vd.unfuse(model)
     assert all(isinstance(block.attn, vd.nn.TalkingHeadsAttention) for block in model.blocks)
     handle.remove()
+    model.blocks[1].attn.adapter = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"at blocks.1.attn: its adapter is new, and the original has none"):
+        vd.unfuse(model)
+    del model.blocks[1].attn.adapter
     model.blocks[1].attn.__class__ = type("Sharded", (type(model.blocks[1].attn),), {})
     with pytest.raises(
         ValueError, match=r"at blocks.1.attn: its class was changed to Sharded: undo that first"

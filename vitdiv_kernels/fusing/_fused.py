@@ -66,7 +66,7 @@ class Fused(nn.Module):
     @classmethod
     def stands_for(cls, kind, module=None):
         """Whether a class, or where only the parts tell it, a module, is an original of this family."""
-        return (kind.__module__, kind.__name__) in cls.classes
+        return not cls.classes.isdisjoint({(kind.__module__, kind.__name__), (None, kind.__name__)})
 
     @classmethod
     def why_not(cls, original, above):
@@ -97,6 +97,12 @@ class Fused(nn.Module):
 
     def why_not_back(self):
         """Why the original can't do what this does now, a sentence, or None."""
+        (original,) = self._original
+        for kind in ("_parameters", "_buffers", "_modules"):
+            for name, part in getattr(self, kind).items():
+                known = name in getattr(original, kind) or name in self.added
+                if not known and not isinstance(part, nn.Identity | None):
+                    return f"its {name} is new, and the original has none: remove it first"
         return None
 
     def drop_of_maps(self):

@@ -20,10 +20,6 @@ class FusedDeepViTReAttention(FusedPackedReAttention):
         self.out_scale = getattr(original, "reatten_scale", 1.0)
 
     @classmethod
-    def stands_for(cls, kind, module=None):
-        return kind.__name__ == "ReAttention"
-
-    @classmethod
     def why_not(cls, original, above):
         if original.apply_transform and not (
             isinstance(getattr(original, "reatten_matrix", None), nn.Module)

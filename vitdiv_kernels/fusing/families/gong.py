@@ -15,6 +15,6 @@ class FusedGongAttention(FusedPackedTalkingHeads):
 
     @classmethod
     def stands_for(cls, kind, module=None):
-        return kind.__name__ == "Attention" and all(
+        return super().stands_for(kind) and all(
             isinstance(getattr(module, name, None), nn.Module) for name in cls.mixes
         )

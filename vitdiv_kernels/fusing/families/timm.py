@@ -61,7 +61,7 @@ class FusedTimmAttention(FusedPackedReAttention):
 
     def why_not_back(self):
         if isinstance(self.reatten_matrix, IdentityConv2d) and self.reatten_matrix.is_identity():
-            return None
+            return super().why_not_back()
         return "its mix is not the identity any more, and plain attention has none"
 
 
