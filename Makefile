@@ -15,7 +15,7 @@ else
   STAMPS := $(VENV)/stamps
   TORCH ?= torch==2.13.0
   # torchvision, which timm needs, would exchange a torch that it was not made for: only into an environment of ours
-  EXTRAS := test,timm,imagefolder
+  EXTRAS := test,timm,imagefolder,vit-pytorch
   # A CUDA build of torch has brought its own Triton; a CPU build brings none.
   ADD_TRITON := $(PY) -c 'import triton' 2>/dev/null || extras="$$extras,triton"
 endif

@@ -114,8 +114,11 @@ OF_A_FUNCTION = {name for name, value in public() if ".nn." in name and name.end
 
 
 @pytest.mark.parametrize("name", [name for name, _ in public()])
-def test_docstring_examples_run(name, one_thread):
+def test_docstring_examples_run(name, request, one_thread):
     value = dict(public())[name]
+    if ">>> import timm" in inspect.getdoc(value):
+        request.getfixturevalue("torchvision")
+        pytest.importorskip("timm")
     names = {"torch": torch, "vitdiv_kernels": vitdiv_kernels} | {
         part.rpartition(".")[2]: each for part, each in public()
     }

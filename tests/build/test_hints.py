@@ -9,16 +9,9 @@ from vitdiv_kernels import losses, nn
 MODULES = [
     *(f"attach.{name}" for name in ("monitor", "objective", "terms")),
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
-    *(
-        "train.recipe",
-        "train.report",
-        "vit.checkpoints",
-        "vit.configs",
-        "vit.files",
-        "vit.model",
-        "vit.parts",
-        "info",
-    ),
+    *("fusing.api", "fusing.report", "train.recipe", "train.report"),
+    *(f"vit.{name}" for name in ("checkpoints", "configs", "files", "model", "parts")),
+    "info",
     *(f"ops.pairs.{name}.api" for name in ("pairwise_cosine", "pairwise_rows", "two_gram")),
     *(f"ops.maps.{name}.api" for name in ("attention_gram", "reattention")),
 ]

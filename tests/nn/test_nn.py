@@ -112,6 +112,31 @@ def test_timm_options(backend, norm):
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+@pytest.mark.parametrize(("cls", "options"), [
+    (vd.nn.ReAttention, {"transform_scale": True}), (vd.nn.ReAttention, {"norm": "layer"}),
+    (vd.nn.ReAttention, {"apply_transform": False}), (vd.nn.TalkingHeadsAttention, {}),
+])  # fmt: skip
+def test_the_factor_of_the_logits(cls, options):
+    """qk_scale is what q multiplied by as much is: the logits are q k^T times it."""
+    attn = cls(24, 4, qk_scale=0.7, dtype=torch.float64, **options).eval()
+    default = cls(24, 4, dtype=torch.float64, **options).eval()
+    default.load_state_dict(attn.state_dict())
+    with torch.no_grad():
+        default.qkv.weight[:24] *= 0.7 / 6**-0.5
+    assert attn.scale == 0.7
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    out, expected = attn(x), default(x)
+    if options.get("transform_scale"):
+        bias = attn.proj.bias
+        expected = bias + (expected - bias) * 0.7 / 6**-0.5
+    torch.testing.assert_close(out, expected)
+    for wrong in (0, -1.0):
+        with pytest.raises(ValueError, match=f"qk_scale must be positive, got {wrong}"):
+            cls(24, 4, qk_scale=wrong, **options)
+    with pytest.raises(TypeError, match="qk_scale must be a number, got str"):
+        cls(24, 4, qk_scale="0.7", **options)
+
+
 def test_the_gram_matrix_comes_along(backend):
     module = vd.nn.ReAttention(24, 4, backend=backend).eval()
     x = torch.randn(2, 9, 24)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import _dispatch
+from .. import _checks, _dispatch
 from . import effective
 
 
@@ -38,7 +38,9 @@ class PackedAttention(nn.Module):
     the published modules.
     """
 
-    def _add_input(self, dim, num_heads, attn_head_dim, qkv_bias, qk_norm, scale_norm, norm_layer, kind):
+    def _add_input(
+        self, dim, num_heads, attn_head_dim, qk_scale, qkv_bias, qk_norm, scale_norm, norm_layer, kind
+    ):
         if attn_head_dim is None and dim % num_heads != 0:
             raise ValueError(f"num_heads must divide dim, got num_heads {num_heads} and dim {dim}")
         if (qk_norm or scale_norm) and norm_layer is None:
@@ -46,7 +48,8 @@ class PackedAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = attn_head_dim or dim // num_heads
         self.attn_dim = num_heads * self.head_dim
-        self.scale = self.head_dim**-0.5
+        default = self.head_dim**-0.5
+        self.scale = default if qk_scale is None else _checks.positive("qk_scale", qk_scale)
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **kind)
         self.q_norm = norm_layer(self.head_dim, **kind) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **kind) if qk_norm else nn.Identity()

@@ -33,6 +33,7 @@ EXPECTED = {
     "layer": "a LayerNorm",
     "none": "an Identity",
 }
+CALLED_BY_THE_REFERENCE = 'give the attention backend="reference", which then calls its modules on the maps'
 # What hooks get as input.
 NO_INPUT = (None,)
 
@@ -50,12 +51,13 @@ class Norm(NamedTuple):
     from_batch: bool = False
 
 
-def effective_mix(attn, name="reatten_matrix"):
+def effective_mix(attn, name="reatten_matrix", otherwise=CALLED_BY_THE_REFERENCE):
     """(weight [H, H], bias [H] or None) of a mix of `attn`, as its hooks and LoRA adapters make them.
 
-    Raises TypeError for a module that can't be read.
+    Raises TypeError for a module that can't be read; `otherwise` is what the sentence tells to do.
     """
-    _raise(_why_not_mix(getattr(attn, name), name))
+    sentence = _why_not_mix(getattr(attn, name), name)
+    _raise(sentence and sentence.replace(CALLED_BY_THE_REFERENCE, otherwise))
     return read_mix(attn, name)
 
 
@@ -70,14 +72,15 @@ def why_not(attn):
     if _reattends(attn):
         first = _why_not_mix(attn.reatten_matrix, "reatten_matrix")
         return first or _why_not_norm(attn.var_norm, attn.map_norm)
-    return _why_not_mix(attn.proj_l, "proj_l") or _why_not_mix(attn.proj_w, "proj_w")
+    sentences = (_why_not_mix(getattr(attn, name), name) for name in attn.mixes)
+    return next(filter(None, sentences), None)
 
 
 def hooked(attn):
     """Whether one of these modules has hooks of its own."""
     if _reattends(attn):
         return _hooks(attn.reatten_matrix) or _hooks(attn.var_norm)
-    return _hooks(attn.proj_l) or _hooks(attn.proj_w)
+    return any(_hooks(getattr(attn, name)) for name in attn.mixes)
 
 
 def _reattends(attn):
@@ -220,7 +223,7 @@ def _why_not_lora(module, name):
 def _instead(name, expected, got):
     return (
         f"{name} must be {expected}, got {got}: its tensors are read and it is never called; change it back, "
-        'or give the attention backend="reference", which then calls its modules on the maps'
+        f"or {CALLED_BY_THE_REFERENCE}"
     )
 
 

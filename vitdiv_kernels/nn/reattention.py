@@ -27,9 +27,10 @@ class ReAttention(_attention.PackedAttention):
     Args:
         dim, num_heads, attn_head_dim, dim_out, qkv_bias, qk_norm, scale_norm, proj_bias, gated, attn_drop,
             proj_drop, norm_layer, device, dtype: as timm's Attention; attn_drop is for the reference only.
+        qk_scale: the factor of the logits, positive; None is head_dim^-1/2.
         norm: of the mixed maps, "batch" (the paper), "layer" (over the heads) or "none".
         apply_transform: False gives plain attention, without mix and norm: DeepViT's first blocks.
-        transform_scale: scale the output by head_dim^-1/2, as DeepViT-S does.
+        transform_scale: scale the output by the factor of the logits, as DeepViT-S does.
         mix_init: "identity" starts from the heads unmixed, I plus noise of 0.1 with zero bias, and small
             maps: norm weight 0.05. "conv" is the published initialisation: that of Conv2d and a norm weight
             of 1. That makes the branch many times stronger than plain attention, see below; deep small models
@@ -41,7 +42,8 @@ class ReAttention(_attention.PackedAttention):
             forward pass inside of a backward pass leaves the statistics alone.
         backend: of the operation, as `vitdiv_kernels.reattention`.
 
-    Raises ValueError when num_heads does not divide dim, or an option has an unknown value.
+    Raises ValueError when num_heads does not divide dim, qk_scale is not positive, or an option has an
+    unknown value.
 
     The operation reads the tensors of `reatten_matrix` and `var_norm` and never calls them. Their forward
     pre-hooks run, with None as input: weight_norm, spectral_norm, pruning and FSDP2 work; so do
@@ -75,6 +77,7 @@ class ReAttention(_attention.PackedAttention):
         num_heads: int = 8,
         *,
         attn_head_dim: int | None = None,
+        qk_scale: float | None = None,
         dim_out: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
@@ -102,7 +105,9 @@ class ReAttention(_attention.PackedAttention):
         self.map_norm = norm
         self.count_recomputed = count_recomputed
         self.backend = backend
-        self._add_input(dim, num_heads, attn_head_dim, qkv_bias, qk_norm, scale_norm, norm_layer, kind)
+        self._add_input(
+            dim, num_heads, attn_head_dim, qk_scale, qkv_bias, qk_norm, scale_norm, norm_layer, kind
+        )
         self.out_scale = self.scale if transform_scale else 1.0
         self.attn_drop = nn.Dropout(attn_drop)
         if apply_transform:
@@ -147,7 +152,7 @@ class ReAttention(_attention.PackedAttention):
             raise ValueError("return_gram must be False when apply_transform is False: use attention_gram")
         else:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
         out = self._project(out, x)
         return (out, gram) if return_gram else out
 

@@ -22,14 +22,18 @@ class TalkingHeadsAttention(_attention.PackedAttention):
     adapters and other modules in their place is told at `ReAttention`. timm's models initialise both as their
     other Linear layers, as CaiT does.
 
-    Raises ValueError when num_heads does not divide dim, and for attn_drop other than 0: CaiT drops after the
-    second mix, which the operation does not do.
+    qk_scale is the factor of the logits; None is head_dim^-1/2.
+
+    Raises ValueError when num_heads does not divide dim, for a qk_scale that is not positive, and for
+    attn_drop other than 0: CaiT drops after the second mix, which the operation does not do.
 
     Example:
         >>> attention = TalkingHeadsAttention(48, num_heads=4)
         >>> attention(torch.randn(2, 17, 48)).shape
         torch.Size([2, 17, 48])
     """
+
+    mixes = ("proj_l", "proj_w")  # before and after the softmax
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class TalkingHeadsAttention(_attention.PackedAttention):
         dtype: torch.dtype | None = None,
         *,
         attn_head_dim: int | None = None,
+        qk_scale: float | None = None,
         dim_out: int | None = None,
         qk_norm: bool = False,
         scale_norm: bool = False,
@@ -57,7 +62,9 @@ class TalkingHeadsAttention(_attention.PackedAttention):
             )
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.backend = backend
-        self._add_input(dim, num_heads, attn_head_dim, qkv_bias, qk_norm, scale_norm, norm_layer, kind)
+        self._add_input(
+            dim, num_heads, attn_head_dim, qk_scale, qkv_bias, qk_norm, scale_norm, norm_layer, kind
+        )
         self.proj_l = nn.Linear(num_heads, num_heads, **kind)
         self.proj_w = nn.Linear(num_heads, num_heads, **kind)
         self._add_output(dim_out, qkv_bias, scale_norm, proj_bias, gated, proj_drop, norm_layer, kind)
@@ -71,15 +78,17 @@ class TalkingHeadsAttention(_attention.PackedAttention):
 
     def _attend(self, x):
         q, k, v = self._split(x)
+        before, after = self.mixes
         if self._calls_modules(q):
             dtype = torch.promote_types(q.dtype, torch.float32)
-            logits = self._called(self.proj_l, (self.scale * q.to(dtype) @ k.to(dtype).mT).movedim(1, -1))
+            logits = (self.scale * q.to(dtype) @ k.to(dtype).mT).movedim(1, -1)
+            logits = self._called(getattr(self, before), logits)
             maps = logits.to(dtype).movedim(-1, 1).softmax(-1).movedim(1, -1)
-            maps = self._called(self.proj_w, maps).to(dtype).movedim(-1, 1)
+            maps = self._called(getattr(self, after), maps).to(dtype).movedim(-1, 1)
             out = (maps @ v.to(dtype)).to(q.dtype)
         else:
-            pre_mix, pre_bias = effective.read_mix(self, "proj_l")
-            mix, bias = effective.read_mix(self, "proj_w")
+            pre_mix, pre_bias = effective.read_mix(self, before)
+            mix, bias = effective.read_mix(self, after)
             out = reattention(
                 q, k, v, mix, mix_bias=bias, pre_mix=pre_mix, pre_bias=pre_bias, scale=self.scale,
                 backend=self.backend,
