@@ -1,4 +1,4 @@
-"""Runs that are killed, that find a full disk or a broken image: what they leave goes on as if nothing was."""
+"""Runs that are killed or find a full disk: what they leave goes on as if nothing had been."""
 
 import csv
 import os

@@ -22,7 +22,7 @@ from .loss_weights import listing
 from .options import HelpFormatter as HelpFormatter
 from .options import ListingFormatter, add_options, collect
 from .options import number as number
-from .parallel import local_device, started
+from .parallel import Processes, local_device, started
 from .parts import PARTS
 from .recipe import Recipe
 from .settings import Keep, Machine, Subject
@@ -78,22 +78,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build(args: argparse.Namespace) -> Trainer:
+def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     """The trainer that the arguments describe. Raises TrainError with a sentence."""
     subject, recipe, machine, keep = (collect(kind, args) for _, kind in GROUPS)
     subject, recipe = cast(Subject, subject), cast(Recipe, recipe)
     machine, keep = cast(Machine, machine), cast(Keep, keep)
     device = local_device(machine.device)
-    usable(device)
-    config = models.chosen(subject)
-    data = load(subject.data, config.image_size, config.channels, recipe.seed)
-    torch.manual_seed(recipe.seed)
-    model = models.make(replace(config, classes=len(data.classes)))
     checkpoint = keep.out / "checkpoint.pt"
-    if checkpoint.exists() and not keep.resume:
-        raise TrainError(
-            f"{checkpoint} is there already: add --resume to go on with it, or give another --out"
-        )
+    with processes.together():
+        usable(device)
+        config = models.chosen(subject)
+        data = load(subject.data, config.image_size, config.channels, recipe.seed)
+        torch.manual_seed(recipe.seed)
+        model = models.make(replace(config, classes=len(data.classes)))
     trainer = Trainer(
         model,
         data,
@@ -115,6 +112,11 @@ def build(args: argparse.Namespace) -> Trainer:
     )
     if keep.resume:
         trainer.load(checkpoint)
+    elif processes.total(int(checkpoint.exists())):
+        raise TrainError(
+            f"{checkpoint} is there already: add --resume to go on with it, or give another --out",
+            told_by_main=True,
+        )
     return trainer
 
 
@@ -167,8 +169,7 @@ def train(trainer: Trainer, out: Path) -> int:
 
 def run(args: argparse.Namespace) -> int:
     with started(args.device) as processes:
-        with processes.together():
-            trainer = build(args)
+        trainer = build(args, processes)
         with flushed_denormals():
             return train(trainer, args.out)
 

@@ -88,47 +88,22 @@ class Trainer:
         self.log_every, self.eval_every = log_every, eval_every
         self.save_path, self.save_every = save_path, save_every
         self.folder = log_path.parent if folder is None and log_path is not None else folder
-        if recipe.epochs is not None:
-            steps = recipe.epochs * (len(data.train) // recipe.batch)
-            recipe = replace(recipe, steps=max(1, steps), epochs=None)
-        self._check(model, recipe)
         self.step, self.stop_requested = 0, False
         self.rows: list[Row] = []
         self.seconds = 0.0  # of steps, with reading and without validating and saving
         self.shown: dict[str, str] = {}  # what parts have for a progress bar
         self.measured: dict[str, float] = {}  # what parts measure, for loggers
         self.saved_step: int | None = None
-
-        if recipe.sync_bn and self.processes.size > 1:
-            model = wrapping.synchronise_batch_norm(model)
-        self.model = model.to(device)
-        if recipe.init is not None:
-            start_from(self.model, Path(recipe.init))
-        try:
-            with self._chosen_backend():
-                for operation in _dispatch.OPERATIONS:
-                    _dispatch.resolve(operation, self.device, "auto")
-            self.task = Classification(self.model, recipe, self.device)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise TrainError(str(error)) from None
-        self.objective = self.task.objective
-        self.recipe = self.task.recipe = (
-            recipe if recipe.cutmix is not None else replace(recipe, cutmix=float(self.task.patches_mix))
-        )
-        self._check_shares()
-
         if parts is None:
             parts = [CsvLog(log_path.name)] if log_path is not None else []
             parts += [Collapse(monitor_every)] if monitor_every else []
-        self.parts = [part for part in parts if part.takes_part(self)]
-        for part in self.parts:
-            part.attach(self)
+        with self.processes.together():
+            self._prepare(model, recipe, parts)
         self._check_processes(parts)
         if checkpointing:
             wrapping.checkpoint_blocks(self.model)
-        if fsdp:
-            wrapping.shard(self.model)
-        self.run = wrapping.wrapped(self.model, self.processes, fsdp=fsdp, compile=compile)
+        sync_bn = recipe.sync_bn and self.processes.size > 1
+        self.run = wrapping.wrapped(self.model, self.processes, fsdp=fsdp, compile=compile, sync_bn=sync_bn)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
         )
@@ -173,7 +148,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         whole = len(images) * self.processes.size
         mine = parallel.share(whole, self.processes.rank, self.processes.size)
-        drawn, sums = self.augment_rng.get_state(), {}
+        drawn = self.augment_rng.get_state()
+        sums: dict[str, Tensor] = {}
         for i in range(self.accumulate):
             part = parallel.share(len(images), i, self.accumulate)
             with wrapping.synchronised(self.run, self.model, last=i == self.accumulate - 1):
@@ -291,9 +267,8 @@ class Trainer:
                 try:
                     checkpoint.write(path, whole)
                 except TrainError as error:
-                    kept = (
-                        "" if self.saved_step is None else f"; the checkpoint of step {self.saved_step} stays"
-                    )
+                    last = self.saved_step
+                    kept = "" if last is None else f"; the checkpoint of step {last} stays"
                     raise TrainError(f"{error}{kept}") from None
         self.saved_step = self.step
         for part in self.parts:
@@ -304,6 +279,31 @@ class Trainer:
         state.restore(self, path)
         self.saved_step = self.step
 
+    def _prepare(self, model: nn.Module, recipe: Recipe, parts: Sequence[Part]) -> None:
+        """All that needs no other process."""
+        if recipe.epochs is not None:
+            steps = recipe.epochs * (len(self.data.train) // recipe.batch)
+            recipe = replace(recipe, steps=max(1, steps), epochs=None)
+        self._check(model, recipe)
+        self.model = model.to(self.device)
+        if recipe.init is not None:
+            start_from(self.model, Path(recipe.init))
+        try:
+            with self._chosen_backend():
+                for operation in _dispatch.OPERATIONS:
+                    _dispatch.resolve(operation, self.device, "auto")
+            self.task = Classification(self.model, recipe, self.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TrainError(str(error)) from None
+        self.objective = self.task.objective
+        if recipe.cutmix is None:
+            recipe = replace(recipe, cutmix=float(self.task.patches_mix))
+        self.recipe = self.task.recipe = recipe
+        self._check_shares()
+        self.parts = [part for part in parts if part.takes_part(self)]
+        for part in self.parts:
+            part.attach(self)
+
     def _check(self, model: nn.Module, recipe: Recipe) -> None:
         if len(self.data.train) < recipe.batch:
             raise TrainError(
@@ -311,8 +311,11 @@ class Trainer:
             )
         if recipe.cutmix is not None and not 0 <= recipe.cutmix <= 1000:
             raise TrainError(f"cutmix must be a number from 0 to 1000, got {recipe.cutmix}")
-        if recipe.losses and model.patch_embed.num_patches < 2:  # type: ignore[union-attr]
+        embed: Any = model.patch_embed
+        if recipe.losses and embed.num_patches < 2:
             raise TrainError("diversity losses need at least two patches, but the model has one")
+        if recipe.sync_bn and self.processes.size > 1:
+            wrapping.check_sync(model, self.device)
         if self.fsdp and self.processes.size == 1:
             raise TrainError("--fsdp shards a model over several processes: start them with torchrun")
         if self.fsdp and recipe.amp == "fp16":

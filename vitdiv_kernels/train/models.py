@@ -43,28 +43,25 @@ def chosen(subject: Subject) -> Config:
                 f"timm {timm.__version__} has no model {name!r}: give one of timm.list_models(){hint}"
             )
         channels, size = timm.get_pretrained_cfg(name).input_size[:2]
-        blocks = subject.reattention or []
-        if blocks == "all":
-            blocks = range(len(blocks_of(_timm_model(TimmConfig(name, size, channels)), name)))
-        config: Config = TimmConfig(
-            name,
-            subject.image_size or size,
-            channels,
-            drop_path=subject.drop_path or 0.0,
-            reattention=() if blocks == "none" else tuple(blocks),  # type: ignore[arg-type]
-        )
-        return config
+        config = TimmConfig(name, subject.image_size or size, channels, drop_path=subject.drop_path or 0.0)
+        depth = len(blocks_of(_timm_model(config), name)) if subject.reattention == "all" else 0
+        return replace(config, reattention=_blocks(subject.reattention, depth) or ())
     if subject.model not in CONFIGS:
         raise TrainError(f"unknown model {subject.model!r}: give timm:NAME, or one of {', '.join(CONFIGS)}")
-    config = CONFIGS[subject.model]
-    blocks = subject.reattention
-    if isinstance(blocks, str):
-        blocks = list(range(config.depth)) if blocks == "all" else []
-    changes = {"image_size": subject.image_size, "drop_path": subject.drop_path, "reattention": blocks}
+    shape = CONFIGS[subject.model]
+    blocks = _blocks(subject.reattention, shape.depth)
+    changes: dict[str, Any] = {"image_size": subject.image_size, "drop_path": subject.drop_path}
+    changes["reattention"] = blocks
     try:
-        return replace(config, **{name: value for name, value in changes.items() if value is not None})
+        return replace(shape, **{name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
         raise TrainError(str(error)) from None
+
+
+def _blocks(given: list[int] | str | None, depth: int) -> list[int] | None:
+    if isinstance(given, str):
+        return list(range(depth)) if given == "all" else []
+    return given
 
 
 def make(config: Config) -> nn.Module:
@@ -112,7 +109,7 @@ def reattend(model: nn.Module, name: str, indices: Sequence[int]) -> None:
         raise TrainError(f"reattention must list blocks from 0 to {len(blocks) - 1}, got {odd}")
     for i in indices:
         block: Any = blocks[i]
-        old = getattr(block, "attn", None)
+        old: Any = getattr(block, "attn", None)
         if type(old).__module__ != "timm.layers.attention" or type(old).__name__ != "Attention":
             raise TrainError(
                 f"block {i} of timm's {name} has {type(old).__name__}: --reattention takes the place of "

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def made_with(run: "Trainer") -> dict[str, Any]:
-    """Recipe, shape of the model, and data: what a run that goes on must have as it was."""
+    """What a run that goes on must have as it was."""
+    config: Any = run.model.config
     return {
         "recipe": asdict(run.recipe),
-        "config": checkpoint.plain(asdict(run.model.config)),
+        "config": checkpoint.plain(asdict(config)),
         "classes": list(run.data.classes),
         "data": run.data.fingerprint(),
     }
@@ -32,16 +33,18 @@ def flat(made: dict[str, Any]) -> dict[str, Any]:
 
 def gathered(run: "Trainer") -> dict[str, Any]:
     """The state; all processes must call it, and the main one writes it."""
+    made = made_with(run)
     generators = run.processes.gather((torch.get_rng_state(), _cuda_states(run)))
     return {
         "model": wrapping.whole(run.model.state_dict()),
         "optimizer": wrapping.whole(run.optimizer.state_dict()),
         "step": run.step,
         "rows": run.rows,
-        **made_with(run),
+        **{name: made[name] for name in checkpoint.MADE_WITH},
         "rng": generators[0][0],
         "cuda_rng": generators[0][1],
         "augment_rng": run.augment_rng.get_state(),
+        "data": made["data"],
         "other_rng": generators[1:],
         "scaler": run.scaler.state_dict(),
         "parts": {part.name: state for part in run.parts if (state := part.state_dict())},
@@ -50,8 +53,9 @@ def gathered(run: "Trainer") -> dict[str, Any]:
 
 def restore(run: "Trainer", path: Path) -> None:
     """Gives the trainer the state in a checkpoint. Raises TrainError for one of another run."""
-    state = checkpoint.read(path)
-    _check_same(run, state, path)
+    with run.processes.together():
+        state = checkpoint.read(path)
+        _check_same(run, state, path)
     _load_model(run, state["model"], path)
     parameters = run.parameters
     optimizer = state["optimizer"]
