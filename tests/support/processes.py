@@ -1,5 +1,6 @@
 """Functions in processes of their own, which know each other or are killed, and can't hang."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,7 @@ def context():
 
 def _run(function, arguments, rank, size, port, answer):
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(SECONDS - 10)  # where a process waits that hangs
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

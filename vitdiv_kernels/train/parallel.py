@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from .errors import TrainError
 
+# Groups that were left. A DistributedDataParallel that outlives its group, say in a traceback, would free it,
+# and joins gloo's threads while it holds the lock of Python that they wait for (torch 2.13).
+_ended: list[Any] = []
+
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -127,6 +131,7 @@ def started(device: str) -> Iterator[Processes]:
             raise
         raise TrainError("another process has ended; its own message tells why", told_by_main=True) from None
     finally:
+        _ended.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

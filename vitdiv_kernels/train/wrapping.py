@@ -59,8 +59,8 @@ def wrapped(model: nn.Module, processes: Processes, *, fsdp: bool, compile: bool
     if processes.size > 1 and not fsdp:
         run = nn.parallel.DistributedDataParallel(run)
     if sync_bn:
-        # after DistributedDataParallel, which refuses SyncBatchNorm on CPUs but does not look again, and before
-        # fully_shard, which knows parameters by their modules; the tensors stay the same
+        # after DistributedDataParallel, which refuses SyncBatchNorm on CPUs but does not look again, and
+        # before fully_shard, which knows parameters by their modules; the tensors stay the same
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if fsdp:
         shard(model)
