@@ -9,6 +9,8 @@ from vitdiv_kernels import losses, nn
 MODULES = [
     *(f"attach.{name}" for name in ("monitor", "objective", "terms")),
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
+    *(f"train.{name}" for name in ("evaluation", "files", "init", "models", "optimizer", "options")),
+    *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "wrapping")),
     *("train.recipe", "train.report", "vit.configs", "vit.model", "info"),
     *(f"ops.pairs.{name}.api" for name in ("pairwise_cosine", "pairwise_rows", "two_gram")),
     *(f"ops.maps.{name}.api" for name in ("attention_gram", "reattention")),

@@ -16,7 +16,7 @@ from vitdiv_kernels.train.errors import TrainError
 from vitdiv_kernels.vit import ViTConfig
 
 SMALL = ViTConfig(8, 1, patch=4, dim=8, depth=2, heads=2, mlp_ratio=1.0, classes=3, reattention=(1,))
-STEPS, SAVE_EVERY, MOMENTS = 1000, 7, 20
+STEPS, SAVE_EVERY, MOMENTS = 400, 7, 20
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +52,12 @@ def test_killed_at_random_moments_a_run_loses_few_steps_and_ends_the_same(tmp_pa
     for _ in range(MOMENTS):
         process = processes.context().Process(target=go_on, args=(tmp_path,))
         process.start()
-        time.sleep(moments.uniform(0.0, 0.7))
+        # before its first step, or after some more that it logs, at any moment of a step or a checkpoint
+        until, deadline = reached[-1] + moments.randrange(40), time.monotonic() + 20
+        logged = last_logged(tmp_path)
+        while last_logged(tmp_path) in (logged, *range(until)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 0.02))
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         logged = last_logged(tmp_path)

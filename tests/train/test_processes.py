@@ -1,15 +1,20 @@
 """Several processes train as one does: same losses, weights and log; a sentence where they differ."""
 
 import contextlib
+import csv
 import io
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import processes
 import pytest
 from small_trainer import assert_same_run, small_trainer
 
-from vitdiv_kernels.train import parallel
+from vitdiv_kernels.train import checkpoint, parallel
 from vitdiv_kernels.train.cli import main
 from vitdiv_kernels.train.data import Shares, StepBatches
 from vitdiv_kernels.train.loss_weights import DIVERSITY
@@ -156,6 +161,33 @@ def test_processes_with_other_data_say_so(tmp_path):
     first, second = processes.together(2, command, options, tuple(of_rank.items()))
     assert (first[0], second[0]) == (2, 2)
     assert "process 1 was started with train images '8 (" in first[2]
+
+
+def torchrun(*options):
+    arguments = ["--standalone", "--nproc-per-node=2", "-m", "vitdiv_kernels.train", *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_torchrun_trains_and_a_signal_saves(tmp_path):
+    pytest.importorskip("sklearn")
+    options = ["--batch", "4", "--log-every", "5", "--steps", "100000", "--reattention", "none", "--out"]
+    run = torchrun(*options, str(tmp_path))
+    try:
+        log, deadline = tmp_path / "log.csv", time.monotonic() + processes.SECONDS
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        out = run.communicate(timeout=processes.SECONDS)[0]
+    finally:
+        run.kill()
+    assert out.count("stopped after step") == 1
+    with open(log, newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert checkpoint.read(tmp_path / "checkpoint.pt")["step"] == int(last["step"])
 
 
 def test_shares_are_a_partition_that_keeps_pairs():
