@@ -16,7 +16,7 @@ from vitdiv_kernels.train.errors import TrainError
 from vitdiv_kernels.vit import ViTConfig
 
 SMALL = ViTConfig(8, 1, patch=4, dim=8, depth=2, heads=2, mlp_ratio=1.0, classes=3, reattention=(1,))
-STEPS, SAVE_EVERY, MOMENTS = 400, 7, 20
+STEPS, SAVE_EVERY = 250, 7
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,32 +47,31 @@ def last_logged(folder):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_killed_at_random_moments_a_run_loses_few_steps_and_ends_the_same(tmp_path):
+def test_killed_at_random_moments_a_run_loses_few_steps_and_ends_the_same(tmp_path, request):
+    number = 20 if request.config.getoption("--every-case") else 6
     moments, reached, lost = random.Random(0), [0], []
-    for _ in range(MOMENTS):
+    for _ in range(number):
         process = processes.context().Process(target=go_on, args=(tmp_path,))
         process.start()
         # before its first step, or after some more that it logs, at any moment of a step or a checkpoint
-        until, deadline = reached[-1] + moments.randrange(40), time.monotonic() + 20
+        until, deadline = min(STEPS, reached[-1] + moments.randrange(40)), time.monotonic() + 60
         logged = last_logged(tmp_path)
-        while last_logged(tmp_path) in (logged, *range(until)) and time.monotonic() < deadline:
+        while last_logged(tmp_path) in (logged, *range(until)) and process.is_alive():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 0.02))
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         logged = last_logged(tmp_path)
-        saved = (
-            checkpoint.read(tmp_path / "checkpoint.pt")["step"]
-            if (tmp_path / "checkpoint.pt").exists()
-            else 0
-        )
+        path = tmp_path / "checkpoint.pt"
+        saved = checkpoint.read(path)["step"] if path.exists() else 0
         assert saved >= reached[-1]
         lost.append(logged - saved)
         reached.append(saved)
         if saved == STEPS:
             break
     assert max(lost) <= SAVE_EVERY
-    assert len(set(reached)) > 3  # it was killed while it trained
+    assert len(set(reached)) > 2  # it was killed while it trained
     go_on(tmp_path)
     whole = trainer(tmp_path / "whole")
     whole.fit()
