@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -25,13 +26,13 @@ COLUMNS = {
 }
 
 
-def load_model(path: Path) -> tuple[nn.Module, models.Config, int, int]:
-    """The model of a checkpoint, its configuration, its step, and its recipe's seed. Raises TrainError."""
+def load_model(path: Path) -> tuple[nn.Module, int, int]:
+    """The model of a checkpoint, its step, and its recipe's seed. Raises TrainError."""
     state = checkpoint.read(path, ("model", "config", "recipe", "step"))
     config = models.restored(state["config"])
     model = models.make(config)
     model.load_state_dict(state["model"])
-    return model, config, state["step"], state["recipe"]["seed"]
+    return model, state["step"], state["recipe"]["seed"]
 
 
 def table(records: list[Record]) -> str:
@@ -123,7 +124,8 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     plots.pyplot("the report")  # before the measurements, which take longer
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    model, config, step, seed = load_model(path)
+    model, step, seed = load_model(path)
+    config: Any = model.config
     # the seed splits a folder as it was split in training: no image is measured that was trained on
     data = load(args.data, config.image_size, config.channels, seed)
     images, _ = data.val.__getitems__(list(range(min(args.images, len(data.val)))))
