@@ -9,6 +9,8 @@ from vitdiv_kernels import losses, nn
 MODULES = [
     *(f"attach.{name}" for name in ("monitor", "objective", "terms")),
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
+    *(f"train.{name}" for name in ("evaluation", "files", "init", "models", "optimizer", "options")),
+    *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "wrapping")),
     *("fusing.api", "fusing.report", "train.recipe", "train.report"),
     *(f"vit.{name}" for name in ("checkpoints", "configs", "files", "model", "parts")),
     "info",

@@ -1,5 +1,6 @@
 """A trainer of a small ViT on random images."""
 
+import pytest
 import torch
 
 from vitdiv_kernels.train.data import Augment, Data, Tensors
@@ -23,3 +24,16 @@ def small_trainer(config, recipe=None, *, augment=None, **options):
     torch.manual_seed(recipe.seed)
     options = dict(log_every=1, eval_every=6) | options
     return Trainer(ViT(config), random_data(config, augment=augment), recipe, **options)
+
+
+def assert_same_run(rows, weights, other_rows, other_weights, rel=2e-4):
+    """Rows of the log and state dicts of two runs are the same within rounding."""
+    for row, other in zip(rows, other_rows, strict=True):
+        assert list(row) == list(other)
+        for name, value in other.items():
+            assert row[name] == (value if value == "" else pytest.approx(value, rel=rel)), name
+    for (name, value), other in zip(weights.items(), other_weights.values(), strict=True):
+        if name.endswith("qkv.bias"):
+            continue  # the gradient of keys' biases is rounding noise, which AdamW scales up
+        value, other = torch.as_tensor(value), torch.as_tensor(other)
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=name)

@@ -18,7 +18,7 @@ from small_vit import query_key
 from vitdiv_kernels import _dispatch, attention_diversity, losses, pairwise_cosine
 from vitdiv_kernels.attach.presets import PRESETS
 from vitdiv_kernels.attach.terms import LOSSES
-from vitdiv_kernels.train.checkpoint import PARTS
+from vitdiv_kernels.train.checkpoint import ADDED, PARTS
 from vitdiv_kernels.train.cli import main
 from vitdiv_kernels.train.data import StepBatches, Tensors
 from vitdiv_kernels.train.errors import TrainError
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_named(content, absent, tmp_path
 
 def test_a_checkpoint_holds_what_load_asks_for(tmp_path):
     trainer().save(tmp_path / "checkpoint.pt")
-    assert tuple(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == PARTS
+    assert tuple(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == (*PARTS, *ADDED)
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(TrainError, match="can't be written: no space left; the checkpoint of step 0 stays"):
         run.save(path)
     assert path.read_bytes() == before
 
@@ -285,11 +285,13 @@ def test_accuracy_counts_right_answers():
     assert model.training
 
 
-def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+def test_processes_that_do_not_know_each_other_are_refused(tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--out", str(tmp_path / "run")]) == 2
-    assert re.match(r"error: .* one of 2 \(WORLD_SIZE\).* start it with python, not", capsys.readouterr().err)
+    assert re.match(
+        r"error: .* one of 2 .* \(WORLD_SIZE\).* start them with torchrun", capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     trainer()

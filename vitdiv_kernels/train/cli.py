@@ -1,53 +1,38 @@
-"""Train a ViT: `python -m vitdiv_kernels.train --data digits --model digits24 --losses diversity`.
-
-The first part is what the other commands, the report and the demo, take from here.
-"""
+"""Train a ViT: `python -m vitdiv_kernels.train --data digits --model digits24 --losses diversity`."""
 
 import argparse
-import contextlib
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .._dispatch import BACKENDS
-from ..vit import CONFIGS, ViT
+from .._types import Backend
+from ..vit import CONFIGS
+from . import models
 from .data import load
 from .errors import TrainError
-from .logs import progress
-from .loop import Trainer, accuracy, flushed_denormals
-from .loss_weights import listing, parse_losses
+from .loop import Trainer, flushed_denormals
+from .loss_weights import listing
+from .options import HelpFormatter as HelpFormatter
+from .options import ListingFormatter, add_options, collect
+from .options import number as number
+from .parallel import Processes, local_device, started
+from .parts import PARTS
 from .recipe import Recipe
+from .settings import Keep, Machine, Subject
 
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help where there is one to tell."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default is None or action.default is False
-        return action.help or "" if silent else super()._get_help_string(action) or ""
-
-
-class ListingFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves the lines of the epilog as they are."""
-
-
-def number(kind: type[int] | type[float], low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: a number of the kind from low to high, refused with a sentence."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
-        bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-        kind_of = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {kind_of} {bound}, got {text!r}")
-
-    return parse
+GROUPS = (
+    ("what to train", Subject),
+    ("how to train it", Recipe),
+    ("where and in what way", Machine),
+    ("what to keep", Keep),
+)
 
 
 def usable(device: str) -> torch.device:
@@ -68,159 +53,77 @@ def run_command(
     try:
         return run(args) or 0
     except TrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.told_by_main or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
 
 
-def block_list(text: str) -> list[int] | str:
-    """`none`, `all`, or blocks such as `8-11,15`."""
-    if text in ("none", "all"):
-        return text
-    blocks: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise argparse.ArgumentTypeError(f"must be none, all, or blocks such as 8-11,15, got {text!r}")
-        blocks += range(int(first), int(last or first) + 1)
-    return sorted(set(blocks))
-
-
-def losses(text: str) -> dict[str, float]:
-    try:
-        return parse_losses(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def make_parser() -> argparse.ArgumentParser:
-    recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m vitdiv_kernels.train",
-        description="Train a vision transformer with re-attention, diversity losses, both or neither.",
+        usage="%(prog)s [OPTIONS]",
+        description="Train a vision transformer with re-attention, diversity losses, both or neither.\n"
+        "torchrun --nproc-per-node=N -m vitdiv_kernels.train does it in N processes.",
         formatter_class=ListingFormatter,
-        epilog=listing(),
+        epilog=f"models:\n  {', '.join(CONFIGS)}\n\n{listing()}",
     )
-    add = parser.add_argument_group("what to train").add_argument
-    add(
-        "--data",
-        default="digits",
-        help="digits, or imagefolder:PATH, with train and val in it, or its classes",
-    )
-    add("--model", default="digits24", choices=list(CONFIGS), help="the shape of the model")
-    add(
-        "--reattention",
-        type=block_list,
-        help="blocks that re-attend: none, all, or such as 8-11 (default: the model's)",
-    )
-    add(
-        "--losses",
-        metavar="NAME=WEIGHT,...",
-        type=losses,
-        default="none",
-        help="none, diversity, or names and weights, such as cosine=0.5,koleo=0.1 or gong2021; the names are "
-        "below",
-    )
-    add("--image-size", type=number(int, 1), help="resize images to this (default: the model's)")
-    add(
-        "--drop-path",
-        type=number(float, 0, 0.99),
-        help="drop a branch with up to this probability (default: the model's)",
-    )
-    how = parser.add_argument_group("how to train it")
-    length = how.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(int, 1), help=f"number of updates (default: {recipe.steps})")
-    length.add_argument("--epochs", type=number(int, 1), help="passes over the training images instead")
-    add = how.add_argument
-    add("--batch", type=number(int, 1), default=recipe.batch, help="images in a step")
-    add("--lr", type=number(float, 0), default=recipe.lr, help="highest learning rate")
-    add("--warmup", type=number(float, 0, 1), default=recipe.warmup, help="share of the steps that warm up")
-    add("--weight-decay", type=number(float, 0), default=recipe.weight_decay, help="decay of the matrices")
-    add("--clip", type=number(float, 0), default=recipe.clip, help="largest gradient norm; 0 for no limit")
-    add(
-        "--label-smoothing",
-        type=number(float, 0, 1),
-        default=recipe.label_smoothing,
-        help="label smoothing, of patch_mixing's labels too",
-    )
-    add(
-        "--cutmix",
-        metavar="ALPHA",
-        type=number(float, 0, 1000),
-        help="mix the images of each batch by CutMix, with areas from Beta(ALPHA, ALPHA); 0 for none "
-        "(default: 1 where patch_mixing is among the losses, else 0)",
-    )
-    add("--amp", action="store_true", help="bfloat16 autocast")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--backend", default="auto", choices=BACKENDS, help="of the fused operations")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="such as cpu, cuda or cuda:1")
-    add("--workers", type=number(int, 0), default=0, help="processes that read images")
-    add("--seed", type=number(int, 0), default=recipe.seed, help="of weights, batches, augmentation, split")
-    add = parser.add_argument_group("what to keep").add_argument
-    add("--out", type=Path, default=Path("runs/vit"), help="folder for log.csv and checkpoint.pt")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly where it stopped")
-    add("--log-every", type=number(int, 1), default=10, help="steps between rows of the log")
-    add("--eval-every", type=number(int, 1), default=100, help="steps between validations")
-    add(
-        "--monitor-every",
-        type=number(int, 0),
-        default=0,
-        help="steps between measurements of collapse, kept in collapse.csv; 0 for none",
-    )
-    add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
+    for title, kind in GROUPS:
+        group = parser.add_argument_group(title)
+        add_options(group, kind)
+    for part in PARTS:
+        add_options(group, part)
     return parser
 
 
-def build(args: argparse.Namespace) -> Trainer:
+def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     """The trainer that the arguments describe. Raises TrainError with a sentence."""
-    config = CONFIGS[args.model]
-    blocks = args.reattention
-    if isinstance(blocks, str):
-        blocks = list(range(config.depth)) if blocks == "all" else []
-    changes = {"image_size": args.image_size, "drop_path": args.drop_path, "reattention": blocks}
-    try:
-        config = replace(config, **{name: value for name, value in changes.items() if value is not None})
-    except ValueError as error:
-        raise TrainError(str(error)) from None
-    data = load(args.data, config.image_size, config.channels, args.seed)
-    config = replace(config, classes=len(data.classes))
-    steps = args.steps or (args.epochs * (len(data.train) // args.batch) if args.epochs else Recipe.steps)
-    # options have the names of the recipe's fields; `betas` has no option
-    chosen = {part.name: getattr(args, part.name) for part in fields(Recipe) if part.name != "betas"}
-    usable(args.device)
-    torch.manual_seed(args.seed)
+    subject, recipe, machine, keep = (collect(kind, args) for _, kind in GROUPS)
+    subject, recipe = cast(Subject, subject), cast(Recipe, recipe)
+    machine, keep = cast(Machine, machine), cast(Keep, keep)
+    device = local_device(machine.device)
+    checkpoint = keep.out / "checkpoint.pt"
+    with processes.together():
+        usable(device)
+        config = models.chosen(subject)
+        data = load(subject.data, config.image_size, config.channels, recipe.seed)
+        torch.manual_seed(recipe.seed)
+        model = models.make(replace(config, classes=len(data.classes)))
     trainer = Trainer(
-        ViT(config),
+        model,
         data,
-        Recipe(**chosen | {"steps": steps}),
-        device=args.device,
-        backend=args.backend,
-        log_path=args.out / "log.csv",
-        log_every=args.log_every,
-        eval_every=args.eval_every,
-        workers=args.workers,
-        compile=args.compile,
-        monitor_every=args.monitor_every,
+        recipe,
+        device=device,
+        backend=cast(Backend, machine.backend),
+        workers=machine.workers,
+        compile=machine.compile,
+        accumulate=machine.accumulate,
+        checkpointing=machine.checkpointing,
+        fsdp=machine.fsdp,
+        log_every=keep.log_every,
+        eval_every=keep.eval_every,
+        save_path=checkpoint,
+        save_every=keep.save_every,
+        parts=[collect(part, args) for part in PARTS],
+        folder=keep.out,
+        title=subject.model,
     )
-    checkpoint = args.out / "checkpoint.pt"
-    if args.resume:
+    if keep.resume:
         trainer.load(checkpoint)
-    elif checkpoint.exists():
+    elif processes.total(int(checkpoint.exists())):
         raise TrainError(
-            f"{checkpoint} is there already: add --resume to go on with it, or give another --out"
+            f"{checkpoint} is there already: add --resume to go on with it, or give another --out",
+            told_by_main=True,
         )
     return trainer
 
 
-def train(trainer: Trainer, args: argparse.Namespace) -> int:
-    """Runs to the end, or to the first SIGINT or SIGTERM: after that step it saves and ends.
-
-    Returns the exit code: 0, or 128 + the signal's number.
-    """
-    received = []
+@contextmanager
+def stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM asks the trainer to stop, the second one ends the program."""
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
         received.append(number)
@@ -228,39 +131,47 @@ def train(trainer: Trainer, args: argparse.Namespace) -> int:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    checkpoint, steps = args.out / "checkpoint.pt", trainer.recipe.steps
     try:
-        with progress(args.model, steps, trainer.step) as move:
-
-            def show(step: int, terms: dict[str, Any]) -> None:
-                if step % args.log_every == 0:
-                    measured = [row["val_accuracy"] for row in trainer.rows if row["val_accuracy"] != ""]
-                    last = f"{100 * measured[-1]:.1f} %" if measured else "-"
-                    move(step, loss=f"{float(terms['loss']):.3f}", validation=last)
-                if step % args.save_every == 0:
-                    trainer.save(checkpoint)
-
-            trainer.fit(on_step=show)
-            move(trainer.step)
-        trainer.save(checkpoint)
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def train(trainer: Trainer, out: Path) -> int:
+    """Runs to the end, or to the first SIGINT or SIGTERM: after that step it saves and ends.
+
+    Returns the exit code: 0, or 128 + the signal's number.
+    """
+    steps, checkpoint = trainer.recipe.steps, out / "checkpoint.pt"
+    say: Any = print if trainer.processes.main else lambda *_: None
+    with stopped_by_signals(trainer) as received:
+        trainer.fit()
+        if trainer.saved_step != trainer.step:
+            trainer.save(checkpoint)
     if trainer.step < steps:
-        print(f"stopped after step {trainer.step} of {steps}; {checkpoint} is saved: go on with --resume")
-        return 128 + received[0]
-    for name, part in (("validation", trainer.data.val), ("test", trainer.data.test)):
-        if part is not None:
-            share = accuracy(trainer.model, part, trainer.device)
-            print(f"{name} accuracy {100 * share:.2f} % ({len(part)} images)")
-    print(f"log {args.out / 'log.csv'}, weights {checkpoint}")
+        say(f"stopped after step {trainer.step} of {steps}; {checkpoint} is saved: go on with --resume")
+        return 128 + (received[0] if received else signal.SIGTERM)
+    tested = {"": trainer.model} | {
+        f" of the {what}": model for part in trainer.parts for what, model in part.models(trainer).items()
+    }
+    for what, model in tested.items():
+        for name, part in (("validation", trainer.data.val), ("test", trainer.data.test)):
+            if part is not None:
+                share = trainer.task.evaluate(model, part, trainer.processes)
+                say(f"{name} accuracy{what} {100 * share:.2f} % ({len(part)} images)")
+    if trainer.measured:
+        speed, memory = trainer.measured["images_per_second"], trainer.measured["peak_memory_mb"]
+        say(f"{speed:.0f} images/s at the end, at most {memory:.0f} MB in a process")
+    say(f"log {out / 'log.csv'}, weights {checkpoint}")
     return 0
 
 
 def run(args: argparse.Namespace) -> int:
-    trainer = build(args)
-    with flushed_denormals():
-        return train(trainer, args)
+    with started(args.device) as processes:
+        trainer = build(args, processes)
+        with flushed_denormals():
+            return train(trainer, args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Images to train on: scikit-learn's handwritten digits, or a folder of the user's own."""
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import DataError
+from .parallel import share
 
 Samples = list[tuple[str, int]]  # path and class number
 Batch = tuple[Tensor, Tensor]  # [B, C, S, S] and labels [B]
@@ -27,9 +29,21 @@ class Augment:
     mirror: bool = False
     padding: str = "zeros"
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images [B, C, S, S] -> the same shape; all randomness comes from the generator, on the CPU."""
-        u = torch.rand(5, images.shape[0], generator=generator)
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        places: list[int] | None = None,
+        whole: int | None = None,
+    ) -> Tensor:
+        """images [B, C, S, S] -> the same shape; all randomness comes from the generator, on the CPU.
+
+        Where the images are a part of a batch of `whole` images, at these places, it draws for the whole
+        batch: they are what they would be in the whole.
+        """
+        u = torch.rand(5, whole or images.shape[0], generator=generator)
+        if places is not None:
+            u = u[:, places]
         angle = (2 * u[0] - 1) * math.radians(self.rotation)
         zoom = self.zoom[0] + u[1] * (self.zoom[1] - self.zoom[0])
         # affine_grid spans [-1, 1], twice the image's width
@@ -55,6 +69,10 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
+
+    def fingerprint(self) -> str:
+        """Tells these images and labels from others."""
+        return _fingerprint(len(self), (self.images.numpy(), self.labels.numpy()))
 
 
 class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
@@ -90,8 +108,20 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         images, labels = zip(*(self[i] for i in indices), strict=True)
         return torch.stack(images), torch.stack(labels)
 
+    def fingerprint(self) -> str:
+        """Tells these files, by class folder and name, and their labels from others; they are not read."""
+        names = (f"{Path(path).parent.name}/{Path(path).name} {label}\n" for path, label in self.samples)
+        return _fingerprint(len(self), (name.encode() for name in names))
+
 
 ImageSet = Tensors | ImageFiles
+
+
+def _fingerprint(count: int, parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return f"{count} ({digest.hexdigest()[:12]})"
 
 
 @dataclass(frozen=True)
@@ -103,6 +133,11 @@ class Data:
     test: ImageSet | None
     classes: Sequence[str]
     augment: Augment
+
+    def fingerprint(self) -> dict[str, str]:
+        """Number and hash of the images of each part."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part.fingerprint() for name, part in parts.items() if part is not None}
 
 
 def load(spec: str, image_size: int, channels: int, seed: int = 0) -> Data:
@@ -247,8 +282,23 @@ class StepBatches:
             yield order[i * self.batch : (i + 1) * self.batch]
 
 
+class Shares:
+    """What one process of several takes of each of these batches."""
+
+    def __init__(self, steps: StepBatches, rank: int, size: int) -> None:
+        self.steps = steps
+        self.places = share(steps.batch, rank, size)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for indices in self.steps:
+            yield [indices[place] for place in self.places]
+
+
 def batches_of(
-    data: ImageSet, steps: StepBatches, workers: int = 0, pin_memory: bool = False
+    data: ImageSet, steps: StepBatches | Shares, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """The batches of those steps, read by `workers` processes; an error in one is its sentence here, too."""
     # A generator of its own: a loader without one takes a number from the global state at each start, and

@@ -4,33 +4,44 @@ import contextlib
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from .files import replacing, writing
 
 Row = dict[str, Any]
 
 
-@contextlib.contextmanager
-def csv_log(
-    path: Path | None, columns: Sequence[str], rows: Sequence[Row]
-) -> Iterator[Callable[[Row], None]]:
-    """A function that appends a row to the CSV file at once; without a path it does nothing.
+class CsvFile:
+    """A CSV file to which rows are added, each written at once.
 
-    The file is written anew with the rows so far, so that a killed and resumed run has no row twice.
+    With the first one the file is written anew with the rows so far, so that a killed and resumed run has no
+    row twice; until then it is left as it was.
     """
-    if path is None:
-        yield lambda row: None
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
-        def append(row: Row) -> None:
-            writer.writerow(row)
-            file.flush()
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO | None = None
 
-        yield append
+    def add(self, row: Row, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        """Adds the row, which is the last of `rows`. Raises TrainError where the file can't be written."""
+        if self.file is None:
+            with replacing(self.path, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            with writing(self.path):
+                self.file = open(self.path, "a", newline="")  # noqa: SIM115
+            return
+        with writing(self.path):
+            csv.DictWriter(self.file, columns).writerow(row)
+            self.file.flush()
+
+    def close(self) -> None:
+        """It may be added to again."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # the row that could not be written was told of
+                self.file.close()
+            self.file = None
 
 
 @contextlib.contextmanager

@@ -1,29 +1,30 @@
-"""The training loop: AdamW, cosine schedule, clipping, label smoothing, CutMix, bf16, log, exact resume."""
+"""The training loop: AdamW, cosine schedule, clipping, autocast, processes, log, exact resume."""
 
 import contextlib
 import math
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _dispatch, use_backend
 from .._types import Backend
-from ..attach.monitor import CollapseMonitor, read_records, write_records
-from ..attach.objective import DiversityObjective
-from ..losses import cutmix_shares
-from ..vit import ViT
-from . import checkpoint, cutmix
-from .data import Data, ImageSet, StepBatches, batches_of
+from ..attach.monitor import CollapseMonitor
+from . import checkpoint, cutmix, parallel, state, wrapping
+from .data import Batch, Data, Shares, StepBatches, batches_of
 from .errors import TrainError
-from .logs import Row, csv_log
-from .loss_weights import mixes, objective_terms
+from .evaluation import accuracy as accuracy
+from .init import start_from
+from .logs import Row
+from .optimizer import parameter_groups
+from .options import chosen
+from .parts import Collapse, CsvLog, Part
 from .recipe import Recipe, learning_rate
+from .task import Classification
 
 
 @contextlib.contextmanager
@@ -41,49 +42,25 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay for the network's matrices only: not for biases, norms, position embedding, class token."""
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (decayed if p.ndim >= 2 and name not in ("pos_embed", "cls_token") else rest).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
-def processes() -> int:
-    """How many processes this one was started with, by torchrun or what sets the same variables."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    world = os.environ.get("WORLD_SIZE", "")
-    return int(world) if world.isdecimal() else 1
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: ImageSet, device: str | torch.device = "cpu", batch: int = 256) -> float:
-    """Share of the images whose class is right, in evaluation mode; the model's mode is restored."""
-    was_training = model.training
-    model.eval()
-    right = 0
-    for start in range(0, len(data), batch):
-        images, labels = data.__getitems__(list(range(start, min(start + batch, len(data)))))
-        right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
-    model.train(was_training)
-    return right / len(data)
-
-
 class Trainer:
-    """Trains a ViT on Data; `save` and `load` keep everything that the next step needs.
+    """Trains a model on Data; `save` and `load` keep everything that the next step needs.
 
-    The model must have been built under the recipe's seed by the caller if runs are to repeat. With
-    `log_path` a CSV row is written every `log_every` steps, with the validation accuracy every `eval_every`
-    steps and after the last one. With `monitor_every` a CollapseMonitor measures at every so many steps, on
-    images of the step as they are before augmentation; its records go to collapse.csv beside the log.
+    The model must have been built under the recipe's seed by the caller if runs are to repeat. `parts` go
+    along with the run and are told what it does, see `parts.Part`; without them, `log_path` makes a CSV log
+    with a row every `log_every` steps, and the validation accuracy every `eval_every` steps and after the
+    last one, and `monitor_every` a CollapseMonitor, which measures at every so many steps, on images of the
+    step as they are before augmentation; its records go to collapse.csv beside the log. With `save_path` a
+    checkpoint is written there every `save_every` steps.
+
+    Where torch.distributed is started each process makes a trainer and trains its share of each batch; all
+    must call the same methods. Files are written by the first process alone.
+
+    Raises TrainError for what can't be trained, or is not the same in all processes.
     """
 
     def __init__(
         self,
-        model: ViT,
+        model: nn.Module,
         data: Data,
         recipe: Recipe,
         *,
@@ -92,190 +69,273 @@ class Trainer:
         log_path: Path | None = None,
         log_every: int = 10,
         eval_every: int = 100,
+        save_path: Path | None = None,
+        save_every: int = 500,
         workers: int = 0,
         compile: bool = False,
+        accumulate: int = 1,
+        checkpointing: bool = False,
+        fsdp: bool = False,
         monitor_every: int = 0,
+        parts: Sequence[Part] | None = None,
+        folder: Path | None = None,
+        title: str = "",
     ) -> None:
-        if processes() > 1:
-            raise TrainError(
-                f"the trainer runs as one process, and this is one of {processes()} (WORLD_SIZE), which "
-                "would all write the same files: start it with python, not with torchrun"
-            )
-        if len(data.train) < recipe.batch:
-            raise TrainError(
-                f"the batch ({recipe.batch}) is larger than the training set ({len(data.train)} images)"
-            )
-        if recipe.cutmix is not None and not 0 <= recipe.cutmix <= 1000:
-            raise TrainError(f"cutmix must be a number from 0 to 1000, got {recipe.cutmix}")
-        if recipe.losses and model.patch_embed.num_patches < 2:
-            raise TrainError("diversity losses need at least two patches, but the model has one")
+        self.processes = parallel.current()
         self.device, self.backend, self.workers = torch.device(device), backend, workers
-        self.model, self.data = model.to(device), data
-        self.objective: DiversityObjective | None = None
-        try:
-            with self._chosen_backend():
-                for operation in _dispatch.OPERATIONS:
-                    _dispatch.resolve(operation, self.device, "auto")
-            if recipe.losses:
-                # for good, and before the model is compiled: forward passes without gradients leave no trace
-                terms = objective_terms(recipe.losses, recipe.label_smoothing)
-                self.objective = DiversityObjective(terms).attach(self.model)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise TrainError(str(error)) from None
-        self.patches_mix = self.objective is not None and any(map(mixes, self.objective.terms.values()))
-        self.recipe = recipe if recipe.cutmix is not None else replace(recipe, cutmix=float(self.patches_mix))
-        self.monitor: CollapseMonitor | None = None
-        if monitor_every:
-            csv_path = None if log_path is None else log_path.with_name("collapse.csv")
-            self.monitor = CollapseMonitor(self.model, every=monitor_every, csv=csv_path)
-        self.run = torch.compile(model) if compile else model
+        self.accumulate, self.fsdp, self.title = accumulate, fsdp, title
+        self.data = data
+        self.log_every, self.eval_every = log_every, eval_every
+        self.save_path, self.save_every = save_path, save_every
+        self.folder = log_path.parent if folder is None and log_path is not None else folder
+        self.step, self.stop_requested = 0, False
+        self.rows: list[Row] = []
+        self.seconds = 0.0  # of steps, with reading and without validating and saving
+        self.shown: dict[str, str] = {}  # what parts have for a progress bar
+        self.measured: dict[str, float] = {}  # what parts measure, for loggers
+        self.saved_step: int | None = None
+        if parts is None:
+            parts = [CsvLog(log_path.name)] if log_path is not None else []
+            parts += [Collapse(monitor_every)] if monitor_every else []
+        with self.processes.together():
+            self._prepare(model, recipe, parts)
+        self._check_processes(parts)
+        if checkpointing:
+            wrapping.checkpoint_blocks(self.model)
+        sync_bn = recipe.sync_bn and self.processes.size > 1
+        self.run = wrapping.wrapped(self.model, self.processes, fsdp=fsdp, compile=compile, sync_bn=sync_bn)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
+            parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.augment_rng = torch.Generator().manual_seed(recipe.seed)
-        self.step = 0
-        self.stop_requested = False
-        self.rows: list[Row] = []
-        self.log_path, self.log_every, self.eval_every = log_path, log_every, eval_every
-        names = self.objective.terms if self.objective else ()
-        self.columns = ["step", "epoch", "loss", "cross_entropy", *names, "lr", "grad_norm", "val_accuracy"]
+        if not self.processes.main:
+            parallel.reseed(recipe.seed, 0, self.processes.rank)
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The columns of the log that validation fills."""
+        return [self.task.metric, *(name for part in self.parts for name in part.evaluated(self))]
+
+    @property
+    def columns(self) -> list[str]:
+        """Those of the log."""
+        return ["step", "epoch", "loss", *self.task.terms, "lr", "grad_norm", *self.evaluated]
+
+    @property
+    def monitor(self) -> CollapseMonitor | None:
+        """That of the part `Collapse`, where there is one."""
+        return next((part.monitor for part in self.parts if isinstance(part, Collapse)), None)
 
     def losses(self, images: Tensor, labels: Tensor, box: cutmix.Box | None = None) -> dict[str, Tensor]:
-        """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum.
+        """The losses of images as they go into the model, and `loss`, their weighted sum."""
+        return self.task.losses(self.run, images, labels, box, autocast=self._autocast)
 
-        Of images that CutMix has mixed at `box` the cross-entropies with the labels of both are weighted by
-        their shares of the area.
-        """
-        size = images.shape[-2:]
-        mixing = self._patch_labels(labels, box, size) if self.patches_mix else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-            logits = self.run(images)
-            total, terms = self.objective(mixing=mixing) if self.objective else (0.0, {})
-        cross_entropy = self._cross_entropy(logits, labels)
-        if box:
-            share = cutmix.share_left(box, *size)
-            others = self._cross_entropy(logits, labels.flip(0))
-            cross_entropy = share * cross_entropy + (1 - share) * others
-        return terms | {"cross_entropy": cross_entropy, "loss": cross_entropy + total}
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-
-    def _patch_labels(
-        self, labels: Tensor, box: cutmix.Box | None, size: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """labels, others and shares for patch_mixing; images that are not mixed have an empty box."""
-        grid = [pixels // self.model.config.patch for pixels in size]
-        shares = cutmix_shares(box or (0, 0, 0, 0), image_size=size, grid=grid)
-        return labels, labels.flip(0), shares.to(self.device, non_blocking=True)
+    def evaluate(self, model: nn.Module) -> float:
+        """The metric of a model on the validation images; all processes must call it."""
+        self.processes.share_buffers(model)
+        return self.task.evaluate(model, self.data.val, self.processes)
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """One update; returns the losses and the gradient norm before clipping, as detached scalars."""
+        """One update by this process's share of a batch.
+
+        Returns the losses of that share and the gradient norm before clipping, as detached scalars.
+        """
         lr = learning_rate(self.recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images = self.data.augment(images.to(self.device, non_blocking=True), self.augment_rng)
-        box = None
-        if self.recipe.cutmix:
-            height, width = images.shape[-2:]
-            box = cutmix.draw_box(height, width, self.recipe.cutmix, self.augment_rng)
-            images = cutmix.mix(images, box)
-        terms = self.losses(images, labels.to(self.device, non_blocking=True), box)
         self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)
-        self.optimizer.step()
+        whole = len(images) * self.processes.size
+        mine = parallel.share(whole, self.processes.rank, self.processes.size)
+        drawn = self.augment_rng.get_state()
+        sums: dict[str, Tensor] = {}
+        for i in range(self.accumulate):
+            part = parallel.share(len(images), i, self.accumulate)
+            with wrapping.synchronised(self.run, self.model, last=i == self.accumulate - 1):
+                # each part draws for the whole batch, the same numbers, and takes its own
+                self.augment_rng.set_state(drawn)
+                alone = len(part) == whole
+                terms = self._part_of_step(
+                    images if self.accumulate == 1 else images[part],
+                    labels if self.accumulate == 1 else labels[part],
+                    () if alone else ([mine[j] for j in part], whole),
+                )
+                self.scaler.scale(terms["loss"] / self.accumulate).backward()
+            for name, value in terms.items():
+                value = value.detach() / self.accumulate
+                sums[name] = sums[name] + value if name in sums else value
+        self.scaler.unscale_(self.optimizer)
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
-        return {name: value.detach() for name, value in terms.items()} | {"lr": lr, "grad_norm": norm}
+        return sums | {"lr": lr, "grad_norm": norm.full_tensor() if self.fsdp else norm}
+
+    def _part_of_step(self, images: Tensor, labels: Tensor, places: tuple) -> dict[str, Tensor]:
+        images = self.data.augment(images.to(self.device, non_blocking=True), self.augment_rng, *places)
+        images, box = self.task.mixed(images, self.augment_rng)
+        return self.losses(images, labels.to(self.device, non_blocking=True), box)
 
     def fit(
         self, until: int | None = None, on_step: Callable[[int, dict[str, Any]], None] | None = None
     ) -> None:
         """Trains to step `until` (default: the recipe's last), or until `stop_requested` is set.
 
-        May be called again for more. `on_step(step, terms)` is called after each step. Raises TrainError when
-        the loss is not finite at a logged step, DataError when an image can't be read.
+        May be called again for more. `on_step(step, terms)` is called after each step. Of several processes
+        all stop at a step that is logged, after one was asked to. Raises TrainError when the loss is not
+        finite at a logged step or a file can't be written, DataError when an image can't be read.
         """
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
         steps = StepBatches(len(self.data.train), self.recipe.batch, self.recipe.seed, self.step, until)
-        batches = batches_of(self.data.train, steps, self.workers, pin_memory=self.device.type == "cuda")
+        shares = Shares(steps, self.processes.rank, self.processes.size)
+        batches = batches_of(self.data.train, shares, self.workers, pin_memory=self.device.type == "cuda")
         self.model.train()
-        with self._chosen_backend(), csv_log(self.log_path, self.columns, self.rows) as log:
-            if self.monitor and self.monitor.csv:
-                write_records(self.monitor.csv, self.monitor.records)
-            for images, labels in batches:
-                terms = self.train_step(images, labels)
-                measure = self.step == self.recipe.steps or self.step % self.eval_every == 0
-                if measure or self.step % self.log_every == 0:
-                    self.rows.append(self._row(terms, steps.per_epoch, measure))
-                    log(self.rows[-1])
-                if self.monitor:
-                    self.monitor.step(images, self.step)
-                if on_step:
-                    on_step(self.step, terms)
-                if self.stop_requested:
+        with self._chosen_backend(), contextlib.ExitStack() as ending:
+            for part in self.parts:
+                part.on_begin(self)
+                ending.callback(part.on_end, self)
+            for indices in steps if self.step < until else ():
+                self._one_step(batches, steps, indices, on_step)
+                if self._stops():
                     break
+
+    def _one_step(
+        self,
+        batches: Iterator[Batch],
+        steps: StepBatches,
+        indices: list[int],
+        on_step: Callable[[int, dict[str, Any]], None] | None,
+    ) -> None:
+        start = time.perf_counter()
+        images, labels = next(batches)
+        terms = self.train_step(images, labels)
+        measure = self.step == self.recipe.steps or self.step % self.eval_every == 0
+        log = measure or self.step % self.log_every == 0
+        row = self._row(terms, steps.per_epoch) if log else {}
+        self.seconds += time.perf_counter() - start
+        for part in self.parts:
+            part.on_step(self, terms, indices)
+        if measure:
+            row[self.task.metric] = self.evaluate(self.model)
+            for part in self.parts:
+                part.on_eval(self, row)
+        if log:
+            self.rows.append(row)
+            for part in self.parts:
+                part.on_log(self, row)
+        if on_step:
+            on_step(self.step, terms)
+        if self.save_path is not None and self.step % self.save_every == 0:
+            self.save(self.save_path)
+
+    def _stops(self) -> bool:
+        if self.processes.size == 1:
+            return self.stop_requested
+        if self.step % self.log_every == 0:
+            self.stop_requested = self.processes.total(int(self.stop_requested)) > 0
+            return self.stop_requested
+        return False
+
+    def _autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.recipe.amp is not None)
 
     def _chosen_backend(self) -> contextlib.AbstractContextManager[Any]:
         """Sets the backend of the fused operations; `auto` leaves it to VITDIV_BACKEND and the table."""
         return contextlib.nullcontext() if self.backend == "auto" else use_backend(self.backend)
 
-    def _row(self, terms: dict[str, Any], per_epoch: int, measure: bool) -> Row:
+    def _row(self, terms: dict[str, Any], per_epoch: int) -> Row:
         row: Row = {"step": self.step, "epoch": round(self.step / per_epoch, 3)}
-        row |= {name: float(terms[name]) for name in self.columns if name in terms}
+        losses = {name: terms[name] for name in self.columns if isinstance(terms.get(name), Tensor)}
+        means = self.processes.mean(losses)
+        row |= {name: means.get(name, terms[name]) for name in self.columns if name in terms}
         if not math.isfinite(row["loss"]):
             raise TrainError(
                 f"the loss is {row['loss']} at step {self.step}: try a smaller --lr or --clip, or no --amp"
             )
-        row["val_accuracy"] = accuracy(self.model, self.data.val, self.device) if measure else ""
-        return row
+        return row | dict.fromkeys(self.evaluated, "")
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint; one that was there stays whole until then."""
-        checkpoint.write(
-            path,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "rows": self.rows,
-                **self._made_with(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "augment_rng": self.augment_rng.get_state(),
-            },
-        )
+        """Writes a checkpoint; one that was there stays whole until then. All processes must call it.
 
-    def _made_with(self) -> dict[str, Any]:
-        """What a run that goes on must have as it was."""
-        config = checkpoint.plain(asdict(self.model.config))
-        return {"recipe": asdict(self.recipe), "config": config, "classes": list(self.data.classes)}
+        Raises TrainError, in all of them, where it can't be written.
+        """
+        whole = state.gathered(self)
+        with self.processes.together():
+            if self.processes.main:
+                try:
+                    checkpoint.write(path, whole)
+                except TrainError as error:
+                    last = self.saved_step
+                    kept = "" if last is None else f"; the checkpoint of step {last} stays"
+                    raise TrainError(f"{error}{kept}") from None
+        self.saved_step = self.step
+        for part in self.parts:
+            part.on_save(self, path)
 
     def load(self, path: Path) -> None:
-        """Restores a checkpoint of the same model, recipe and classes; otherwise raises TrainError."""
-        state = checkpoint.read(path)
-        now, then = (
-            made["recipe"] | made["config"] | {"classes": made["classes"]}
-            for made in (self._made_with(), state)
-        )
-        changed = [
-            f"{name} {then.get(name)!r}, now {now[name]!r}" for name in now if now[name] != then.get(name)
-        ]
-        if changed:
+        """Restores a checkpoint of the same model, recipe and data; otherwise raises TrainError."""
+        state.restore(self, path)
+        self.saved_step = self.step
+
+    def _prepare(self, model: nn.Module, recipe: Recipe, parts: Sequence[Part]) -> None:
+        """All that needs no other process."""
+        if recipe.epochs is not None:
+            steps = recipe.epochs * (len(self.data.train) // recipe.batch)
+            recipe = replace(recipe, steps=max(1, steps), epochs=None)
+        self._check(model, recipe)
+        self.model = model.to(self.device)
+        if recipe.init is not None:
+            start_from(self.model, Path(recipe.init))
+        try:
+            with self._chosen_backend():
+                for operation in _dispatch.OPERATIONS:
+                    _dispatch.resolve(operation, self.device, "auto")
+            self.task = Classification(self.model, recipe, self.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TrainError(str(error)) from None
+        self.objective = self.task.objective
+        if recipe.cutmix is None:
+            recipe = replace(recipe, cutmix=float(self.task.patches_mix))
+        self.recipe = self.task.recipe = recipe
+        self._check_shares()
+        self.parts = [part for part in parts if part.takes_part(self)]
+        for part in self.parts:
+            part.attach(self)
+
+    def _check(self, model: nn.Module, recipe: Recipe) -> None:
+        if len(self.data.train) < recipe.batch:
             raise TrainError(
-                f"{path} was made with {'; '.join(changed)}: resume with the same, or start anew"
+                f"the batch ({recipe.batch}) is larger than the training set ({len(self.data.train)} images)"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.rows = state["step"], state["rows"]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.augment_rng.set_state(state["augment_rng"])
-        if self.monitor and self.monitor.csv and self.monitor.csv.exists():
-            try:
-                records = read_records(self.monitor.csv)
-            except ValueError as error:
-                raise TrainError(str(error)) from None
-            self.monitor.records = [record for record in records if record["step"] <= self.step]
+        if recipe.cutmix is not None and not 0 <= recipe.cutmix <= 1000:
+            raise TrainError(f"cutmix must be a number from 0 to 1000, got {recipe.cutmix}")
+        embed: Any = model.patch_embed
+        if recipe.losses and embed.num_patches < 2:
+            raise TrainError("diversity losses need at least two patches, but the model has one")
+        if recipe.sync_bn and self.processes.size > 1:
+            wrapping.check_sync(model, self.device)
+        if self.fsdp and self.processes.size == 1:
+            raise TrainError("--fsdp shards a model over several processes: start them with torchrun")
+        if self.fsdp and recipe.amp == "fp16":
+            raise TrainError("--fsdp takes --amp bf16 or none: torch's loss scaling for fp16 is not sharded")
+
+    def _check_shares(self) -> None:
+        """Each process and each part of a step has as many images."""
+        number, batch = self.processes.size * self.accumulate, self.recipe.batch
+        of = f"{self.processes.size} processes, each in --accumulate {self.accumulate} parts"
+        if batch % number:
+            raise TrainError(f"--batch {batch} can't be shared by {of}: give a multiple of {number}")
+        if self.recipe.cutmix and number > 1 and batch // number % 2:
+            raise TrainError(
+                f"--batch {batch} leaves {batch // number} images for each of {of}, and CutMix mixes pairs: "
+                f"give a multiple of {2 * number}"
+            )
+
+    def _check_processes(self, parts: Sequence[Part]) -> None:
+        settings = {name: getattr(self, name) for name in ("accumulate", "fsdp", "log_every", "eval_every")}
+        settings["save_every"] = self.save_path and self.save_every
+        of_parts = {f"{part.name} {key}": value for part in parts for key, value in chosen(part).items()}
+        facts = state.flat(state.made_with(self)) | settings | of_parts | {"torch": torch.__version__}
+        self.processes.check_same(facts)

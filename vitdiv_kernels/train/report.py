@@ -4,10 +4,12 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from ..attach.monitor import CollapseMonitor, Record, read_records
-from ..vit import ViT, ViTConfig
-from . import checkpoint, plots
+from . import checkpoint, models, plots
 from .cli import HelpFormatter, number, run_command, usable
 from .data import load
 from .errors import DataError
@@ -24,10 +26,11 @@ COLUMNS = {
 }
 
 
-def load_model(path: Path) -> tuple[ViT, int, int]:
-    """The ViT of a checkpoint of the trainer, its step, and its recipe's seed. Raises TrainError."""
+def load_model(path: Path) -> tuple[nn.Module, int, int]:
+    """The model of a checkpoint, its step, and its recipe's seed. Raises TrainError."""
     state = checkpoint.read(path, ("model", "config", "recipe", "step"))
-    model = ViT(ViTConfig(**state["config"]))
+    config = models.restored(state["config"])
+    model = models.make(config)
     model.load_state_dict(state["model"])
     return model, state["step"], state["recipe"]["seed"]
 
@@ -122,8 +125,9 @@ def run(args: argparse.Namespace) -> None:
     plots.pyplot("the report")  # before the measurements, which take longer
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
     model, step, seed = load_model(path)
+    config: Any = model.config
     # the seed splits a folder as it was split in training: no image is measured that was trained on
-    data = load(args.data, model.config.image_size, model.config.channels, seed)
+    data = load(args.data, config.image_size, config.channels, seed)
     images, _ = data.val.__getitems__(list(range(min(args.images, len(data.val)))))
     records = CollapseMonitor(model.to(usable(args.device)), images=args.images).measure(images, step)
     csv = path.with_name("collapse.csv")

@@ -1,0 +1,136 @@
+"""The models that the trainer makes: shapes of the reference ViT, and vision transformers of timm."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..nn import ReAttention
+from ..vit import CONFIGS, ViT, ViTConfig
+from .errors import TrainError
+from .optional import needed
+from .settings import Subject
+
+# modules of timm's Attention that do the same in ReAttention
+TAKEN_OVER = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """A vision transformer of timm, with re-attention in the blocks that are listed."""
+
+    timm: str
+    image_size: int
+    channels: int = 3
+    classes: int = 1000
+    drop_path: float = 0.0
+    reattention: Sequence[int] = ()
+
+
+Config = ViTConfig | TimmConfig
+
+
+def chosen(subject: Subject) -> Config:
+    """The configuration that the options choose. Raises TrainError."""
+    kind, _, name = subject.model.partition(":")
+    if kind == "timm" and name:
+        timm = needed("timm", f"--model {subject.model}", "timm")
+        if not timm.is_model(name):
+            similar = timm.list_models(f"{name[:8]}*")[:3]
+            hint = f", such as {', '.join(similar)}" if similar else ""
+            raise TrainError(
+                f"timm {timm.__version__} has no model {name!r}: give one of timm.list_models(){hint}"
+            )
+        channels, size = timm.get_pretrained_cfg(name).input_size[:2]
+        config = TimmConfig(name, subject.image_size or size, channels, drop_path=subject.drop_path or 0.0)
+        depth = len(blocks_of(_timm_model(config), name)) if subject.reattention == "all" else 0
+        return replace(config, reattention=_blocks(subject.reattention, depth) or ())
+    if subject.model not in CONFIGS:
+        raise TrainError(f"unknown model {subject.model!r}: give timm:NAME, or one of {', '.join(CONFIGS)}")
+    shape = CONFIGS[subject.model]
+    blocks = _blocks(subject.reattention, shape.depth)
+    changes: dict[str, Any] = {"image_size": subject.image_size, "drop_path": subject.drop_path}
+    changes["reattention"] = blocks
+    try:
+        return replace(shape, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise TrainError(str(error)) from None
+
+
+def _blocks(given: list[int] | str | None, depth: int) -> list[int] | None:
+    if isinstance(given, str):
+        return list(range(depth)) if given == "all" else []
+    return given
+
+
+def make(config: Config) -> nn.Module:
+    """The model, which keeps its configuration as `config`. Raises TrainError."""
+    if isinstance(config, ViTConfig):
+        return ViT(config)
+    model = _timm_model(config)
+    reattend(model, config.timm, config.reattention)
+    model.config = config  # type: ignore[assignment]
+    return model
+
+
+def restored(config: dict[str, Any]) -> Config:
+    """The configuration that a checkpoint holds as a dict."""
+    return TimmConfig(**config) if "timm" in config else ViTConfig(**config)
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    config: Any = model.config
+    if isinstance(config, TimmConfig):
+        embed: Any = model.patch_embed
+        return tuple(embed.patch_size)
+    return config.patch, config.patch
+
+
+def blocks_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """The blocks of a model of timm. Raises TrainError where it has none."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Module) or not hasattr(model, "patch_embed"):
+        raise TrainError(
+            f"timm's {name} has no blocks and patch_embed: give a vision transformer, such as vit_*"
+        )
+    return list(blocks.children())
+
+
+def reattend(model: nn.Module, name: str, indices: Sequence[int]) -> None:
+    """Puts ReAttention in place of the attention of these blocks; weights and biases stay.
+
+    Raises TrainError for a block that timm's Attention is not in, or that the model has not.
+    """
+    blocks = blocks_of(model, name)
+    odd = [i for i in indices if not 0 <= i < len(blocks)]
+    if odd:
+        raise TrainError(f"reattention must list blocks from 0 to {len(blocks) - 1}, got {odd}")
+    for i in indices:
+        block: Any = blocks[i]
+        old: Any = getattr(block, "attn", None)
+        if type(old).__module__ != "timm.layers.attention" or type(old).__name__ != "Attention":
+            raise TrainError(
+                f"block {i} of timm's {name} has {type(old).__name__}: --reattention takes the place of "
+                "timm's Attention only"
+            )
+        new = ReAttention(old.qkv.in_features, old.num_heads, attn_head_dim=old.head_dim)
+        for part in TAKEN_OVER:
+            if hasattr(old, part):
+                setattr(new, part, getattr(old, part))
+        block.attn = new
+
+
+def _timm_model(config: TimmConfig) -> nn.Module:
+    timm = needed("timm", f"--model timm:{config.timm}", "timm")
+    options: dict[str, Any] = {"num_classes": config.classes, "in_chans": config.channels}
+    options["img_size"] = config.image_size
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    try:
+        model = timm.create_model(config.timm, pretrained=False, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise TrainError(f"timm can't make {config.timm} with {options}: {error}") from None
+    blocks_of(model, config.timm)
+    return model

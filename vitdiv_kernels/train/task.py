@@ -1,0 +1,88 @@
+"""What is learned: how a batch becomes losses, and what is measured in validation."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attach.objective import DiversityObjective
+from ..losses import cutmix_shares
+from . import cutmix, models
+from .data import ImageSet
+from .evaluation import accuracy
+from .loss_weights import mixes, objective_terms
+from .parallel import Processes
+from .recipe import Recipe
+
+Autocast = Callable[[], torch.autocast]
+
+
+class Classification:
+    """Cross-entropy with label smoothing and CutMix, beside the diversity losses of the recipe."""
+
+    metric = "val_accuracy"
+
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        self.model, self.recipe, self.device = model, recipe, device
+        self.objective: DiversityObjective | None = None
+        if recipe.losses:
+            # for good, and before the model is compiled: forward passes without gradients leave no trace
+            terms = objective_terms(recipe.losses, recipe.label_smoothing)
+            self.objective = DiversityObjective(terms).attach(model)
+        self.patches_mix = self.objective is not None and any(map(mixes, self.objective.terms.values()))
+
+    @property
+    def terms(self) -> list[str]:
+        """The names of the losses beside `loss`, in the order of the log."""
+        return ["cross_entropy", *(self.objective.terms if self.objective else ())]
+
+    def mixed(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, cutmix.Box | None]:
+        """The images [B, C, H, W] mixed by CutMix, and its box; without CutMix the images and None."""
+        if not self.recipe.cutmix:
+            return images, None
+        height, width = images.shape[-2:]
+        box = cutmix.draw_box(height, width, self.recipe.cutmix, generator)
+        return cutmix.mix(images, box), box
+
+    def losses(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        box: cutmix.Box | None = None,
+        *,
+        autocast: Autocast,
+    ) -> dict[str, Tensor]:
+        """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum.
+
+        Of images that CutMix has mixed at `box` the cross-entropies with the labels of both are weighted by
+        their shares of the area.
+        """
+        size = images.shape[-2:]
+        mixing = self._patch_labels(labels, box, size) if self.patches_mix else None
+        with autocast():
+            logits = forward(images)
+            total, terms = self.objective(mixing=mixing) if self.objective else (0.0, {})
+        cross_entropy = self._cross_entropy(logits, labels)
+        if box:
+            share = cutmix.share_left(box, *size)
+            others = self._cross_entropy(logits, labels.flip(0))
+            cross_entropy = share * cross_entropy + (1 - share) * others
+        return terms | {"cross_entropy": cross_entropy, "loss": cross_entropy + total}
+
+    def evaluate(self, model: nn.Module, data: ImageSet, processes: Processes) -> float:
+        """The metric of a model; all processes must call it."""
+        return accuracy(model, data, self.device, processes=processes)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+
+    def _patch_labels(
+        self, labels: Tensor, box: cutmix.Box | None, size: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """labels, others and shares for patch_mixing; images that are not mixed have an empty box."""
+        patch = models.patch_size(self.model)
+        grid = [pixels // side for pixels, side in zip(size, patch, strict=True)]
+        shares = cutmix_shares(box or (0, 0, 0, 0), image_size=size, grid=grid)
+        return labels, labels.flip(0), shares.to(self.device, non_blocking=True)
