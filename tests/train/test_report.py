@@ -164,7 +164,7 @@ def test_similar_blocks_are_counted_against_the_block_before():
     ("content", "options", "sentence"),
     [
         (None, [], "there is no checkpoint"),
-        (b"no checkpoint", [], "is no checkpoint or a damaged one"),
+        (b"no checkpoint", [], "is cut or damaged, or no file of torch"),
         ({"model": {}}, [], "is no checkpoint of this trainer: it has no config, recipe, step"),
         ("run", ["--data", "cifar"], "unknown data 'cifar': give digits or imagefolder:PATH"),
         ("run", ["--device", "abacus"], "the device 'abacus' can't be used"),

@@ -1,12 +1,12 @@
 """Checkpoints as files: written whole or not at all, read with a sentence for what is none."""
 
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..vit import files as weights
 from .errors import TrainError
 from .files import replacing
 
@@ -27,35 +27,20 @@ def write(path: Path, state: dict[str, Any]) -> None:
 def read(path: Path, parts: Iterable[str] = PARTS) -> dict[str, Any]:
     """What `write` wrote, on the CPU. Raises TrainError where one of the parts is not there."""
     state = tensors_of(path)
-    absent = [name for name in parts if not isinstance(state, dict) or name not in state]
+    absent = [name for name in parts if name not in state]
     if absent:
         raise TrainError(f"{path} is no checkpoint of this trainer: it has no {', '.join(absent)}")
-    return ADDED | state
+    return {**ADDED, **state}
 
 
-def tensors_of(path: Path) -> Any:
-    """What a file of `torch.save` holds, on the CPU; nothing in it is run. Raises TrainError."""
+def tensors_of(path: Path) -> Mapping[str, Any]:
+    """What a file of weights holds, on the CPU; nothing in it is run. Raises TrainError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return weights.read(path)
     except FileNotFoundError:
         raise TrainError(f"there is no checkpoint {path}") from None
-    except pickle.UnpicklingError as error:
-        code = _code_in(path)
-        if not code:
-            raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
-        raise TrainError(
-            f"{path} holds more than tensors: {', '.join(code)}, which loading would run; nothing was run. "
-            "Save its state dict alone"
-        ) from None
-    except Exception as error:
-        raise TrainError(f"{path} is no checkpoint or a damaged one ({type(error).__name__})") from None
-
-
-def _code_in(path: Path) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:
-        return []
+    except (ValueError, ImportError) as error:
+        raise TrainError(str(error)) from None
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:

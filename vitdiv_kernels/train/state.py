@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, parallel, wrapping
+from . import checkpoint, models, parallel, wrapping
 from .errors import TrainError
 from .recipe import Recipe
 
@@ -77,7 +77,8 @@ def _check_same(run: "Trainer", state: dict[str, Any], path: Path) -> None:
     recipe = state["recipe"]
     if isinstance(recipe.get("amp"), bool):
         recipe = recipe | {"amp": Recipe(amp=recipe["amp"]).amp}
-    then = state | {"recipe": known | recipe}
+    config = checkpoint.plain(asdict(models.restored(state["config"])))
+    then = state | {"recipe": known | recipe, "config": config}
     if state["data"] is None:
         now = now | {"data": None}
     changed = checkpoint.differences(flat(then), flat(now))
