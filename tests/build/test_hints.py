@@ -9,7 +9,17 @@ from vitdiv_kernels import losses, nn
 MODULES = [
     *(f"attach.{name}" for name in ("monitor", "objective", "terms")),
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
-    *("train.recipe", "train.report", "vit.configs", "vit.model", "info"),
+    *(
+        "recipes.files",
+        "recipes.mixing",
+        "recipes.recipe",
+        "recipes.with_timm",
+        "train.recipe",
+        "train.report",
+        "vit.configs",
+        "vit.model",
+        "info",
+    ),
     *(f"ops.pairs.{name}.api" for name in ("pairwise_cosine", "pairwise_rows", "two_gram")),
     *(f"ops.maps.{name}.api" for name in ("attention_gram", "reattention")),
 ]
