@@ -421,21 +421,24 @@ def test_guards_on_hooks_tell_models_and_blocks_apart():
 
 
 def gradients(model, run, x, config):
+    labels = torch.arange(len(x))
+    regions = torch.eye(5)[torch.zeros(len(x), 2, dtype=torch.int64)], torch.ones(2, 4, 4)
     with DiversityObjective(config).attach(run) as objective:
-        logits = run(x)
-        total, _ = objective()
-        (logits.square().mean() + total).backward()
+        task = run(x).square().mean()
+        total, _ = objective(task=task, mixing=(0 * labels, 0 * labels, torch.ones(16)), regions=regions)
+        total.backward()
     return [p.grad for p in model.parameters()]
 
 
 DDP_CONFIG = {
     "pairwise_cosine": 1.0, "patch_contrast": 1.0, "attention_diversity": 1.0, "weight_mgd": 1e-3,
+    "region_mixing": 1.0, "mixing": Term("patch_mixing", with_task=True),
 }  # fmt: skip
 
 
 def worker(rank, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = a_model()
+    model = headed()
     run = nn.parallel.DistributedDataParallel(model)
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.save(gradients(model, run, x[2 * rank : 2 * rank + 2], DDP_CONFIG), f"{results}/{rank}")
@@ -449,7 +452,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     mp.spawn(worker, (f"{tmp_path}/store", tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    model = a_model()
+    model = headed()
     for a, b, whole in zip(first, second, gradients(model, model, x, DDP_CONFIG), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, whole, rtol=1e-4, atol=1e-6)

@@ -185,6 +185,8 @@ COMPILED = [
     "uniformity",
     "info_nce",
     "head_condition_orthogonality",
+    "region_mixing",
+    "region_contrast",
 ]
 
 
