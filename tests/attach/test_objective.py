@@ -611,6 +611,8 @@ def headless():
         (TypeError, r"task must be a loss, a tensor of one number, got shape \[3\]",
          lambda: with_task(torch.ones(3))),
         (TypeError, "task must be a loss, a tensor of one number, got float", lambda: with_task(1.0)),
+        (TypeError, "with_task of koleo must be True or False, got 'no'",
+         lambda: Term("koleo", with_task="no")),
         (ValueError, "with_task must be False but for patch_mixing with reduction 'mean', got True for koleo",
          lambda: Term("koleo", with_task=True)),
         (ValueError, "with_task must be False but for patch_mixing with reduction 'mean', got True for patch",

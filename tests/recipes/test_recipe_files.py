@@ -145,7 +145,7 @@ def test_a_file_of_ones_own(tmp_path, monkeypatch):
         ({"losses": {"a": {"loss": "koleo", "options": {"x": 1}}}}, "losses.a: koleo has no option 'x'"),
         (
             {"losses": {"a": {"loss": "koleo", "with_task": 1}}},
-            "losses.a.with_task must be true or false, got 1",
+            "losses.a: with_task of koleo must be True or False, got 1",
         ),
         (
             {"losses": {"a": {"loss": "koleo", "with_task": True}}},

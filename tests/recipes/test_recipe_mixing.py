@@ -72,7 +72,9 @@ def test_mixup_and_cutmix_take_turns_by_their_probability():
     assert abs(extreme[1] - 0.5) < 0.1
 
 
-def test_the_middle_image_of_an_odd_batch_stays():
+def test_half_images_and_odd_batches():
+    half = mixed(recipes.load("gong2021"), images=IMAGES.bfloat16())
+    assert (half.images.dtype, half.targets.dtype) == (torch.bfloat16, torch.float32)
     batch = mixed(replace(RECIPE, cutmix=0.0), images=IMAGES[:3])
     torch.testing.assert_close(batch.images[1], IMAGES[1])
     assert not torch.equal(batch.images[0], IMAGES[0])

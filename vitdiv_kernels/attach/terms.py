@@ -112,6 +112,8 @@ class Term:
                 raise ValueError(f"{self.loss} has no option {name!r}; its options are {', '.join(options)}")
         if self.options.get("reduction") == "none":
             raise ValueError(f"reduction of {self.loss} must be 'mean' or 'sum', got 'none'")
+        if not isinstance(self.with_task, bool):
+            raise TypeError(f"with_task of {self.loss} must be True or False, got {self.with_task!r}")
         if self.with_task and (kind != "logits" or self.options.get("reduction", "mean") != "mean"):
             raise ValueError(
                 "with_task must be False but for patch_mixing with reduction 'mean', got "

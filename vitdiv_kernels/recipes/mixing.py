@@ -21,7 +21,8 @@ class Mixed:
 
     Args:
         images: [B, channels, height, width].
-        targets: soft labels of the images, smoothed, [B, C]: of the task's cross-entropy.
+        targets: soft labels of the images, smoothed, [B, C], for the task's cross-entropy: float32 (float64
+            of float64 images).
         mixing: labels, others and shares [N] of the patches, `mixing` of a `DiversityObjective`.
         regions: targets [B, 2, C] and masks [2, rows, columns], its `regions`; None without two-image mixing.
     """
@@ -88,7 +89,7 @@ def mix(
     shares = torch.full((grid[0] * grid[1],), share)
     if box != (0, 0, 0, 0):
         shares = losses.cutmix_shares(box, image_size=(height, width), grid=grid)
-    first = F.one_hot(labels, classes).to(images.dtype)
+    first = F.one_hot(labels, classes).to(torch.promote_types(images.dtype, torch.float32))
     smoothing = recipe.label_smoothing
     targets = (1 - smoothing) * (share * first + (1 - share) * first.flip(0)) + smoothing / classes
     mixing = labels, labels.flip(0), shares.to(images.device)

@@ -159,8 +159,6 @@ class Recipe:
                     raise ValueError(f"losses.{name} has no key {key!r}: its keys are {', '.join(known)}")
             if not isinstance(keys.get("options", {}), Mapping):
                 raise ValueError(f"losses.{name}.options must be names and values, got {keys['options']!r}")
-            if not isinstance(keys.get("with_task", False), bool):
-                raise ValueError(f"losses.{name}.with_task must be true or false, got {keys['with_task']!r}")
             if not isinstance(keys["loss"], str):
                 raise ValueError(f"losses.{name}.loss must be a text, got {keys['loss']!r}")
             try:
