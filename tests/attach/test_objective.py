@@ -59,11 +59,83 @@ def test_deit_small_is_its_losses_with_the_published_weights():
     torch.testing.assert_close(
         parts["weights"], losses.weight_condition_orthogonality(weights, generator=again)
     )
-    targets = losses.patch_targets(labels, others, shares, num_classes=5)
+    targets = losses.patch_targets(labels, others, shares, num_classes=5, smoothing=0.1)
     logits = model.head(model.norm(tokens[-1]))[:, 1:]
     torch.testing.assert_close(parts["mixing"], F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1)))
     factors = {"cosine": 0.5, "contrast": 0.5, "heads": 1e-4, "weights": 5e-4, "mixing": 1}
     torch.testing.assert_close(total, sum(factors[name] * parts[name] for name in factors))
+
+
+@pytest.mark.parametrize(
+    ("terms", "task_weight", "mixing_weight"),
+    [
+        ({"mixing": Term("patch_mixing", 2.0, with_task=True)}, 1 / 17, 2 * 16 / 17),
+        ({"mixing": Term("patch_mixing", 2.0)}, 1, 2),
+        ({"mixing": Term("patch_mixing", 0.0, with_task=True)}, 1, 0),
+    ],
+)
+def test_the_loss_of_the_task_is_weighed(terms, task_weight, mixing_weight):
+    """Of 16 patches; a loss of weight 0 divides nothing."""
+    model, labels = a_model(), torch.tensor([1, 2, 3])
+    mixing = labels, labels.flip(0), torch.rand(16)
+    with DiversityObjective(terms | {"koleo": 0.1}).attach(model) as objective:
+        for shape in ((), (1,)):
+            task = F.cross_entropy(model(images()), labels)
+            total, parts = objective(task=task.view(shape), mixing=mixing)
+            expected = task_weight * task + mixing_weight * parts["mixing"] + 0.1 * parts["koleo"]
+            torch.testing.assert_close(total, expected)
+            assert total.shape == ()
+            assert list(parts) == ["mixing", "koleo"]
+        task = F.cross_entropy(model(images()), labels)
+        total, parts = objective(mixing=mixing)  # the caller's weight
+        torch.testing.assert_close(total, terms["mixing"].weight * parts["mixing"] + 0.1 * parts["koleo"])
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_region_mixing_goes_through_a_head_of_its_own():
+    model = a_model()
+    model.patch_head = nn.Linear(16, 5)
+    model.fc_norm = nn.LayerNorm(16)
+    nn.init.normal_(model.fc_norm.weight)
+    masks = losses.region_masks(4, share=0.4)
+    targets = torch.rand(3, 2, 5).softmax(-1)
+    term = Term("region_mixing", layers=(1, -1))
+    for drop in (None, Twice()):
+        model.head_drop = drop
+        with DiversityObjective({"mine": term}).attach(model) as objective:
+            _, tokens = model(images(), return_tokens=True)
+            total, _ = objective(regions=(targets, masks))
+        expected = 0
+        for t in (tokens[2], tokens[4]):
+            means = losses.region_means(model.fc_norm(model.norm(t))[:, 1:], masks)
+            logits = model.patch_head(means if drop is None else drop(means))
+            expected = expected + losses.region_mixing(logits, targets, masks) / 2
+        torch.testing.assert_close(total, expected)
+    with torch.autocast("cpu", torch.bfloat16), DiversityObjective({"mine": term}).attach(model) as objective:
+        model(images())
+        total, _ = objective(regions=(targets, masks))
+    total.backward()
+    assert total.dtype == torch.float32
+    assert model.patch_head.weight.grad.abs().sum() > 0
+    half = model.bfloat16()
+    with DiversityObjective({"mine": term}).attach(half) as objective:
+        half(images().bfloat16())
+        assert objective(regions=(targets, masks))[0].isfinite()
+
+
+def test_region_contrast_takes_the_grid_of_the_images():
+    model = a_model()
+    model.pos_embed = nn.Parameter(torch.randn(1, 16, 16))
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    with DiversityObjective({"region_contrast": 1.0}).attach(model) as objective:
+        _, tokens = model(torch.randn(3, 1, 6, 10), return_tokens=True)
+        total, _ = objective(generator=generators[0])
+    expected = losses.region_contrast(tokens[-1][:, 1:], grid=(3, 5), generator=generators[1])
+    torch.testing.assert_close(total, expected)
 
 
 def test_gong_is_the_sum_of_its_three_losses():
@@ -169,7 +241,7 @@ def by_hand(name, model, tokens):
     return getattr(losses, name)(*((patches[-1],) if count == 1 else (patches[1], patches[-1])))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "patch_mixing"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("patch_mixing", "region_mixing")])
 def test_every_loss_is_its_function_with_its_gradients(name):
     model, x = a_model(), images()
     torch.manual_seed(7)
@@ -349,21 +421,24 @@ def test_guards_on_hooks_tell_models_and_blocks_apart():
 
 
 def gradients(model, run, x, config):
+    labels = torch.arange(len(x))
+    regions = torch.eye(5)[torch.zeros(len(x), 2, dtype=torch.int64)], torch.ones(2, 4, 4)
     with DiversityObjective(config).attach(run) as objective:
-        logits = run(x)
-        total, _ = objective()
-        (logits.square().mean() + total).backward()
+        task = run(x).square().mean()
+        total, _ = objective(task=task, mixing=(0 * labels, 0 * labels, torch.ones(16)), regions=regions)
+        total.backward()
     return [p.grad for p in model.parameters()]
 
 
 DDP_CONFIG = {
     "pairwise_cosine": 1.0, "patch_contrast": 1.0, "attention_diversity": 1.0, "weight_mgd": 1e-3,
+    "region_mixing": 1.0, "mixing": Term("patch_mixing", with_task=True),
 }  # fmt: skip
 
 
 def worker(rank, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = a_model()
+    model = headed()
     run = nn.parallel.DistributedDataParallel(model)
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.save(gradients(model, run, x[2 * rank : 2 * rank + 2], DDP_CONFIG), f"{results}/{rank}")
@@ -377,7 +452,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     mp.spawn(worker, (f"{tmp_path}/store", tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    model = a_model()
+    model = headed()
     for a, b, whole in zip(first, second, gradients(model, model, x, DDP_CONFIG), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, whole, rtol=1e-4, atol=1e-6)
@@ -459,6 +534,25 @@ def tuples():
     return model
 
 
+def headed():
+    model = a_model()
+    model.patch_head = nn.Linear(16, 5)
+    return model
+
+
+def regions_of(model, masks):
+    with DiversityObjective("gong2021_released").attach(model) as objective:
+        model(images())
+        objective(regions=(torch.ones(3, 2, 5) / 5, masks))
+
+
+def with_task(task):
+    model = a_model()
+    with DiversityObjective({"koleo": 1.0}).attach(model) as objective:
+        model(images())
+        objective(task=task)
+
+
 def headless():
     model = a_model()
     del model.norm
@@ -508,6 +602,23 @@ def headless():
          lambda: DiversityObjective({"koleo": 1}).attach(a_model()).attach(a_model())),
         (ValueError, r"patch_mixing needs mixing=\(labels, others, shares\)",
          lambda: evaluate("gong2021", a_model(), images())),
+        (TypeError, "region_mixing needs model.norm and model.patch_head: set the latter to nn.Linear",
+         lambda: DiversityObjective("gong2021_released").attach(a_model())),
+        (ValueError, r"region_mixing needs regions=\(targets, masks\)",
+         lambda: evaluate("gong2021_released", headed(), images())),
+        (ValueError, r"masks must have shape \[R, rows, columns\] of 16 patches, got \[2, 3, 3\]",
+         lambda: regions_of(headed(), torch.ones(2, 3, 3))),
+        (TypeError, r"task must be a loss, a tensor of one number, got shape \[3\]",
+         lambda: with_task(torch.ones(3))),
+        (TypeError, "task must be a loss, a tensor of one number, got float", lambda: with_task(1.0)),
+        (TypeError, "with_task of koleo must be True or False, got 'no'",
+         lambda: Term("koleo", with_task="no")),
+        (ValueError, "with_task must be False but for patch_mixing with reduction 'mean', got True for koleo",
+         lambda: Term("koleo", with_task=True)),
+        (ValueError, "with_task must be False but for patch_mixing with reduction 'mean', got True for patch",
+         lambda: Term("patch_mixing", options={"reduction": "sum"}, with_task=True)),
+        (ValueError, "cos_reg takes block 4, but the model has 4",
+         lambda: DiversityObjective("deepvit_32b").attach(a_model())),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_sentence(error, sentence, call):

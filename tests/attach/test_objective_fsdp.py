@@ -23,6 +23,7 @@ WEIGHTS = {"weight_mhs": 1.0, "weight_soft_orthogonality": 0.1}
 CONFIGS = {
     "weights": WEIGHTS,
     "gong2021": "gong2021",
+    "gong2021_released": "gong2021_released",
     "diverse_vit_deit_small": {
         **PRESETS["diverse_vit_deit_small"],
         "weights": Term("weight_condition_orthogonality", options={"start": torch.ones(2, 18)}),
@@ -35,6 +36,9 @@ CONFIGS = {
 UNITS = {"blocks": ("blocks",), "blocks and head": ("blocks", "head", "norm"), "model": ()}
 
 
+MASKS = torch.stack([torch.eye(4), 1 - torch.eye(4)])
+
+
 def a_model():
     torch.manual_seed(0)
     model = ViT(replace(CONFIG, reattention=(1, 2)))
@@ -45,6 +49,7 @@ def a_model():
         attn.q_norm.weight = nn.Parameter(torch.rand(6) + 0.5)
         # fixed statistics: those of a batch are of each process
         attn.var_norm.eval()
+    model.patch_head = nn.Linear(18, 5)
     return model
 
 
@@ -70,8 +75,9 @@ def step(model, run, config, mine):
     model.zero_grad()
     with DiversityObjective(config).attach(run) as objective:
         logits = run(x[mine])
-        total, _ = objective(mixing=mixing)
-        (logits.square().mean() + total).backward()
+        regions = torch.eye(5)[torch.stack([labels, labels.flip(0)], 1)[mine]], MASKS
+        total, _ = objective(task=logits.square().mean(), mixing=mixing, regions=regions)
+        total.backward()
     return total.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -95,13 +101,21 @@ def fsdp1(mine):
     total, _ = step(model, run, FORWARD_ONLY, mine)
     with gather(run, with_grads=True):
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: grad for name, grad in grads.items() if "patch_head" not in name}  # zeros, of no loss
     found["forward only", "fsdp1"] = (
         total,
         {name.replace("_fsdp_wrapped_module.", ""): grad for name, grad in grads.items()},
     )
     for whole in (False, True):
         found["monitor", "fsdp1", whole] = CollapseMonitor(wrapped(a_model(), whole)).measure(batch()[0])
-    for name in ("weight_mhs", "patch_mixing", "neighbourhood_contrast", "cos_reg", "head_mhs"):
+    for name in (
+        "weight_mhs",
+        "patch_mixing",
+        "region_mixing",
+        "neighbourhood_contrast",
+        "cos_reg",
+        "head_mhs",
+    ):
         term = Term(name, layers=(1, 2) if name in ("cos_reg", "head_mhs") else None)
         for attached in (run, model):
             with pytest.raises(TypeError, match=f"{name} reads weights outside of the forward pass"):

@@ -7,7 +7,9 @@ from places import ROOT
 
 PACKAGE = ROOT / "vitdiv_kernels"
 # A folder imports from those above it, from its own subfolders and from the modules of the package itself.
-ROOMS = ("", "ops", "ops/pairs", "ops/maps", "losses", "nn", "fusing", "attach", "vit", "train", "demo")
+ROOMS = (
+    "", "ops", "ops/pairs", "ops/maps", "losses", "nn", "fusing", "attach", "recipes", "vit", "train", "demo",
+)  # fmt: skip
 # Modules that stand at the top for their users, and belong to a room.
 DOORS = {"__init__": "attach", "info": "attach", "report": "demo"}
 

@@ -11,9 +11,9 @@ MODULES = [
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
     *(f"train.{name}" for name in ("evaluation", "files", "init", "models", "optimizer", "options")),
     *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "wrapping")),
-    *("fusing.api", "fusing.report", "train.recipe", "train.report"),
+    *("fusing.api", "fusing.report", "train.recipe", "train.report", "info"),
+    *(f"recipes.{name}" for name in ("files", "mixing", "recipe", "with_timm")),
     *(f"vit.{name}" for name in ("checkpoints", "configs", "files", "model", "parts")),
-    "info",
     *(f"ops.pairs.{name}.api" for name in ("pairwise_cosine", "pairwise_rows", "two_gram")),
     *(f"ops.maps.{name}.api" for name in ("attention_gram", "reattention")),
 ]

@@ -65,6 +65,15 @@ CLOSED = {
         [lambda: torch.randn(B, N, CLASSES, requires_grad=True)],
         LOGITS,
     ),
+    "region_masks": (lambda x: x.sum() * losses.region_masks((N, 1)).sum(), [tokens], B * N * D),
+    "region_means": (
+        lambda x: losses.region_means(x, torch.ones(2, x.shape[1], 1)), [tokens], B * N * D,
+    ),
+    "region_mixing": (
+        lambda z: losses.region_mixing(z, torch.ones(z.shape) / CLASSES, torch.ones(z.shape[1], N, 1)),
+        [lambda: torch.randn(B, 2, CLASSES, requires_grad=True)],
+        B * N * D,
+    ),
     "weight_condition_orthogonality": (losses.weight_condition_orthogonality, [weights], B * N * D),
     "gram_anchoring": (losses.gram_anchoring, [tokens, tokens], B * N * D),
     "gram_anchoring of a batch": (
@@ -81,6 +90,8 @@ TILES = {
     "patch_mhs": (losses.patch_mhs, [tokens], B * N * D),
     "weight_mhs": (losses.weight_mhs, [weights], B * N * D),
     "koleo": (losses.koleo, [tokens], B * N * D),
+    # as info_nce
+    "region_contrast": (losses.region_contrast, [context], 2 * B * N * D),
     "uniformity": (losses.uniformity, [tokens], B * N * D),
     # the gradients of both, made in the forward, are one tensor
     "info_nce": (losses.info_nce, [tokens, tokens], 2 * B * N * D),
@@ -174,6 +185,8 @@ COMPILED = [
     "uniformity",
     "info_nce",
     "head_condition_orthogonality",
+    "region_mixing",
+    "region_contrast",
 ]
 
 
@@ -202,8 +215,9 @@ def test_a_second_derivative_raises_or_is_right(name):
     """Also where only a part of a loss is differentiable once, and another way leads around that."""
     loss, inputs, _ = (CLOSED | TILES | ROWS)[name]
     x = [make()[..., :12, :].detach().double().requires_grad_() for make in inputs]
-    if name == "neighbourhood_contrast":
+    if name in ("neighbourhood_contrast", "region_contrast"):
         x = [each.detach()[:, :9].requires_grad_() for each in x]
+    if name == "neighbourhood_contrast":
         x[1].requires_grad_(False)  # a target
     if name == "patch_mixing":
         loss = with_shares

@@ -67,7 +67,7 @@ def reads_weights(block, kind):
     norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
     own = any(True for norm in norms if norm is not None for _ in norm.parameters())
     return (
-        kind in ("weights", "logits", "embeddings")
+        kind in ("weights", "logits", "regions", "embeddings")
         or (kind in ("heads", "maps") and own)
         or (kind == "maps" and hasattr(attn, "reatten_matrix"))
     )

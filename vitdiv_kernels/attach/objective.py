@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..losses import region_means
 from . import _blocks, _recorder, _sharded, _tokens
 from .presets import PRESETS
 from .terms import EMBEDDINGS, LOSSES, Term, options_of
@@ -15,8 +16,9 @@ class DiversityObjective:
     """The weighted sum of diversity losses, of what a ViT computes in its forward pass.
 
     Args:
-        config: the name of a preset, "gong2021", "diverse_vit_deit_small" or "deepvit_cos_reg"; or a mapping
-            of names of your own to `Term`s, or of names of losses to weights; or of both.
+        config: the name of a preset, "gong2021", "gong2021_released", "diverse_vit_deit_small",
+            "deepvit_cos_reg" or "deepvit_32b"; or a mapping of names of your own to `Term`s, or of names of
+            losses to weights; or of both.
         num_prefix_tokens: class and register tokens in front, which losses on patches drop; None takes those
             that the model tells (num_prefix_tokens, or DINOv2's num_register_tokens or DINOv3's
             n_storage_tokens and the class token), else those that are there beside its patches.
@@ -49,12 +51,13 @@ class DiversityObjective:
     cos_reg takes the mixed and normalised maps, as published. A mask, where blocks are called with attn_mask
     or is_causal, is refused for them, and padded tokens for all losses. neighbourhood_contrast takes, as
     released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
-    the output of model.patch_embed; its grid is that of the images in the forward pass.
+    the output of model.patch_embed; its grid, as that of region_contrast, is that of the images in the
+    forward pass. region_mixing takes, as released, the mean patch of each region after the final norm,
+    through model.head_drop, where there is one, to model.patch_head, a head of its own.
 
-    The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1, patch_mixing's option
-    `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the patches: both the
-    caller's to do. Losses that need a teacher or the gradients of patches are not here: see
-    `vitdiv_kernels.losses`.
+    Give the task's loss to presets of released code: "diverse_vit_deit_small" divides it by N + 1, with those
+    of the patches (`Term.with_task`). Losses that need a teacher or the gradients of patches are not here:
+    see `vitdiv_kernels.losses`.
 
     Example:
         >>> import torch
@@ -98,7 +101,7 @@ class DiversityObjective:
         tokens, heads, patch_embed = set(), set(), False
         for name, term in self.terms.items():
             kind = LOSSES[term.loss].kind
-            if kind in ("patches", "embeddings", "logits"):
+            if kind in ("patches", "embeddings", "logits", "regions"):
                 tokens |= set(layers[name])
             elif kind in ("heads", "maps"):
                 heads |= set(layers[name])
@@ -106,6 +109,13 @@ class DiversityObjective:
                 (_blocks.check_weight if kind == "weights" else _blocks.check_maps)(blocks[i], i)
             if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
                 raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
+            if kind == "regions" and not all(
+                isinstance(getattr(model, part, None), nn.Module) for part in ("norm", "patch_head")
+            ):
+                raise TypeError(
+                    "region_mixing needs model.norm and model.patch_head: set the latter to "
+                    "nn.Linear(features, classes), which the optimizer must learn, too"
+                )
             if kind == "embeddings":
                 if not all(hasattr(model, part) for part in ("patch_embed", "norm")):
                     raise TypeError(f"{term.loss} needs model.patch_embed and model.norm, the final norm")
@@ -139,26 +149,36 @@ class DiversityObjective:
     def __call__(
         self,
         *,
+        task: Tensor | None = None,
         mixing: tuple[Tensor, Tensor, Tensor] | None = None,
+        regions: tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the last forward pass, which is then forgotten.
 
         Args:
+            task: the loss of the task, a scalar, such as the cross-entropy of the logits: it becomes part of
+                the total, with weight 1, or 1 / (N + 1) where a term with a weight is `with_task`.
             mixing: for patch_mixing: labels [B], others [B] and shares [N] or [B, N], as
                 `losses.patch_mixing` takes them (`losses.cutmix_shares` makes shares from a box).
+            regions: for region_mixing: targets [B, R, C] and masks [R, rows, columns], as
+                `losses.mix_two_images` makes and takes them.
             generator: torch.Generator on the model's device, for the losses that draw start vectors.
 
         Returns:
             total, a scalar, the weighted sum; and parts, a dict of the losses before weighting, by the names
-            in the config.
+            in the config, without the task's.
 
         Raises RuntimeError where it is not attached, or where no forward pass was recorded, with the blocks
-        and the likely cause; ValueError where patch_mixing has no `mixing`, where the prefix tokens or the
-        grid are not known, or where tokens are padded.
+        and the likely cause; ValueError where patch_mixing has no `mixing` or region_mixing no `regions`,
+        where the prefix tokens or the grid are not known, or where tokens are padded; TypeError where `task`
+        is no scalar tensor.
         """
         if self.recorder is None or not self.attached:
             raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
+        if task is not None and not (isinstance(task, Tensor) and task.numel() == 1):
+            given = f"shape {list(task.shape)}" if isinstance(task, Tensor) else type(task).__name__
+            raise TypeError(f"task must be a loss, a tensor of one number, got {given}")
         kept = self.recorder.take()
         layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
         layout.check_masks(maps=any(key[0] == "heads" for key in kept))
@@ -170,8 +190,18 @@ class DiversityObjective:
                     f"num_prefix_tokens must leave patches: of {tokens} tokens {prefix} are dropped"
                 )
             kept[key] = kept[key][:, prefix:]
-        parts = {name: self._part(name, kept, layout, mixing, generator) for name in self.terms}
-        return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
+        labels = {"logits": mixing, "regions": regions}
+        parts = {name: self._part(name, kept, layout, labels, generator) for name in self.terms}
+        weights = {name: term.weight for name, term in self.terms.items()}
+        if task is None:
+            return sum(weights[name] * parts[name] for name in parts), parts
+        total: Any = task.reshape(())
+        for name, term in self.terms.items():
+            if term.with_task and term.weight:
+                n = kept["tokens", self.layers[name][0]].shape[1]
+                weights[name] *= n / (n + 1)
+                total = task.reshape(()) / (n + 1)
+        return total + sum(weights[name] * parts[name] for name in parts), parts
 
     def _check_flat(self, blocks, layers):
         for name, term in self.terms.items():
@@ -190,7 +220,7 @@ class DiversityObjective:
                 raise ValueError(f"{term.loss} takes block {i}, but the model has {depth} blocks")
         return [-1 if i == EMBEDDINGS else i % depth for i in layers]
 
-    def _part(self, name, kept, layout, mixing, generator):
+    def _part(self, name, kept, layout, labels, generator):
         term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
         kind, number, _ = LOSSES[term.loss]
         options = dict(term.options)
@@ -198,14 +228,15 @@ class DiversityObjective:
             options["generator"] = generator
         if kind == "weights":
             return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
-        if kind == "logits":
-            return _mean([self._mixing(term, kept["tokens", i], mixing, options) for i in layers])
+        if kind in ("logits", "regions"):
+            mixed = self._mixing if kind == "logits" else self._regions
+            return _mean([mixed(term, kept["tokens", i], labels[kind], options) for i in layers])
+        if "grid" in options_of(term.function) and options.get("grid") is None:
+            options["grid"] = layout.known_grid(kept["tokens", layers[0]].shape[1])
         if kind == "patches":
             inputs = [(kept["tokens", i],) for i in layers]
         elif kind == "embeddings":
             patches = [self._normed(kept["tokens", i]) for i in layers]
-            if options.get("grid") is None:
-                options["grid"] = layout.known_grid(patches[0].shape[-2])
             # under autocast the embedding is a convolution in half precision, the norm is not
             inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
         else:
@@ -220,6 +251,17 @@ class DiversityObjective:
     def _normed(self, patches):
         x = _sharded.call(self.model.norm, patches)
         return _sharded.call(self.model.fc_norm, x) if hasattr(self.model, "fc_norm") else x
+
+    def _regions(self, term, patches, regions, options):
+        if regions is None:
+            raise ValueError(
+                "region_mixing needs regions=(targets, masks): losses.mix_two_images makes the targets"
+            )
+        targets, masks = regions
+        means = region_means(self._normed(patches), masks).to(patches.dtype)
+        if isinstance(getattr(self.model, "head_drop", None), nn.Module):
+            means = self.model.head_drop(means)
+        return term.function(_sharded.call(self.model.patch_head, means), targets, masks, **options)
 
     def _mixing(self, term, patches, mixing, options):
         if mixing is None:

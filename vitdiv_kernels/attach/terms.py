@@ -18,7 +18,8 @@ class Source(NamedTuple):
     """What a loss looks at, how many layers it takes (None: any number at once), and the layers by default.
 
     "patches" are the tokens that leave a block, without prefix tokens; "embeddings" are those after the final
-    norm and, second, the output of patch_embed; "heads" are q and k.
+    norm and, second, the output of patch_embed; "logits" are those of all patches, "regions" those of the
+    mean patch of each region; "heads" are q and k.
     """
 
     kind: str
@@ -37,7 +38,9 @@ LOSSES: dict[str, Source] = {
     "koleo": Source("patches", 1, (-1,)),
     "uniformity": Source("patches", 1, (-1,)),
     "neighbourhood_contrast": Source("embeddings", 1, (-1,)),
+    "region_contrast": Source("patches", 1, (-1,)),
     "patch_mixing": Source("logits", 1, (-1,)),
+    "region_mixing": Source("regions", 1, (-1,)),
     "attention_diversity": Source("heads", 1, (0,)),
     "head_cross_cosine": Source("heads", 2, (0, -1)),
     "head_contrast": Source("heads", 2, (0, -1)),
@@ -67,6 +70,9 @@ class Term:
             patches "embeddings" among them is the tokens that enter block 0, with their positions. A loss of
             one layer is averaged over them; a loss of two takes exactly two.
         options: of the function of that name in `vitdiv_kernels.losses`.
+        with_task: for patch_mixing: the task's loss, that of the class token, and those of the N patches are
+            one mean, over N + 1 tokens. Where an objective is called with `task`, it multiplies the weight by
+            N / (N + 1), and the task's loss by 1 / (N + 1).
 
     Raises ValueError or TypeError, with a sentence, for what does not fit.
 
@@ -79,6 +85,7 @@ class Term:
     weight: float = 1.0
     layers: Layers | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    with_task: bool = False
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -105,6 +112,13 @@ class Term:
                 raise ValueError(f"{self.loss} has no option {name!r}; its options are {', '.join(options)}")
         if self.options.get("reduction") == "none":
             raise ValueError(f"reduction of {self.loss} must be 'mean' or 'sum', got 'none'")
+        if not isinstance(self.with_task, bool):
+            raise TypeError(f"with_task of {self.loss} must be True or False, got {self.with_task!r}")
+        if self.with_task and (kind != "logits" or self.options.get("reduction", "mean") != "mean"):
+            raise ValueError(
+                "with_task must be False but for patch_mixing with reduction 'mean', got "
+                f"{self.with_task!r} for {self.loss}"
+            )
 
     @property
     def function(self) -> Callable[..., Tensor]:

@@ -104,3 +104,25 @@ def spectral_gap(product, start, eps):
     shift = largest.unsqueeze(-1)
     smallest = largest + rayleigh(lambda v: product(v) - shift * v, start[..., 1, :])
     return (largest - smallest).square()
+
+
+def grid_of(grid, n):
+    """Rows and columns of n patches; `grid` is both, or None for a square."""
+    side = round(n**0.5)
+    sizes = (side, side) if grid is None else grid
+    if isinstance(sizes, (tuple, list)):
+        sizes = [_checks.integral(size) for size in sizes]
+    sized = isinstance(sizes, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in sizes)
+    if not sized or len(sizes) != 2 or sizes[0] * sizes[1] != n:
+        given = "a square" if grid is None else f"{grid!r}"
+        raise ValueError(f"grid must be rows and columns of N = {n} patches, got {given}")
+    return sizes
+
+
+def pair(name, value):
+    """Two positive integers, given as both or as one for a square."""
+    value = _checks.integral(value)
+    pair = (value, value) if isinstance(value, int) else tuple(map(_checks.integral, value))
+    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+        raise ValueError(f"{name} must be one or two positive integers, got {value!r}")
+    return pair

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._types import Reduction
+from . import _common
 
 
 def cutmix_shares(
@@ -38,7 +39,7 @@ def cutmix_shares(
         raise ValueError(
             f"box must be top, bottom, left and right, four numbers or [..., 4], got {_checks.shape_of(box)}"
         )
-    sizes = _pair("image_size", image_size), _pair("grid", grid)
+    sizes = _common.pair("image_size", image_size), _common.pair("grid", grid)
     rows, columns = (
         _covered(box[..., 2 * axis : 2 * axis + 2], pixels, patches)
         for axis, (pixels, patches) in enumerate(zip(*sizes, strict=True))
@@ -142,14 +143,6 @@ def _covered(interval, pixels, patches):
     low, high = interval.unsqueeze(-2).unbind(-1)
     overlap = torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])
     return overlap.clamp_min(0) * (patches / pixels)
-
-
-def _pair(name, value):
-    value = _checks.integral(value)
-    pair = (value, value) if isinstance(value, int) else tuple(map(_checks.integral, value))
-    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
-        raise ValueError(f"{name} must be one or two positive integers, got {value!r}")
-    return pair
 
 
 def _labels(labels, others, shares, smoothing, logits=None):

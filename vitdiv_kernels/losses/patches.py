@@ -154,7 +154,7 @@ def neighbourhood_contrast(
     if not isinstance(window, int) or window < 3 or window % 2 == 0:
         raise ValueError(f"window must be an odd number of patches, at least 3, got {window!r}")
     n = patches.shape[-2]
-    rows, columns = _grid(grid, n)
+    rows, columns = _common.grid_of(grid, n)
     p, c = _vectors.full_precision(patches, context.detach())
     with _checks.autocast_off(p):
         boxes = p.mT.reshape(-1, p.shape[-1], rows, columns)
@@ -169,18 +169,6 @@ def neighbourhood_contrast(
         logits = torch.stack([own, (everywhere - own) / (n - 1), (nearby - own) / neighbours], -1)
         losses = -(logits.softmax(-1)[..., 0] + eps).log()
         return _common.reduced(losses.mean(-1), reduction)
-
-
-def _grid(grid, n):
-    side = round(n**0.5)
-    sizes = (side, side) if grid is None else grid
-    if isinstance(sizes, (tuple, list)):
-        sizes = [_checks.integral(size) for size in sizes]
-    sized = isinstance(sizes, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in sizes)
-    if not sized or len(sizes) != 2 or sizes[0] * sizes[1] != n:
-        given = "a square" if grid is None else f"{grid!r}"
-        raise ValueError(f"grid must be rows and columns of N = {n} patches, got {given}")
-    return sizes
 
 
 def patch_mhs(

@@ -22,6 +22,8 @@ from .loss_modules import (
     PatchMHSLoss,
     PatchMixingLoss,
     PatchSoftOrthogonalityLoss,
+    RegionContrastLoss,
+    RegionMixingLoss,
     UniformityLoss,
     VFLoss,
     WeightConditionOrthogonalityLoss,
@@ -38,6 +40,6 @@ __all__ = [
     "HeadMHSLoss", "HeadSoftOrthogonalityLoss", "InfoNCELoss", "KoLeoLoss", "LinearCKALoss",
     "NeighbourhoodContrastLoss", "PatchConditionOrthogonalityLoss", "PatchContrastLoss", "PatchCosineLoss",
     "PatchMGDLoss", "PatchMHSLoss", "PatchMixingLoss", "PatchSoftOrthogonalityLoss", "ReAttention",
-    "TalkingHeadsAttention", "UniformityLoss", "VFLoss", "WeightConditionOrthogonalityLoss",
-    "WeightMGDLoss", "WeightMHSLoss", "WeightSoftOrthogonalityLoss",
+    "RegionContrastLoss", "RegionMixingLoss", "TalkingHeadsAttention", "UniformityLoss", "VFLoss",
+    "WeightConditionOrthogonalityLoss", "WeightMGDLoss", "WeightMHSLoss", "WeightSoftOrthogonalityLoss",
 ]  # fmt: skip

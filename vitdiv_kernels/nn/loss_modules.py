@@ -145,6 +145,14 @@ class PatchMixingLoss(_TokenLoss, of=losses.patch_mixing):
         return self.function(logits[..., self.num_prefix_tokens :, :], labels, others, shares, **self.options)
 
 
+class RegionContrastLoss(_TokenLoss, of=losses.region_contrast):
+    """forward(tokens)."""
+
+
+class RegionMixingLoss(_Loss, of=losses.region_mixing):
+    """forward(logits of the regions, targets, masks)."""
+
+
 class HeadCrossCosineLoss(_Loss, of=losses.head_cross_cosine):
     """forward(q, k, q2, k2)."""
 

@@ -1,0 +1,135 @@
+"""Recipes from files: those of the package by name, or one of the user's own."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from .recipe import Recipe
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The recipes of the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+def load(name_or_path: str | Path) -> Recipe:
+    """A recipe of the package by its name, or one from a JSON file.
+
+    Args:
+        name_or_path: one of `names()`, or the path of a file. What has a folder or ends in ".json" is a path.
+
+    Raises ValueError, with a sentence that names the file, what was found and what was expected: for an
+    unknown name, a file that is absent or is not JSON, a key that no recipe has or that is there twice, a
+    key that is missing, and a value of the wrong type.
+
+    Example:
+        >>> from vitdiv_kernels import recipes
+        >>> recipes.load("deepvit_32b").mixup
+        0.1
+    """
+    path = Path(name_or_path)
+    if isinstance(name_or_path, str) and path.name == name_or_path and path.suffix != ".json":
+        if name_or_path not in names():
+            raise ValueError(
+                f"there is no recipe {name_or_path!r}: give one of {', '.join(names())}, or the path of a "
+                "JSON file, such as ./mine.json"
+            )
+        path = _FOLDER / f"{name_or_path}.json"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} must be JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{path} must be a recipe, got lists or objects within each other") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return parse(content, str(path))
+
+
+def parse(content: Any, where: str = "the recipe") -> Recipe:
+    """A recipe of the keys and values of its file. Raises ValueError, in which `where` names it."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must hold an object with the keys of a recipe, got {_shown(content)}")
+    known = [part.name for part in fields(Recipe)]
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{where} has the unknown key {key!r}: the keys are {', '.join(known)}")
+    needed = [p.name for p in fields(Recipe) if p.default is MISSING and p.default_factory is MISSING]
+    missing = [name for name in needed if name not in content]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: a recipe must have {', '.join(needed)}")
+    try:
+        return Recipe(**content)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def override(recipe: Recipe, settings: Sequence[str], where: str = "--set") -> Recipe:
+    """The recipe with other values: each setting is "key=value", the value as in the file.
+
+    "losses.NAME.KEY=value" sets a key of a loss, "losses.NAME=null" takes a loss away. Texts need no quotes.
+    Raises ValueError, in which `where` names the option.
+
+    Example:
+        >>> from vitdiv_kernels import recipes
+        >>> recipe = recipes.load("deit_small")
+        >>> recipes.override(recipe, ["lr=1e-4", "auto_augment=null"]).lr
+        0.0001
+    """
+    content = json.loads(json.dumps(recipe.as_dict()))
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        path = key.strip().split(".")
+        if not sign or not all(path):
+            raise ValueError(f"{where} {setting}: must be key=value, such as lr=1e-4, got no key or no '='")
+        try:
+            value = json.loads(text, parse_constant=_no_number)
+        except ValueError:
+            value = text
+        place = content
+        for step in path[:-1]:
+            if not isinstance(place.get(step), dict):
+                raise ValueError(f"{where} {setting}: there is no {step!r} to set a key of")
+            place = place[step]
+        if value is None and path[0] == "losses" and len(path) == 2:
+            if place.pop(path[1], None) is None:
+                raise ValueError(f"{where} {setting}: there is no loss {path[1]!r}")
+            continue
+        place[path[-1]] = value
+        # one of two takes the other's place
+        for pair in (("steps", "epochs"), ("warmup", "warmup_epochs")):
+            if path[0] in pair and value is not None:
+                content[pair[1 - pair.index(path[0])]] = None
+        parse(content, f"{where} {setting}")
+    return parse(content, where)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict. Raises ValueError for a key that comes twice, of which JSON keeps the last in silence."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice: {_shown(found[key])} and {_shown(value)}")
+        found[key] = value
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"numbers must be finite, got {text}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

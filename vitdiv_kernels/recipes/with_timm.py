@@ -1,0 +1,72 @@
+"""What timm has for a recipe: the transform of images, the schedule, the sampler, the average of weights."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .recipe import Recipe
+
+
+def transform(recipe: Recipe, training: bool = True) -> Any:
+    """`timm.data.create_transform`: from a PIL image to a tensor, normalised and in training augmented."""
+    from timm.data import create_transform
+
+    options: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std} if recipe.mean else {}
+    if not training:
+        return create_transform(
+            recipe.image_size, interpolation="bicubic", crop_pct=recipe.test_crop, **options
+        )
+    return create_transform(
+        recipe.image_size,
+        is_training=True,
+        scale=recipe.random_crop,
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+        interpolation=recipe.interpolation,
+        re_prob=recipe.erase_probability,
+        re_mode=recipe.erase_mode,
+        re_count=recipe.erase_count,
+        **options,
+    )
+
+
+def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
+    """`timm.scheduler.CosineLRScheduler` of an optimizer that was made with `recipe.learning_rate`.
+
+    Call `step(epoch)` before each of the epochs 0 to `epochs + cooldown_epochs - 1`, which then has one
+    learning rate: that is DeepViT's loop. The loops of DeiT and of those who took it over call it after the
+    epoch, so that there all but the first have the learning rate of the epoch before. Raises ValueError for a
+    recipe in steps.
+    """
+    from timm.scheduler import CosineLRScheduler
+
+    if recipe.epochs is None or recipe.warmup_epochs is None:
+        raise ValueError(
+            "timm's schedule takes a recipe with epochs and warmup_epochs, got one with steps or warmup"
+        )
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.epochs,
+        lr_min=recipe.min_lr,
+        warmup_t=recipe.warmup_epochs,
+        warmup_lr_init=recipe.warmup_lr,
+    )
+
+
+def sampler(recipe: Recipe, images: Any, **processes: Any) -> Any:
+    """`timm.data.distributed_sampler.RepeatAugSampler` with the recipe's repeats; None without.
+
+    processes: its num_replicas and rank.
+    """
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    return RepeatAugSampler(images, num_repeats=recipe.repeats, **processes) if recipe.repeats > 1 else None
+
+
+def average(recipe: Recipe, model: nn.Module) -> Any:
+    """`timm.utils.ModelEmaV3` with the recipe's decay; None without."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
