@@ -12,6 +12,7 @@ from . import losses, nn
 from ._dispatch import use_backend
 from .attach.monitor import CollapseMonitor
 from .attach.objective import DiversityObjective
+from .attach.parts import AttentionNames, ModelParts
 from .attach.terms import Term
 from .ops.maps.attention_gram import attention_cosine, attention_diversity, attention_gram
 from .ops.maps.reattention import reattention
@@ -20,8 +21,10 @@ from .ops.pairs.pairwise_cosine import pairwise_cosine
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionNames",
     "CollapseMonitor",
     "DiversityObjective",
+    "ModelParts",
     "Term",
     "attention_cosine",
     "attention_diversity",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _blocks, _recorder, _sharded, _tokens
+from .parts import ModelParts
 from .presets import PRESETS
 from .terms import EMBEDDINGS, LOSSES, Term, options_of
 
@@ -81,42 +82,55 @@ class DiversityObjective:
         }
         self.num_prefix_tokens = num_prefix_tokens
         self.model: Any = None
+        self.parts: Any = None
+        self.attentions: dict[int, Any] = {}
         self.recorder: _recorder.Recorder | None = None
 
-    def attach(self, model: nn.Module) -> "DiversityObjective":
+    def attach(self, model: nn.Module, parts: ModelParts | None = None) -> "DiversityObjective":
         """Puts hooks on the blocks of model; returns the objective, which as a context manager detaches.
 
-        Raises TypeError for a model that is not made of timm-like blocks, for losses on weights that are
-        adapted or quantised, and for those that need weights which FSDP1 holds; ValueError for blocks that it
-        has not; RuntimeError where the objective is attached already.
+        Args:
+            model: of a family that is known (`docs/objective.md` has a table), or any with `parts`.
+            parts: where the blocks, tokens and attentions of the model are; None finds them.
+
+        Raises TypeError for a model that is not known, for losses on maps where these are not known, for
+        losses on weights that are adapted or quantised, and for those that need weights which FSDP1 holds;
+        ValueError for blocks that it has not; RuntimeError where the objective is attached already.
         """
         if self.attached:
             raise RuntimeError("the objective is attached already: detach it first")
         model = _blocks.plain_model(model)
-        blocks = _blocks.blocks_of(model)
-        layers = {name: self._layers(term, len(blocks)) for name, term in self.terms.items()}
-        tokens, heads, patch_embed = set(), set(), False
+        parts = _blocks.parts_of(model, parts)
+        layers = {name: self._layers(term, len(parts.blocks)) for name, term in self.terms.items()}
+        tokens, heads, attentions, patch_embed = set(), set(), {}, False
         for name, term in self.terms.items():
             kind = LOSSES[term.loss].kind
             if kind in ("patches", "embeddings", "logits"):
                 tokens |= set(layers[name])
-            elif kind in ("heads", "maps"):
-                heads |= set(layers[name])
-            for i in layers[name] if kind in ("heads", "maps", "weights") else ():
-                (_blocks.check_weight if kind == "weights" else _blocks.check_maps)(blocks[i], i)
-            if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
-                raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
+            else:
+                attentions |= {i: _blocks.attention_of(model, parts, i) for i in layers[name]}
+                heads |= set(layers[name] if kind in ("heads", "maps") else ())
+                for i in layers[name]:
+                    attentions[i].check_weight() if kind == "weights" else attentions[i].check_maps()
+            if kind == "logits" and (parts.head is None or not parts.norms):
+                raise TypeError(
+                    f"{term.loss} needs model.norm and model.head, which make logits of tokens: give parts "
+                    "with norms and head"
+                )
             if kind == "embeddings":
-                if not all(hasattr(model, part) for part in ("patch_embed", "norm")):
-                    raise TypeError(f"{term.loss} needs model.patch_embed and model.norm, the final norm")
+                if parts.patch_embed is None or not parts.norms:
+                    raise TypeError(
+                        f"{term.loss} needs model.patch_embed and model.norm, the final norm: give parts "
+                        "with patch_embed and norms"
+                    )
                 patch_embed = True
         _tokens.check_prefix(model, self.num_prefix_tokens)
         if _sharded.is_flat(model):
-            self._check_flat(blocks, layers)
+            self._check_flat(attentions, layers)
         self.recorder = _recorder.Recorder(
-            model, tokens, {i: _blocks.projection_of(blocks[i], i) for i in heads}, patch_embed=patch_embed
+            model, parts, tokens, {i: attentions[i] for i in heads}, patch_embed=patch_embed
         )
-        self.model, self.layers = model, layers
+        self.model, self.parts, self.attentions, self.layers = model, parts, attentions, layers
         return self
 
     @property
@@ -128,7 +142,8 @@ class DiversityObjective:
         """Takes the hooks away; does nothing where there are none."""
         if self.recorder is not None:
             self.recorder.remove()
-        self.model, self.recorder = None, None
+        self.model, self.parts, self.recorder = None, None, None
+        self.attentions = {}
 
     def __enter__(self) -> "DiversityObjective":
         return self
@@ -160,7 +175,7 @@ class DiversityObjective:
         if self.recorder is None or not self.attached:
             raise RuntimeError("the objective is not attached: call attach(model) before the forward pass")
         kept = self.recorder.take()
-        layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
+        layout = _tokens.Layout(self.model, self.parts, kept, self.num_prefix_tokens)
         layout.check_masks(maps=any(key[0] == "heads" for key in kept))
         for key in [key for key in kept if key[0] == "tokens"]:
             # cut once: the gradient of each cut is a copy of all tokens
@@ -173,10 +188,13 @@ class DiversityObjective:
         parts = {name: self._part(name, kept, layout, mixing, generator) for name in self.terms}
         return sum(term.weight * parts[name] for name, term in self.terms.items()), parts
 
-    def _check_flat(self, blocks, layers):
+    def _check_flat(self, attentions, layers):
         for name, term in self.terms.items():
             kind = LOSSES[term.loss].kind
-            if any(_blocks.reads_weights(blocks[i], kind) for i in layers[name]):
+            reads = kind in ("logits", "embeddings") or (
+                kind != "patches" and any(attentions[i].reads_weights(kind) for i in layers[name])
+            )
+            if reads:
                 raise TypeError(
                     f"{term.loss} reads weights outside of the forward pass, where FullyShardedDataParallel "
                     "has parts of them only: shard the model with torch.distributed.fsdp.fully_shard instead"
@@ -191,13 +209,13 @@ class DiversityObjective:
         return [-1 if i == EMBEDDINGS else i % depth for i in layers]
 
     def _part(self, name, kept, layout, mixing, generator):
-        term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
+        term, layers = self.terms[name], self.layers[name]
         kind, number, _ = LOSSES[term.loss]
         options = dict(term.options)
         if generator is not None and "start" not in options and "generator" in options_of(term.function):
             options["generator"] = generator
         if kind == "weights":
-            return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
+            return term.function([self.attentions[i].weight() for i in layers], **options)
         if kind == "logits":
             return _mean([self._mixing(term, kept["tokens", i], mixing, options) for i in layers])
         if kind == "patches":
@@ -209,17 +227,27 @@ class DiversityObjective:
             # under autocast the embedding is a convolution in half precision, the norm is not
             inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
         else:
-            inputs = [_blocks.query_key(blocks[i].attn, kept["heads", i]) for i in layers]
+            inputs = [self.attentions[i].query_key(kept["heads", i]) for i in layers]
         if kind == "maps":
-            mixed = [_blocks.mixed_layer(blocks[i].attn, *qk) for i, qk in zip(layers, inputs, strict=True)]
+            mixed = [self.attentions[i].mixed_layer(*qk) for i, qk in zip(layers, inputs, strict=True)]
             return term.function(mixed, **options)
         if number == 2:
+            self._check_two(term, layers, *(each[0] for each in inputs))
             return term.function(*inputs[0], *inputs[1], **options)
         return _mean([term.function(*each, **options) for each in inputs])
 
+    def _check_two(self, term, layers, first, last):
+        if first.shape[1:] != last.shape[1:]:
+            places = [_blocks.place_of(self.model, self.parts.blocks[max(0, i)]) for i in layers]
+            raise ValueError(
+                f"layers of {term.loss} must be two of the same width and number of tokens, but {places[0]} "
+                f"has {list(first.shape)} and {places[1]} {list(last.shape)}: name two of one stage"
+            )
+
     def _normed(self, patches):
-        x = _sharded.call(self.model.norm, patches)
-        return _sharded.call(self.model.fc_norm, x) if hasattr(self.model, "fc_norm") else x
+        for norm in self.parts.norms:
+            patches = _sharded.call(norm, patches)
+        return patches
 
     def _mixing(self, term, patches, mixing, options):
         if mixing is None:
@@ -227,7 +255,7 @@ class DiversityObjective:
                 "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
                 "(labels, labels, ones)"
             )
-        return term.function(_sharded.call(self.model.head, self._normed(patches)), *mixing, **options)
+        return term.function(_sharded.call(self.parts.head, self._normed(patches)), *mixing, **options)
 
 
 def _mean(values):

@@ -1,0 +1,50 @@
+"""ViT, SimpleViT, DeepViT and CaiT of vit-pytorch: `transformer.layers`, pairs of attention and MLP.
+
+No module is called for a block, so that the tokens that leave one are those that enter the next attention.
+"""
+
+from torch import nn
+
+from ..parts import ModelParts
+
+
+def parts(model):
+    # CaiT's class token joins in blocks of its own, cls_transformer
+    body = getattr(model, "patch_transformer", getattr(model, "transformer", None))
+    layers = getattr(body, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(model, "to_patch_embedding"):
+        return None
+    others = set(dict(body.named_children())) - {"layers", "norm"}
+    if len(layers) == 0 or others or not all(map(_known, layers)):
+        return None
+    if getattr(body, "layer_dropout", 0) > 0:
+        raise TypeError(
+            f"layer_dropout must be 0, got {body.layer_dropout}: layers that are dropped, in evaluation, too, "
+            "have no tokens"
+        )
+    norm = getattr(body, "norm", None)
+    head = getattr(model, "mlp_head", getattr(model, "linear_head", None))
+    norms = () if norm is None else (norm,)
+    if isinstance(head, nn.Sequential):
+        *own, head = head
+        norms = (*norms, *own)
+    attentions = [layer[0] for layer in layers]
+    return ModelParts(
+        blocks=attentions,
+        attentions=[getattr(attention, "fn", attention) for attention in attentions],
+        tokens=[
+            *((attention, "input") for attention in attentions),
+            (body, "output") if norm is None else (norm, "input"),
+        ],
+        patch_embed=model.to_patch_embedding,
+        norms=norms,
+        head=head,
+    )
+
+
+def _known(layer):
+    """A pair of attention and MLP, plain or in CaiT's LayerScale, each of which is added to its input."""
+    if not isinstance(layer, nn.ModuleList) or len(layer) != 2:
+        return False
+    attention, mlp = (getattr(module, "fn", module) for module in layer)
+    return (hasattr(attention, "to_qkv") or hasattr(attention, "to_q")) and hasattr(mlp, "net")
