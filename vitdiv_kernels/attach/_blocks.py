@@ -36,8 +36,6 @@ KNOWN = (
         transposed=True,
     ),
 )
-# Modules of an attention that touch no map: before q, k and v, or after the maps; dropout.
-BESIDE = {"norm", "proj", "out_proj", "to_out", "gate"}
 
 
 def plain_model(model):
@@ -144,7 +142,7 @@ class Attention:
         layers = [
             name
             for name, child in attn.named_children()
-            if name not in known | BESIDE and any(True for _ in child.parameters())
+            if name not in known.union(self.names.beside) and any(True for _ in child.parameters())
         ]
         unknown = rotates + own + layers
         if unknown:

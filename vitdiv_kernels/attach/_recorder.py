@@ -224,4 +224,6 @@ def _tokens(kind, value, place, width, channels_last):
         given = _checks.shape_of(value)
     what = "they" if kind == "patch_embed" else f"its {kind}"
     ways = ", or a tuple of which the first alone is" if kind == "tokens" else ""
+    if isinstance(value, torch.Tensor) and value.dim() == 4 and kind == "tokens":
+        given += ": for maps [B, rows, columns, D] give parts with channels_last"
     raise TypeError(f"{place} must give tokens [B, N, D]{ways}; {what} are {given}")

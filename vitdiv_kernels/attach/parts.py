@@ -24,6 +24,8 @@ class AttentionNames:
         post: the mix of the heads after the softmax, likewise.
         norm: the norm of the mixed maps.
         transposed: whether the mixes are matrices [input head, output head].
+        beside: layers that touch no map, such as the one after the maps. A layer that is not named here or
+            above, and has weights, is taken for one that does, and losses on maps are refused.
     """
 
     projections: tuple[str, ...] = ("qkv",)
@@ -34,6 +36,7 @@ class AttentionNames:
     post: str | None = None
     norm: str | None = None
     transposed: bool = False
+    beside: tuple[str, ...] = ("norm", "proj", "out_proj", "to_out", "gate")
 
     def all(self) -> list[str]:
         """Every name."""

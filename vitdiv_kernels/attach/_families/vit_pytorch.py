@@ -19,7 +19,7 @@ def parts(model):
         return None
     if getattr(body, "layer_dropout", 0) > 0:
         raise TypeError(
-            f"layer_dropout must be 0, got {body.layer_dropout}: layers that are dropped, in evaluation, too, "
+            f"layer_dropout must be 0, got {body.layer_dropout}: layers dropped, in evaluation, too, "
             "have no tokens"
         )
     norm = getattr(body, "norm", None)
