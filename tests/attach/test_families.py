@@ -333,6 +333,14 @@ def test_swin_is_taken_by_whole_maps_in_their_places(torchvision):
         assert len(record["attention_cosine"]) == 4
 
 
+def test_a_swin_of_one_stage_tells_its_grid(torchvision):
+    model, x = swin(depths=(2,), num_heads=(1,)), torch.randn(2, 3, 16, 16)
+    last = model.norm(swin_tokens(model, x)[-1])
+    expected = losses.neighbourhood_contrast(last, model.patch_embed(x).flatten(1, 2), grid=(8, 8))
+    got = parts_of({"neighbourhood_contrast": 1.0}, model, x)
+    torch.testing.assert_close(got["neighbourhood_contrast"], expected)
+
+
 def test_what_swin_has_not_gets_a_sentence(torchvision, tmp_path):
     model, x = swin(), torch.randn(2, 3, 16, 16)
     with pytest.raises(

@@ -7,7 +7,7 @@ import vitdiv_kernels
 from vitdiv_kernels import losses, nn
 
 MODULES = [
-    *(f"attach.{name}" for name in ("monitor", "objective", "terms")),
+    *(f"attach.{name}" for name in ("families", "monitor", "objective", "parts", "terms")),
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
     *("train.recipe", "train.report", "vit.configs", "vit.model", "info"),
     *(f"ops.pairs.{name}.api" for name in ("pairwise_cosine", "pairwise_rows", "two_gram")),

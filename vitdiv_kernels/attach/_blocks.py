@@ -13,7 +13,7 @@ from torch import nn
 from .. import _checks, _vectors
 from ..nn.effective import effective_mix, norm_kind, read_norm
 from ..ops.maps.attention_gram import attention_gram
-from . import _families, _sharded
+from . import _sharded, families
 from .parts import AttentionNames, ModelParts
 
 # The row that fits with most names is taken.
@@ -52,7 +52,7 @@ def plain_model(model):
 def parts_of(model, given):
     """The parts of a model: those given, or those of its family."""
     if given is None:
-        return _families.parts_of(model)
+        return families.parts_of(model)
     if not isinstance(given, ModelParts):
         raise TypeError(f"parts must be a ModelParts, got {type(given).__name__}")
     given.check(model)

@@ -217,9 +217,8 @@ def _tokens(kind, value, place, width, channels_last):
         return value
     given = type(value).__name__
     if isinstance(value, torch.Tensor):
-        if value.dim() == 4 and (
-            (kind == "patch_embed" and value.shape[-1] == width) or (kind == "tokens" and channels_last)
-        ):
+        maps = (kind != "heads" and channels_last) or (kind == "patch_embed" and value.shape[-1] == width)
+        if maps and value.dim() == 4:
             return value.flatten(1, 2)
         given = _checks.shape_of(value)
     what = "they" if kind == "patch_embed" else f"its {kind}"

@@ -124,7 +124,7 @@ class CollapseMonitor:
     """Measures, per block, how alike the patches, heads and layers of a ViT are.
 
     Args:
-        model: made of timm-like blocks, as for `DiversityObjective`; also compiled, in
+        model: of a family that is known, as for `DiversityObjective`; also compiled, in
             DistributedDataParallel, or sharded by fully_shard or FullyShardedDataParallel: then all processes
             must measure, each its own images.
         every: `step` measures at every so many calls.
@@ -158,10 +158,11 @@ class CollapseMonitor:
 
     Cost, of L blocks, H heads of width d, N tokens of D features, per image: the forward pass; L N^2 D for
     the cosines of patches; L H N^2 (2 d + H / 2) for heads and entropy and L H N^2 (d + L / 2) for layers,
-    all multiply-adds; a singular value decomposition of N x D per block. Fused kernels where there are; else
-    64 rows in turn: the largest intermediate is 64 L H max(N, 256) numbers. All this is half the
-    multiply-adds of a training step of as many images, and took 0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on
-    one CPU thread: with `every` 50, at most 2 % where the batch has 8 images, and 0.3 % where it has 64.
+    all multiply-adds; a singular value decomposition of N x D per block. Fused kernels where there are;
+    else 64 rows in turn: the largest intermediate is 64 L H max(N, 256) numbers. Of talking heads, maps cost
+    about H times as much. All this is half the multiply-adds of a training step of as many images, and took
+    0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on one CPU thread: with `every` 50, at most 2 % where the batch
+    has 8 images, and 0.3 % where it has 64.
 
     Example:
         >>> import torch

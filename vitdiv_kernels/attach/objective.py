@@ -46,11 +46,13 @@ class DiversityObjective:
     A copy of an attached objective, also one that was pickled, is attached to a copy of its model, the one
     that is made with it. A copy of the model alone, such as that of a moving average, keeps nothing.
 
-    Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
-    cos_reg takes the mixed and normalised maps, as published. A mask, where blocks are called with attn_mask
-    or is_causal, is refused for them, and padded tokens for all losses. neighbourhood_contrast takes, as
-    released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
-    the output of model.patch_embed; its grid is that of the images in the forward pass.
+    Attention maps are those of the softmax, before dropout and before re-attention or talking heads mix
+    them; cos_reg takes the mixed and normalised maps, as published. Where talking heads mix the logits, q and
+    k are made H times as wide, so that losses on maps cost about H times as much. A mask, where blocks are
+    called with attn_mask or is_causal, is refused for maps, and padded tokens for all losses.
+    neighbourhood_contrast takes, as released, patches after the final norm (model.norm, and fc_norm) and
+    embeddings without their positions, the output of model.patch_embed; its grid is that of the images in the
+    forward pass.
 
     The recipe of "diverse_vit_deit_small" also smooths the labels of patches by 0.1, patch_mixing's option
     `smoothing`, and divides the class token's cross-entropy by N + 1, with that of the patches: both the
@@ -102,7 +104,8 @@ class DiversityObjective:
         model = _blocks.plain_model(model)
         parts = _blocks.parts_of(model, parts)
         layers = {name: self._layers(term, len(parts.blocks)) for name, term in self.terms.items()}
-        tokens, heads, attentions, patch_embed = set(), set(), {}, False
+        tokens, heads, patch_embed = set(), set(), False
+        attentions: dict[int, Any] = {}
         for name, term in self.terms.items():
             kind = LOSSES[term.loss].kind
             if kind in ("patches", "embeddings", "logits"):
@@ -224,8 +227,16 @@ class DiversityObjective:
             patches = [self._normed(kept["tokens", i]) for i in layers]
             if options.get("grid") is None:
                 options["grid"] = layout.known_grid(patches[0].shape[-2])
+            embedded = kept["patch_embed", 0]
+            for i, x in zip(layers, patches, strict=True):
+                if x.shape != embedded.shape:
+                    place = _blocks.place_of(self.model, self.parts.blocks[max(0, i)])
+                    raise ValueError(
+                        f"layers of {term.loss} must have the patches that model.patch_embed makes, "
+                        f"{list(embedded.shape)}, but {place} has {list(x.shape)}"
+                    )
             # under autocast the embedding is a convolution in half precision, the norm is not
-            inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
+            inputs = [(x, embedded.to(x.dtype)) for x in patches]
         else:
             inputs = [self.attentions[i].query_key(kept["heads", i]) for i in layers]
         if kind == "maps":

@@ -26,6 +26,11 @@ class AttentionNames:
         transposed: whether the mixes are matrices [input head, output head].
         beside: layers that touch no map, such as the one after the maps. A layer that is not named here or
             above, and has weights, is taken for one that does, and losses on maps are refused.
+
+    Example:
+        >>> from vitdiv_kernels import AttentionNames
+        >>> AttentionNames(projections=("query", "key", "value"), heads="num_attention_heads").all()
+        ['query', 'key', 'value', 'q_norm', 'k_norm']
     """
 
     projections: tuple[str, ...] = ("qkv",)

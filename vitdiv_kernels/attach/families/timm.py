@@ -5,7 +5,8 @@ from torch import nn
 from ..parts import ModelParts
 
 
-def parts(model):
+def parts(model: nn.Module) -> ModelParts | None:
+    """The parts of a model of this family; None for another."""
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) == 0:
         return None
@@ -18,7 +19,7 @@ def parts(model):
 
     norms = (module("norm"), module("fc_norm")) if module("norm") is not None else ()
     return ModelParts(
-        blocks=blocks,
+        blocks=list(blocks),
         patch_embed=module("patch_embed"),
         norms=[norm for norm in norms if norm is not None],
         head=module("head"),

@@ -3,12 +3,15 @@
 No module is called for a block, so that the tokens that leave one are those that enter the next attention.
 """
 
+from typing import Any
+
 from torch import nn
 
-from ..parts import ModelParts
+from ..parts import ModelParts, Point
 
 
-def parts(model):
+def parts(model: Any) -> ModelParts | None:
+    """The parts of a model of this family; None for another."""
     # CaiT's class token joins in blocks of its own, cls_transformer
     body = getattr(model, "patch_transformer", getattr(model, "transformer", None))
     layers = getattr(body, "layers", None)
@@ -28,14 +31,12 @@ def parts(model):
     if isinstance(head, nn.Sequential):
         *own, head = head
         norms = (*norms, *own)
-    attentions = [layer[0] for layer in layers]
+    attentions: list[Any] = [layer[0] for layer in layers]  # type: ignore[index]
+    last: Point = (body, "output") if norm is None else (norm, "input")
     return ModelParts(
         blocks=attentions,
         attentions=[getattr(attention, "fn", attention) for attention in attentions],
-        tokens=[
-            *((attention, "input") for attention in attentions),
-            (body, "output") if norm is None else (norm, "input"),
-        ],
+        tokens=[*((attention, "input") for attention in attentions), last],
         patch_embed=model.to_patch_embedding,
         norms=norms,
         head=head,

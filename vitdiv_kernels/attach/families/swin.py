@@ -9,7 +9,8 @@ from torch import nn
 from ..parts import ModelParts
 
 
-def parts(model):
+def parts(model: nn.Module) -> ModelParts | None:
+    """The parts of a model of this family; None for another."""
     stages = getattr(model, "layers", None)
     if not isinstance(stages, (nn.ModuleList, nn.Sequential)) or len(stages) == 0:
         return None

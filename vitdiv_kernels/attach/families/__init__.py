@@ -4,12 +4,15 @@ A family reads the structure of a model, not its class, so that a copy of its co
 not know for sure it refuses with a sentence.
 """
 
+from torch import nn
+
+from ..parts import ModelParts
 from . import swin, timm, vit_pytorch
 
 FAMILIES = (timm, swin, vit_pytorch)
 
 
-def parts_of(model):
+def parts_of(model: nn.Module) -> ModelParts:
     """The parts of a model of a known family. Raises TypeError for another."""
     for family in FAMILIES:
         parts = family.parts(model)
