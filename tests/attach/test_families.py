@@ -348,6 +348,11 @@ def test_what_swin_has_not_gets_a_sentence(torchvision, tmp_path):
     ):
         parts_of({"patch_contrast": 1.0}, model, x)
     sentence = (
+        r"must have the patches that model.patch_embed makes, \[2, 64, 8\], but layers\[1\].blocks\[1\]"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        parts_of({"near": Term("neighbourhood_contrast", options={"grid": (4, 4)})}, model, x)
+    sentence = (
         r"layers\[0\].blocks\[0\].attn, WindowAttention, .* by relative_position_bias_table: .*maps=False"
     )
     with pytest.raises(TypeError, match=sentence):
@@ -390,6 +395,23 @@ def test_registers_of_timm(torchvision):
         CollapseMonitor(rotary)
     record = CollapseMonitor(rotary, maps=False).measure(x)[-1]
     assert record["residual"] == pytest.approx(monitor.residual(found[0][:, 5:]).item(), rel=1e-5)
+
+
+def test_attention_of_convit_and_xcit(torchvision):
+    """ConViT's gated blocks have no qkv, its others are plain; XCiT attends over channels."""
+    model, x = timm_model("convit", "ConVit", local_up_to_layer=1), torch.randn(2, 3, 32, 32)
+    with pytest.raises(TypeError, match=r"blocks\[0\].attn must have qkv"):
+        DiversityObjective({"heads": Term("attention_diversity", layers=[0])}).attach(model)
+    found = []
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda module, args, out: found.append(out))
+    got = parts_of({"heads": Term("attention_diversity", layers=[1])}, model, x)
+    torch.testing.assert_close(got["heads"], diversity(found[0]))
+    model, found = timm_model("xcit", "Xcit"), []
+    model.blocks[1].register_forward_hook(lambda module, args, out: found.append(out))
+    with pytest.raises(TypeError, match=r"XCA, .* by temperature: .*maps=False"):
+        CollapseMonitor(model)
+    record = CollapseMonitor(model, maps=False).measure(x)[1]
+    assert record["residual"] == pytest.approx(monitor.residual(found[0]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("key_only", [False, True])

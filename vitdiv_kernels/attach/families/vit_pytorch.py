@@ -13,7 +13,7 @@ from ..parts import ModelParts, Point
 def parts(model: Any) -> ModelParts | None:
     """The parts of a model of this family; None for another."""
     # CaiT's class token joins in blocks of its own, cls_transformer
-    body = getattr(model, "patch_transformer", getattr(model, "transformer", None))
+    body: Any = getattr(model, "patch_transformer", getattr(model, "transformer", None))
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(model, "to_patch_embedding"):
         return None
