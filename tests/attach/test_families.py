@@ -178,10 +178,59 @@ def test_what_only_looks_like_vit_pytorch_is_refused(change):
         DiversityObjective({"koleo": 1}).attach(model)
 
 
-def test_registers_behind_the_patches_are_not_taken_for_prefix_tokens():
-    model = foreign.VitPytorch("vit", prefix=4)
-    with pytest.raises(ValueError, match=r"gives 20 tokens where model.patch_embed made 16 patches, but the"):
+@pytest.mark.parametrize("number", [1, 4])
+def test_registers_behind_the_patches_are_not_taken_for_prefix_tokens(number):
+    """vit-pytorch's SimpleViT with registers has them there, and no class token."""
+    model = foreign.VitPytorch("vit", prefix=number)
+    model.registers = model._parameters.pop("cls_token")
+    model.forward = lambda x: model.transformer(
+        torch.cat([model.to_patch_embedding(x), model.registers.expand(len(x), -1, -1)], 1)
+    )
+    sentence = (
+        rf"gives {16 + number} tokens where model.patch_embed made 16 .* has 0 prefix tokens by parts.num"
+    )
+    with pytest.raises(ValueError, match=sentence):
         parts_of({"koleo": 1.0}, model, foreign.images())
+
+
+class Turned(foreign.Attend):
+    def forward(self, x, polar=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["scale", "argument"])
+def test_maps_of_attentions_of_another_kind_are_refused(change):
+    """vit-pytorch's attentions with norms of q and k have no scale; others turn q and k by an argument."""
+    model = foreign.VitPytorch("vit")
+    for attn, _ in model.transformer.layers:
+        if change == "scale":
+            del attn.scale
+        else:
+            attn.__class__ = Turned
+    sentence = "or to_qkv, heads and scale: give" if change == "scale" else "its softmax, by polar: "
+    with pytest.raises(TypeError, match=sentence):
+        DiversityObjective({"head_mhs": 1.0}).attach(model)
+
+
+def test_a_list_of_several_batches_has_no_maps():
+    """DINOv2 calls its blocks so, with tokens of crops of several sizes side by side."""
+
+    class Nested(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.attn = block.attn
+
+        def forward(self, x):
+            tokens = torch.cat([each.flatten(0, 1) for each in x])[None]
+            self.attn(tokens)
+            return x
+
+    model = foreign.Released("gong")
+    model.blocks = nn.ModuleList([Nested(block) for block in model.blocks])
+    with DiversityObjective({"head_mhs": 1.0}).attach(model) as objective:
+        model.blocks[0]([torch.randn(2, 17, 24), torch.randn(2, 5, 24)])
+        with pytest.raises(ValueError, match="blocks were called with a list of several tensors"):
+            objective()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -352,9 +401,7 @@ def test_what_swin_has_not_gets_a_sentence(torchvision, tmp_path):
     )
     with pytest.raises(ValueError, match=sentence):
         parts_of({"near": Term("neighbourhood_contrast", options={"grid": (4, 4)})}, model, x)
-    sentence = (
-        r"layers\[0\].blocks\[0\].attn, WindowAttention, .* by relative_position_bias_table: .*maps=False"
-    )
+    sentence = r"layers\[0\].blocks\[0\].attn, WindowAttention, .* by mask, relative_.*_table: .*maps=False"
     with pytest.raises(TypeError, match=sentence):
         CollapseMonitor(model)
     with pytest.raises(TypeError, match=sentence):

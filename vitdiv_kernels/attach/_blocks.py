@@ -24,18 +24,29 @@ KNOWN = (
     AttentionNames(pre="proj_pre", post="proj_post"),  # Gong et al.'s
     AttentionNames(projections=("q", "k", "v")),
     AttentionNames(projections=("q_proj", "k_proj", "v_proj")),
-    AttentionNames(projections=("to_qkv",), heads="heads"),  # vit-pytorch's ViT and SimpleViT, then DeepViT
+    # vit-pytorch's ViT and SimpleViT, DeepViT, CaiT; its attentions with norms of q and k have no scale
+    AttentionNames(projections=("to_qkv",), heads="heads", needs_scale=True),
     AttentionNames(
-        projections=("to_qkv",), heads="heads", post="reattn_weights", norm="reattn_norm", transposed=True
+        projections=("to_qkv",),
+        heads="heads",
+        post="reattn_weights",
+        norm="reattn_norm",
+        transposed=True,
+        needs_scale=True,
     ),
-    AttentionNames(  # vit-pytorch's CaiT
+    AttentionNames(
         projections=("to_q", "to_kv"),
         heads="heads",
         pre="mix_heads_pre_attn",
         post="mix_heads_post_attn",
         transposed=True,
+        needs_scale=True,
     ),
 )
+
+
+# Arguments of an attention that touch no map, or masks, which are seen where blocks get them.
+ARGUMENTS = {"attn_mask", "is_causal", "attn_bias", "atten", "context", "return_gram"}
 
 
 def plain_model(model):
@@ -101,7 +112,7 @@ class Attention:
         if names is None:
             raise TypeError(
                 f"{place} must have qkv, a Linear, and num_heads, as timm's Attention has, or q, k and v, or "
-                "to_qkv and heads: give parts with names, a vitdiv_kernels.AttentionNames"
+                "to_qkv, heads and scale: give parts with names, a vitdiv_kernels.AttentionNames"
             )
         self.names = names
         self.heads = _named(self.module, names.heads)
@@ -111,11 +122,11 @@ class Attention:
         return [_named(self.module, name) for name in self.names.projections]
 
     def _fits(self, names):
-        needed = [name for name in (names.pre, names.post) if name is not None]
+        needed = [names.pre, names.post, names.scale if names.needs_scale else None]
         return (
             all(isinstance(_named(self.module, name), nn.Module) for name in names.projections)
             and isinstance(_named(self.module, names.heads), int)
-            and all(_named(self.module, name) is not None for name in needed)
+            and all(_named(self.module, name) is not None for name in needed if name is not None)
         )
 
     def check_weight(self):
@@ -136,15 +147,16 @@ class Attention:
         attention, a table of relative positions; or a layer of which the table does not know what it does.
         """
         attn, known = self.module, {name.partition(".")[0] for name in self.names.all()}
-        takes = inspect.signature(attn.forward).parameters
-        rotates = [name for name in takes if "rope" in name or "rel_pos" in name]
+        _, *rest = inspect.signature(attn.forward).parameters.values()
+        takes = [each.name for each in rest if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        takes = [name for name in takes if name not in ARGUMENTS.union(self.names.beside)]
         own = [name for name, _ in attn.named_parameters(recurse=False) if name not in known]
         layers = [
             name
             for name, child in attn.named_children()
             if name not in known.union(self.names.beside) and any(True for _ in child.parameters())
         ]
-        unknown = rotates + own + layers
+        unknown = takes + own + layers
         if unknown:
             raise TypeError(
                 f"{self.place}, {type(attn).__name__}, mixes, rotates or biases between its projection and "

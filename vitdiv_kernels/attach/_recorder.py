@@ -79,7 +79,8 @@ class _Input(_Hook):
 class _Mask(_Hook):
     def __call__(self, module, args, kwargs):
         if self.shelf.takes(self.key):
-            self.shelf.kept[self.key] = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+            several = bool(args) and isinstance(args[0], (list, tuple)) and len(args[0]) > 1
+            self.shelf.kept[self.key] = kwargs.get("attn_mask"), kwargs.get("is_causal", False), several
 
 
 class Recorder:

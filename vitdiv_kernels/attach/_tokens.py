@@ -43,7 +43,7 @@ class Layout:
 
     def __init__(self, model, parts, taken, given):
         self.model, self.parts = model, parts
-        self.given = parts.num_prefix_tokens if given is None else given
+        self.given = given
         self.embedded, self.projected = taken.get(("shape", "patch_embed")), taken.get(("shape", "proj"))
         self.masks = [value for key, value in taken.items() if key[0] == "mask"]
 
@@ -88,13 +88,20 @@ class Layout:
         """
         if self.given is not None:
             return self.given
-        told, where = told_prefix(self.model)
+        told, where = self.parts.num_prefix_tokens, "parts.num_prefix_tokens"
         patches, n = self.patches(tokens.shape[-1]), tokens.shape[1]
+        if told is not None:
+            # fewer: patches were merged or dropped
+            if patches is None or n - patches == told or n <= patches:
+                return told
+        else:
+            told, where = told_prefix(self.model)
         if patches is None:
             if told is None:
                 raise ValueError("the model tells no number of prefix tokens: give num_prefix_tokens")
             return told
-        if n - patches == told or (told is None and n - patches in (0, 1)):
+        class_token = isinstance(getattr(self.model, "cls_token", None), torch.Tensor)
+        if n - patches == told or (told is None and n - patches in (0, int(class_token))):
             return n - patches
         if n == patches and self._class_token_joins_after(block):
             return 0
@@ -119,7 +126,11 @@ class Layout:
 
     def check_masks(self, maps):
         """Raises ValueError for padded tokens, and with `maps` for any mask that hides something."""
-        for mask, causal in self.masks:
+        for mask, causal, several in self.masks:
+            if maps and several:
+                raise ValueError(
+                    "maps are taken of one batch, but the blocks were called with a list of several tensors"
+                )
             if maps and causal:
                 raise ValueError("maps are taken without a mask, but the blocks were called with is_causal")
             if mask is None:

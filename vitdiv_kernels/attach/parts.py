@@ -19,13 +19,15 @@ class AttentionNames:
         projections: modules whose outputs side by side are q, k and v of all heads, [B, N, 3 H d].
         heads: the number of heads.
         norms: the norms of q and k, head by head; they count where they are there.
-        scale: the factor of the logits; d^-1/2 where it is not there.
+        scale: the factor of the logits; d^-1/2 where it is not there, unless it is needed.
         pre: the mix of the heads before the softmax, a Linear, a 1 x 1 Conv2d or a matrix.
         post: the mix of the heads after the softmax, likewise.
         norm: the norm of the mixed maps.
         transposed: whether the mixes are matrices [input head, output head].
-        beside: layers that touch no map, such as the one after the maps. A layer that is not named here or
-            above, and has weights, is taken for one that does, and losses on maps are refused.
+        needs_scale: whether an attention without `scale` is of another kind.
+        beside: layers and arguments that touch no map, such as the layer after the maps. A layer that is not
+            named here or above, and has weights, is taken for one that does, and so is an argument; losses on
+            maps are then refused.
 
     Example:
         >>> from vitdiv_kernels import AttentionNames
@@ -41,6 +43,7 @@ class AttentionNames:
     post: str | None = None
     norm: str | None = None
     transposed: bool = False
+    needs_scale: bool = False
     beside: tuple[str, ...] = ("norm", "proj", "out_proj", "to_out", "gate")
 
     def all(self) -> list[str]:
@@ -58,7 +61,7 @@ class ModelParts:
         attentions: the attention of each block, None where it has none; left out, `block.attn`.
         names: how the attentions are read; None for those that are known, such as timm's.
         num_prefix_tokens: class and register tokens in front of the patches; None takes what the model tells,
-            and the number of patches that patch_embed makes.
+            and the number of patches that patch_embed makes. A number that the tokens contradict is refused.
         tokens: where tokens are, (module, "input" or "output"), one more than blocks: what enters the first
             block, and then what leaves each. Left out, it is the input of the first block, and the output of
             each. A first argument counts as input, and as output the first entry of a tuple.

@@ -5,6 +5,7 @@ No module is called for a block, so that the tokens that leave one are those tha
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..parts import ModelParts, Point
@@ -31,11 +32,13 @@ def parts(model: Any) -> ModelParts | None:
     if isinstance(head, nn.Sequential):
         *own, head = head
         norms = (*norms, *own)
+    class_tokens = getattr(model, "cls_token", None) if hasattr(model, "transformer") else None
     attentions: list[Any] = [layer[0] for layer in layers]  # type: ignore[index]
     last: Point = (body, "output") if norm is None else (norm, "input")
     return ModelParts(
         blocks=attentions,
         attentions=[getattr(attention, "fn", attention) for attention in attentions],
+        num_prefix_tokens=0 if class_tokens is None else len(torch.atleast_2d(class_tokens).flatten(0, -2)),
         tokens=[*((attention, "input") for attention in attentions), last],
         patch_embed=model.to_patch_embedding,
         norms=norms,
