@@ -13,6 +13,7 @@ from . import losses, nn
 from ._dispatch import use_backend
 from .attach.monitor import CollapseMonitor
 from .attach.objective import DiversityObjective
+from .attach.parts import AttentionNames, ModelParts
 from .attach.terms import Term
 from .fusing.api import fuse, unfuse
 from .fusing.report import FuseReport
@@ -23,9 +24,11 @@ from .ops.pairs.pairwise_cosine import pairwise_cosine
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionNames",
     "CollapseMonitor",
     "DiversityObjective",
     "FuseReport",
+    "ModelParts",
     "Term",
     "attention_cosine",
     "attention_diversity",

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitdiv_kernels import CollapseMonitor, use_backend
 from vitdiv_kernels.attach import monitor
-from vitdiv_kernels.nn import ReAttention, TalkingHeadsAttention
+from vitdiv_kernels.nn import ReAttention
 from vitdiv_kernels.vit import CONFIGS, ViT
 
 
@@ -301,9 +301,9 @@ def test_records_are_read_as_they_were_written(tmp_path):
         monitor.read_records(path)
 
 
-def talking():
+def unknown():
     model = a_model()
-    model.blocks[1].attn = TalkingHeadsAttention(16, 2)
+    model.blocks[1].attn.locality = nn.Linear(16, 2)
     return model
 
 
@@ -321,7 +321,7 @@ def layer_norm():
         (ValueError, "images must be an integer of at least 1",
          lambda: CollapseMonitor(a_model(), images=1.5)),
         (TypeError, "model must have its blocks in model.blocks", lambda: CollapseMonitor(nn.Linear(2, 2))),
-        (TypeError, "mixes, rotates or biases between", lambda: CollapseMonitor(talking())),
+        (TypeError, "mixes, rotates or biases between", lambda: CollapseMonitor(unknown())),
         (TypeError, "images must be a torch.Tensor, got list",
          lambda: CollapseMonitor(a_model()).measure([1])),
         (ValueError, r"images must have shape \[B, C, S, S\], B > 0, got \[1, 8, 8\]",

@@ -7,7 +7,7 @@ import vitdiv_kernels
 from vitdiv_kernels import losses, nn
 
 MODULES = [
-    *(f"attach.{name}" for name in ("monitor", "objective", "terms")),
+    *(f"attach.{name}" for name in ("families", "monitor", "objective", "parts", "terms")),
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
     *(f"train.{name}" for name in ("evaluation", "files", "init", "models", "optimizer", "options")),
     *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "wrapping")),

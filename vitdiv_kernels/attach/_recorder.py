@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import _checks
 from .._exporting import exporting
+from ._blocks import place_of
 
 WITHOUT_GRADIENTS, IN_A_BACKWARD = "without gradients", "in a backward pass"
 
@@ -67,8 +68,8 @@ class _Shape(_Hook):
             self.shelf.kept[self.key] = tuple(out.shape)
 
 
-class _Tokens(_Hook):
-    """The tokens that enter a block."""
+class _Input(_Hook):
+    """The tokens that enter a module."""
 
     def __call__(self, module, args, kwargs):
         if self.shelf.takes(self.key):
@@ -78,48 +79,54 @@ class _Tokens(_Hook):
 class _Mask(_Hook):
     def __call__(self, module, args, kwargs):
         if self.shelf.takes(self.key):
-            self.shelf.kept[self.key] = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+            several = bool(args) and isinstance(args[0], (list, tuple)) and len(args[0]) > 1
+            self.shelf.kept[self.key] = kwargs.get("attn_mask"), kwargs.get("is_causal", False), several
 
 
 class Recorder:
     """Keeps what chosen blocks make in the last forward pass; hooks, and nothing of the model, are changed.
 
     Args:
-        model: made of timm-like blocks.
-        tokens: blocks whose output [B, N, D] is kept, of block -1 the tokens that enter block 0; heads: a
-            dict of blocks to the projections whose output q, k and v [B, N, 3 H d] is kept.
-        patch_embed: whether the output of model.patch_embed [B, N, D] is kept.
+        model: the plain model.
+        parts: its `ModelParts`.
+        tokens: blocks whose tokens [B, N, D] are kept as they leave them; of block -1 those that enter the
+            first.
+        heads: a dict of blocks to their `_blocks.Attention`s, the outputs of whose projections, q, k and v
+            [B, N, 3 H d], are kept.
+        patch_embed: whether the output of parts.patch_embed [B, N, D] is kept.
         without_grad: keep also what is made without gradients.
 
     The hooks go with the recorder, at the latest when it is deleted. A copy of it, or one that is pickled, is
     the recorder of the copy of the model.
     """
 
-    def __init__(self, model, tokens=(), heads=None, *, patch_embed=False, without_grad=False):
+    def __init__(self, model, parts, tokens=(), heads=None, *, patch_embed=False, without_grad=False):
         heads = heads or {}
-        blocks = model.blocks
-        self.without_grad, self.shelf, self.handles = without_grad, _Shelf(), []
-        self.required = [("tokens", i) for i in sorted(tokens)] + [("heads", i) for i in sorted(heads)]
-        self.required += [("patch_embed", 0)] if patch_embed else []
-        embedding = getattr(model, "patch_embed", None)
-        embedding = embedding if isinstance(embedding, nn.Module) else None
-        if self.required:
+        self.without_grad, self.channels_last = without_grad, parts.channels_last
+        self.shelf, self.handles, self.places = _Shelf(), [], {}
+        embedding = parts.patch_embed
+        if tokens or heads or patch_embed:
             self._before(_Start, None, model if embedding is None else embedding)
-            first = min(0 if i < 0 else i for i in [*tokens, *heads])
-            self._before(_Mask, ("mask", first), blocks[first], with_kwargs=True)
+            first = min(max(0, i) for i in [*tokens, *heads])
+            self._before(_Mask, ("mask", first), parts.blocks[first], with_kwargs=True)
         if tokens and embedding is not None:
             if isinstance(getattr(embedding, "proj", None), nn.Module):
                 self._after(_Shape, ("shape", "proj"), embedding.proj)
             self._after(_Shape, ("shape", "patch_embed"), embedding)
-        if patch_embed:
-            self._after(_Output, ("patch_embed", 0), embedding)
         for i in sorted(tokens):
-            if i < 0:
-                self._before(_Tokens, ("tokens", i), blocks[0], with_kwargs=True)
+            module, side = parts.tokens[i + 1]
+            self.places["tokens", i] = f"{'what enters ' * (side == 'input')}{place_of(model, module)}"
+            if side == "input":
+                self._before(_Input, ("tokens", i), module, with_kwargs=True)
             else:
-                self._after(_Output, ("tokens", i), blocks[i])
-        for i in sorted(heads):
-            self._after(_Output, ("heads", i), heads[i])
+                self._after(_Output, ("tokens", i), module)
+        for i, attention in sorted(heads.items()):
+            for j, projection in enumerate(attention.projections):
+                self.places["heads", i, j] = f"{attention.place}.{attention.names.projections[j]}"
+                self._after(_Output, ("heads", i, j), projection)
+        if patch_embed:
+            self.places["patch_embed", 0] = "model.patch_embed"
+            self._after(_Output, ("patch_embed", 0), embedding)
         self._open()
 
     def _before(self, kind, key, module, **options):
@@ -154,13 +161,19 @@ class Recorder:
         taken, missed = dict(self.shelf.kept), dict(self.shelf.missed)
         self.shelf.kept.clear()
         self.shelf.missed.clear()
-        absent = [key for key in self.required if key not in taken]
+        absent = [key for key in self.places if key not in taken]
         if absent:
-            raise RuntimeError(_why_absent(absent, missed, len(absent) == len(self.required)))
-        width = None
-        for key in self.required:
-            taken[key] = _tokens(key, taken[key], width)
-            width = taken[key].shape[-1]
+            places = [(self.places[key], missed.get(key)) for key in absent]
+            raise RuntimeError(_why_absent(places, len(absent) == len(self.places)))
+        width, projected = None, {}
+        for key, place in self.places.items():
+            value = taken[key] = _tokens(key[0], taken[key], place, width, self.channels_last)
+            width = value.shape[-1]
+            if key[0] == "heads":
+                del taken[key]
+                projected.setdefault(key[:2], []).append(value)
+        for key, values in projected.items():
+            taken[key] = values[0] if len(values) == 1 else torch.cat(values, -1)
         return taken
 
 
@@ -171,19 +184,12 @@ def _remove(handles, shelf):
     shelf.kept = None
 
 
-def _place(key):
-    kind, i = key
-    if kind == "patch_embed":
-        return "model.patch_embed"
-    return f"blocks[{max(0, i)}]" + (".attn.qkv" if kind == "heads" else "")
-
-
-def _why_absent(absent, missed, all_absent):
+def _why_absent(absent, all_absent):
     by_cause = {}
-    for key in absent:
-        places = by_cause.setdefault(missed.get(key), [])
-        if _place(key) not in places:
-            places.append(_place(key))
+    for place, cause in absent:
+        places = by_cause.setdefault(cause, [])
+        if place not in places:
+            places.append(place)
     ran = {
         WITHOUT_GRADIENTS: "ran without gradients: under torch.no_grad, or checkpointed with "
         "use_reentrant=True, where use_reentrant=False is needed",
@@ -198,21 +204,26 @@ def _why_absent(absent, missed, all_absent):
     return f"{what} was recorded since the last call: {causes}"
 
 
-def _tokens(key, value, width=None):
-    """The tensor [B, N, D] of what a hook was given: DINOv3 gives its blocks lists of one tensor, and an
-    embedding gives the size of its grid beside it, or [B, rows, columns, D]."""
-    kind, i = key
-    if kind == "patch_embed" and isinstance(value, tuple):
-        value = value[0]
-    if kind == "tokens" and isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, torch.Tensor) or value.dim() != 3:
-        given = type(value).__name__
-        if isinstance(value, torch.Tensor):
-            if kind == "patch_embed" and value.dim() == 4 and value.shape[-1] == width:
-                return value.flatten(1, 2)
-            given = _checks.shape_of(value)
-        where = "model.patch_embed" if kind == "patch_embed" else f"blocks[{max(0, i)}]"
-        what = "they" if kind == "patch_embed" else f"its {kind}"
-        raise TypeError(f"{where} must give tokens [B, N, D], {what} are {given}")
-    return value
+def _tokens(kind, value, place, width, channels_last):
+    """The tensor [B, N, D] of what a hook was given.
+
+    DINOv3 gives its blocks lists of one tensor, and the released code of papers gives (tokens, maps); an
+    embedding gives the size of its grid beside patches, or [B, rows, columns, D], as do blocks of Swin.
+    """
+    if isinstance(value, (list, tuple)) and len(value) > 0:
+        several = [isinstance(each, torch.Tensor) and each.dim() == 3 for each in value]
+        if kind == "patch_embed" or not any(several[1:]):
+            value = value[0]
+    if isinstance(value, torch.Tensor) and value.dim() == 3:
+        return value
+    given = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        maps = (kind != "heads" and channels_last) or (kind == "patch_embed" and value.shape[-1] == width)
+        if maps and value.dim() == 4:
+            return value.flatten(1, 2)
+        given = _checks.shape_of(value)
+    what = "they" if kind == "patch_embed" else f"its {kind}"
+    ways = ", or a tuple of which the first alone is" if kind == "tokens" else ""
+    if isinstance(value, torch.Tensor) and value.dim() == 4 and kind == "tokens":
+        given += ": for maps [B, rows, columns, D] give parts with channels_last"
+    raise TypeError(f"{place} must give tokens [B, N, D]{ways}; {what} are {given}")

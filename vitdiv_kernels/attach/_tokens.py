@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .. import _checks
+from ._blocks import place_of
 
 # The class token joins after these blocks: in blocks of its own, of timm's CaiT and XCiT.
 _CLASS_BLOCKS = "blocks_token_only", "cls_attn_blocks"
@@ -15,6 +16,8 @@ def told_prefix(model):
     """The prefix tokens that a model tells, and where it does; else None."""
     if isinstance(getattr(model, "num_prefix_tokens", None), int):
         return model.num_prefix_tokens, "model.num_prefix_tokens"
+    if all(isinstance(getattr(model, name, None), torch.Tensor) for name in ("cls_token", "dist_token")):
+        return 2, "model.cls_token and model.dist_token"
     for name in _REGISTERS:
         if isinstance(getattr(model, name, None), int):
             return 1 + getattr(model, name), f"model.{name} and the class token"
@@ -32,13 +35,15 @@ class Layout:
     """Of one forward pass, from what a `_recorder.Recorder` took.
 
     Args:
-        model: made of timm-like blocks.
+        model: the plain model.
+        parts: of the model.
         taken: by the recorder.
         given: the number of prefix tokens that the caller gave, or None.
     """
 
-    def __init__(self, model, taken, given):
-        self.model, self.given = model, given
+    def __init__(self, model, parts, taken, given):
+        self.model, self.parts = model, parts
+        self.given = given
         self.embedded, self.projected = taken.get(("shape", "patch_embed")), taken.get(("shape", "proj"))
         self.masks = [value for key, value in taken.items() if key[0] == "mask"]
 
@@ -60,7 +65,7 @@ class Layout:
         candidates = [
             shape[1:3] if shape is not None and len(shape) == 4 else None,
             self.projected[2:] if self.projected is not None and len(self.projected) == 4 else None,
-            getattr(getattr(self.model, "patch_embed", None), "grid_size", None),
+            getattr(self.parts.patch_embed, "grid_size", None),
         ]
         for sizes in candidates:
             if sizes is not None and len(sizes) == 2 and sizes[0] * sizes[1] == patches:
@@ -83,20 +88,28 @@ class Layout:
         """
         if self.given is not None:
             return self.given
-        told, where = told_prefix(self.model)
+        told, where = self.parts.num_prefix_tokens, "parts.num_prefix_tokens"
         patches, n = self.patches(tokens.shape[-1]), tokens.shape[1]
+        if told is not None:
+            # fewer: patches were merged or dropped
+            if patches is None or n - patches == told or n <= patches:
+                return told
+        else:
+            told, where = told_prefix(self.model)
         if patches is None:
-            if told is None and getattr(self.model, "cls_token", None) is None:
+            if told is None:
                 raise ValueError("the model tells no number of prefix tokens: give num_prefix_tokens")
-            return 1 if told is None else told
-        if n - patches == told or (told is None and n - patches in (0, 1)):
+            return told
+        class_token = isinstance(getattr(self.model, "cls_token", None), torch.Tensor)
+        if n - patches == told or (told is None and n - patches in (0, int(class_token))):
             return n - patches
         if n == patches and self._class_token_joins_after(block):
             return 0
         if told is not None and n < patches + told and self._drops_patches():
             return told
         tells = "tells no prefix tokens" if told is None else f"has {told} prefix tokens by {where}"
-        name = f"blocks[{block}] gives" if block >= 0 else "blocks[0] takes"
+        module = self.parts.blocks[max(0, block)]
+        name = f"{place_of(self.model, module)} {'gives' if block >= 0 else 'takes'}"
         raise ValueError(
             f"{name} {n} tokens where model.patch_embed made {patches} patches, but the model {tells}: "
             "give num_prefix_tokens"
@@ -113,7 +126,11 @@ class Layout:
 
     def check_masks(self, maps):
         """Raises ValueError for padded tokens, and with `maps` for any mask that hides something."""
-        for mask, causal in self.masks:
+        for mask, causal, several in self.masks:
+            if maps and several:
+                raise ValueError(
+                    "maps are taken of one batch, but the blocks were called with a list of several tensors"
+                )
             if maps and causal:
                 raise ValueError("maps are taken without a mask, but the blocks were called with is_causal")
             if mask is None:

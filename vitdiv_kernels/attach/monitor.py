@@ -16,6 +16,7 @@ from ..losses import layer_similarity
 from ..ops.maps.attention_gram import attention_cosine
 from ..ops.pairs.pairwise_cosine import pairwise_cosine
 from . import _blocks, _recorder, _sharded, _tokens
+from .parts import ModelParts
 
 QUANTILES = (0.05, 0.5, 0.95)
 BINS = 4096  # of the cosines in [-1, 1], interpolated: quantiles are exact to 5e-4
@@ -123,7 +124,7 @@ class CollapseMonitor:
     """Measures, per block, how alike the patches, heads and layers of a ViT are.
 
     Args:
-        model: made of timm-like blocks, as for `DiversityObjective`; also compiled, in
+        model: of a family that is known, as for `DiversityObjective`; also compiled, in
             DistributedDataParallel, or sharded by fully_shard or FullyShardedDataParallel: then all processes
             must measure, each its own images.
         every: `step` measures at every so many calls.
@@ -134,6 +135,9 @@ class CollapseMonitor:
             their softmax maps.
         num_prefix_tokens: class and register tokens in front, which measures of patches drop; None as for
             `DiversityObjective`.
+        maps: False measures patches alone, for a model whose attention maps can't be taken; head_cosine,
+            attention_entropy and attention_cosine are then nan.
+        parts: where the blocks, tokens and attentions of the model are, as for `DiversityObjective.attach`.
 
     Each measurement adds one record per block to `records`, a dict:
 
@@ -154,10 +158,11 @@ class CollapseMonitor:
 
     Cost, of L blocks, H heads of width d, N tokens of D features, per image: the forward pass; L N^2 D for
     the cosines of patches; L H N^2 (2 d + H / 2) for heads and entropy and L H N^2 (d + L / 2) for layers,
-    all multiply-adds; a singular value decomposition of N x D per block. Fused kernels where there are; else
-    64 rows in turn: the largest intermediate is 64 L H max(N, 256) numbers. All this is half the
-    multiply-adds of a training step of as many images, and took 0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on
-    one CPU thread: with `every` 50, at most 2 % where the batch has 8 images, and 0.3 % where it has 64.
+    all multiply-adds; a singular value decomposition of N x D per block. Fused kernels where there are;
+    else 64 rows in turn: the largest intermediate is 64 L H max(N, 256) numbers. Of talking heads, maps cost
+    about H times as much. All this is half the multiply-adds of a training step of as many images, and took
+    0.6 (DeiT-S) to 1.0 (DeiT-Ti) of its time on one CPU thread: with `every` 50, at most 2 % where the batch
+    has 8 images, and 0.3 % where it has 64.
 
     Example:
         >>> import torch
@@ -181,11 +186,15 @@ class CollapseMonitor:
         csv: str | Path | None = None,
         mixed: bool = True,
         num_prefix_tokens: int | None = None,
+        maps: bool = True,
+        parts: ModelParts | None = None,
     ) -> None:
         every, images = _checks.count("every", every, 1), _checks.count("images", images, 1)
         self.model = _blocks.plain_model(model)
-        for i, block in enumerate(_blocks.blocks_of(self.model)):
-            _blocks.check_maps(block, i)
+        self.parts = _blocks.parts_of(self.model, parts)
+        self.maps = maps
+        for attention in self._attentions().values():
+            attention.check_maps()
         self.every, self.images, self.mixed = every, images, mixed
         self.csv = None if csv is None else Path(csv)
         _tokens.check_prefix(self.model, num_prefix_tokens)
@@ -218,12 +227,12 @@ class CollapseMonitor:
         return new
 
     def _records(self, images, step):
-        blocks = self.model.blocks
-        kept = self._forward(images)
-        layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
-        layout.check_masks(maps=True)
+        depth, attentions = len(self.parts.blocks), self._attentions()
+        kept = self._forward(images, attentions)
+        layout = _tokens.Layout(self.model, self.parts, kept, self.num_prefix_tokens)
+        layout.check_masks(maps=self.maps)
         patches = []
-        for i in range(len(blocks)):
+        for i in range(depth):
             tokens = kept["tokens", i]
             prefix = layout.prefix(i, tokens)
             if tokens.shape[1] - prefix < 2:
@@ -232,47 +241,66 @@ class CollapseMonitor:
                     f"first {prefix} of which are dropped (num_prefix_tokens)"
                 )
             patches.append(tokens[:, prefix:])
-        with _sharded.whole(self.model):
-            layers = [_blocks.query_key(block.attn, kept["heads", i]) for i, block in enumerate(blocks)]
-            mixed = layers
-            if self.mixed:
-                mixed = [_blocks.mixed_layer(b.attn, *qk) for b, qk in zip(blocks, layers, strict=True)]
-            # some images at a time: 64 rows of the maps of all layers are held together
-            n = layers[0][0].shape[2]
-            some = max(1, 64 * 256 // (min(64, n) * n))
-            similarity = 0
-            for i in range(0, len(images), some):
-                these = [_images(layer, i, i + some) for layer in mixed]
-                mean = layer_similarity(these, along="maps", reduction="mean")
-                similarity = similarity + len(these[0][0]) * mean
-        new = [{"step": step, "block": i} | self._block(patches[i], *layers[i]) for i in range(len(blocks))]
-        for record, row in zip(new, (similarity / len(images)).tolist(), strict=True):
+        new = [{"step": step, "block": i} | self._patches(patches[i]) for i in range(depth)]
+        likeness = [[math.nan] * depth] * depth
+        if self.maps:
+            with _sharded.whole(self.model):
+                layers = [attentions[i].query_key(kept["heads", i]) for i in range(depth)]
+                for record, qk in zip(new, layers, strict=True):
+                    record |= self._heads(*qk)
+                likeness = self._likeness(attentions, layers)
+        for record, row in zip(new, likeness, strict=True):
             record["attention_cosine"] = row
         return new
 
-    def _forward(self, images):
-        heads = {i: _blocks.projection_of(block, i) for i, block in enumerate(self.model.blocks)}
-        recorder = _recorder.Recorder(self.model, list(heads), heads, without_grad=True)
+    def _likeness(self, attentions, layers):
+        """The mean cosine of the maps of every two blocks, a list of lists."""
+        if self.mixed:
+            layers = [attentions[i].mixed_layer(*qk) for i, qk in enumerate(layers)]
+        # some images at a time: 64 rows of the maps of all layers are held together
+        images, _, n, _ = layers[0][0].shape
+        some, similarity = max(1, 64 * 256 // (min(64, n) * n)), 0
+        for i in range(0, images, some):
+            these = [_images(layer, i, i + some) for layer in layers]
+            mean = layer_similarity(these, along="maps", reduction="mean")
+            similarity = similarity + len(these[0][0]) * mean
+        return (similarity / images).tolist()
+
+    def _attentions(self):
+        if not self.maps:
+            return {}
+        depth = len(self.parts.blocks)
+        return {i: _blocks.attention_of(self.model, self.parts, i) for i in range(depth)}
+
+    def _forward(self, images, attentions):
+        blocks = range(len(self.parts.blocks))
+        recorder = _recorder.Recorder(self.model, self.parts, blocks, attentions, without_grad=True)
         try:
             self.model(images)
             return recorder.take()
         finally:
             recorder.remove()
 
-    def _block(self, patches, q, k):
-        heads = attention_cosine(q, k)
-        count = heads.shape[-1]
-        between = heads.sum((-2, -1)) - heads.diagonal(dim1=-2, dim2=-1).sum(-1)
+    def _patches(self, patches):
         values = [
             pairwise_cosine(patches, penalty="signed").item(),
             pairwise_cosine(patches).item(),
             *cosine_quantiles(patches),
-            (between.mean() / max(1, count * (count - 1))).item(),
-            attention_entropy(q, k).item(),
+            math.nan,
+            math.nan,
             effective_rank(patches).item(),
             residual(patches).item(),
         ]
         return dict(zip(MEASURES, values, strict=True))
+
+    def _heads(self, q, k):
+        heads = attention_cosine(q, k)
+        count = heads.shape[-1]
+        between = heads.sum((-2, -1)) - heads.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return {
+            "head_cosine": (between.mean() / max(1, count * (count - 1))).item(),
+            "attention_entropy": attention_entropy(q, k).item(),
+        }
 
 
 def _images(layer, start, stop):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..losses import region_means
 from . import _blocks, _recorder, _sharded, _tokens
+from .parts import ModelParts
 from .presets import PRESETS
 from .terms import EMBEDDINGS, LOSSES, Term, options_of
 
@@ -47,13 +48,14 @@ class DiversityObjective:
     A copy of an attached objective, also one that was pickled, is attached to a copy of its model, the one
     that is made with it. A copy of the model alone, such as that of a moving average, keeps nothing.
 
-    Attention maps are those of the softmax of q and k, before dropout and before re-attention mixes heads;
-    cos_reg takes the mixed and normalised maps, as published. A mask, where blocks are called with attn_mask
-    or is_causal, is refused for them, and padded tokens for all losses. neighbourhood_contrast takes, as
-    released, patches after the final norm (model.norm, and fc_norm) and embeddings without their positions,
-    the output of model.patch_embed; its grid, as that of region_contrast, is that of the images in the
-    forward pass. region_mixing takes, as released, the mean patch of each region after the final norm,
-    through model.head_drop, where there is one, to model.patch_head, a head of its own.
+    Attention maps are those of the softmax, before dropout and before re-attention or talking heads mix
+    them; cos_reg takes the mixed and normalised maps, as published. Where talking heads mix the logits, q and
+    k are made H times as wide, so that losses on maps cost about H times as much. A mask, where blocks are
+    called with attn_mask or is_causal, is refused for maps, and padded tokens for all losses.
+    neighbourhood_contrast takes, as released, patches after the final norm (model.norm, and fc_norm) and
+    embeddings without their positions, the output of model.patch_embed; its grid, as that of region_contrast,
+    is that of the images in the forward pass. region_mixing takes, as released, the mean patch of each region
+    after the final norm, through model.head_drop, where there is one, to model.patch_head, a head of its own.
 
     Give the task's loss to presets of released code: "diverse_vit_deit_small" divides it by N + 1, with those
     of the patches (`Term.with_task`). Losses that need a teacher or the gradients of patches are not here:
@@ -84,49 +86,62 @@ class DiversityObjective:
         }
         self.num_prefix_tokens = num_prefix_tokens
         self.model: Any = None
+        self.parts: Any = None
+        self.attentions: dict[int, Any] = {}
         self.recorder: _recorder.Recorder | None = None
 
-    def attach(self, model: nn.Module) -> "DiversityObjective":
+    def attach(self, model: nn.Module, parts: ModelParts | None = None) -> "DiversityObjective":
         """Puts hooks on the blocks of model; returns the objective, which as a context manager detaches.
 
-        Raises TypeError for a model that is not made of timm-like blocks, for losses on weights that are
-        adapted or quantised, and for those that need weights which FSDP1 holds; ValueError for blocks that it
-        has not; RuntimeError where the objective is attached already.
+        Args:
+            model: of a family that is known (`docs/objective.md` has a table), or any with `parts`.
+            parts: where the blocks, tokens and attentions of the model are; None finds them.
+
+        Raises TypeError for a model that is not known, for losses on maps where these are not known, for
+        losses on weights that are adapted or quantised, and for those that need weights which FSDP1 holds;
+        ValueError for blocks that it has not; RuntimeError where the objective is attached already.
         """
         if self.attached:
             raise RuntimeError("the objective is attached already: detach it first")
         model = _blocks.plain_model(model)
-        blocks = _blocks.blocks_of(model)
-        layers = {name: self._layers(term, len(blocks)) for name, term in self.terms.items()}
+        parts = _blocks.parts_of(model, parts)
+        layers = {name: self._layers(term, len(parts.blocks)) for name, term in self.terms.items()}
         tokens, heads, patch_embed = set(), set(), False
+        attentions: dict[int, Any] = {}
         for name, term in self.terms.items():
             kind = LOSSES[term.loss].kind
             if kind in ("patches", "embeddings", "logits", "regions"):
                 tokens |= set(layers[name])
-            elif kind in ("heads", "maps"):
-                heads |= set(layers[name])
-            for i in layers[name] if kind in ("heads", "maps", "weights") else ():
-                (_blocks.check_weight if kind == "weights" else _blocks.check_maps)(blocks[i], i)
-            if kind == "logits" and not all(hasattr(model, part) for part in ("norm", "head")):
-                raise TypeError("patch_mixing needs model.norm and model.head, which make logits of tokens")
-            if kind == "regions" and not all(
-                isinstance(getattr(model, part, None), nn.Module) for part in ("norm", "patch_head")
-            ):
+            else:
+                attentions |= {i: _blocks.attention_of(model, parts, i) for i in layers[name]}
+                heads |= set(layers[name] if kind in ("heads", "maps") else ())
+                for i in layers[name]:
+                    attentions[i].check_weight() if kind == "weights" else attentions[i].check_maps()
+            if kind == "logits" and (parts.head is None or not parts.norms):
+                raise TypeError(
+                    f"{term.loss} needs model.norm and model.head, which make logits of tokens: give parts "
+                    "with norms and head"
+                )
+            has_patch_head = isinstance(getattr(model, "patch_head", None), nn.Module)
+            if kind == "regions" and not (parts.norms and has_patch_head):
                 raise TypeError(
                     "region_mixing needs model.norm and model.patch_head: set the latter to "
                     "nn.Linear(features, classes), which the optimizer must learn, too"
                 )
             if kind == "embeddings":
-                if not all(hasattr(model, part) for part in ("patch_embed", "norm")):
-                    raise TypeError(f"{term.loss} needs model.patch_embed and model.norm, the final norm")
+                if parts.patch_embed is None or not parts.norms:
+                    raise TypeError(
+                        f"{term.loss} needs model.patch_embed and model.norm, the final norm: give parts "
+                        "with patch_embed and norms"
+                    )
                 patch_embed = True
         _tokens.check_prefix(model, self.num_prefix_tokens)
         if _sharded.is_flat(model):
-            self._check_flat(blocks, layers)
+            self._check_flat(attentions, layers)
         self.recorder = _recorder.Recorder(
-            model, tokens, {i: _blocks.projection_of(blocks[i], i) for i in heads}, patch_embed=patch_embed
+            model, parts, tokens, {i: attentions[i] for i in heads}, patch_embed=patch_embed
         )
-        self.model, self.layers = model, layers
+        self.model, self.parts, self.attentions, self.layers = model, parts, attentions, layers
         return self
 
     @property
@@ -138,7 +153,8 @@ class DiversityObjective:
         """Takes the hooks away; does nothing where there are none."""
         if self.recorder is not None:
             self.recorder.remove()
-        self.model, self.recorder = None, None
+        self.model, self.parts, self.recorder = None, None, None
+        self.attentions = {}
 
     def __enter__(self) -> "DiversityObjective":
         return self
@@ -180,7 +196,7 @@ class DiversityObjective:
             given = f"shape {list(task.shape)}" if isinstance(task, Tensor) else type(task).__name__
             raise TypeError(f"task must be a loss, a tensor of one number, got {given}")
         kept = self.recorder.take()
-        layout = _tokens.Layout(self.model, kept, self.num_prefix_tokens)
+        layout = _tokens.Layout(self.model, self.parts, kept, self.num_prefix_tokens)
         layout.check_masks(maps=any(key[0] == "heads" for key in kept))
         for key in [key for key in kept if key[0] == "tokens"]:
             # cut once: the gradient of each cut is a copy of all tokens
@@ -203,10 +219,13 @@ class DiversityObjective:
                 total = task.reshape(()) / (n + 1)
         return total + sum(weights[name] * parts[name] for name in parts), parts
 
-    def _check_flat(self, blocks, layers):
+    def _check_flat(self, attentions, layers):
         for name, term in self.terms.items():
             kind = LOSSES[term.loss].kind
-            if any(_blocks.reads_weights(blocks[i], kind) for i in layers[name]):
+            reads = kind in ("logits", "embeddings", "regions") or (
+                kind != "patches" and any(attentions[i].reads_weights(kind) for i in layers[name])
+            )
+            if reads:
                 raise TypeError(
                     f"{term.loss} reads weights outside of the forward pass, where FullyShardedDataParallel "
                     "has parts of them only: shard the model with torch.distributed.fsdp.fully_shard instead"
@@ -221,13 +240,13 @@ class DiversityObjective:
         return [-1 if i == EMBEDDINGS else i % depth for i in layers]
 
     def _part(self, name, kept, layout, labels, generator):
-        term, layers, blocks = self.terms[name], self.layers[name], self.model.blocks
+        term, layers = self.terms[name], self.layers[name]
         kind, number, _ = LOSSES[term.loss]
         options = dict(term.options)
         if generator is not None and "start" not in options and "generator" in options_of(term.function):
             options["generator"] = generator
         if kind == "weights":
-            return term.function([_blocks.qkv_weight(blocks[i].attn) for i in layers], **options)
+            return term.function([self.attentions[i].weight() for i in layers], **options)
         if kind in ("logits", "regions"):
             mixed = self._mixing if kind == "logits" else self._regions
             return _mean([mixed(term, kept["tokens", i], labels[kind], options) for i in layers])
@@ -237,20 +256,38 @@ class DiversityObjective:
             inputs = [(kept["tokens", i],) for i in layers]
         elif kind == "embeddings":
             patches = [self._normed(kept["tokens", i]) for i in layers]
+            embedded = kept["patch_embed", 0]
+            for i, x in zip(layers, patches, strict=True):
+                if x.shape != embedded.shape:
+                    place = _blocks.place_of(self.model, self.parts.blocks[max(0, i)])
+                    raise ValueError(
+                        f"layers of {term.loss} must have the patches that model.patch_embed makes, "
+                        f"{list(embedded.shape)}, but {place} has {list(x.shape)}"
+                    )
             # under autocast the embedding is a convolution in half precision, the norm is not
-            inputs = [(x, kept["patch_embed", 0].to(x.dtype)) for x in patches]
+            inputs = [(x, embedded.to(x.dtype)) for x in patches]
         else:
-            inputs = [_blocks.query_key(blocks[i].attn, kept["heads", i]) for i in layers]
+            inputs = [self.attentions[i].query_key(kept["heads", i]) for i in layers]
         if kind == "maps":
-            mixed = [_blocks.mixed_layer(blocks[i].attn, *qk) for i, qk in zip(layers, inputs, strict=True)]
+            mixed = [self.attentions[i].mixed_layer(*qk) for i, qk in zip(layers, inputs, strict=True)]
             return term.function(mixed, **options)
         if number == 2:
+            self._check_two(term, layers, *(each[0] for each in inputs))
             return term.function(*inputs[0], *inputs[1], **options)
         return _mean([term.function(*each, **options) for each in inputs])
 
+    def _check_two(self, term, layers, first, last):
+        if first.shape[1:] != last.shape[1:]:
+            places = [_blocks.place_of(self.model, self.parts.blocks[max(0, i)]) for i in layers]
+            raise ValueError(
+                f"layers of {term.loss} must be two of the same width and number of tokens, but {places[0]} "
+                f"has {list(first.shape)} and {places[1]} {list(last.shape)}: name two of one stage"
+            )
+
     def _normed(self, patches):
-        x = _sharded.call(self.model.norm, patches)
-        return _sharded.call(self.model.fc_norm, x) if hasattr(self.model, "fc_norm") else x
+        for norm in self.parts.norms:
+            patches = _sharded.call(norm, patches)
+        return patches
 
     def _regions(self, term, patches, regions, options):
         if regions is None:
@@ -269,7 +306,7 @@ class DiversityObjective:
                 "patch_mixing needs mixing=(labels, others, shares): of images that are not mixed, "
                 "(labels, labels, ones)"
             )
-        return term.function(_sharded.call(self.model.head, self._normed(patches)), *mixing, **options)
+        return term.function(_sharded.call(self.parts.head, self._normed(patches)), *mixing, **options)
 
 
 def _mean(values):
