@@ -15,7 +15,12 @@ TERMS = {
     "heads": Term("attention_diversity", 0.01, options={"include_self": False}),
 }
 DIVERSITY = {name: term.weight for name, term in TERMS.items()}
-WEIGHTS = DIVERSITY | {name: 1.0 for name in (*PRESETS, *LOSSES)}
+# They need two images mixed by regions; the trainer mixes by CutMix.
+OF_REGIONS = {"region_mixing"}
+OF_REGIONS |= {
+    name for name, terms in PRESETS.items() if any(term.loss in OF_REGIONS for term in terms.values())
+}
+WEIGHTS = DIVERSITY | {name: 1.0 for name in (*PRESETS, *LOSSES) if name not in OF_REGIONS}
 
 
 def parse_losses(text: str) -> dict[str, float]:
@@ -30,6 +35,11 @@ def parse_losses(text: str) -> dict[str, float]:
     weights = {}
     for item in text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
+        if name in OF_REGIONS:
+            raise ValueError(
+                f"the loss {name!r} needs two images mixed by regions, which the trainer does not do: "
+                "vitdiv_kernels.recipes.mix does it in a loop of your own"
+            )
         if name not in WEIGHTS:
             raise ValueError(
                 f"unknown loss {name!r}: give none or diversity alone, or NAME=WEIGHT,... of "
@@ -48,9 +58,8 @@ def objective_terms(weights: Mapping[str, float], label_smoothing: float = 0.0) 
     """The configuration of a `DiversityObjective` for what `parse_losses` gave.
 
     A preset becomes its losses, as PRESET.NAME, each with the preset's weight times its own. patch_mixing
-    smooths the labels of patches as the task does those of images, which is how Chen et al. train. (They also
-    divide the class token's cross-entropy by N + 1; here its weight stays 1.) Raises ValueError for a weight
-    that is not finite.
+    smooths the labels of patches as the task does those of images, unless its preset says by how much. Raises
+    ValueError for a weight that is not finite.
     """
     terms = {}
     for name, weight in weights.items():
@@ -82,8 +91,13 @@ def listing() -> str:
             "losses by short name (diversity is all three; NAME=WEIGHT sets another weight):",
             *(line(name, [term]) for name, term in TERMS.items()),
             "\npublished recipes (a weight multiplies the whole):",
-            *(line(name, terms.values()) for name, terms in PRESETS.items()),
+            *(line(name, terms.values()) for name, terms in PRESETS.items() if name in WEIGHTS),
             "\nlosses by name (weight 1 unless given):",
-            textwrap.fill(", ".join(LOSSES), 80, initial_indent="  ", subsequent_indent="  "),
+            textwrap.fill(
+                ", ".join(name for name in LOSSES if name in WEIGHTS),
+                80,
+                initial_indent="  ",
+                subsequent_indent="  ",
+            ),
         ]
     )

@@ -54,7 +54,8 @@ class Classification:
         *,
         autocast: Autocast,
     ) -> dict[str, Tensor]:
-        """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum.
+        """Cross-entropy, each diversity loss unweighted, and `loss`, their weighted sum. A loss that is
+        `with_task` changes the weight of the cross-entropy in it.
 
         Of images that CutMix has mixed at `box` the cross-entropies with the labels of both are weighted by
         their shares of the area.
@@ -63,13 +64,16 @@ class Classification:
         mixing = self._patch_labels(labels, box, size) if self.patches_mix else None
         with autocast():
             logits = forward(images)
-            total, terms = self.objective(mixing=mixing) if self.objective else (0.0, {})
         cross_entropy = self._cross_entropy(logits, labels)
         if box:
             share = cutmix.share_left(box, *size)
             others = self._cross_entropy(logits, labels.flip(0))
             cross_entropy = share * cross_entropy + (1 - share) * others
-        return terms | {"cross_entropy": cross_entropy, "loss": cross_entropy + total}
+        total, terms = cross_entropy, {}
+        if self.objective:
+            with autocast():
+                total, terms = self.objective(task=cross_entropy, mixing=mixing)
+        return terms | {"cross_entropy": cross_entropy, "loss": total}
 
     def evaluate(self, model: nn.Module, data: ImageSet, processes: Processes) -> float:
         """The metric of a model; all processes must call it."""
