@@ -103,9 +103,9 @@ def test_a_step_takes_labels_by_the_pixels_that_it_mixed(monkeypatch):
         seen.append((images, logits.detach(), patches.detach()))
         return logits
 
-    def keep_mixing(self, *, mixing=None, generator=None):
+    def keep_mixing(self, *, mixing=None, **others):
         mixings.append(mixing)
-        return call(self, mixing=mixing, generator=generator)
+        return call(self, mixing=mixing, **others)
 
     run.model.forward = keep_logits
     monkeypatch.setattr(DiversityObjective, "__call__", keep_mixing)
@@ -189,6 +189,20 @@ def test_patch_mixing_without_cutmix_is_the_image_s_label_for_every_patch():
     torch.testing.assert_close(found, cross_entropy(logits, torch.eye(4)[labels].unsqueeze(1), 0.1))
 
 
+def test_the_class_token_weighs_as_much_as_a_patch():
+    """As released by Chen et al.: the cross-entropies of all N + 1 tokens have the same weight."""
+    name = "diverse_vit_deit_small"
+    run = trainer(losses={name: 1.0})
+    run.model.eval()
+    images, labels = run.data.train.images[:8], run.data.train.labels[:8]
+    terms = run.losses(images, labels, (2, 8, 1, 9))
+    patches = (CONFIG.image_size // CONFIG.patch) ** 2
+    weights = {f"{name}.{part}": term.weight for part, term in PRESETS[name].items()}
+    weights |= {f"{name}.mixing": patches / (patches + 1), "cross_entropy": 1 / (patches + 1)}
+    expected = sum(weight * terms[part] for part, weight in weights.items())
+    torch.testing.assert_close(terms["loss"], expected)
+
+
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
@@ -246,6 +260,10 @@ def test_presets_train_whole_on_the_digits(preset, amp, tmp_path):
     for row in rows:
         parts = {name: float(row[f"{preset}.{name}"]) for name in PRESETS[preset]}
         assert all(map(math.isfinite, parts.values()))
-        total = sum(term.weight * parts[name] for name, term in PRESETS[preset].items())
-        assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + total, rel=1e-5)
+        weights = {name: term.weight for name, term in PRESETS[preset].items()}
+        task = 1.0
+        if preset == "diverse_vit_deit_small":  # of 16 patches and the class token each weighs the same
+            task, weights["mixing"] = 1 / 17, 16 / 17
+        total = task * float(row["cross_entropy"]) + sum(weights[name] * parts[name] for name in parts)
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-5)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["recipe"]["cutmix"] == 1.0

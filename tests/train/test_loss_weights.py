@@ -26,6 +26,8 @@ def test_names_with_and_without_weights(text, weights):
         ("cosines=1", "unknown loss 'cosines'"),
         ("koleo=0.1,diversity", "unknown loss 'diversity': give none or diversity alone, or"),
         ("cosine=1,koleo,cosine=2", "the loss 'cosine' is given twice"),
+        ("gong2021_released=1", "the loss 'gong2021_released' needs two images mixed by regions"),
+        ("region_mixing", "the loss 'region_mixing' needs two images mixed by regions"),
         ("heads=x", "the weight of the loss 'heads' must be a number, got 'x'"),
     ],
 )

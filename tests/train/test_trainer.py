@@ -23,7 +23,7 @@ from vitdiv_kernels.train.cli import main
 from vitdiv_kernels.train.data import StepBatches, Tensors
 from vitdiv_kernels.train.errors import TrainError
 from vitdiv_kernels.train.loop import accuracy
-from vitdiv_kernels.train.loss_weights import DIVERSITY
+from vitdiv_kernels.train.loss_weights import DIVERSITY, OF_REGIONS
 from vitdiv_kernels.train.recipe import Recipe, learning_rate
 from vitdiv_kernels.vit import CONFIGS, ViT, ViTConfig
 
@@ -222,7 +222,7 @@ def test_schedule_warms_up_and_falls_to_a_hundredth():
 def test_three_steps_of_each_model(name):
     config = CONFIGS[name]
     if not name.startswith("digits"):
-        config = replace(config, image_size=32, dim=config.dim // 4)
+        config = replace(config, image_size=32, dim=8 * config.heads)
     run = trainer(config, {"steps": 3, "batch": 2})
     run.data = random_data(config, 4)
     run.fit()
@@ -349,7 +349,7 @@ def test_help_names_every_option():
     assert all(f"--{option}" in out for option in options)
     below = out[out.index("losses by short name") :]
     for names, part in zip((DIVERSITY, PRESETS, LOSSES), below.split("\n\n"), strict=True):
-        assert all(re.search(rf"\b{name}\b", part) for name in names)
+        assert all(bool(re.search(rf"\b{name}\b", part)) == (name not in OF_REGIONS) for name in names)
     assert max(map(len, below.splitlines())) <= 80
 
 
