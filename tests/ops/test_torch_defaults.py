@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitdiv_kernels import CollapseMonitor, DiversityObjective, Term, losses
+from vitdiv_kernels import CollapseMonitor, DiversityObjective, Term, losses, recipes
 from vitdiv_kernels.attach.terms import LOSSES
 from vitdiv_kernels.vit import ViT, ViTConfig
 
@@ -44,19 +44,22 @@ def same(got, expected):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return ViT(replace(CONFIG, reattention=(1,)))
+    return ViT(replace(CONFIG, reattention=(1,), patch_head=True))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_an_objective(name, model, defaults):
     x, labels, shares = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.rand(16)
+    masks = losses.region_masks(4, share=0.5, generator=torch.Generator().manual_seed(1))
+    regions = torch.rand(2, 2, CONFIG.classes).softmax(-1), masks
     found = []
     for context in (contextlib.nullcontext, defaults):
         with DiversityObjective({name: 1.0}).attach(model) as objective:
             model(x)
             generator = torch.Generator().manual_seed(3)
             with context():
-                total, _ = objective(mixing=(labels, labels.flip(0), shares), generator=generator)
+                mixing = labels, labels.flip(0), shares
+                total, _ = objective(mixing=mixing, regions=regions, generator=generator)
                 found.append([total.detach(), *torch.autograd.grad(total, model.blocks[0].attn.qkv.weight)])
     same(*found)
 
@@ -124,6 +127,42 @@ def test_shares_of_a_box(defaults):
     torch.testing.assert_close(targets.sum(-1), torch.ones(2, 196))
 
 
+def test_two_mixed_images(defaults):
+    images, targets = torch.rand(3, 1, 8, 8), torch.rand(3, 5).softmax(-1)
+    patches, order = torch.rand(3, 16, 6), torch.tensor([1, 2, 0])
+
+    def made():
+        masks = losses.region_masks(4, generator=torch.Generator().manual_seed(3))
+        return (
+            masks,
+            *losses.mix_two_images(images, targets, masks, order),
+            losses.region_means(patches, masks),
+        )
+
+    expected = made()
+    with defaults():
+        got = made()
+    for one, other in zip(got, expected, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize("name", ["gong2021", "deepvit_32b", "diverse_vit_deit_small"])
+def test_images_mixed_by_a_recipe(name, defaults):
+    images, labels, recipe = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), recipes.load(name)
+
+    def tensors(seed):
+        draws = torch.Generator().manual_seed(seed)
+        batch = recipes.mix(recipe, images, labels, classes=3, grid=(4, 4), generator=draws)
+        return [batch.images, batch.targets, *batch.mixing, *(batch.regions or ())]
+
+    for seed in range(3):
+        expected = tensors(seed)
+        with defaults():
+            got = tensors(seed)
+        for one, other in zip(got, expected, strict=True):
+            same(one, other)
+
+
 def test_monitor(model, defaults):
     x = torch.randn(2, 1, 8, 8)
     expected = CollapseMonitor(model).measure(x)
@@ -134,4 +173,5 @@ def test_monitor(model, defaults):
 def test_every_loss_is_in_a_test_here():
     functions = {name for name, f in vars(losses).items() if inspect.isfunction(f)}
     other = {"layer_similarity", "similar_block_ratio", "cutmix_shares", "patch_targets"}
+    other |= {"region_masks", "mix_two_images", "region_means"}
     assert functions - {*LOSSES, *PAIRS, *SINGLE, *other} == set()

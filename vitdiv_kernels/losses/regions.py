@@ -45,17 +45,17 @@ def region_masks(
 
     def draw(low, high):
         """A whole number from low to high."""
-        return int(torch.randint(low, max(low, high) + 1, (), generator=generator))
+        return int(torch.randint(low, max(low, high) + 1, (), generator=generator, device="cpu"))
 
     if share is None:
-        share = float(torch.rand((), generator=generator))
+        share = float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu"))
     patches = int(rows * columns * _checks.number("share", share, at_least=0, at_most=1))
     height = draw(1, min(rows, patches) - 1)
     width = patches // height
     if width > columns:
         height, width = patches // columns, columns
     top, left = draw(0, rows - height), draw(0, columns - width)
-    box = torch.zeros(rows, columns)
+    box = torch.zeros(rows, columns, dtype=torch.float32, device="cpu")
     box[top : top + height, left : left + width] = 1
     return torch.stack([box, 1 - box])
 

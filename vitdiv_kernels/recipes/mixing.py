@@ -70,7 +70,7 @@ def mix(
             f"{_checks.shape_of(images)} and {_checks.shape_of(labels)}"
         )
     # torch draws no Beta variate from a generator, so one number of the generator seeds Python's
-    draw = random.Random(int(torch.randint(2**63 - 1, (), generator=generator)))
+    draw = random.Random(int(torch.randint(2**63 - 1, (), generator=generator, device="cpu")))
     height, width = images.shape[-2:]
     share, box = 1.0, (0, 0, 0, 0)
     if (recipe.mixup or recipe.cutmix) and draw.random() < recipe.mix_probability:
@@ -86,9 +86,10 @@ def mix(
             images = mixed
         else:
             images = share * images + (1 - share) * images.flip(0)
-    shares = torch.full((grid[0] * grid[1],), share)
+    shares = torch.full((grid[0] * grid[1],), share, dtype=torch.float32, device="cpu")
     if box != (0, 0, 0, 0):
-        shares = losses.cutmix_shares(box, image_size=(height, width), grid=grid)
+        corners = torch.tensor(box, device="cpu")
+        shares = losses.cutmix_shares(corners, image_size=(height, width), grid=grid)
     first = F.one_hot(labels, classes).to(torch.promote_types(images.dtype, torch.float32))
     smoothing = recipe.label_smoothing
     targets = (1 - smoothing) * (share * first + (1 - share) * first.flip(0)) + smoothing / classes
@@ -96,7 +97,7 @@ def mix(
     if not recipe.two_image_mixing:
         return Mixed(images, targets, mixing)
     masks = losses.region_masks(grid, generator=generator)
-    order = torch.randperm(len(images), generator=generator).to(images.device)
+    order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
     images, targets, regions = losses.mix_two_images(images, targets, masks, order)
     return Mixed(images, targets, mixing, (regions, masks))
 
