@@ -249,6 +249,11 @@ class TestTimm:
         images = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(model.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "vit_tiny_r_s16_p8_224", NAME])
+    def test_patches_are_of_the_grid(self, name):
+        model = models.make(models.TimmConfig(name, 64, classes=3))
+        assert models.patch_size(model) == (64 / model.patch_embed.num_patches**0.5,) * 2
+
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [

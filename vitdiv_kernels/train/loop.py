@@ -259,12 +259,13 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Writes a checkpoint; one that was there stays whole until then. All processes must call it.
 
-        Raises TrainError, in all of them, where it can't be written.
+        Raises TrainError, in all of them, where it can't be written, and for weights that are not finite.
         """
         whole = state.gathered(self)
         with self.processes.together():
             if self.processes.main:
                 try:
+                    self._check_finite(whole["model"])
                     checkpoint.write(path, whole)
                 except TrainError as error:
                     last = self.saved_step
@@ -273,6 +274,14 @@ class Trainer:
         self.saved_step = self.step
         for part in self.parts:
             part.on_save(self, path)
+
+    def _check_finite(self, weights: dict[str, Tensor]) -> None:
+        for name, _ in self.model.named_parameters():
+            if not weights[name].isfinite().all():
+                raise TrainError(
+                    f"{name} is not finite after step {self.step}, and is not saved: try a smaller --lr or "
+                    "--clip, or no --amp"
+                )
 
     def load(self, path: Path) -> None:
         """Restores a checkpoint of the same model, recipe and data; otherwise raises TrainError."""

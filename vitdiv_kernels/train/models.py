@@ -1,5 +1,6 @@
 """The models that the trainer makes: shapes of the reference ViT, and vision transformers of timm."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,8 +84,11 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
     config: Any = model.config
     if isinstance(config, TimmConfig):
+        # by the grid: patch_size is of feature maps in hybrids, and a number in XCiT
         embed: Any = model.patch_embed
-        return tuple(embed.patch_size)
+        side = math.isqrt(embed.num_patches)
+        rows, columns = getattr(embed, "grid_size", (side, side))
+        return config.image_size // rows, config.image_size // columns
     return config.patch, config.patch
 
 
