@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
             with torch.no_grad():
                 run.model.head.bias[0] = float("nan")
 
-    with pytest.raises(TrainError, match="is not finite after step 4, .*; the checkpoint of step 2 stays"):
+    with pytest.raises(TrainError, match=r"is not finite after step 4, .*; the checkpoint of step 2 stays"):
         run.fit(on_step=spoil)
     state = torch.load(path, weights_only=True)
     assert state["step"] == 2
@@ -314,6 +314,15 @@ def test_processes_that_do_not_know_each_other_are_refused(tmp_path, capsys, mon
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     trainer()
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(tmp_path):
+    start, out = tmp_path / "start.pt", tmp_path / "run"
+    torch.save(ViT(CONFIGS["digits24"]).state_dict(), start)
+    options = ["--steps", "2", "--batch", "4", "--init", str(start), "--out", str(out)]
+    assert main(options) == 0
+    start.unlink()
+    assert main([*options, "--resume"]) == 0
 
 
 @pytest.mark.parametrize(
