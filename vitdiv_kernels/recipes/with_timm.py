@@ -19,11 +19,13 @@ def transform(recipe: Recipe, training: bool = True) -> Any:
         )
         return _normalised(made, recipe)
     # timm takes None for its own crops; of these two the largest square in the middle is left
-    crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)} if recipe.random_crop is None else {}
+    crop: dict[str, Any] = {"scale": recipe.random_crop}
+    if recipe.random_crop is None:
+        crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     made = create_transform(
         recipe.image_size,
         is_training=True,
-        **{"scale": recipe.random_crop} | crop,
+        **crop,
         hflip=recipe.hflip,
         color_jitter=recipe.color_jitter,
         auto_augment=recipe.auto_augment,
