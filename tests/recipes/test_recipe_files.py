@@ -199,6 +199,14 @@ def test_names_and_paths_that_are_not_there_get_a_sentence(tmp_path):
         recipes.load(tmp_path)
 
 
+def test_settings_that_belong_together_come_in_any_order():
+    recipe = recipes.load("deit_small")
+    for settings in (["mean=null", "std=null"], ["std=null", "lr=1e-4", "mean=null"]):
+        assert recipes.override(recipe, settings).std is None
+    with pytest.raises(ValueError, match=r"^--set mean=null: mean and std must be given together"):
+        recipes.override(recipe, ["mean=null", "lr=1e-4"])
+
+
 def test_values_are_overridden():
     recipe = recipes.load("diverse_vit_deit_small")
     settings = ["lr=1e-4", "batch=64", "auto_augment=null", "losses.cosine.weight=0.1", "losses.heads=null"]

@@ -147,6 +147,15 @@ def test_the_transforms_of_timm(torchvision, name):
     assert (resize if isinstance(resize, int) else resize[0]) == math.floor(64 / recipe.test_crop)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_recipe_without_augmentation_gives_the_image(torchvision, training):
+    pytest.importorskip("timm")
+    pixels = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    image = pytest.importorskip("PIL.Image").fromarray(pixels.numpy())
+    transform = with_timm.transform(recipes.load("digits"), training)
+    torch.testing.assert_close(transform(image), pixels[None] / 255)
+
+
 @pytest.mark.parametrize("name", ["deit_small", "deepvit_32b"])
 def test_the_schedule_of_timm(torchvision, name):
     """Linear from warmup_lr, then half a cosine to min_lr, which stays."""

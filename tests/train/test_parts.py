@@ -8,14 +8,17 @@ from typing import ClassVar
 
 import pytest
 import torch
-from small_trainer import assert_same_run, small_trainer
+from small_trainer import assert_same_run, random_data, small_trainer
 from torch import nn
 
+from vitdiv_kernels import vit
 from vitdiv_kernels.train import models
 from vitdiv_kernels.train.cli import main
 from vitdiv_kernels.train.errors import TrainError
+from vitdiv_kernels.train.loop import Trainer
 from vitdiv_kernels.train.loss_weights import DIVERSITY
 from vitdiv_kernels.train.parts import PARTS, CsvLog, Ema, Part, Speed, TensorBoard
+from vitdiv_kernels.train.recipe import Recipe
 from vitdiv_kernels.train.settings import Subject
 from vitdiv_kernels.vit import ViTConfig
 
@@ -149,6 +152,9 @@ def test_the_moving_average_goes_on_exactly(torchvision, tmp_path):
     found = second.parts[0].average.module.state_dict()
     for name, value in whole.parts[0].average.module.state_dict().items():
         assert torch.equal(found[name], value), name
+    saved = first.parts[0].average.module.state_dict()
+    for name, value in vit.load(tmp_path / "checkpoint.pt", MIXED, ema=True).state_dict().items():
+        assert torch.equal(saved[name], value), name
     plain = small_trainer(MIXED, {"losses": DIVERSITY})
     with pytest.raises(TrainError, match=r"ema 0.9, now 0.0"):
         plain.load(tmp_path / "checkpoint.pt")
@@ -248,6 +254,22 @@ class TestTimm:
             nn.init.zeros_(attn.reatten_matrix.bias)
         images = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(model.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "vit_tiny_r_s16_p8_224", NAME])
+    def test_patches_are_of_the_grid(self, name):
+        model = models.make(models.TimmConfig(name, 64, classes=3))
+        assert models.patch_size(model) == (64 / model.patch_embed.num_patches**0.5,) * 2
+
+    def test_patches_that_are_not_whole_have_no_labels(self):
+        model = models.make(models.TimmConfig(self.NAME, 40, classes=3))
+        data = random_data(model.config)
+        with pytest.raises(TrainError, match=r"multiple of the patch \(16\) to label patches, got 40"):
+            Trainer(model, data, Recipe(batch=8, losses={"patch_mixing": 1.0}))
+
+    def test_a_model_of_several_sizes_of_patches_has_no_losses(self):
+        model = models.make(models.TimmConfig("hiera_tiny_224", 64, classes=3))
+        with pytest.raises(TrainError, match="num_patches, which Hiera has not: train it with --losses none"):
+            Trainer(model, random_data(model.config), Recipe(batch=8, losses={"cosine": 1.0}))
 
     @pytest.mark.parametrize(
         ("options", "sentence"),

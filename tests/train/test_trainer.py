@@ -192,6 +192,22 @@ def test_a_loss_that_is_not_finite_ends_training_with_a_sentence():
         run.fit()
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    run = trainer(save_path=path, save_every=2, log_every=100)
+
+    def spoil(step, terms):
+        if step == 3:
+            with torch.no_grad():
+                run.model.head.bias[0] = float("nan")
+
+    with pytest.raises(TrainError, match=r"is not finite after step 4, .*; the checkpoint of step 2 stays"):
+        run.fit(on_step=spoil)
+    state = torch.load(path, weights_only=True)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(TrainError, match=r"the batch \(64\) is larger than the training set \(40 images\)"):
         trainer(recipe={"batch": 64})
@@ -298,6 +314,15 @@ def test_processes_that_do_not_know_each_other_are_refused(tmp_path, capsys, mon
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     trainer()
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(tmp_path):
+    start, out = tmp_path / "start.pt", tmp_path / "run"
+    torch.save(ViT(CONFIGS["digits24"]).state_dict(), start)
+    options = ["--steps", "2", "--batch", "4", "--init", str(start), "--out", str(out)]
+    assert main(options) == 0
+    start.unlink()
+    assert main([*options, "--resume"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_configs_are_plain_data(name):
             "patches of an even side without overlap, got patch 8 and overlap 1",
         ),
         ({"scale_adjustment": 0.0}, "scale_adjustment must be positive, got 0.0"),
-        ({"class_blocks": -1}, "class_blocks must be at least 0, got -1"),
+        ({"class_blocks": -1}, "class_blocks must be an integer of at least 0, got -1"),
         ({"class_blocks": 2, "distilled": True}, "distilled must be False with class_blocks"),
     ],
 )

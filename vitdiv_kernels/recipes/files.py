@@ -89,6 +89,7 @@ def override(recipe: Recipe, settings: Sequence[str], where: str = "--set") -> R
         0.0001
     """
     content = json.loads(json.dumps(recipe.as_dict()))
+    wrong = None  # the first setting that does not fit, which a later one may mend
     for setting in settings:
         key, sign, text = setting.partition("=")
         path = key.strip().split(".")
@@ -112,8 +113,14 @@ def override(recipe: Recipe, settings: Sequence[str], where: str = "--set") -> R
         for pair in (("steps", "epochs"), ("warmup", "warmup_epochs")):
             if path[0] in pair and value is not None:
                 content[pair[1 - pair.index(path[0])]] = None
-        parse(content, f"{where} {setting}")
-    return parse(content, where)
+        try:
+            parse(content, f"{where} {setting}")
+        except ValueError as error:
+            wrong = wrong or error
+    try:
+        return parse(content, where)
+    except ValueError as error:
+        raise wrong or error from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,13 +14,18 @@ def transform(recipe: Recipe, training: bool = True) -> Any:
 
     options: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std} if recipe.mean else {}
     if not training:
-        return create_transform(
+        made = create_transform(
             recipe.image_size, interpolation="bicubic", crop_pct=recipe.test_crop, **options
         )
-    return create_transform(
+        return _normalised(made, recipe)
+    # timm takes None for its own crops; of these two the largest square in the middle is left
+    crop: dict[str, Any] = {"scale": recipe.random_crop}
+    if recipe.random_crop is None:
+        crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    made = create_transform(
         recipe.image_size,
         is_training=True,
-        scale=recipe.random_crop,
+        **crop,
         hflip=recipe.hflip,
         color_jitter=recipe.color_jitter,
         auto_augment=recipe.auto_augment,
@@ -30,6 +35,14 @@ def transform(recipe: Recipe, training: bool = True) -> Any:
         re_count=recipe.erase_count,
         **options,
     )
+    return _normalised(made, recipe)
+
+
+def _normalised(made: Any, recipe: Recipe) -> Any:
+    """Without timm's own normalisation, that of ImageNet, where the recipe has none."""
+    if recipe.mean is None:
+        made.transforms = [part for part in made.transforms if type(part).__name__ != "Normalize"]
+    return made
 
 
 def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:

@@ -107,6 +107,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         save_path=checkpoint,
         save_every=keep.save_every,
         parts=[collect(part, args) for part in PARTS],
+        resume=keep.resume,
         folder=keep.out,
         title=subject.model,
     )

@@ -52,6 +52,8 @@ class Trainer:
     step as they are before augmentation; its records go to collapse.csv beside the log. With `save_path` a
     checkpoint is written there every `save_every` steps.
 
+    With `resume` the recipe's `init` is not read: `load` is to follow, whose checkpoint has the weights.
+
     Where torch.distributed is started each process makes a trainer and trains its share of each batch; all
     must call the same methods. Files are written by the first process alone.
 
@@ -78,6 +80,7 @@ class Trainer:
         fsdp: bool = False,
         monitor_every: int = 0,
         parts: Sequence[Part] | None = None,
+        resume: bool = False,
         folder: Path | None = None,
         title: str = "",
     ) -> None:
@@ -98,7 +101,7 @@ class Trainer:
             parts = [CsvLog(log_path.name)] if log_path is not None else []
             parts += [Collapse(monitor_every)] if monitor_every else []
         with self.processes.together():
-            self._prepare(model, recipe, parts)
+            self._prepare(model, recipe, parts, resume)
         self._check_processes(parts)
         if checkpointing:
             wrapping.checkpoint_blocks(self.model)
@@ -259,12 +262,13 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Writes a checkpoint; one that was there stays whole until then. All processes must call it.
 
-        Raises TrainError, in all of them, where it can't be written.
+        Raises TrainError, in all of them, where it can't be written, and for weights that are not finite.
         """
         whole = state.gathered(self)
         with self.processes.together():
             if self.processes.main:
                 try:
+                    self._check_finite(whole["model"])
                     checkpoint.write(path, whole)
                 except TrainError as error:
                     last = self.saved_step
@@ -274,19 +278,27 @@ class Trainer:
         for part in self.parts:
             part.on_save(self, path)
 
+    def _check_finite(self, weights: dict[str, Tensor]) -> None:
+        for name, _ in self.model.named_parameters():
+            if not weights[name].isfinite().all():
+                raise TrainError(
+                    f"{name} is not finite after step {self.step}, and is not saved: try a smaller --lr or "
+                    "--clip, or no --amp"
+                )
+
     def load(self, path: Path) -> None:
         """Restores a checkpoint of the same model, recipe and data; otherwise raises TrainError."""
         state.restore(self, path)
         self.saved_step = self.step
 
-    def _prepare(self, model: nn.Module, recipe: Recipe, parts: Sequence[Part]) -> None:
+    def _prepare(self, model: nn.Module, recipe: Recipe, parts: Sequence[Part], resume: bool) -> None:
         """All that needs no other process."""
         if recipe.epochs is not None:
             steps = recipe.epochs * (len(self.data.train) // recipe.batch)
             recipe = replace(recipe, steps=max(1, steps), epochs=None)
         self._check(model, recipe)
         self.model = model.to(self.device)
-        if recipe.init is not None:
+        if recipe.init is not None and not resume:
             start_from(self.model, Path(recipe.init))
         try:
             with self._chosen_backend():
@@ -312,6 +324,11 @@ class Trainer:
         if recipe.cutmix is not None and not 0 <= recipe.cutmix <= 1000:
             raise TrainError(f"cutmix must be a number from 0 to 1000, got {recipe.cutmix}")
         embed: Any = model.patch_embed
+        if recipe.losses and not hasattr(embed, "num_patches"):
+            raise TrainError(
+                "diversity losses need one number of patches, model.patch_embed.num_patches, which "
+                f"{type(model).__name__} has not: train it with --losses none"
+            )
         if recipe.losses and embed.num_patches < 2:
             raise TrainError("diversity losses need at least two patches, but the model has one")
         if recipe.sync_bn and self.processes.size > 1:

@@ -1,5 +1,6 @@
 """The models that the trainer makes: shapes of the reference ViT, and vision transformers of timm."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,11 +81,20 @@ def restored(config: dict[str, Any]) -> Config:
 
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of a patch in pixels."""
+    """Height and width of a patch in pixels. Raises TrainError where patches are not whole."""
     config: Any = model.config
     if isinstance(config, TimmConfig):
+        # by the grid: patch_size is of feature maps in hybrids, and a number in XCiT
         embed: Any = model.patch_embed
-        return tuple(embed.patch_size)
+        stride = getattr(getattr(embed, "proj", None), "stride", (1, 1))
+        if any(config.image_size % pixels for pixels in stride):
+            raise TrainError(
+                f"image_size must be a multiple of the patch ({stride[0]}) to label patches, "
+                f"got {config.image_size}"
+            )
+        side = math.isqrt(embed.num_patches)
+        rows, columns = getattr(embed, "grid_size", (side, side))
+        return config.image_size // rows, config.image_size // columns
     return config.patch, config.patch
 
 

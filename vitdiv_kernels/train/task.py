@@ -31,6 +31,8 @@ class Classification:
             terms = objective_terms(recipe.losses, recipe.label_smoothing)
             self.objective = DiversityObjective(terms).attach(model)
         self.patches_mix = self.objective is not None and any(map(mixes, self.objective.terms.values()))
+        if self.patches_mix:
+            models.patch_size(model)  # refuses those that are not whole
 
     @property
     def terms(self) -> list[str]:

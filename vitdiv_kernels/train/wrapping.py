@@ -57,7 +57,9 @@ def wrapped(model: nn.Module, processes: Processes, *, fsdp: bool, compile: bool
     """The module to call in training."""
     run: Any = torch.compile(model) if compile else model
     if processes.size > 1 and not fsdp:
-        run = nn.parallel.DistributedDataParallel(run)
+        # the head of patches (Gong et al.) has no part in the logits, and no gradient
+        unused = getattr(model, "patch_head", None) is not None
+        run = nn.parallel.DistributedDataParallel(run, find_unused_parameters=unused)
     if sync_bn:
         # after DistributedDataParallel, which refuses SyncBatchNorm on CPUs but does not look again, and
         # before fully_shard, which knows parameters by their modules; the tensors stay the same

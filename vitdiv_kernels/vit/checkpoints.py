@@ -61,7 +61,8 @@ def load(
     Args:
         source: a file of torch or safetensors, read without running anything in it, or a state dict.
         model: one of `CONFIGS` by name, a `ViTConfig`, or a module with timm's names, which is changed.
-        ema: take the moving average of the weights (`model_ema` or `state_dict_ema`).
+        ema: take the moving average of the weights (`model_ema` or `state_dict_ema`, or that of a trainer's
+            checkpoint).
         strict: False loads what is in both, and a warning lists what is missing and what is not used.
 
     Raises FileNotFoundError; ValueError for an unknown name, a file that is cut, damaged, or has pickled
@@ -112,6 +113,9 @@ def _model(model: str | ViTConfig | nn.Module) -> tuple[nn.Module, str]:
 
 def _weights(state: State, ema: bool, name: str) -> dict[str, Tensor]:
     """The tensors by name, out of what wraps them."""
+    parts = state.get("parts")  # of a checkpoint of the trainer, which keeps the average there
+    if ema and isinstance(parts, Mapping) and isinstance(parts.get("ema"), Mapping):
+        return _weights(parts["ema"], False, name)
     kept = [key for key in (*WEIGHTS, *AVERAGES) if isinstance(state.get(key), Mapping)]
     wanted = [key for key in (AVERAGES if ema else WEIGHTS) if key in kept]
     if wanted:

@@ -68,11 +68,17 @@ class ViTConfig:
     init: Literal["xavier", "timm"] = "xavier"
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "patch", "dim", "depth", "heads", "classes"):
+            _checks.count(name, getattr(self, name), 1)
+        for name in ("overlap", "class_blocks"):
+            _checks.count(name, getattr(self, name))
+        if not 0 <= _checks.number("drop_path", self.drop_path) < 1:
+            raise ValueError(f"drop_path must be at least 0 and less than 1, got {self.drop_path}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size must be a multiple of patch ({self.patch}), got {self.image_size}")
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads ({self.heads}), got {self.dim}")
-        unknown = [i for i in self.reattention if not 0 <= i < self.depth]
+        unknown = [i for i in self.reattention if i not in range(self.depth)]
         if unknown:
             raise ValueError(f"reattention must list blocks from 0 to {self.depth - 1}, got {unknown}")
         _checks.one_of("map_norm", self.map_norm, ("batch", "layer", "none"))
@@ -87,8 +93,6 @@ class ViTConfig:
             )
         if not self.scale_adjustment > 0:
             raise ValueError(f"scale_adjustment must be positive, got {self.scale_adjustment}")
-        if self.class_blocks < 0:
-            raise ValueError(f"class_blocks must be at least 0, got {self.class_blocks}")
         if self.class_blocks and self.distilled:
             raise ValueError("distilled must be False with class_blocks, in which the class token is alone")
 
