@@ -71,7 +71,8 @@ class Classification:
             share = cutmix.share_left(box, *size)
             others = self._cross_entropy(logits, labels.flip(0))
             cross_entropy = share * cross_entropy + (1 - share) * others
-        total, terms = cross_entropy, {}
+        total = cross_entropy
+        terms: dict[str, Tensor] = {}
         if self.objective:
             with autocast():
                 total, terms = self.objective(task=cross_entropy, mixing=mixing)
