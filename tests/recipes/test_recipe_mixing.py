@@ -129,6 +129,15 @@ def test_images_and_labels_that_do_not_fit_get_a_sentence(images):
         recipes.mix(RECIPE, images, LABELS, classes=CLASSES, grid=(3, 3), generator=generator)
 
 
+@pytest.mark.parametrize(
+    ("labels", "given"), [([0, 1], "list"), (torch.zeros(2, dtype=torch.int32), "int32")]
+)
+def test_labels_are_whole_numbers_of_64_bits(labels, given):
+    options = dict(classes=2, grid=(2, 2), generator=torch.Generator())
+    with pytest.raises(TypeError, match=f"labels must be a torch.Tensor of dtype int64, got {given}"):
+        recipes.mix(recipes.load("digits"), torch.rand(2, 3, 8, 8), labels, **options)
+
+
 @pytest.mark.parametrize("name", ["deit_small", "deepvit_32b", "gong2021"])
 def test_the_transforms_of_timm(torchvision, name):
     pytest.importorskip("timm")

@@ -352,6 +352,7 @@ def test_bad_arguments_get_a_sentence(options, sentence, tmp_path, capsys):
     [
         (["--steps", "0"], "must be a whole number at least 1, got '0'"),
         (["--lr", "-1"], "must be a number at least 0, got '-1'"),
+        (["--lr", "inf"], "must be a number at least 0, got 'inf'"),
         (["--losses", "entropy=1"], "unknown loss 'entropy'"),
         (["--losses", "cosine=1,cosine=2"], "the loss 'cosine' is given twice"),
         (["--cutmix", "-1"], "must be a number from 0 to 1000, got '-1'"),

@@ -64,6 +64,9 @@ def mix(
         (torch.Size([4, 3]), torch.Size([4]))
     """
     _checks.floating_tensor("images", images)
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        given = _checks.name_of(labels.dtype) if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a torch.Tensor of dtype int64, got {given}")
     if images.dim() != 4 or labels.shape != images.shape[:1]:
         raise ValueError(
             "images and labels must have shapes [B, channels, height, width] and [B], got "

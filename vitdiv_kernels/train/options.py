@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -91,7 +92,7 @@ def number(kind: type[int] | type[float], low: float, high: float = float("inf")
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
+            if low <= (value := kind(text)) <= high and math.isfinite(value):
                 return value
         bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
         kind_of = "a whole number" if kind is int else "a number"
