@@ -1,6 +1,7 @@
 """Batches mixed by recipes: timm's and Diverse-ViT's formulas, and what timm makes of a recipe."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -200,3 +201,19 @@ def test_the_sampler_and_the_average_of_timm(torchvision):
     average.update(model)
     torch.testing.assert_close(average.module.weight, before + (1 - deit.ema))
     assert with_timm.average(digits, model) is None
+
+
+def test_timm_that_is_absent_is_named_with_its_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    recipe, layer = recipes.load("diverse_vit_deit_small"), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=recipe.learning_rate)
+    for use in (
+        lambda: with_timm.transform(recipe),
+        lambda: with_timm.schedule(recipe, optimizer),
+        lambda: with_timm.sampler(recipe, range(8), num_replicas=1, rank=0),
+        lambda: with_timm.average(recipe, layer),
+    ):
+        with pytest.raises(ImportError, match=r"vitdiv-kernels\[timm\]"):
+            use()

@@ -57,6 +57,7 @@ def test_drop_path_drops_whole_images_and_only_in_training():
     ("change", "sentence"),
     [
         ({"drop_path": 1.0}, "drop_path must be at least 0 and less than 1, got 1.0"),
+        ({"head_drop": 1.0}, "head_drop must be at least 0 and less than 1, got 1.0"),
         ({"heads": 0}, "heads must be an integer of at least 1, got 0"),
         ({"image_size": -8}, "image_size must be an integer of at least 1, got -8"),
         ({"reattention": [0.5]}, r"reattention must list blocks from 0 to 2, got \[0.5\]"),

@@ -113,6 +113,21 @@ def test_distilled_logits_are_the_mean_of_both_heads():
     torch.testing.assert_close(logits, (model.head(last[:, 0]) + model.head_dist(last[:, 1])) / 2)
 
 
+def test_what_enters_the_heads_is_dropped_in_training():
+    model = ViT(replace(SMALL, distilled=True, head_drop=0.5))
+    x, entered = torch.randn(64, 3, 32, 32), []
+    for head in (model.head, model.head_dist):
+        head.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    model(x)
+    for kept in entered:
+        assert (kept == 0).double().mean().item() == pytest.approx(0.5, abs=0.05)
+    model.eval()
+    _, tokens = model(x, return_tokens=True)
+    normed = model.norm(tokens[-1])
+    for i in range(2):
+        torch.testing.assert_close(entered[2 + i], normed[:, i])
+
+
 def test_drop_path_grows_or_not():
     shares = [block.drop_path for block in ViT(replace(SMALL, drop_path=0.2)).blocks]
     assert shares == [0.0, 0.1, 0.2]

@@ -1,5 +1,9 @@
-"""What timm has for a recipe: the transform of images, the schedule, the sampler, the average of weights."""
+"""What timm has for a recipe: the transform of images, the schedule, the sampler, the average of weights.
 
+Each function raises ImportError, which names the extra, where timm is absent.
+"""
+
+import importlib
 from typing import Any
 
 import torch
@@ -8,9 +12,18 @@ from torch import nn
 from .recipe import Recipe
 
 
+def _timm(module: str) -> Any:
+    try:
+        return importlib.import_module(f"timm.{module}")
+    except ModuleNotFoundError:
+        raise ImportError(
+            "recipes.with_timm needs timm, which is absent: pip install 'vitdiv-kernels[timm]'"
+        ) from None
+
+
 def transform(recipe: Recipe, training: bool = True) -> Any:
     """`timm.data.create_transform`: from a PIL image to a tensor, normalised and in training augmented."""
-    from timm.data import create_transform
+    create_transform = _timm("data").create_transform
 
     options: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std} if recipe.mean else {}
     if not training:
@@ -53,13 +66,11 @@ def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
     epoch, so that there all but the first have the learning rate of the epoch before. Raises ValueError for a
     recipe in steps.
     """
-    from timm.scheduler import CosineLRScheduler
-
     if recipe.epochs is None or recipe.warmup_epochs is None:
         raise ValueError(
             "timm's schedule takes a recipe with epochs and warmup_epochs, got one with steps or warmup"
         )
-    return CosineLRScheduler(
+    return _timm("scheduler").CosineLRScheduler(
         optimizer,
         t_initial=recipe.epochs,
         lr_min=recipe.min_lr,
@@ -73,13 +84,12 @@ def sampler(recipe: Recipe, images: Any, **processes: Any) -> Any:
 
     processes: its num_replicas and rank.
     """
-    from timm.data.distributed_sampler import RepeatAugSampler
-
-    return RepeatAugSampler(images, num_repeats=recipe.repeats, **processes) if recipe.repeats > 1 else None
+    if recipe.repeats == 1:
+        return None
+    module = _timm("data.distributed_sampler")
+    return module.RepeatAugSampler(images, num_repeats=recipe.repeats, **processes)
 
 
 def average(recipe: Recipe, model: nn.Module) -> Any:
     """`timm.utils.ModelEmaV3` with the recipe's decay; None without."""
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
+    return _timm("utils").ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None

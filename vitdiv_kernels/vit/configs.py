@@ -30,6 +30,7 @@ class ViTConfig:
         class_blocks: how many blocks of class attention come last (CaiT). The class token joins there, and
             the blocks before them have patches alone.
         distilled: adds DeiT's distillation token, with a head of its own.
+        head_drop: dropout of what enters the heads (Gong et al.).
         patch_head: adds a head for patches, which the ViT of Gong et al. has. The logits do not use it.
         init: "xavier" (xavier uniform) or "timm" (normal, of standard deviation 0.02), which the published
             code of all these models uses; that leaves convolutions as torch starts them.
@@ -64,6 +65,7 @@ class ViTConfig:
     class_blocks: int = 0
     distilled: bool = False
     patch_head: bool = False
+    head_drop: float = 0.0
     drop_path_grows: bool = True
     init: Literal["xavier", "timm"] = "xavier"
 
@@ -72,8 +74,9 @@ class ViTConfig:
             _checks.count(name, getattr(self, name), 1)
         for name in ("overlap", "class_blocks"):
             _checks.count(name, getattr(self, name))
-        if not 0 <= _checks.number("drop_path", self.drop_path) < 1:
-            raise ValueError(f"drop_path must be at least 0 and less than 1, got {self.drop_path}")
+        for name in ("drop_path", "head_drop"):
+            if not 0 <= _checks.number(name, getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size must be a multiple of patch ({self.patch}), got {self.image_size}")
         if self.dim % self.heads:

@@ -52,6 +52,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, config.classes)
         self.head_dist = nn.Linear(dim, config.classes) if config.distilled else None
         self.patch_head = nn.Linear(dim, config.classes) if config.patch_head else None
+        self.head_drop = nn.Dropout(config.head_drop)
         self.init_weights()
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class ViT(nn.Module):
             for block in self.blocks_token_only:
                 class_token = block(class_token, x)
             x = class_token
-        logits = self.head(self.norm(x[:, 0]))
+        logits = self.head(self.head_drop(self.norm(x[:, 0])))
         if self.head_dist is not None:
-            logits = (logits + self.head_dist(self.norm(x[:, 1]))) / 2
+            logits = (logits + self.head_dist(self.head_drop(self.norm(x[:, 1])))) / 2
         return logits
