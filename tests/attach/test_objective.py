@@ -104,7 +104,7 @@ def test_region_mixing_goes_through_a_head_of_its_own():
     masks = losses.region_masks(4, share=0.4)
     targets = torch.rand(3, 2, 5).softmax(-1)
     term = Term("region_mixing", layers=(1, -1))
-    for drop in (None, Twice()):
+    for drop in (nn.Identity(), Twice()):
         model.head_drop = drop
         with DiversityObjective({"mine": term}).attach(model) as objective:
             _, tokens = model(images(), return_tokens=True)
@@ -112,7 +112,7 @@ def test_region_mixing_goes_through_a_head_of_its_own():
         expected = 0
         for t in (tokens[2], tokens[4]):
             means = losses.region_means(model.fc_norm(model.norm(t))[:, 1:], masks)
-            logits = model.patch_head(means if drop is None else drop(means))
+            logits = model.patch_head(drop(means))
             expected = expected + losses.region_mixing(logits, targets, masks) / 2
         torch.testing.assert_close(total, expected)
     with torch.autocast("cpu", torch.bfloat16), DiversityObjective({"mine": term}).attach(model) as objective:
