@@ -39,7 +39,7 @@ ROWS = {
     ("forward", 8, True, 16, ANY): RowTile(32, 4, 8, 1, 240, "aot"),
     ("forward", 8, True, 32, ANY): RowTile(16, 4, 8, 1, 255, "aot"),
     ("backward", 2, False, 16, 64): RowTile(64, 8, 4, 1, None, "aot"),
-    ("backward", 2, False, 16, 256): RowTile(256, 8, 8, 1, None, "aot"),
+    ("backward", 2, False, 16, 256): RowTile(256, 8, 4, 1, None, "aot"),
     ("backward", 2, False, 16, ANY): RowTile(128, 4, 8, 1, 240, "aot"),
     ("backward", 2, True, 16, ANY): RowTile(64, 4, 8, 1, 255, "aot"),
     ("backward", 4, False, 16, ANY): RowTile(128, 4, 8, 1, None, "aot"),

@@ -98,36 +98,60 @@ def all_products(sums, SPLIT: tl.constexpr):
 
 @triton.jit
 def load_logits(
-    z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE: tl.constexpr, RELOAD: tl.constexpr,
-    H: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE: tl.constexpr,
+    RELOAD: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """(raw logits, 0 outside; what goes into the softmax, -inf outside)"""
-    inside = live[:, None] & (j < keys)[None, :]
-    raw = tl.load(z_rows[:, None] + j[None, :], mask=inside, other=0.0).to(ACC)
+    raw = load_maps(z_rows, j, live, padded_keys)
+    inside = (j < keys)[None, :]
     if HAS_PRE:
+        raw = tl.where(inside, raw, 0.0).to(ACC)
         logits = mix_heads(pre, raw, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
         logits += pre_shift[:, None]
     else:
+        raw = raw.to(ACC)
         logits = raw
     return raw, tl.where(inside, logits, float("-inf"))
 
 
 @triton.jit
-def add_to_statistics(logits, top, total):
+def load_maps(rows, j, live, padded_keys):
+    """[T, BLOCK]: anything past the keys. The mask is that of whole rows, which loads of 16 bytes need."""
+    return tl.load(rows[:, None] + j[None, :], mask=live[:, None] & (j < padded_keys)[None, :], other=0.0)
+
+
+@triton.jit
+def exponentials(logits, top, ACC: tl.constexpr):
+    """exp(logits - top). In float32 to the base of 2, by one multiply-add an element."""
+    # all -inf: not inf - inf
+    finite_top = tl.where(top == float("-inf"), 0.0, top)
+    if ACC == tl.float64:  # noqa: SIM300
+        return tl.exp(logits - finite_top[:, None])
+    else:
+        LOG2_E: tl.constexpr = 1.4426950408889634
+        return tl.exp2(logits * LOG2_E - (finite_top * LOG2_E)[:, None])
+
+
+@triton.jit
+def add_to_statistics(logits, top, total, ACC: tl.constexpr):
     """The softmax's running maximum and sum of exponentials, per tile row, with one block more."""
     new_top = tl.maximum(top, tl.max(logits, 1))
-    # all -inf so far: not inf - inf
     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-    total = total * tl.exp(top - finite_top) + tl.sum(tl.exp(logits - finite_top[:, None]), 1)
+    total = total * tl.exp(top - finite_top) + tl.sum(exponentials(logits, new_top, ACC), 1)
     return new_top, total
 
 
 @triton.jit
-def softmax_maps(logits, top, total, live):
-    """exp(logits - top) / total; a row of -inf alone gives NaN, as it does in a softmax."""
-    finite_top = tl.where(top == float("-inf"), 0.0, top)
-    inverse = 1.0 / tl.where(live, total, 1.0)
-    return tl.exp(logits - finite_top[:, None]) * inverse[:, None]
+def softmax_terms(logits, top, total, used, ONE_BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """(exp(logits - top), top, total); of one block alone the statistics are made here."""
+    if ONE_BLOCK:
+        top = tl.max(logits, 1)
+    exponential = exponentials(logits, top, ACC)
+    if ONE_BLOCK:
+        total = tl.sum(exponential, 1)
+    # so that of rows past the tile's a compiler makes nothing, where a thread has no others
+    return tl.where(used[:, None], exponential, 0.0), top, total
 
 
 @triton.jit
@@ -192,21 +216,21 @@ def forward_rows(
         if not ONE_BLOCK:
             for j0 in tl.range(0, keys, BLOCK):
                 _, block_logits = load_logits(
-                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, head, together, HAS_PRE,
-                    RELOAD, H, SHARE, DOT, PRECISION, ACC,
+                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, padded_keys, pre, pre_shift, head,
+                    together, HAS_PRE, RELOAD, H, SHARE, DOT, PRECISION, ACC,
                 )  # fmt: skip
-                top, total = add_to_statistics(block_logits, top, total)
+                top, total = add_to_statistics(block_logits, top, total, ACC)
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             _, logits = load_logits(
-                z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE, DOT,
-                PRECISION, ACC,
+                z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H,
+                SHARE, DOT, PRECISION, ACC,
             )  # fmt: skip
-            if ONE_BLOCK:
-                top, total = add_to_statistics(logits, top, total)
-            inside = live[:, None] & (j < keys)[None, :]
-            centred = tl.where(inside, softmax_maps(logits, top, total, live) - mean, 0.0) * BOOST
+            exponential, top, total = softmax_terms(logits, top, total, used, ONE_BLOCK, ACC)
+            inverse = tl.where(live, 1.0 / total, 0.0)
+            centred = exponential * (inverse * BOOST)[:, None] - tl.where(live, mean * BOOST, 0.0)[:, None]
             if NEEDS_GRAM:
+                centred = tl.where((j < keys)[None, :], centred, 0.0)
                 gram = add_products(gram, centred, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
             if NEEDS_OUT:
                 y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
@@ -217,7 +241,7 @@ def forward_rows(
                 tl.debug_barrier()
                 tl.store(
                     z_rows[:, None] + j[None, :],
-                    tl.where(inside, y, 0.0).to(z.dtype.element_ty),
+                    y.to(z.dtype.element_ty),
                     mask=live[:, None] & (j < padded_keys)[None, :],
                 )
     if NEEDS_GRAM:
@@ -228,16 +252,16 @@ def forward_rows(
 
 @triton.jit
 def maps_gradient(
-    logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset, couple, used,
+    exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain, offset, couple, used,
     head, together, HAS_DOUT: tl.constexpr, HAS_COUPLING: tl.constexpr, LAYER: tl.constexpr,
     NEEDS_Y: tl.constexpr, NEEDS_MAPS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, T: tl.constexpr,
     SHARE: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(maps, centred * BOOST, Y, dY, normalised X, dX, the maps' gradient); `maps` for what is not needed"""
-    inside = live[:, None] & (j < keys)[None, :]
-    maps = softmax_maps(logits, top, total, live)
-    centred = tl.where(inside, maps - mean, 0.0) * BOOST
+    inside = (j < keys)[None, :]
+    maps = exponential * inverse[:, None]
+    centred = exponential * (inverse * BOOST)[:, None] - tl.where(live, mean * BOOST, 0.0)[:, None]
     y, dy, normalised, dmixed, dmaps = maps, maps, maps, maps, maps
     if NEEDS_Y or (LAYER and HAS_DOUT):
         y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
@@ -246,7 +270,7 @@ def maps_gradient(
         if LAYER:
             normalised, y, rstd = layer_norm(y, used, gain, offset, EPS, H, ACC)
     if HAS_DOUT:
-        dy = tl.load(dy_rows[:, None] + j[None, :], mask=inside, other=0.0).to(ACC)
+        dy = tl.where(inside, load_maps(dy_rows, j, live, padded_keys), 0.0).to(ACC)
         dmixed = dy
         if LAYER:
             scaled = dy * gain[:, None]
@@ -338,7 +362,7 @@ def backward_rows(
 
     dmix = no_products(SPLIT, T, ACC)
     dpre = no_products(SPLIT, T, ACC)
-    dbias = tl.zeros((T,), ACC)
+    dbias = tl.zeros((T, BLOCK // 8), ACC)
     dnorm_weight = tl.zeros((T,), ACC)
     dnorm_bias = tl.zeros((T,), ACC)
 
@@ -357,19 +381,21 @@ def backward_rows(
         if not ONE_BLOCK:
             for j0 in tl.range(0, keys, BLOCK):
                 _, block_logits = load_logits(
-                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, pre, pre_shift, head, together, HAS_PRE,
-                    RELOAD, H, SHARE, DOT, PRECISION, ACC,
+                    z_rows, j0 + tl.arange(0, BLOCK), live, keys, padded_keys, pre, pre_shift, head,
+                    together, HAS_PRE, RELOAD, H, SHARE, DOT, PRECISION, ACC,
                 )  # fmt: skip
-                top, total = add_to_statistics(block_logits, top, total)
+                top, total = add_to_statistics(block_logits, top, total, ACC)
+            inverse = tl.where(live, 1.0 / total, 0.0)
             if NEEDS_MAPS:
                 for j0 in tl.range(0, keys, BLOCK):
                     jd = j0 + tl.arange(0, BLOCK)
                     _, logits_d = load_logits(
-                        z_rows, jd, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE,
-                        DOT, PRECISION, ACC,
+                        z_rows, jd, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD,
+                        H, SHARE, DOT, PRECISION, ACC,
                     )  # fmt: skip
+                    exponential_d, _, _ = softmax_terms(logits_d, top, total, used, False, ACC)
                     maps_d, _, _, _, _, _, dmaps_d = maps_gradient(
-                        logits_d, dy_rows, jd, top, total, live, keys, mean, weight, weight_t, shift,
+                        exponential_d, inverse, dy_rows, jd, live, keys, padded_keys, mean, weight, weight_t, shift,
                         gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
                         True, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
                     )  # fmt: skip
@@ -377,23 +403,22 @@ def backward_rows(
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             raw, logits = load_logits(
-                z_rows, j, live, keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, SHARE, DOT,
-                PRECISION, ACC,
+                z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H,
+                SHARE, DOT, PRECISION, ACC,
             )  # fmt: skip
-            if ONE_BLOCK:
-                top, total = add_to_statistics(logits, top, total)
+            exponential, top, total = softmax_terms(logits, top, total, used, ONE_BLOCK, ACC)
+            inverse = tl.where(live, 1.0 / total, 0.0)
             maps, centred, y, dy_block, normalised, dmixed, dmaps = maps_gradient(
-                logits, dy_rows, j, top, total, live, keys, mean, weight, weight_t, shift, gain, offset,
+                exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain, offset,
                 couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, T,
                 SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
             )  # fmt: skip
             if NEEDS_DMIX:
                 dmix = add_products(dmix, dmixed, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
-                dbias += tl.sum(dmixed, 1)
+                dbias += tl.sum(tl.reshape(dmixed, (T, BLOCK // 8, 8)), 2)
             if NEEDS_DNORM:
                 dnorm_weight += tl.sum(dy_block * normalised, 1)
                 dnorm_bias += tl.sum(dy_block, 1)
-            inside = live[:, None] & (j < keys)[None, :]
             stored = live[:, None] & (j < padded_keys)[None, :]
             # barriers: others of this program may still be reading what is overwritten
             if STORES_DM:
@@ -402,7 +427,7 @@ def backward_rows(
             if NEEDS_DV:
                 tl.debug_barrier()
                 tl.store(
-                    z_rows[:, None] + j[None, :], tl.where(inside, y, 0.0).to(z.dtype.element_ty), mask=stored
+                    z_rows[:, None] + j[None, :], y.to(z.dtype.element_ty), mask=stored
                 )
             if NEEDS_MAPS:
                 if ONE_BLOCK:
@@ -419,7 +444,7 @@ def backward_rows(
                         tl.debug_barrier()
                     tl.store(
                         dy_rows[:, None] + j[None, :],
-                        tl.where(inside, dlogits, 0.0).to(z.dtype.element_ty),
+                        dlogits.to(z.dtype.element_ty),
                         mask=stored,
                     )
 
@@ -429,7 +454,7 @@ def backward_rows(
     vector_sums += image.to(tl.int64) * vector_stride + program * (3 * T)
     if NEEDS_DMIX:
         tl.store(matrix_sums + square, all_products(dmix, SPLIT) * (1.0 / BOOST))
-        tl.store(vector_sums + r, dbias)
+        tl.store(vector_sums + r, tl.sum(dbias, 1))
     if NEEDS_DPRE:
         tl.store(matrix_sums + T * T + square, all_products(dpre, SPLIT))
     if NEEDS_DNORM:

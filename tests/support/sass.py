@@ -1,0 +1,98 @@
+"""The machine code of a compiled kernel: instructions, loops, and counts by what carries them out."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+LABEL = re.compile(r"\s*\.(L_x_\d+):")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?);")
+TARGET = re.compile(r"`\(\.(L_x_\d+)\)")
+
+# What the pipes of a streaming multiprocessor take besides the issue slot: by the first part of the name.
+KINDS = {
+    "HMMA": "tensor", "IMMA": "tensor", "DMMA": "tensor", "HGMMA": "tensor", "UTCHMMA": "tensor",
+    "MUFU": "mufu", "LDG": "global", "STG": "global", "LDS": "shared", "STS": "shared", "LDSM": "shared",
+    "STSM": "shared", "ATOMS": "shared", "SHFL": "shuffle", "LDC": "constant", "LDL": "local", "STL": "local",
+    "BAR": "barrier", "WARPSYNC": "barrier",
+}  # fmt: skip
+WIDE = ("U8", "U16", "64", "128")
+
+
+class Instruction(NamedTuple):
+    predicate: str
+    name: str  # with what follows its dots
+    operands: str
+
+    @property
+    def short(self):
+        return self.name.split(".")[0]
+
+
+class Loop(NamedTuple):
+    first: int
+    last: int  # the branch back, included
+    depth: int  # loops around it
+
+
+class Code(NamedTuple):
+    instructions: list
+    loops: list  # the longest first
+
+    def counts(self, loop=None):
+        """Of a loop, those of the loops in it included, or of all: by kind, and memory by width in bits."""
+        part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
+        found = Counter(issued=len(part))
+        for one in part:
+            kind = KINDS.get(one.short, "")
+            if kind:
+                found[kind] += 1
+            if kind in ("global", "shared") and one.short in ("LDG", "STG", "LDS", "STS"):
+                found[f"{one.short}.{width_of(one.name)}"] += 1
+        return found
+
+
+def width_of(name):
+    """Bits that an instruction moves for each thread."""
+    parts = name.split(".")
+    for part, bits in (("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
+        if part in parts:
+            return bits
+    return 32
+
+
+def disassembled(cubin):
+    """The Code of a cubin of one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [BINARIES / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return parsed(text)
+
+
+def parsed(text):
+    labels, instructions = {}, []
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := INSTRUCTION.search(line):
+            instructions.append(Instruction(found[1] or "", found[2], found[3]))
+    spans = {}
+    for i, one in enumerate(instructions):
+        target = TARGET.search(one.operands) if one.short == "BRA" else None
+        if target and labels.get(target[1], i + 1) < i:  # a branch to itself ends the code
+            first = labels[target[1]]
+            spans[first] = max(i, spans.get(first, i))
+    loops = [
+        Loop(first, last, sum(f <= first and last <= l for f, l in spans.items()) - 1)
+        for first, last in spans.items()
+    ]
+    return Code(instructions, sorted(loops, key=lambda loop: loop.first - loop.last))
