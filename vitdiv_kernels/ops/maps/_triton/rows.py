@@ -102,23 +102,21 @@ def load_logits(
     RELOAD: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """(raw logits, 0 outside; what goes into the softmax, -inf outside)"""
-    raw = load_maps(z_rows, j, live, padded_keys)
-    inside = (j < keys)[None, :]
+    """(raw logits; what goes into the softmax, -inf past the keys)"""
     if HAS_PRE:
-        raw = tl.where(inside, raw, 0.0).to(ACC)
+        raw = load_maps(z_rows, j, live, padded_keys, 0.0).to(ACC)
         logits = mix_heads(pre, raw, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
-        logits += pre_shift[:, None]
+        logits = tl.where((j < keys)[None, :], logits + pre_shift[:, None], float("-inf"))
     else:
-        raw = raw.to(ACC)
+        raw = load_maps(z_rows, j, live, padded_keys, float("-inf")).to(ACC)
         logits = raw
-    return raw, tl.where(inside, logits, float("-inf"))
+    return raw, logits
 
 
 @triton.jit
-def load_maps(rows, j, live, padded_keys):
-    """[T, BLOCK]: anything past the keys. The mask is that of whole rows, which loads of 16 bytes need."""
-    return tl.load(rows[:, None] + j[None, :], mask=live[:, None] & (j < padded_keys)[None, :], other=0.0)
+def load_maps(rows, j, live, padded_keys, other):
+    """[T, BLOCK]. The mask is that of whole rows, padding too, which loads of 16 bytes need."""
+    return tl.load(rows[:, None] + j[None, :], mask=live[:, None] & (j < padded_keys)[None, :], other=other)
 
 
 @triton.jit
@@ -259,7 +257,6 @@ def maps_gradient(
     BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(maps, centred * BOOST, Y, dY, normalised X, dX, the maps' gradient); `maps` for what is not needed"""
-    inside = (j < keys)[None, :]
     maps = exponential * inverse[:, None]
     centred = exponential * (inverse * BOOST)[:, None] - tl.where(live, mean * BOOST, 0.0)[:, None]
     y, dy, normalised, dmixed, dmaps = maps, maps, maps, maps, maps
@@ -270,13 +267,13 @@ def maps_gradient(
         if LAYER:
             normalised, y, rstd = layer_norm(y, used, gain, offset, EPS, H, ACC)
     if HAS_DOUT:
-        dy = tl.where(inside, load_maps(dy_rows, j, live, padded_keys), 0.0).to(ACC)
+        dy = load_maps(dy_rows, j, live, padded_keys, 0.0).to(ACC)
         dmixed = dy
         if LAYER:
             scaled = dy * gain[:, None]
             first = tl.sum(scaled, 0)[None, :] / H
             second = tl.sum(scaled * normalised, 0)[None, :] / H
-            dmixed = tl.where(inside, rstd[None, :] * (scaled - first - normalised * second), 0.0)
+            dmixed = rstd[None, :] * (scaled - first - normalised * second)
     if NEEDS_MAPS:
         if HAS_DOUT:
             dmaps = mix_heads(weight_t, dmixed, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC)

@@ -1,9 +1,10 @@
 """Schedule S2: maps of a chunk of images, or of query rows of one image, in a workspace of constant size.
 
-Library products write the chunk's logits, one row kernel makes of them what the next products need, in place.
+A product writes the chunk's logits, one row kernel makes of them what the next products need, in place.
 docs/kernels/reattention.md describes both directions and counts their bytes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ from ..._launch import (
     launch,
 )
 from ..._tables import options
+from .products import maps_by_rows, padding_of, rows_by_rows
 from .row_tiles import row_config, workspace_bytes
 from .rows import backward_rows, forward_rows
 
-# Rows of the maps start at multiples of this many elements: 16-byte loads and stores, and the alignment that
-# the library's tensor-core products want, for any number of keys.
+# Rows of the maps start at multiples of this many elements: 16-byte loads and stores for any number of keys.
 _KEYS_MULTIPLE = 16
 
 # The interpreter's time goes with the number of steps, hardly with their size.
@@ -46,15 +47,15 @@ class Chunk(NamedTuple):
     bottom: int
 
 
-def plan(images, heads, queries, keys, itemsize, maps, operands, limit):
-    """The largest chunks whose maps and operands take at most `limit` bytes, all of about the same size.
+def plan(images, heads, queries, keys, itemsize, maps, limit):
+    """The largest chunks whose maps take at most `limit` bytes, all of about the same size.
 
-    `maps` sets of maps, and `operands` bytes an image for copies of its queries, keys and so on. Where not
-    even one image fits, its rows are shared out so that the maps alone do, but never less than 16 at a time.
+    `maps` sets of maps. Where not even one image fits, its rows are shared out so that they do, but never less
+    than 16 at a time.
     """
     row_bytes = maps * heads * _round_up(keys, _KEYS_MULTIPLE) * itemsize
-    if row_bytes * queries + operands <= limit:
-        most = limit // max(row_bytes * queries + operands, 1)
+    if row_bytes * queries <= limit:
+        most = limit // max(row_bytes * queries, 1)
         return Plan(triton.cdiv(images, triton.cdiv(images, most)) if images else 1, queries)
     affordable = max(limit // row_bytes // 16, 1) * 16
     even = triton.cdiv(queries, triton.cdiv(queries, affordable))
@@ -71,93 +72,35 @@ def _round_up(n, multiple):
     return (n + multiple - 1) // multiple * multiple
 
 
-def _plan(q, k, maps, like_queries, like_keys):
-    """The plan for a call with so many sets of maps, and operands and results of the rows of q and of k."""
-    images, heads, queries, width = q.shape
-    keys, itemsize = k.shape[2], q.element_size()
-    rows = like_queries * queries + like_keys * _round_up(keys, _KEYS_MULTIPLE)
-    operands = heads * rows * _round_up(width, 16 // itemsize) * itemsize
-    return plan(images, heads, queries, keys, itemsize, maps, operands, workspace_bytes(capability(q)))
-
-
-class _Batched:
-    """A [B, H, n, d] tensor as the [images * H, rows, width] that a batched product takes, chunk by chunk.
-
-    A view where strides and alignment allow it. Else one buffer for all chunks, which `load` and `store` copy
-    to and from, with rows and widths padded by zeros to what the products run well on.
-    """
-
-    def __init__(self, tensor, size, *, keys=False, dtype=None):
-        _, heads, rows, width = tensor.shape
-        align = 16 // tensor.element_size()
-        self.tensor, self.keys, self.held = tensor, keys, None
-        self.width = _round_up(width, align)
-        self.rows = _round_up(rows, _KEYS_MULTIPLE) if keys else size.rows
-        by_image, by_head, by_row, by_element = tensor.stride()
-        self.in_place = (
-            dtype in (None, tensor.dtype)
-            and self.width == width
-            and not (keys and self.rows != rows)
-            and by_element == 1
-            and by_row >= width
-            and (size.images == 1 or heads == 1 or by_image == heads * by_head)
-            and all(n % align == 0 for n in (by_image, by_head, by_row, tensor.storage_offset()))
-        )
-        if not self.in_place:
-            padded = (self.width, self.rows) != (width, rows if keys else size.rows)
-            make = tensor.new_zeros if padded else tensor.new_empty
-            self.buffer = make((size.images * heads, self.rows, self.width), dtype=dtype)
-
-    def view(self, chunk):
-        """[images * H, rows, width], for a product to write to or, after `load`, to read."""
-        part = self._part(chunk)
-        images, heads, rows, width = part.shape
-        if self.in_place:
-            by_batch = part.stride(1) if heads > 1 else part.stride(0)
-            return part.as_strided((images * heads, rows, width), (by_batch, part.stride(2), 1))
-        return self.buffer[: images * heads, : self.rows if self.keys else rows]
-
-    def load(self, chunk):
-        held = chunk[:2] if self.keys else chunk
-        if not self.in_place and self.held != held:
-            self._inside(chunk).copy_(self._part(chunk))
-            self.held = held
-        return self.view(chunk)
-
-    def store(self, chunk):
-        if not self.in_place:
-            self._part(chunk).copy_(self._inside(chunk))
-
-    def _part(self, chunk):
-        images = self.tensor[chunk.first : chunk.last]
-        return images if self.keys else images[:, :, chunk.top : chunk.bottom]
-
-    def _inside(self, chunk):
-        _, heads, rows, width = self._part(chunk).shape
-        return self.view(chunk).unflatten(0, (-1, heads))[:, :, :rows, :width]
+def _plan(q, k, maps):
+    """The plan for a call with so many sets of maps."""
+    images, heads, queries, _ = q.shape
+    return plan(
+        images, heads, queries, k.shape[2], q.element_size(), maps, workspace_bytes(capability(q))
+    )
 
 
 class _Workspace:
-    """The maps [images * H, rows, padded keys] of one chunk."""
+    """The maps [images, H, rows, padded keys] of one chunk."""
 
     def __init__(self, like, size, heads, keys):
         self.heads, self.padded_keys = heads, _round_up(keys, _KEYS_MULTIPLE)
         self.memory = like.new_empty(size.images * heads * size.rows * self.padded_keys)
 
     def maps(self, chunk):
-        shape = (chunk.last - chunk.first) * self.heads, chunk.bottom - chunk.top, self.padded_keys
-        return self.memory[: shape[0] * shape[1] * shape[2]].view(shape)
+        shape = (
+            chunk.last - chunk.first, self.heads, chunk.bottom - chunk.top, self.padded_keys
+        )  # fmt: skip
+        return self.memory[: math.prod(shape)].view(shape)
 
 
-def _product(out, a, b, alpha=1.0, add=False):
-    """out = alpha a b, or out += alpha a b; a float32 sum of 16-bit factors is not rounded to 16 bits."""
-    beta = 1 if add else 0
-    if out.dtype == a.dtype:
-        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif a.is_cuda:
-        torch.baddbmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.baddbmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
+def _rows_of(tensor, chunk):
+    """Those of a chunk, of q or what has as many rows."""
+    return tensor[chunk.first : chunk.last, :, chunk.top : chunk.bottom]
+
+
+def _images_of(tensor, chunk):
+    return tensor[chunk.first : chunk.last]
 
 
 class _Rows:
@@ -222,19 +165,17 @@ def forward(
     """As `vitdiv::reattention_fwd`: (out, centred Gram); `nothing` for what is not needed."""
     images, heads, queries, _ = q.shape
     keys, dtype = k.shape[2], accumulation_dtype(q)
-    size = _plan(q, k, 1, 2, 2)
+    size = _plan(q, k, 1)
     extras = pre_mix is not None or norm_weight is not None
     rows = _Rows("forward", q, keys, eps, centred, extras, size)
     out = heads_like(q) if needs_out else nothing(q)
     grams = rows.partial_sums(q, images, needs_gram, rows.tile, rows.tile)
     workspace = _Workspace(q, size, heads, keys)
-    queries_of, keys_of = _Batched(q, size), _Batched(k, size, keys=True)
-    if needs_out:
-        values_of, out_of = _Batched(v, size, keys=True), _Batched(out, size)
+    padding = padding_of(pre_mix)
 
     for chunk in chunks(size, images, queries):
         z = workspace.maps(chunk)
-        _product(z, queries_of.load(chunk), keys_of.load(chunk).mT, scale)
+        rows_by_rows(z, _rows_of(q, chunk), _images_of(k, chunk), scale, padding)
         gram_part = rows.part(grams, chunk)
         for of_maps, mixed_maps in rows.steps:
             does = dict(NEEDS_GRAM=needs_gram and of_maps, NEEDS_OUT=needs_out and mixed_maps)
@@ -242,12 +183,11 @@ def forward(
                 continue
             launch(
                 forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias,
-                gram_part, z.shape[1], keys, z.shape[2], rows.tiles, gram_part.stride(0), **does,
+                gram_part, z.shape[2], keys, z.shape[3], rows.tiles, gram_part.stride(0), **does,
                 **rows.options,
             )  # fmt: skip
         if needs_out:
-            _product(out_of.view(chunk), z, values_of.load(chunk))
-            out_of.store(chunk)
+            maps_by_rows(_rows_of(out, chunk), z, _images_of(v, chunk))
 
     gram = rows.matrix(grams.sum(1, dtype=torch.float64)).to(dtype) if needs_gram else nothing(q)
     return out, gram
@@ -257,15 +197,17 @@ class _Gradient:
     """dk or dv: over the chunks of rows of an image it grows in float32, in their order."""
 
     def __init__(self, tensor, size, queries):
-        self.several = size.rows < queries
-        self.queries = queries
-        dtype = accumulation_dtype(tensor) if self.several else None
-        self.batched = _Batched(tensor, size, keys=True, dtype=dtype)
+        self.tensor, self.queries = tensor, queries
+        self.sums = None
+        if size.rows < queries:
+            self.sums = tensor.new_empty((1, *tensor.shape[1:]), dtype=accumulation_dtype(tensor))
 
     def add(self, chunk, maps, rows, alpha=1.0):
-        _product(self.batched.view(chunk), maps.mT, rows, alpha, add=chunk.top > 0)
-        if chunk.bottom == self.queries:
-            self.batched.store(chunk)
+        whole = _images_of(self.tensor, chunk)
+        into = whole if self.sums is None else self.sums
+        maps_by_rows(into, maps, rows, alpha, transposed=True, add=chunk.top > 0)
+        if into is not whole and chunk.bottom == self.queries:
+            whole.copy_(into)
 
 
 def backward(
@@ -278,7 +220,7 @@ def backward(
     needs_dz = needs_dq or needs_dk
     # dv alone does not need the gradient of the mixed maps
     has_dy = dout is not None and (needs_dz or needs_dpre_mix or needs_dmix or needs_dnorm)
-    size = _plan(q, k, 2 if has_dy else 1, 3, 4)
+    size = _plan(q, k, 2 if has_dy else 1)
     extras = pre_mix is not None or norm_weight is not None
     rows = _Rows("backward", q, keys, eps, centred, extras, size)
     dq, dk, dv = (
@@ -291,14 +233,9 @@ def backward(
         coupling = coupling.reshape(-1, heads, heads).contiguous()
     shared_coupling = coupling is None or coupling.shape[0] < images
 
-    z_space = _Workspace(q, size, heads, keys)
-    queries_of, keys_of = _Batched(q, size), _Batched(k, size, keys=True)
+    z_space, padding = _Workspace(q, size, heads, keys), padding_of(pre_mix)
     if has_dy:
-        dy_space, values_of = _Workspace(q, size, heads, keys), _Batched(v, size, keys=True)
-    if dout is not None:
-        douts_of = _Batched(dout, size)
-    if needs_dq:
-        dq_of = _Batched(dq, size)
+        dy_space = _Workspace(q, size, heads, keys)
     if needs_dk:
         dk_of = _Gradient(dk, size, queries)
     if needs_dv:
@@ -309,10 +246,10 @@ def backward(
 
     for chunk in chunks(size, images, queries):
         z, dy = z_space.maps(chunk), None
-        _product(z, queries_of.load(chunk), keys_of.load(chunk).mT, scale)
+        rows_by_rows(z, _rows_of(q, chunk), _images_of(k, chunk), scale, padding)
         if has_dy:
             dy = dy_space.maps(chunk)
-            _product(dy, douts_of.load(chunk), values_of.load(chunk).mT)
+            rows_by_rows(dy, _rows_of(dout, chunk), _images_of(v, chunk))
         matrix_part, vector_part = rows.part(matrices, chunk), rows.part(vectors, chunk)
         for sums, of_pre_mix, of_products, values in rows.steps:
             does = dict(
@@ -328,18 +265,17 @@ def backward(
             launch(
                 backward_rows, rows.grid(chunk), z, dy if sums or of_pre_mix or of_products else None,
                 coupling if shared_coupling else coupling[chunk.first : chunk.last],
-                pre_mix, pre_bias, mix, bias, *norm, matrix_part, vector_part, z.shape[1],
-                keys, z.shape[2], rows.tiles, 0 if shared_coupling else heads * heads, matrix_part.stride(0),
+                pre_mix, pre_bias, mix, bias, *norm, matrix_part, vector_part, z.shape[2],
+                keys, z.shape[3], rows.tiles, 0 if shared_coupling else heads * heads, matrix_part.stride(0),
                 vector_part.stride(0), **does, **rows.options,
             )  # fmt: skip
         if needs_dv:
-            dv_of.add(chunk, z, douts_of.load(chunk))
+            dv_of.add(chunk, z, _rows_of(dout, chunk))
         dz = dy if has_dy else z
         if needs_dq:
-            _product(dq_of.view(chunk), dz, keys_of.load(chunk), scale)
-            dq_of.store(chunk)
+            maps_by_rows(_rows_of(dq, chunk), dz, _images_of(k, chunk), scale)
         if needs_dk:
-            dk_of.add(chunk, dz, queries_of.load(chunk), scale)
+            dk_of.add(chunk, dz, _rows_of(q, chunk), scale)
 
     dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias = (nothing(q) for _ in range(5))
     if needs_dpre_mix or needs_dmix:
