@@ -153,11 +153,17 @@ def softmax_terms(logits, top, total, used, ONE_BLOCK: tl.constexpr, ACC: tl.con
 
 
 @triton.jit
-def layer_norm(mixed, used, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
-    """(normalised over the heads, with weight and bias, 1 / standard deviation [BLOCK]); SHARE is 1."""
+def layer_norm(
+    mixed, used, inside, norm_weight, norm_bias, EPS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr
+):
+    """(normalised over the heads, with weight and bias, 1 / standard deviation [BLOCK]); SHARE is 1.
+
+    The last is 0 past the keys, where maps are 0 for all heads and have no deviation to divide by.
+    """
     mean = tl.sum(mixed, 0) / H
     deviation = tl.where(used[:, None], mixed - mean[None, :], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / H + tl.full((), EPS, ACC))
+    rstd = tl.where(inside, rstd, 0.0)
     normalised = deviation * rstd[None, :]
     return normalised, normalised * norm_weight[:, None] + norm_bias[:, None], rstd
 
@@ -234,7 +240,7 @@ def forward_rows(
                 y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
                 y = y * (1.0 / BOOST) + shift[:, None]
                 if LAYER:
-                    _, y, _ = layer_norm(y, used, gain, offset, EPS, H, ACC)
+                    _, y, _ = layer_norm(y, used, j < keys, gain, offset, EPS, H, ACC)
                 # others of this program may still be reading what is overwritten here
                 tl.debug_barrier()
                 tl.store(
@@ -265,7 +271,7 @@ def maps_gradient(
         y = y * (1.0 / BOOST) + shift[:, None]
         rstd = mean
         if LAYER:
-            normalised, y, rstd = layer_norm(y, used, gain, offset, EPS, H, ACC)
+            normalised, y, rstd = layer_norm(y, used, j < keys, gain, offset, EPS, H, ACC)
     if HAS_DOUT:
         dy = load_maps(dy_rows, j, live, padded_keys, 0.0).to(ACC)
         dmixed = dy
