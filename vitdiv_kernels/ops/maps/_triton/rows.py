@@ -47,22 +47,38 @@ def matrix_of(matrix, head, together, TRANSPOSED: tl.constexpr, RELOAD: tl.const
 @triton.jit
 def mix_heads(
     weight, x, head, together, TRANSPOSED: tl.constexpr, RELOAD: tl.constexpr, H: tl.constexpr,
-    SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """weight [T, T] (see `matrix_of`) times x [T, BLOCK]; what is not finite stays in its query row."""
+    """weight [T, T] (see `matrix_of`) times x [T, BLOCK]."""
     if RELOAD:
         held = diagonal_blocks(weight, head, together, TRANSPOSED, H)
     else:
         held = weight
+    return tl.dot(held.to(DOT), x.to(DOT), input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def not_finite(value):
+    return (value - value) != 0
+
+
+@triton.jit
+def without(x, lost, SHARE: tl.constexpr):
+    """x [T, BLOCK], 0 in the rows `lost`, where a tile holds several query rows: zeros of a mix's matrix would
+    carry NaN and Inf from one to the others. See `in_query_rows`."""
     if SHARE > 1:
-        # zeros of the weight would carry NaN and Inf to the tile's other query rows
-        difference = x - x
-        lost = tl.sum(difference, 1)
-        x = tl.where(difference == 0, x, 0.0)
-    mixed = tl.dot(held.to(DOT), x.to(DOT), input_precision=PRECISION, out_dtype=ACC)
+        return tl.where(lost[:, None], 0.0, x)
+    else:
+        return x
+
+
+@triton.jit
+def in_query_rows(lost, together, SHARE: tl.constexpr, ACC: tl.constexpr):
+    """[T]: NaN in all rows of a query row of which one is lost, else 0."""
     if SHARE > 1:
-        mixed += tl.sum(tl.where(together, lost[None, :], 0.0), 1)[:, None]
-    return mixed
+        return tl.sum(tl.where(together & lost[None, :], float("nan"), 0.0), 1).to(ACC)
+    else:
+        return tl.zeros_like(lost).to(ACC)
 
 
 @triton.jit
@@ -99,13 +115,12 @@ def all_products(sums, SPLIT: tl.constexpr):
 @triton.jit
 def load_logits(
     z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE: tl.constexpr,
-    RELOAD: tl.constexpr, H: tl.constexpr, SHARE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    RELOAD: tl.constexpr, H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(raw logits; what goes into the softmax, -inf past the keys)"""
     if HAS_PRE:
         raw = load_maps(z_rows, j, live, padded_keys, 0.0).to(ACC)
-        logits = mix_heads(pre, raw, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+        logits = mix_heads(pre, raw, head, together, False, RELOAD, H, DOT, PRECISION, ACC)
         logits = tl.where((j < keys)[None, :], logits + pre_shift[:, None], float("-inf"))
     else:
         raw = load_maps(z_rows, j, live, padded_keys, float("-inf")).to(ACC)
@@ -221,14 +236,14 @@ def forward_rows(
             for j0 in tl.range(0, keys, BLOCK):
                 _, block_logits = load_logits(
                     z_rows, j0 + tl.arange(0, BLOCK), live, keys, padded_keys, pre, pre_shift, head,
-                    together, HAS_PRE, RELOAD, H, SHARE, DOT, PRECISION, ACC,
+                    together, HAS_PRE, RELOAD, H, DOT, PRECISION, ACC,
                 )  # fmt: skip
                 top, total = add_to_statistics(block_logits, top, total, ACC)
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             _, logits = load_logits(
-                z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H,
-                SHARE, DOT, PRECISION, ACC,
+                z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, DOT,
+                PRECISION, ACC,
             )  # fmt: skip
             exponential, top, total = softmax_terms(logits, top, total, used, ONE_BLOCK, ACC)
             inverse = tl.where(live, 1.0 / total, 0.0)
@@ -237,8 +252,12 @@ def forward_rows(
                 centred = tl.where((j < keys)[None, :], centred, 0.0)
                 gram = add_products(gram, centred, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
             if NEEDS_OUT:
-                y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
-                y = y * (1.0 / BOOST) + shift[:, None]
+                lost = not_finite(inverse)
+                y = mix_heads(
+                    weight, without(centred, lost, SHARE), head, together, False, RELOAD, H, DOT, PRECISION,
+                    ACC,
+                )  # fmt: skip
+                y = y * (1.0 / BOOST) + (shift + in_query_rows(lost, together, SHARE, ACC))[:, None]
                 if LAYER:
                     _, y, _ = layer_norm(y, used, j < keys, gain, offset, EPS, H, ACC)
                 # others of this program may still be reading what is overwritten here
@@ -256,19 +275,22 @@ def forward_rows(
 
 @triton.jit
 def maps_gradient(
-    exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain, offset, couple, used,
-    head, together, HAS_DOUT: tl.constexpr, HAS_COUPLING: tl.constexpr, LAYER: tl.constexpr,
+    exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain, offset,
+    couple, used, head, together, HAS_DOUT: tl.constexpr, HAS_COUPLING: tl.constexpr, LAYER: tl.constexpr,
     NEEDS_Y: tl.constexpr, NEEDS_MAPS: tl.constexpr, EPS: tl.constexpr, H: tl.constexpr, T: tl.constexpr,
     SHARE: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BOOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(maps, centred * BOOST, Y, dY, normalised X, dX, the maps' gradient); `maps` for what is not needed"""
+    """(maps, centred * BOOST, Y, dY, normalised X, dX, the maps' gradient, NaN for rows without one [T]);
+    `maps` for what is not needed"""
     maps = exponential * inverse[:, None]
     centred = exponential * (inverse * BOOST)[:, None] - tl.where(live, mean * BOOST, 0.0)[:, None]
+    lost = not_finite(inverse)
+    finite = without(centred, lost, SHARE)
     y, dy, normalised, dmixed, dmaps = maps, maps, maps, maps, maps
     if NEEDS_Y or (LAYER and HAS_DOUT):
-        y = mix_heads(weight, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC)
-        y = y * (1.0 / BOOST) + shift[:, None]
+        y = mix_heads(weight, finite, head, together, False, RELOAD, H, DOT, PRECISION, ACC)
+        y = y * (1.0 / BOOST) + (shift + in_query_rows(lost, together, SHARE, ACC))[:, None]
         rstd = mean
         if LAYER:
             normalised, y, rstd = layer_norm(y, used, j < keys, gain, offset, EPS, H, ACC)
@@ -282,24 +304,25 @@ def maps_gradient(
             dmixed = rstd[None, :] * (scaled - first - normalised * second)
     if NEEDS_MAPS:
         if HAS_DOUT:
-            dmaps = mix_heads(weight_t, dmixed, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC)
+            lost_here = not_finite(tl.sum(dmixed, 1))
+            dmaps = mix_heads(
+                weight_t, without(dmixed, lost_here, SHARE), head, together, True, RELOAD, H, DOT, PRECISION,
+                ACC,
+            )  # fmt: skip
+            lost = lost | lost_here
         if HAS_COUPLING:
             # far below float16's range where it comes from a batch norm's variance
             if BOOST > 1:
                 # three products would spill where T is 32
                 TF32: tl.constexpr = "tf32x3" if T == 16 else "tf32"
-                from_gram = mix_heads(
-                    couple, centred, head, together, False, RELOAD, H, SHARE, ACC, TF32, ACC
-                )
+                from_gram = mix_heads(couple, finite, head, together, False, RELOAD, H, ACC, TF32, ACC)
             else:
-                from_gram = mix_heads(
-                    couple, centred, head, together, False, RELOAD, H, SHARE, DOT, PRECISION, ACC
-                )
+                from_gram = mix_heads(couple, finite, head, together, False, RELOAD, H, DOT, PRECISION, ACC)
             if HAS_DOUT:
                 dmaps += from_gram * (1.0 / BOOST)
             else:
                 dmaps = from_gram * (1.0 / BOOST)
-    return maps, centred, y, dy, normalised, dmixed, dmaps
+    return maps, centred, y, dy, normalised, dmixed, dmaps, in_query_rows(lost, together, SHARE, ACC)
 
 
 # Where the coupling of a chunk's first image starts depends on the chunk, and helps no load.
@@ -385,7 +408,7 @@ def backward_rows(
             for j0 in tl.range(0, keys, BLOCK):
                 _, block_logits = load_logits(
                     z_rows, j0 + tl.arange(0, BLOCK), live, keys, padded_keys, pre, pre_shift, head,
-                    together, HAS_PRE, RELOAD, H, SHARE, DOT, PRECISION, ACC,
+                    together, HAS_PRE, RELOAD, H, DOT, PRECISION, ACC,
                 )  # fmt: skip
                 top, total = add_to_statistics(block_logits, top, total, ACC)
             inverse = tl.where(live, 1.0 / total, 0.0)
@@ -393,25 +416,25 @@ def backward_rows(
                 for j0 in tl.range(0, keys, BLOCK):
                     jd = j0 + tl.arange(0, BLOCK)
                     _, logits_d = load_logits(
-                        z_rows, jd, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD,
-                        H, SHARE, DOT, PRECISION, ACC,
+                        z_rows, jd, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H,
+                        DOT, PRECISION, ACC,
                     )  # fmt: skip
                     exponential_d, _, _ = softmax_terms(logits_d, top, total, used, False, ACC)
-                    maps_d, _, _, _, _, _, dmaps_d = maps_gradient(
+                    maps_d, _, _, _, _, _, dmaps_d, nan_d = maps_gradient(
                         exponential_d, inverse, dy_rows, jd, live, keys, padded_keys, mean, weight, weight_t, shift,
                         gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
                         True, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
                     )  # fmt: skip
-                    row_dot += tl.sum(maps_d * dmaps_d, 1)
+                    row_dot += tl.sum(maps_d * dmaps_d, 1) + nan_d
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             raw, logits = load_logits(
-                z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H,
-                SHARE, DOT, PRECISION, ACC,
+                z_rows, j, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H, DOT,
+                PRECISION, ACC,
             )  # fmt: skip
             exponential, top, total = softmax_terms(logits, top, total, used, ONE_BLOCK, ACC)
             inverse = tl.where(live, 1.0 / total, 0.0)
-            maps, centred, y, dy_block, normalised, dmixed, dmaps = maps_gradient(
+            maps, centred, y, dy_block, normalised, dmixed, dmaps, nan = maps_gradient(
                 exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain, offset,
                 couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, T,
                 SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
@@ -429,19 +452,17 @@ def backward_rows(
                 tl.store(dy_rows[:, None] + j[None, :], dmixed.to(z.dtype.element_ty), mask=stored)
             if NEEDS_DV:
                 tl.debug_barrier()
-                tl.store(
-                    z_rows[:, None] + j[None, :], y.to(z.dtype.element_ty), mask=stored
-                )
+                tl.store(z_rows[:, None] + j[None, :], y.to(z.dtype.element_ty), mask=stored)
             if NEEDS_MAPS:
                 if ONE_BLOCK:
-                    row_dot = tl.sum(maps * dmaps, 1)
+                    row_dot = tl.sum(maps * dmaps, 1) + nan
                 dlogits = maps * (dmaps - row_dot[:, None])
                 if NEEDS_DPRE:
                     dpre = add_products(dpre, dlogits, raw, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
                 if NEEDS_DZ:
                     if HAS_PRE:
                         dlogits = mix_heads(
-                            pre_t, dlogits, head, together, True, RELOAD, H, SHARE, DOT, PRECISION, ACC
+                            pre_t, dlogits, head, together, True, RELOAD, H, DOT, PRECISION, ACC
                         )
                     if not NEEDS_DV:
                         tl.debug_barrier()

@@ -75,9 +75,7 @@ def _round_up(n, multiple):
 def _plan(q, k, maps):
     """The plan for a call with so many sets of maps."""
     images, heads, queries, _ = q.shape
-    return plan(
-        images, heads, queries, k.shape[2], q.element_size(), maps, workspace_bytes(capability(q))
-    )
+    return plan(images, heads, queries, k.shape[2], q.element_size(), maps, workspace_bytes(capability(q)))
 
 
 class _Workspace:
