@@ -44,7 +44,6 @@ sys.path.append(str(Path(__file__).with_name("support")))
 import sampling
 
 from vitdiv_kernels.ops import _launch as _triton
-from vitdiv_kernels.ops.maps._triton.tiles import shared_memory
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 CAPABILITIES = 80, 89, 90, 100
@@ -57,6 +56,13 @@ ONE_BY_ONE = {
 FEW_ONE_BY_ONE = {"_tiles_kernel": 16}
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 ONE_ELEMENT = re.compile(r"\b(?:ld|st)\.global(?:\.(?!v\d)[\w:]+)*\.[bu]16\b")
+
+
+def shared_memory(capability):
+    """Bytes of shared memory that a block may take on a GPU of this (major, minor)."""
+    if capability in ((8, 6), (8, 9)) or capability[0] >= 12:
+        return 101376
+    return 166912 if capability[0] == 8 else 232448
 
 
 def to_compile(operations, capabilities):

@@ -51,6 +51,7 @@ def logits_kernel(
     maps,  # [B, H, rows, padded_columns]
     alpha_high, alpha_low, padding,
     rows, columns, padded_columns, heads, row_tiles, column_tiles,
+    maps_image, maps_head,  # strides
     a_image, a_head, a_row, a_column,
     b_image, b_head, b_row, b_column,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr,
@@ -78,7 +79,7 @@ def logits_kernel(
     products = sums * double(alpha_high, alpha_low, ACC)
     if (column_tile + 1) * COLUMNS > columns:
         products = tl.where((j < columns)[None, :], products, padding)
-    maps += (image * heads + head) * rows * padded_columns
+    maps += image * maps_image + head * maps_head
     tl.store(
         maps + i.to(tl.int64)[:, None] * padded_columns + j[None, :],
         products.to(maps.dtype.element_ty),
@@ -86,13 +87,14 @@ def logits_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "map_rows", "heads", "row_tiles", "column_tiles"])
+@triton.jit(do_not_specialize=["rows", "inner", "heads", "row_tiles", "column_tiles"])
 def values_kernel(
     maps,  # [B, H, rows, padded columns], or with TRANSPOSED [B, H, inner, padded columns]
     b,  # [B, H, inner, width]
     result,  # [B, H, rows, width]
     alpha_high, alpha_low,
-    rows, inner, map_rows, padded_columns, heads, row_tiles, column_tiles,
+    rows, inner, padded_columns, heads, row_tiles, column_tiles,
+    maps_image, maps_head,  # strides
     b_image, b_head, b_row, b_column,
     result_image, result_head, result_row, result_column,
     TRANSPOSED: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -103,7 +105,7 @@ def values_kernel(
     image, head, row_tile, column_tile = tile_of(heads, row_tiles, column_tiles)
     i = row_tile * ROWS + tl.arange(0, ROWS)
     c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    maps += (image * heads + head) * map_rows * padded_columns
+    maps += image * maps_image + head * maps_head
     b += image * b_image + head * b_head
     sums = tl.zeros((ROWS, COLUMNS), ACC)
     for k0 in tl.range(0, inner, INNER):
@@ -155,7 +157,8 @@ def rows_by_rows(maps, a, b, alpha=1.0, padding=0.0):
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(maps.shape[3], tile.columns)
     launch(
         logits_kernel, (images * heads * row_tiles * column_tiles,), a, b, maps, *split(alpha), padding,
-        rows, keys, maps.shape[3], heads, row_tiles, column_tiles, *a.stride(), *b.stride(),
+        rows, keys, maps.shape[3], heads, row_tiles, column_tiles, *maps.stride()[:2], *a.stride(),
+        *b.stride(),
         COLUMNS=tile.columns, **options,
     )  # fmt: skip
 
@@ -168,6 +171,6 @@ def maps_by_rows(result, maps, b, alpha=1.0, transposed=False, add=False):
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)
     launch(
         values_kernel, (images * heads * row_tiles * column_tiles,), maps, b, result, *split(alpha), rows,
-        b.shape[2], maps.shape[2], maps.shape[3], heads, row_tiles, column_tiles, *b.stride(),
+        b.shape[2], maps.shape[3], heads, row_tiles, column_tiles, *maps.stride()[:2], *b.stride(),
         *result.stride(), COLUMNS=tile.columns, TRANSPOSED=transposed, ADD=add, **options,
     )  # fmt: skip

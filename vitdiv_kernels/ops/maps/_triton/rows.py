@@ -368,8 +368,10 @@ def backward_rows(
         pre_shift = tl.zeros((T,), ACC)
         if pre_bias is not None:
             pre_shift = tl.load(pre_bias + head, mask=used, other=0.0)
-    weight = matrix_of(mix, head, together, False, RELOAD, H)
-    weight_t = matrix_of(mix, head, together, True, RELOAD, H)
+    weight, weight_t = together, together
+    if mix is not None:
+        weight = matrix_of(mix, head, together, False, RELOAD, H)
+        weight_t = matrix_of(mix, head, together, True, RELOAD, H)
     shift = tl.zeros((T,), ACC)
     if not CENTRED:
         shift += tl.sum(diagonal_blocks(mix, head, together, False, H), 1) * mean

@@ -72,10 +72,10 @@ def _round_up(n, multiple):
     return (n + multiple - 1) // multiple * multiple
 
 
-def _plan(q, k, maps):
+def _plan(q, heads, keys, maps):
     """The plan for a call with so many sets of maps."""
-    images, heads, queries, _ = q.shape
-    return plan(images, heads, queries, k.shape[2], q.element_size(), maps, workspace_bytes(capability(q)))
+    limit = workspace_bytes(capability(q))
+    return plan(q.shape[0], heads, q.shape[2], keys, q.element_size(), maps, limit)
 
 
 class _Workspace:
@@ -101,12 +101,37 @@ def _images_of(tensor, chunk):
     return tensor[chunk.first : chunk.last]
 
 
+class _Layer(NamedTuple):
+    """Heads of the maps and what they are made of, `scale q k^T`."""
+
+    heads: slice
+    q: torch.Tensor  # [B, H, N, d]
+    k: torch.Tensor  # [B, H, M, d]
+    scale: float
+    needs_dq: bool = False
+    needs_dk: bool = False
+
+
+def _layers(*given):
+    """(_Layer of each, number of heads): the heads of each follow those of the one before."""
+    layers, heads = [], 0
+    for q, *others in given:
+        layers.append(_Layer(slice(heads, heads + q.shape[1]), q, *others))
+        heads += q.shape[1]
+    return layers, heads
+
+
+def _write_logits(z, layers, chunk, padding):
+    for layer in layers:
+        q, k = _rows_of(layer.q, chunk), _images_of(layer.k, chunk)
+        rows_by_rows(z[:, layer.heads], q, k, layer.scale, padding)
+
+
 class _Rows:
     """What the row kernels of one call share: how they run, and the constants that they are compiled for."""
 
-    def __init__(self, direction, q, keys, eps, centred, extras, size):
-        heads, self.queries = q.shape[1], q.shape[2]
-        self.heads, self.rows = heads, size.rows
+    def __init__(self, direction, q, heads, keys, eps, centred, extras, size):
+        self.heads, self.rows, self.queries = heads, size.rows, q.shape[2]
         config = row_config(direction, heads, keys, q.dtype, extras)
         if INTERPRETED:
             config = config.in_blocks(INTERPRETED_BLOCK, keys)
@@ -158,14 +183,18 @@ class _Rows:
 
 
 def forward(
-    q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs_out, needs_gram
+    q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs_out, needs_gram,
+    second=None,
 ):  # fmt: skip
-    """As `vitdiv::reattention_fwd`: (out, centred Gram); `nothing` for what is not needed."""
-    images, heads, queries, _ = q.shape
-    keys, dtype = k.shape[2], accumulation_dtype(q)
-    size = _plan(q, k, 1)
+    """As `vitdiv::reattention_fwd`: (out, centred Gram); `nothing` for what is not needed.
+
+    With `second`, (q, k, scale) of another layer, the Gram matrix is of the heads of both.
+    """
+    layers, heads = _layers((q, k, scale), *([second] if second else []))
+    images, queries, keys, dtype = q.shape[0], q.shape[2], k.shape[2], accumulation_dtype(q)
+    size = _plan(q, heads, keys, 1)
     extras = pre_mix is not None or norm_weight is not None
-    rows = _Rows("forward", q, keys, eps, centred, extras, size)
+    rows = _Rows("forward", q, heads, keys, eps, centred, extras, size)
     out = heads_like(q) if needs_out else nothing(q)
     grams = rows.partial_sums(q, images, needs_gram, rows.tile, rows.tile)
     workspace = _Workspace(q, size, heads, keys)
@@ -173,7 +202,7 @@ def forward(
 
     for chunk in chunks(size, images, queries):
         z = workspace.maps(chunk)
-        rows_by_rows(z, _rows_of(q, chunk), _images_of(k, chunk), scale, padding)
+        _write_logits(z, layers, chunk, padding)
         gram_part = rows.part(grams, chunk)
         for of_maps, mixed_maps in rows.steps:
             does = dict(NEEDS_GRAM=needs_gram and of_maps, NEEDS_OUT=needs_out and mixed_maps)
@@ -209,22 +238,25 @@ class _Gradient:
 
 
 def backward(
-    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs
+    dout, coupling, q, k, v, scale, pre_mix, pre_bias, mix, bias, centred, norm_weight, norm_bias, eps, needs,
+    second=None,
 ):  # fmt: skip
-    """As `vitdiv::reattention_bwd`: dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias."""
-    images, heads, queries, _ = q.shape
-    keys, dtype = k.shape[2], accumulation_dtype(q)
+    """As `vitdiv::reattention_bwd`: dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias.
+
+    With `second`, (q, k, scale, whether dq, whether dk) of another layer, its dq and dk follow.
+    """
     needs_dq, needs_dk, needs_dv, needs_dpre_mix, needs_dmix, needs_dnorm = needs
-    needs_dz = needs_dq or needs_dk
+    layers, heads = _layers((q, k, scale, needs_dq, needs_dk), *([second] if second else []))
+    images, queries, keys, dtype = q.shape[0], q.shape[2], k.shape[2], accumulation_dtype(q)
+    needs_dz = any(layer.needs_dq or layer.needs_dk for layer in layers)
     # dv alone does not need the gradient of the mixed maps
     has_dy = dout is not None and (needs_dz or needs_dpre_mix or needs_dmix or needs_dnorm)
-    size = _plan(q, k, 2 if has_dy else 1)
+    size = _plan(q, heads, keys, 2 if has_dy else 1)
     extras = pre_mix is not None or norm_weight is not None
-    rows = _Rows("backward", q, keys, eps, centred, extras, size)
-    dq, dk, dv = (
-        heads_like(x) if need else nothing(x)
-        for x, need in zip((q, k, v), (needs_dq, needs_dk, needs_dv), strict=True)
-    )
+    rows = _Rows("backward", q, heads, keys, eps, centred, extras, size)
+    dqs = [heads_like(layer.q) if layer.needs_dq else nothing(q) for layer in layers]
+    dks = [heads_like(layer.k) if layer.needs_dk else nothing(q) for layer in layers]
+    dv = heads_like(v) if needs_dv else nothing(q)
     matrices = rows.partial_sums(q, images, needs_dpre_mix or needs_dmix, 2, rows.tile, rows.tile)
     vectors = rows.partial_sums(q, images, needs_dmix or needs_dnorm, 3, rows.tile)
     if coupling is not None:
@@ -234,17 +266,18 @@ def backward(
     z_space, padding = _Workspace(q, size, heads, keys), padding_of(pre_mix)
     if has_dy:
         dy_space = _Workspace(q, size, heads, keys)
-    if needs_dk:
-        dk_of = _Gradient(dk, size, queries)
-    if needs_dv:
-        dv_of = _Gradient(dv, size, queries)
+    dks_of = [
+        _Gradient(dk, size, queries) if layer.needs_dk else None
+        for layer, dk in zip(layers, dks, strict=True)
+    ]
+    dv_of = _Gradient(dv, size, queries) if needs_dv else None
 
     # results apart: the layer norm's gradient is stored by the first launch, not made again in the next two
     norm_first = len(rows.steps) > 1 and norm_weight is not None and has_dy and (needs_dz or needs_dpre_mix)
 
     for chunk in chunks(size, images, queries):
         z, dy = z_space.maps(chunk), None
-        rows_by_rows(z, _rows_of(q, chunk), _images_of(k, chunk), scale, padding)
+        _write_logits(z, layers, chunk, padding)
         if has_dy:
             dy = dy_space.maps(chunk)
             rows_by_rows(dy, _rows_of(dout, chunk), _images_of(v, chunk))
@@ -270,10 +303,12 @@ def backward(
         if needs_dv:
             dv_of.add(chunk, z, _rows_of(dout, chunk))
         dz = dy if has_dy else z
-        if needs_dq:
-            maps_by_rows(_rows_of(dq, chunk), dz, _images_of(k, chunk), scale)
-        if needs_dk:
-            dk_of.add(chunk, dz, _rows_of(q, chunk), scale)
+        for layer, dq, dk_of in zip(layers, dqs, dks_of, strict=True):
+            of_layer = dz[:, layer.heads]
+            if layer.needs_dq:
+                maps_by_rows(_rows_of(dq, chunk), of_layer, _images_of(layer.k, chunk), layer.scale)
+            if layer.needs_dk:
+                dk_of.add(chunk, of_layer, _rows_of(layer.q, chunk), layer.scale)
 
     dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias = (nothing(q) for _ in range(5))
     if needs_dpre_mix or needs_dmix:
@@ -288,4 +323,5 @@ def backward(
         dmix, dbias = from_centred.to(dtype), bias_sums.to(dtype)
     if needs_dnorm:
         dnorm_weight, dnorm_bias = weight_sums.to(dtype), norm_bias_sums.to(dtype)
-    return dq, dk, dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias
+    of_second = (dqs[1], dks[1]) if second else ()
+    return dqs[0], dks[0], dv, dpre_mix, dmix, dbias, dnorm_weight, dnorm_bias, *of_second

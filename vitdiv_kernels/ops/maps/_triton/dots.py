@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ....._layout import accumulation_dtype
-from ...._launch import accumulator, launch
+from ...._layout import accumulation_dtype
+from ..._launch import accumulator, launch
 
 # 32 elements a thread and step; a program's rows give some hundred programs at ViT sizes.
 _STEP, _ELEMENTS, _STEPS, _WARPS = 64, 4096, 4, 4
