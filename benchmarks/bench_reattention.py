@@ -10,12 +10,11 @@ heads of the output, as the next linear layer wants them. Example:
     python benchmarks/bench_reattention.py --providers eager,native --shapes 32x12x197x64 --norm none,batch
 """
 
-import contextlib
 from functools import partial
 
 import cli
 import torch
-from harness import DTYPES, Unavailable, Workload, standard_providers
+from harness import Workload, standard_providers
 from torch.nn.functional import batch_norm, conv2d, layer_norm, scaled_dot_product_attention
 
 import vitdiv_kernels
@@ -107,28 +106,6 @@ def unmixed(q, k, v, mix, **_):
     return scaled_dot_product_attention(q, k, v)
 
 
-_SCHEDULE = contextlib.ExitStack()
-
-
-def scheduled(package, name, heads=0, dtype=torch.float32, extras=False):
-    """The Triton backend under the schedule of this name, or, with None, that of its table."""
-    from vitdiv_kernels.ops.maps._triton.tiles import most_heads
-    from vitdiv_kernels.ops.maps.reattention.triton_kernels.schedule import schedule
-
-    most = most_heads(dtype, extras)
-    if name == "streaming" and heads > most:
-        raise Unavailable(f"streaming holds {most} heads of {dtype}" + " with layer norm or pre-mix" * extras)
-
-    def operation(**inputs):
-        # Held for the backward, too, which comes before any other provider's forward.
-        _SCHEDULE.close()
-        if name is not None:
-            _SCHEDULE.enter_context(schedule(name))
-        return package(**inputs, backend="triton")
-
-    return operation
-
-
 def _products(shape):
     """The large products alone: logits and maps times v; backward the logits again and the gradients."""
     b, h, n, d = shape
@@ -151,7 +128,6 @@ def _flops(shape, norm, pre_mix):
 
 def workload(shape, norm="none", pre_mix="no", packed="no", dtype="float32"):
     b, heads, n, d = shape
-    extras = norm == "layer" or pre_mix == "yes"
 
     def inputs(device, dtype):
         # Parameters and statistics stay in float32 beside activations of 16 bits, as the operation has it.
@@ -180,9 +156,6 @@ def workload(shape, norm="none", pre_mix="no", packed="no", dtype="float32"):
     providers = standard_providers(formula, package) | {
         "conv2d": lambda: published,
         "sdpa": lambda: unmixed,
-        "triton": lambda: scheduled(package, None),
-        "triton-s1": lambda: scheduled(package, "streaming", heads, DTYPES[dtype], extras),
-        "triton-s2": lambda: scheduled(package, "workspace"),
     }
     if packed == "yes":
         providers = {name: of_packed(maker) for name, maker in providers.items()}
@@ -202,9 +175,7 @@ def workload(shape, norm="none", pre_mix="no", packed="no", dtype="float32"):
     )
 
 
-PROVIDERS = (
-    "eager", "compile", "conv2d", "sdpa", "reference", "native", "triton", "triton-s1", "triton-s2",
-)  # fmt: skip
+PROVIDERS = "eager", "compile", "conv2d", "sdpa", "reference", "native", "triton"
 
 
 def main():

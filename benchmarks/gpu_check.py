@@ -34,11 +34,11 @@ OPERATIONS = tuple(
     sorted(path.parent.name for path in (ROOT / "vitdiv_kernels/ops").glob("*/*/api.py"))
 )  # the package itself is imported after the build only
 TESTED = (
-    *("gpu", *OPERATIONS, "triton_streaming", "triton_workspace"),
+    *("gpu", *OPERATIONS, "triton_products", "triton_workspace"),
     *("plain_formulas", "determinism", "compile", "cuda_host"),
 )
 # What pytest selects, the backend first, by device; on a CPU to rehearse.
-TRITON = "triton-gpu or triton_streaming or triton_workspace or plain_formulas"
+TRITON = "triton-gpu or triton_products or triton_workspace or plain_formulas"
 SELECTED = {
     "Triton tests": {"cuda": TRITON, "cpu": TRITON.replace("triton-gpu", "triton-interpreter")},
     "CUDA tests": {"cuda": "native-cuda", "cpu": "native-cpu"},

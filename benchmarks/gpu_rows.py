@@ -31,8 +31,6 @@ BENCHMARKS = {
 }
 TRITON = ("eager", "triton")
 BOUNDED = ("eager", "sdpa", "triton")
-# Each compiles kernels of its own, those of streaming for long: behind the rows of the table's choice.
-SCHEDULES = ("eager", "triton-s2", "triton-s1")
 COMPILED = ("eager", "compile", "triton")
 NATIVE = ("eager", "native")
 DEVICE_LOST = 75  # the exit status after an error that no call of this process survives
@@ -63,7 +61,6 @@ ENTRIES = (
     Entry("reattention", (128, 3, 197, 64), {}, BOUNDED),
     Entry("reattention", REATTENTION, {"norm": "layer"}),
     Entry("reattention", (32, 12, 577, 64), {}, BOUNDED),
-    *(Entry("reattention", (128, heads, 197, 64), {}, SCHEDULES) for heads in (6, 3, 12)),
     Entry("reattention", REATTENTION, {}, COMPILED),
     Entry("attention_gram", GRAM, {}, COMPILED),
     Entry("pairwise_cosine", COSINE, {}, COMPILED),

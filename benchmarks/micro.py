@@ -1,4 +1,4 @@
-"""What bounds the Triton schedule "workspace" on a GPU, in ten seconds: copies, products, sizes of workspace.
+"""What bounds re-attention in Triton on a GPU, in ten seconds: copies, products, sizes of workspace.
 
 The maps that it holds have rows of 197 keys, stored 208 apart, so that each starts at a multiple of 16 bytes.
 What it costs to make keys and values as long, and what that saves, is measured here, and the copies that
@@ -126,7 +126,7 @@ def workspaces(device, dtype, shape):
         for size in WORKSPACES:
             row_tiles.WORKSPACE_BYTES = (((0, 0), size),)
             for mode in ("fwd", "fwd+bwd"):
-                call = Call(maker.providers["triton-s2"](), inputs, mode)
+                call = Call(maker.providers["triton"](), inputs, mode)
                 call.prepare()
                 seconds = statistics.median(call.seconds(1) for _ in range(7))
                 wall = call.wall_seconds()

@@ -406,28 +406,6 @@ def test_packed_is_what_a_layer_computes(module):
         assert grad.shape == qkv.shape
 
 
-@pytest.mark.parametrize(
-    ("heads", "options", "here"),
-    [
-        (16, {}, True),
-        (17, {}, False),
-        (12, {"norm": "batch"}, True),
-        (12, {"norm": "layer"}, False),
-        (12, {"pre_mix": "yes"}, False),
-        (8, {"pre_mix": "yes"}, True),
-        (1, {"dtype": "float64"}, False),
-    ],
-)
-def test_streaming_is_timed_where_its_tiles_hold_the_heads(module, heads, options, here):
-    pytest.importorskip("triton")
-    maker = module("bench_reattention").workload((2, heads, 9, 8), **options).providers["triton-s1"]
-    if here:
-        maker()
-    else:
-        with pytest.raises(module("harness").Unavailable, match="streaming holds"):
-            maker()
-
-
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory needs Linux's /proc")
 def test_peak_memory_sees_what_is_freed_again(module, fake):
     """In the highest of three: the kernel may take pages of files away meanwhile, which hides the peak."""

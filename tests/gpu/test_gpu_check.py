@@ -552,7 +552,7 @@ def test_every_operation_is_tested_and_measured(monkeypatch):
     check = importlib.import_module("gpu_check")
     assert set(check.OPERATIONS) == set(_dispatch.OPERATIONS)
     assert set(check.OPERATIONS) <= set(check.TESTED)
-    assert {"triton_streaming", "triton_workspace"} <= set(check.TESTED)
+    assert {"triton_products", "triton_workspace"} <= set(check.TESTED)
     for name in check.TESTED:
         assert len(list(ROOT.glob(f"tests/*/test_{name}.py"))) == 1
     for name in ("gpu_check", "stages", "suites"):
@@ -628,13 +628,13 @@ def test_the_triton_providers_and_workspaces(gpu_rows, monkeypatch, tmp_path, on
         monkeypatch.setattr(gpu_rows.micro, name, section)
     shape = (1, 2, 5, 8)
     entries = (
-        gpu_rows.Entry("reattention", shape, {}, ("eager", "triton-s2"), "float32"),
+        gpu_rows.Entry("reattention", shape, {}, ("eager", "triton"), "float32"),
         gpu_rows.Entry("micro", shape, {}, (), "float32"),
     )
     before = row_tiles.WORKSPACE_BYTES
     status, _, rows = measured(gpu_rows, monkeypatch, tmp_path, entries)
     assert status == 0
-    assert [row["provider"] for row in rows["rows.csv"]] == ["eager", "triton-s2"] * 2
+    assert [row["provider"] for row in rows["rows.csv"]] == ["eager", "triton"] * 2
     assert [row["case"] for row in rows["micro.csv"]] == ["1 MB, fwd", "1 MB, fwd+bwd"]
     assert before == row_tiles.WORKSPACE_BYTES
 
@@ -673,7 +673,6 @@ def test_the_first_entries_are_what_matters_most(gpu_rows):
     assert first == [("reattention",), ("attention_gram",), ("pairwise_cosine",), ("reattention", "batch")]
     slow = [index for index, entry in enumerate(gpu_rows.ENTRIES) if "compile" in entry.providers]
     assert min(slow) >= 10
-    # nor one of a schedule that the table does not choose, whose kernels compile for longer than most
     assert all(set(entry.providers) <= {"eager", "sdpa", "triton"} for entry in gpu_rows.ENTRIES[:10])
     for entry in gpu_rows.ENTRIES:
         if entry.op != "micro":

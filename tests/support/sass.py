@@ -92,7 +92,7 @@ def parsed(text):
             first = labels[target[1]]
             spans[first] = max(i, spans.get(first, i))
     loops = [
-        Loop(first, last, sum(f <= first and last <= l for f, l in spans.items()) - 1)
+        Loop(first, last, sum(start <= first and last <= end for start, end in spans.items()) - 1)
         for first, last in spans.items()
     ]
     return Code(instructions, sorted(loops, key=lambda loop: loop.first - loop.last))

@@ -1,7 +1,5 @@
-"""What the Triton kernels hold beside inputs and results: nothing that grows as the N x N maps do.
-
-The workspace schedule is in test_triton_workspace.py.
-"""
+"""What the Triton kernels of pairs of vectors hold beside inputs and results; the maps' workspace is in
+test_triton_workspace.py."""
 
 import importlib.util
 
@@ -14,63 +12,15 @@ if importlib.util.find_spec("triton") is None:
 from allocations import Allocations, beyond_results
 
 from vitdiv_kernels.ops import _launch as _triton
-from vitdiv_kernels.ops.maps.attention_gram import triton_kernels as gram
-from vitdiv_kernels.ops.maps.reattention.triton_kernels import streaming
 from vitdiv_kernels.ops.pairs.pairwise_cosine import triton_kernels as cosine
 from vitdiv_kernels.ops.pairs.pairwise_rows import triton_kernels as rows
 from vitdiv_kernels.ops.pairs.two_gram import triton_kernels as grams
 
-IMAGES, HEADS, WIDTH = 8, 8, 64
+IMAGES = 8
 
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def heads_of(tokens):
-    """q, k and v as a packed projection leaves them."""
-    return meta(IMAGES, tokens, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
-
-
-def matrix(*images):
-    return meta(*images, HEADS, HEADS, dtype=torch.float32)
-
-
-def reattention_forward(tokens):
-    q, k, v = heads_of(tokens)
-    vector = matrix()[0]
-    return beyond_results(
-        streaming.forward, q, k, v, 0.1, None, None, matrix(), vector, False, vector, vector, 1e-5, True, True
-    )
-
-
-def reattention_backward(tokens):
-    q, k, v = heads_of(tokens)
-    dout, vector = meta(IMAGES, HEADS, tokens, WIDTH), matrix()[0]
-    mixed = q, k, v, 0.1, matrix(), vector, matrix(), vector, False, vector, vector, 1e-5
-    return beyond_results(streaming.backward, dout, matrix(IMAGES), *mixed, [True] * 6)
-
-
-def gram_forward(tokens):
-    q, k, _ = heads_of(tokens)
-    return beyond_results(gram.attention_gram_fwd, q, k, 0.1, None, None, 0.1)
-
-
-def gram_backward(tokens):
-    q, k, _ = heads_of(tokens)
-    needs = [True, True, False, False]
-    return beyond_results(gram.attention_gram_bwd, matrix(IMAGES), q, k, 0.1, None, None, 0.1, needs)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-@pytest.mark.parametrize(
-    "held", [reattention_forward, reattention_backward, gram_forward, gram_backward], ids=lambda f: f.__name__
-)
-def test_nothing_grows_as_the_maps(held, capability):
-    with _triton.recording(capability):
-        few, many = held(1024), held(2048)
-    assert many <= 2.1 * few + 2**16
-    assert many <= IMAGES * HEADS * 2048 * 2048 * 2 / 16  # of the maps in bfloat16
 
 
 @pytest.mark.parametrize(("penalty", "bits"), [("abs", 2.5), ("relu", 1.5), ("square", 0), ("signed", 0)])

@@ -137,7 +137,7 @@ def values_kernel(
 
 
 def padding_of(pre_mix):
-    """What logits have past the keys: nothing of them is left in a softmax, nor in a mix of heads before it."""
+    """What logits have past the keys: it leaves nothing in a softmax, nor in a mix of heads before it."""
     return float("-inf") if pre_mix is None else 0.0
 
 

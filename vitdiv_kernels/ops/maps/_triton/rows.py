@@ -64,8 +64,8 @@ def not_finite(value):
 
 @triton.jit
 def without(x, lost, SHARE: tl.constexpr):
-    """x [T, BLOCK], 0 in the rows `lost`, where a tile holds several query rows: zeros of a mix's matrix would
-    carry NaN and Inf from one to the others. See `in_query_rows`."""
+    """x [T, BLOCK], 0 in the rows `lost`, where a tile holds several query rows: zeros of a mix's matrix
+    would carry NaN and Inf from one to the others. See `in_query_rows`."""
     if SHARE > 1:
         return tl.where(lost[:, None], 0.0, x)
     else:
@@ -418,13 +418,13 @@ def backward_rows(
                 for j0 in tl.range(0, keys, BLOCK):
                     jd = j0 + tl.arange(0, BLOCK)
                     _, logits_d = load_logits(
-                        z_rows, jd, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE, RELOAD, H,
-                        DOT, PRECISION, ACC,
+                        z_rows, jd, live, keys, padded_keys, pre, pre_shift, head, together, HAS_PRE,
+                        RELOAD, H, DOT, PRECISION, ACC,
                     )  # fmt: skip
                     exponential_d, _, _ = softmax_terms(logits_d, top, total, used, False, ACC)
                     maps_d, _, _, _, _, _, dmaps_d, nan_d = maps_gradient(
-                        exponential_d, inverse, dy_rows, jd, live, keys, padded_keys, mean, weight, weight_t, shift,
-                        gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
+                        exponential_d, inverse, dy_rows, jd, live, keys, padded_keys, mean, weight,
+                        weight_t, shift, gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
                         True, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
                     )  # fmt: skip
                     row_dot += tl.sum(maps_d * dmaps_d, 1) + nan_d
@@ -437,8 +437,8 @@ def backward_rows(
             exponential, top, total = softmax_terms(logits, top, total, used, ONE_BLOCK, ACC)
             inverse = tl.where(live, 1.0 / total, 0.0)
             maps, centred, y, dy_block, normalised, dmixed, dmaps, nan = maps_gradient(
-                exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain, offset,
-                couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, T,
+                exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain,
+                offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, T,
                 SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
             )  # fmt: skip
             if NEEDS_DMIX:

@@ -50,8 +50,8 @@ class Chunk(NamedTuple):
 def plan(images, heads, queries, keys, itemsize, maps, limit):
     """The largest chunks whose maps take at most `limit` bytes, all of about the same size.
 
-    `maps` sets of maps. Where not even one image fits, its rows are shared out so that they do, but never less
-    than 16 at a time.
+    `maps` sets of maps. Where not even one image fits, its rows are shared out so that they do, but never
+    less than 16 at a time.
     """
     row_bytes = maps * heads * _round_up(keys, _KEYS_MULTIPLE) * itemsize
     if row_bytes * queries <= limit:
