@@ -1,8 +1,7 @@
 """Speed and memory of re-attention: attention whose softmax maps are mixed across heads, and normalised.
 
 eager mixes by einsum, the fastest plain form found; conv2d by a 1x1 Conv2d, as DeepViT was published; sdpa
-does not mix, and so bounds what mixing kernels can reach; triton-s1 (streaming) and triton-s2 (workspace)
-are the two schedules that triton chooses from. Batch norm is in training, with running statistics.
+does not mix, and so bounds what mixing kernels can reach. Batch norm is in training, with running statistics.
 --pre-mix yes also mixes the logits (talking heads). --packed yes takes q, k and v as a layer has them: views
 of the one [B, N, 3, H, d] that its linear layer wrote, whose gradient is one tensor, too; and joins the
 heads of the output, as the next linear layer wants them. Example:

@@ -1,4 +1,4 @@
-"""The matrix products of the workspace schedule, of all heads of a chunk at once, for tensors of any strides.
+"""The matrix products of re-attention, of all heads of a chunk at once, for tensors of any strides.
 
 A library's batched product takes one stride for images and heads together. A view into packed q, k, v has
 none, so that every operand and result would be copied: here there is nothing to copy.
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._launch import OPERANDS, accumulator, double, input_precision, launch, split
+from ..._tables import options as launch_options
 
 
 class ProductTile(NamedTuple):
@@ -18,18 +19,19 @@ class ProductTile(NamedTuple):
     inner: int  # of a step of the loop
     warps: int
     stages: int
+    maxnreg: int | None
 
 
 # By the bytes of an element: of `rows_by_rows`, whose loop is along the width, and of `maps_by_rows`.
 ROWS_BY_ROWS = {
-    2: ProductTile(64, 128, 64, 4, 2),
-    4: ProductTile(64, 64, 32, 4, 2),
-    8: ProductTile(32, 32, 16, 4, 2),
+    2: ProductTile(64, 128, 64, 4, 2, None),
+    4: ProductTile(64, 64, 32, 4, 2, None),
+    8: ProductTile(32, 32, 16, 4, 2, 128),
 }
 MAPS_BY_ROWS = {
-    2: ProductTile(64, 64, 64, 4, 3),
-    4: ProductTile(64, 64, 32, 4, 2),
-    8: ProductTile(32, 32, 16, 4, 2),
+    2: ProductTile(64, 64, 64, 4, 3, 240),
+    4: ProductTile(64, 64, 32, 4, 2, None),
+    8: ProductTile(32, 32, 16, 4, 2, None),
 }
 
 
@@ -145,7 +147,7 @@ def _tile(table, dtype, width):
     tile = table[dtype.itemsize]
     return tile, dict(
         WIDTH=width, ROWS=tile.rows, INNER=tile.inner, DOT=OPERANDS[dtype], PRECISION=input_precision(dtype),
-        ACC=accumulator(dtype), num_warps=tile.warps, num_stages=tile.stages,
+        ACC=accumulator(dtype), **launch_options(tile),
     )  # fmt: skip
 
 

@@ -6,9 +6,11 @@ import torch
 
 from ..._tables import ANY, first_row
 
-# Of the maps of a chunk and the copies of its operands, by capability. Source: cost model, which counts in
-# docs/kernels/reattention.md why it is more than the L2 (A100 40 MB, H200 50 MB, B200 126 MB).
-WORKSPACE_BYTES = (((10, 0), 128 << 20), ((9, 0), 96 << 20), ((0, 0), 64 << 20))
+# Of the maps of a chunk, by capability: of the GPUs of data centres, and of others. Source: cost model, which
+# counts in docs/kernels/reattention.md why it is more than the L2 (A100 40 MB, H200 50 MB, B200 126 MB).
+WORKSPACE_BYTES = (
+    ((12, 0), 128 << 20), ((9, 0), 256 << 20), ((8, 1), 128 << 20), ((8, 0), 256 << 20), ((0, 0), 64 << 20)
+)  # fmt: skip
 
 
 def workspace_bytes(capability):
@@ -30,7 +32,7 @@ class RowTile(NamedTuple):
 # of a tile, most keys.
 ROWS = {
     ("forward", 2, False, 16, 64): RowTile(64, 8, 2, 1, None, "aot"),
-    ("forward", 2, False, 16, 256): RowTile(256, 8, 4, 1, None, "aot"),
+    ("forward", 2, False, 16, 256): RowTile(256, 8, 4, 1, 128, "aot"),
     ("forward", 4, True, 16, 256): RowTile(256, 8, 8, 1, 240, "aot"),
     ("forward", 2, False, 16, 512): RowTile(512, 8, 8, 1, None, "aot"),
     ("forward", 4, True, 16, ANY): RowTile(128, 4, 4, 1, 240, "aot"),
@@ -39,12 +41,12 @@ ROWS = {
     ("forward", 8, True, 16, ANY): RowTile(32, 4, 8, 1, 240, "aot"),
     ("forward", 8, True, 32, ANY): RowTile(16, 4, 8, 1, 255, "aot"),
     ("backward", 2, False, 16, 64): RowTile(64, 8, 4, 1, None, "aot"),
-    ("backward", 2, False, 16, 256): RowTile(256, 8, 4, 1, None, "aot"),
+    ("backward", 2, False, 16, 256): RowTile(256, 8, 4, 1, 255, "aot"),
     ("backward", 2, False, 16, ANY): RowTile(128, 4, 8, 1, 240, "aot"),
     ("backward", 2, True, 16, ANY): RowTile(64, 4, 8, 1, 255, "aot"),
-    ("backward", 4, False, 16, ANY): RowTile(128, 4, 8, 1, None, "aot"),
+    ("backward", 4, False, 16, ANY): RowTile(128, 4, 8, 1, 240, "aot"),
     ("backward", 4, True, 16, ANY): RowTile(64, 4, 8, 1, None, "aot"),
-    ("backward", 2, False, 32, ANY): RowTile(64, 4, 8, 1, 255, "aot"),
+    ("backward", 2, False, 32, ANY): RowTile(32, 4, 8, 1, 255, "aot"),
     ("backward", 2, True, 32, ANY): RowTile(32, 4, 8, 1, 255, "aot"),
     ("backward", 8, False, 16, ANY): RowTile(32, 4, 8, 1, 240, "aot"),
     ("backward", 4, False, 32, ANY): RowTile(32, 4, 8, 1, 255, "aot"),

@@ -1,4 +1,4 @@
-"""The row kernels of the workspace schedule: all that happens to the maps between two matrix products.
+"""The row kernels: all that happens to the maps between two matrix products.
 
 A tile holds the logits of all heads for SHARE query rows: tile row r is head r % H of query row r // H, and
 T = 16, 32, ... tile rows are what a tensor-core product needs. A mix over heads is then one product with the
@@ -424,8 +424,9 @@ def backward_rows(
                     exponential_d, _, _ = softmax_terms(logits_d, top, total, used, False, ACC)
                     maps_d, _, _, _, _, _, dmaps_d, nan_d = maps_gradient(
                         exponential_d, inverse, dy_rows, jd, live, keys, padded_keys, mean, weight,
-                        weight_t, shift, gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, False,
-                        True, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
+                        weight_t, shift, gain, offset, couple, used, head, together, HAS_DOUT,
+                        HAS_COUPLING, LAYER, False, True, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST,
+                        ACC,
                     )  # fmt: skip
                     row_dot += tl.sum(maps_d * dmaps_d, 1) + nan_d
         for j0 in tl.range(0, BLOCK if ONE_BLOCK else keys, BLOCK):
@@ -437,9 +438,9 @@ def backward_rows(
             exponential, top, total = softmax_terms(logits, top, total, used, ONE_BLOCK, ACC)
             inverse = tl.where(live, 1.0 / total, 0.0)
             maps, centred, y, dy_block, normalised, dmixed, dmaps, nan = maps_gradient(
-                exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift, gain,
-                offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV, NEEDS_MAPS, EPS, H, T,
-                SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
+                exponential, inverse, dy_rows, j, live, keys, padded_keys, mean, weight, weight_t, shift,
+                gain, offset, couple, used, head, together, HAS_DOUT, HAS_COUPLING, LAYER, NEEDS_DV,
+                NEEDS_MAPS, EPS, H, T, SHARE, RELOAD, DOT, PRECISION, BOOST, ACC,
             )  # fmt: skip
             if NEEDS_DMIX:
                 dmix = add_products(dmix, dmixed, centred, SPLIT, T, BLOCK, DOT, PRECISION, ACC)
