@@ -154,6 +154,8 @@ def backend(request, monkeypatch):
         interpreter_checks.install()
         interpreter_arithmetic.install()
         interpreter_speed.install()
+        if not request.config.getoption("--every-case"):
+            interpreter_speed.products_by_torch(monkeypatch)
     if request.param == "emulated-cuda":
         emulated_operators.need(operation_of(request.node))
         one_emulator().configure()

@@ -14,6 +14,9 @@ import triton.language as tl
 from interpreter_checks import wrap
 from triton.runtime import interpreter
 
+from vitdiv_kernels._layout import accumulation_dtype
+from vitdiv_kernels.ops.maps._triton import workspace
+
 _exchanged = set()  # names of modules, in this launch
 
 
@@ -44,3 +47,22 @@ def install():
     builder = interpreter.interpreter_builder
     if getattr(builder.options, "sanitize_overflow", False) and not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def products_by_torch(monkeypatch):
+    """The products around the row kernels of re-attention, which take the interpreter two thirds of its time.
+    test_triton_products.py and test_triton_workspace.py have the kernels."""
+
+    def rows_by_rows(maps, a, b, alpha=1.0, padding=0.0):
+        keys, dtype = b.shape[2], accumulation_dtype(a)
+        maps[..., :keys] = alpha * (a.to(dtype) @ b.to(dtype).mT)
+        maps[..., keys:] = padding
+
+    def maps_by_rows(result, maps, b, alpha=1.0, transposed=False, add=False):
+        dtype = accumulation_dtype(b)
+        maps = maps[..., : result.shape[2]].mT if transposed else maps[..., : b.shape[2]]
+        product = alpha * (maps.to(dtype) @ b.to(dtype))
+        result.copy_(result + product if add else product)
+
+    monkeypatch.setattr(workspace, "rows_by_rows", rows_by_rows)
+    monkeypatch.setattr(workspace, "maps_by_rows", maps_by_rows)

@@ -45,12 +45,19 @@ def laid_out(shape, layout, dtype):
 
 
 LAYOUTS = ["contiguous", "packed", "heads beside", "width not last", "one row expanded"]
+SIZES = [(1, 1, 1), (65, 131, 35), (3, 17, 130)]
+# each layout, dtype and size, and each dtype in tiles that are not whole
+CASES = [
+    *((layout, torch.float32, SIZES[1]) for layout in LAYOUTS),
+    *((layout, dtype, SIZES[1]) for layout, dtype in zip(LAYOUTS, DTYPES, strict=False)),
+    *(("packed", torch.bfloat16, size) for size in (SIZES[0], SIZES[2])),
+]
+cases = pytest.mark.parametrize(("layout", "dtype", "sizes"), CASES, ids=str)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "keys", "width"), [(1, 1, 1), (65, 131, 35), (33, 48, 64), (3, 17, 130)])
-def test_products_of_rows(rows, keys, width, dtype, layout):
+@cases
+def test_products_of_rows(layout, dtype, sizes):
+    rows, keys, width = sizes
     a, b = laid_out((2, 3, rows, width), layout, dtype), laid_out((2, 3, keys, width), layout, dtype)
     padded = -(-keys // 16) * 16
     maps = torch.full((2, 4, rows, padded), 7.0, dtype=dtype, device=DEVICE)
@@ -62,15 +69,14 @@ def test_products_of_rows(rows, keys, width, dtype, layout):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS[:3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "keys", "width"), [(1, 1, 1), (65, 131, 35), (3, 17, 130)])
-def test_products_with_maps(rows, keys, width, dtype, layout, transposed):
+@cases
+def test_products_with_maps(layout, dtype, sizes, transposed):
+    rows, keys, width = sizes
     padded = -(-keys // 16) * 16
     maps = torch.randn(2, 4, rows, padded).to(DEVICE, dtype)[:, 1:]
     inner, outer = (rows, keys) if transposed else (keys, rows)
     b = laid_out((2, 3, inner, width), layout, dtype)
-    result = laid_out((2, 3, outer, width), layout, dtype)
+    result = laid_out((2, 3, outer, width), "packed" if layout == "one row expanded" else layout, dtype)
     truth = 0.3 * (maps[..., :keys].mT if transposed else maps[..., :keys]).double() @ b.double()
     products.maps_by_rows(result, maps, b, alpha=0.3, transposed=transposed)
     assert_within_budget(result, truth, truth, dtype, "result", scale=10 * inner**0.5)

@@ -1,4 +1,4 @@
-"""Re-attention in Triton: maps of a chunk of images, or of query rows of one image, in a workspace of constant size.
+"""Re-attention in Triton: maps of a chunk of images, or of query rows of one image, in a workspace.
 
 A product writes the chunk's logits, one row kernel makes of them what the next products need, in place.
 docs/kernels/reattention.md describes both directions and counts their bytes.
