@@ -48,11 +48,15 @@ def assert_same(found, expected):
 
 CASES = {
     "CutMix, accumulated": (SMALL, {"losses": {"gong2021": 1.0}}, {"accumulate": 2}),
-    "batch norm of maps": (MIXED, {"losses": DIVERSITY, "sync_bn": True}, {"checkpointing": True}),
+    "batch norm of maps": (
+        MIXED, {"losses": DIVERSITY | {"cos_reg": 0.1}, "sync_bn": True}, {"checkpointing": True}
+    ),
     "a head without part in the logits": (replace(SMALL, patch_head=True), {}, {"accumulate": 2}),
     "sharded": (SMALL, {"losses": DIVERSITY}, {"fsdp": True, "accumulate": 2}),
-    "sharded, batch norm": (MIXED, {"sync_bn": True}, {"fsdp": True, "checkpointing": True}),
-}
+    "sharded, batch norm": (
+        MIXED, {"losses": {"cos_reg": 0.5}, "sync_bn": True}, {"fsdp": True, "checkpointing": True}
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
