@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import os
 import signal
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import processes
 import pytest
+import torch
 from small_trainer import assert_same_run, small_trainer
 
 from vitdiv_kernels.train import checkpoint, parallel
@@ -29,6 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def trained(config, recipe, options, load=None, save=None, until=None):
     """Rows and weights of a run, in this process or one of several."""
+    if options.get("compile"):  # what is compiled ends with this process; making code of it takes a minute
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     with parallel.started("cpu"):
         run = small_trainer(config, {"steps": STEPS} | recipe, eval_every=3, **options)
         if load:
@@ -52,6 +56,7 @@ CASES = {
         MIXED, {"losses": DIVERSITY | {"cos_reg": 0.1}, "sync_bn": True}, {"checkpointing": True}
     ),
     "a head without part in the logits": (replace(SMALL, patch_head=True), {}, {"accumulate": 2}),
+    "sharded, compiled": (replace(SMALL, depth=2), {"losses": DIVERSITY}, {"fsdp": True, "compile": True}),
     "sharded": (SMALL, {"losses": DIVERSITY}, {"fsdp": True, "accumulate": 2}),
     "sharded, batch norm": (
         MIXED, {"losses": {"cos_reg": 0.5}, "sync_bn": True}, {"fsdp": True, "checkpointing": True}
