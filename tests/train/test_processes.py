@@ -151,6 +151,15 @@ def test_processes_that_do_not_fit_say_so_and_touch_nothing(options, of_rank, se
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_wrong_arguments_are_told_once(rank, times, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        main(["--lr", "fast"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("--lr: must be a number at least 0, got 'fast'") == times
+
+
 def folder_of_images(root, odd):
     from PIL import Image
 
