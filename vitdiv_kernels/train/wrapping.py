@@ -56,6 +56,9 @@ def shard(model: nn.Module) -> None:
 def wrapped(model: nn.Module, processes: Processes, *, fsdp: bool, compile: bool, sync_bn: bool) -> nn.Module:
     """The module to call in training."""
     run: Any = torch.compile(model) if compile else model
+    if compile and fsdp:
+        # blocks are compiled one by one, and not all have hooks of an objective
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
     if processes.size > 1 and not fsdp:
         # the head of patches (Gong et al.) has no part in the logits, and no gradient
         unused = getattr(model, "patch_head", None) is not None
