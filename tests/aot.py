@@ -47,11 +47,6 @@ from vitdiv_kernels.ops import _launch as _triton
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 CAPABILITIES = 80, 89, 90, 100
-# Kernels that load or store 16-bit elements one by one though all their addresses are aligned, to be mended.
-ONE_BY_ONE = {
-    "forward_rows": "logits are masked with the number of keys, which Triton cannot tell to be aligned",
-    "backward_rows": "logits and the gradient of the maps, likewise",
-}
 # Loads of the branch for vectors far from 1, which hardly a call takes.
 FEW_ONE_BY_ONE = {"_tiles_kernel": 16}
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
@@ -101,7 +96,7 @@ def in_turn(launches):
 
 def sample(launches):
     """Few of what `in_turn` chooses: of each kernel, whatever operations launch it, each GPU, each constant,
-    each option, and of each argument each type and whether 16 divides it is in one."""
+    all options, and of each argument each type and whether 16 divides it is in one."""
     of_kernel = {}
     for key, launch in in_turn(launches).items():
         of_kernel.setdefault((launch.kernel.__module__, key[2]), {})[key] = values_of(key)
@@ -114,7 +109,7 @@ def values_of(key):
     aligned = {i for i, _ in attributes}
     return {
         ("GPU", capability),
-        *(("option", *option) for option in enumerate(options)),
+        ("options", options),  # warps and registers together: they decide what spills
         *(("argument", *argument) for argument in signature),
         *(("aligned", i, i in aligned) for i, (_, kind) in enumerate(signature) if kind != "constexpr"),
         *(("constant", *constant) for constant in constexprs),
@@ -276,7 +271,7 @@ def faults(name, limit, result):
         found.append(f"shared memory of {result['shared']} bytes, at most {limit}")
     if result["chained"] > 1:
         found.append(f"{result['chained']} tcgen05 products into one accumulator: fewer rows take mma.sync")
-    if result["one element"] > FEW_ONE_BY_ONE.get(name, 0) and name not in ONE_BY_ONE:
+    if result["one element"] > FEW_ONE_BY_ONE.get(name, 0):
         found.append(f"{result['one element']} loads and stores of one 16-bit element at aligned addresses")
     return found
 
