@@ -38,8 +38,7 @@ def test_compiles_without_spills(family, tmp_path, pytestconfig):
         "--json",
         str(tmp_path / "rows.json"),
     ]
-    every_case = pytestconfig.getoption("--every-case")
-    if not every_case:
+    if not pytestconfig.getoption("--every-case"):
         command.append("--sample")
     environment["PYTHONPATH"] = python_path()
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -47,15 +46,12 @@ def test_compiles_without_spills(family, tmp_path, pytestconfig):
     assert (tmp_path / "rows.json").exists(), run.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["cc"] for row in rows} >= {80, 90, 100}
-    assert {row["operation"] for row in rows} == set(FAMILIES[family])
+    assert {row["operation"] for row in rows} <= set(FAMILIES[family])
+    if family == "maps":  # whose operations share their kernels
+        of_all = {"logits_kernel", "values_kernel", "forward_rows", "backward_rows", "dot_rows"}
+        assert {row["kernel"] for row in rows} == of_all
     faulty = [row for row in rows if row["faults"]]
     assert not faulty, faulty
-    from aot import ONE_BY_ONE
-
-    for name in ONE_BY_ONE.keys() & {row["kernel"] for row in rows if every_case}:
-        assert any(row["one element"] for row in rows if row["kernel"] == name), (
-            f"{name} is mended: ONE_BY_ONE"
-        )
 
 
 CHAIN = """
@@ -99,9 +95,6 @@ def test_what_is_a_fault():
         assert aot.faults("kernel", 100, good) == []
         (fault,) = aot.faults("kernel", 100, good | {name: value})
         assert str(value) in fault
-    assert [aot.faults(name, 100, good | {"one element": 24}) for name in aot.ONE_BY_ONE] == [[]] * len(
-        aot.ONE_BY_ONE
-    )
 
 
 @pytest.mark.parametrize(
