@@ -1,11 +1,12 @@
 """Train a ViT: `python -m vitdiv_kernels.train --data digits --model digits24 --losses diversity`."""
 
 import argparse
+import contextlib
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,6 @@ import torch
 from .._types import Backend
 from ..vit import CONFIGS
 from . import models
-from .data import load
 from .errors import TrainError
 from .loop import Trainer, flushed_denormals
 from .loss_weights import listing
@@ -25,11 +25,14 @@ from .options import number as number
 from .parallel import Processes, local_device, started
 from .parts import PARTS
 from .recipe import Recipe
+from .segment.settings import Dense
 from .settings import Keep, Machine, Subject
+from .tasks import TASKS
 
 GROUPS = (
     ("what to train", Subject),
     ("how to train it", Recipe),
+    ("how to segment (--task segment)", Dense),
     ("where and in what way", Machine),
     ("what to keep", Keep),
 )
@@ -61,7 +64,8 @@ def run_command(
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(task: str = "classify") -> argparse.ArgumentParser:
+    """The options, with the defaults of the task."""
     parser = argparse.ArgumentParser(
         prog="python -m vitdiv_kernels.train",
         usage="%(prog)s [OPTIONS]",
@@ -75,22 +79,34 @@ def make_parser() -> argparse.ArgumentParser:
         add_options(group, kind)
     for part in PARTS:
         add_options(group, part)
+    parser.set_defaults(**TASKS[task].defaults)
     return parser
+
+
+def task_of(argv: Sequence[str] | None) -> str:
+    """The task that is asked for; other options and mistakes are left to `make_parser`."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--task", default="classify")
+    with contextlib.suppress(argparse.ArgumentError):
+        task = parser.parse_known_args(argv)[0].task
+        return task if task in TASKS else "classify"
+    return "classify"
 
 
 def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     """The trainer that the arguments describe. Raises TrainError with a sentence."""
-    subject, recipe, machine, keep = (collect(kind, args) for _, kind in GROUPS)
-    subject, recipe = cast(Subject, subject), cast(Recipe, recipe)
+    subject, recipe, dense, machine, keep = (collect(kind, args) for _, kind in GROUPS)
+    subject, recipe, dense = cast(Subject, subject), cast(Recipe, recipe), cast(Dense, dense)
+    task = TASKS[subject.task]
     machine, keep = cast(Machine, machine), cast(Keep, keep)
     device = local_device(machine.device)
     checkpoint = keep.out / "checkpoint.pt"
     with processes.together():
         usable(device)
         config = models.chosen(subject)
-        data = load(subject.data, config.image_size, config.channels, recipe.seed)
+        data = task.load(subject.data, config, recipe.seed, dense)
         torch.manual_seed(recipe.seed)
-        model = models.make(replace(config, classes=len(data.classes)))
+        model = task.make(replace(config, classes=len(data.classes)), dense)
     trainer = Trainer(
         model,
         data,
@@ -110,6 +126,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         resume=keep.resume,
         folder=keep.out,
         title=subject.model,
+        task=functools.partial(task, options=dense),
     )
     if keep.resume:
         trainer.load(checkpoint)
@@ -121,7 +138,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     return trainer
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
     """The first SIGINT or SIGTERM asks the trainer to stop, the second one ends the program."""
     received: list[int] = []
@@ -159,8 +176,8 @@ def train(trainer: Trainer, out: Path) -> int:
     for what, model in tested.items():
         for name, part in (("validation", trainer.data.val), ("test", trainer.data.test)):
             if part is not None:
-                share = trainer.task.evaluate(model, part, trainer.processes)
-                say(f"{name} accuracy{what} {100 * share:.2f} % ({len(part)} images)")
+                for line in trainer.task.summary(model, part, name + what, trainer.data, trainer.processes):
+                    say(line)
     if trainer.measured:
         speed, memory = trainer.measured["images_per_second"], trainer.measured["peak_memory_mb"]
         say(f"{speed:.0f} images/s at the end, at most {memory:.0f} MB in a process")
@@ -176,4 +193,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(make_parser(), run, argv)
+    return run_command(make_parser(task_of(argv)), run, argv)

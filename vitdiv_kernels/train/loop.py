@@ -26,6 +26,8 @@ from .parts import Collapse, CsvLog, Part
 from .recipe import Recipe, learning_rate
 from .task import Classification
 
+TaskMaker = Callable[[nn.Module, Recipe, torch.device], Any]
+
 
 @contextlib.contextmanager
 def flushed_denormals() -> Iterator[None]:
@@ -51,6 +53,9 @@ class Trainer:
     last one, and `monitor_every` a CollapseMonitor, which measures at every so many steps, on images of the
     step as they are before augmentation; its records go to collapse.csv beside the log. With `save_path` a
     checkpoint is written there every `save_every` steps.
+
+    `task` makes what is learned, of model, recipe and device: `Classification`, or a partial of
+    `segment.task.Segmentation`, to which data and model must belong.
 
     With `resume` the recipe's `init` is not read: `load` is to follow, whose checkpoint has the weights.
 
@@ -83,6 +88,7 @@ class Trainer:
         resume: bool = False,
         folder: Path | None = None,
         title: str = "",
+        task: TaskMaker = Classification,
     ) -> None:
         self.processes = parallel.current()
         self.device, self.backend, self.workers = torch.device(device), backend, workers
@@ -101,7 +107,7 @@ class Trainer:
             parts = [CsvLog(log_path.name)] if log_path is not None else []
             parts += [Collapse(monitor_every)] if monitor_every else []
         with self.processes.together():
-            self._prepare(model, recipe, parts, resume)
+            self._prepare(model, recipe, parts, resume, task)
         self._check_processes(parts)
         if checkpointing:
             wrapping.checkpoint_blocks(self.model)
@@ -119,7 +125,7 @@ class Trainer:
     @property
     def evaluated(self) -> list[str]:
         """The columns of the log that validation fills."""
-        return [self.task.metric, *(name for part in self.parts for name in part.evaluated(self))]
+        return [*self.task.metrics, *(name for part in self.parts for name in part.evaluated(self))]
 
     @property
     def columns(self) -> list[str]:
@@ -135,8 +141,8 @@ class Trainer:
         """The losses of images as they go into the model, and `loss`, their weighted sum."""
         return self.task.losses(self.run, images, labels, box, autocast=self._autocast)
 
-    def evaluate(self, model: nn.Module) -> float:
-        """The metric of a model on the validation images; all processes must call it."""
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of a model on the validation images; all processes must call it."""
         self.processes.share_buffers(model)
         return self.task.evaluate(model, self.data.val, self.processes)
 
@@ -176,9 +182,10 @@ class Trainer:
         return sums | {"lr": lr, "grad_norm": norm.full_tensor() if self.fsdp else norm}
 
     def _part_of_step(self, images: Tensor, labels: Tensor, places: tuple) -> dict[str, Tensor]:
-        images = self.data.augment(images.to(self.device, non_blocking=True), self.augment_rng, *places)
+        images, labels = (batch.to(self.device, non_blocking=True) for batch in (images, labels))
+        images, labels = self.task.augmented(self.data, images, labels, self.augment_rng, *places)
         images, box = self.task.mixed(images, self.augment_rng)
-        return self.losses(images, labels.to(self.device, non_blocking=True), box)
+        return self.losses(images, labels, box)
 
     def fit(
         self, until: int | None = None, on_step: Callable[[int, dict[str, Any]], None] | None = None
@@ -220,7 +227,7 @@ class Trainer:
         for part in self.parts:
             part.on_step(self, terms, indices)
         if measure:
-            row[self.task.metric] = self.evaluate(self.model)
+            row |= self.evaluate(self.model)
             for part in self.parts:
                 part.on_eval(self, row)
         if log:
@@ -291,7 +298,9 @@ class Trainer:
         state.restore(self, path)
         self.saved_step = self.step
 
-    def _prepare(self, model: nn.Module, recipe: Recipe, parts: Sequence[Part], resume: bool) -> None:
+    def _prepare(
+        self, model: nn.Module, recipe: Recipe, parts: Sequence[Part], resume: bool, task: TaskMaker
+    ) -> None:
         """All that needs no other process."""
         if recipe.epochs is not None:
             steps = recipe.epochs * (len(self.data.train) // recipe.batch)
@@ -304,7 +313,7 @@ class Trainer:
             with self._chosen_backend():
                 for operation in _dispatch.OPERATIONS:
                     _dispatch.resolve(operation, self.device, "auto")
-            self.task = Classification(self.model, recipe, self.device)
+            self.task: Any = task(self.model, recipe, self.device)
         except (RuntimeError, TypeError, ValueError) as error:
             raise TrainError(str(error)) from None
         self.objective = self.task.objective

@@ -15,9 +15,18 @@ def default_device() -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """Data and model."""
+    """Task, data and model."""
 
-    data: str = option("digits", "digits, or imagefolder:PATH, with train and val in it, or its classes")
+    task: str = option(
+        "classify",
+        "what to learn: a class of each image, or segment: of each pixel",
+        choices=("classify", "segment"),
+    )
+    data: str = option(
+        "digits",
+        "digits, or imagefolder:PATH, with train and val in it, or its classes; to segment: scenes (of "
+        "digits), or segfolder:PATH, with images and annotations in it",
+    )
     model: str = option(
         "digits24", "the shape of the model: a name below, or timm:NAME, a vision transformer of timm"
     )

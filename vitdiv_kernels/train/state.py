@@ -22,13 +22,14 @@ def made_with(run: "Trainer") -> dict[str, Any]:
         "config": checkpoint.plain(asdict(config)),
         "classes": list(run.data.classes),
         "data": run.data.fingerprint(),
+        "task": run.task.settings(),
     }
 
 
 def flat(made: dict[str, Any]) -> dict[str, Any]:
     """As one mapping of names to values, to compare."""
     data = {f"{part} images": value for part, value in (made.get("data") or {}).items()}
-    return made["recipe"] | made["config"] | {"classes": made["classes"]} | data
+    return made["task"] | made["recipe"] | made["config"] | {"classes": made["classes"]} | data
 
 
 def gathered(run: "Trainer") -> dict[str, Any]:
@@ -48,6 +49,7 @@ def gathered(run: "Trainer") -> dict[str, Any]:
         "other_rng": generators[1:],
         "scaler": run.scaler.state_dict(),
         "parts": {part.name: state for part in run.parts if (state := part.state_dict())},
+        "task": made["task"],
     }
 
 

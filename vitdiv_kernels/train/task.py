@@ -1,6 +1,7 @@
 """What is learned: how a batch becomes losses, and what is measured in validation."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from ..attach.objective import DiversityObjective
 from ..losses import cutmix_shares
 from . import cutmix, models
-from .data import ImageSet
+from .data import Data, ImageSet, load
 from .evaluation import accuracy
 from .loss_weights import mixes, objective_terms
+from .options import chosen
 from .parallel import Processes
 from .recipe import Recipe
+from .segment.settings import Dense
 
 Autocast = Callable[[], torch.autocast]
 
@@ -21,9 +24,17 @@ Autocast = Callable[[], torch.autocast]
 class Classification:
     """Cross-entropy with label smoothing and CutMix, beside the diversity losses of the recipe."""
 
-    metric = "val_accuracy"
+    name: ClassVar[str] = "classify"
+    metrics: ClassVar[tuple[str, ...]] = ("val_accuracy",)
+    defaults: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, device: torch.device, options: Dense | None = None
+    ) -> None:
+        if options is not None and options != Dense():
+            given = [name for name, value in chosen(options).items() if value != getattr(Dense(), name)]
+            options_of = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{options_of} must be left out: they are of --task segment")
         self.model, self.recipe, self.device = model, recipe, device
         self.objective: DiversityObjective | None = None
         if recipe.losses:
@@ -34,10 +45,34 @@ class Classification:
         if self.patches_mix:
             models.patch_size(model)  # refuses those that are not whole
 
+    @staticmethod
+    def load(spec: str, config: models.Config, seed: int, options: Dense) -> Data:
+        """`digits` or `imagefolder:PATH`, for the model. Raises DataError."""
+        return load(spec, config.image_size, config.channels, seed)
+
+    @staticmethod
+    def make(config: models.Config, options: Dense) -> nn.Module:
+        """The model, for as many classes as the config says. Raises TrainError."""
+        return models.make(config)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run that goes on must have as it was, beside recipe and model."""
+        return {"task": self.name}
+
     @property
     def terms(self) -> list[str]:
         """The names of the losses beside `loss`, in the order of the log."""
         return ["cross_entropy", *(self.objective.terms if self.objective else ())]
+
+    def augmented(
+        self, data: Data, images: Tensor, labels: Tensor, generator: torch.Generator, *places: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Images and labels; the images are augmented."""
+        return data.augment(images, generator, *places), labels
+
+    def plain(self, data: Data, images: Tensor, labels: Tensor) -> Tensor:
+        """Images [B, C, S, S] as the model takes them, without augmentation."""
+        return images
 
     def mixed(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, cutmix.Box | None]:
         """The images [B, C, H, W] mixed by CutMix, and its box; without CutMix the images and None."""
@@ -78,9 +113,16 @@ class Classification:
                 total, terms = self.objective(task=cross_entropy, mixing=mixing)
         return terms | {"cross_entropy": cross_entropy, "loss": total}
 
-    def evaluate(self, model: nn.Module, data: ImageSet, processes: Processes) -> float:
-        """The metric of a model; all processes must call it."""
-        return accuracy(model, data, self.device, processes=processes)
+    def evaluate(self, model: nn.Module, data: ImageSet, processes: Processes) -> dict[str, float]:
+        """The metrics of a model; all processes must call it."""
+        return {self.metrics[0]: accuracy(model, data, self.device, processes=processes)}
+
+    def summary(
+        self, model: nn.Module, part: ImageSet, what: str, data: Data, processes: Processes
+    ) -> list[str]:
+        """Lines for the end of a run."""
+        share = accuracy(model, part, self.device, processes=processes)
+        return [f"{what} accuracy {100 * share:.2f} % ({len(part)} images)"]
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)

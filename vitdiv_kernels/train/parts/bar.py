@@ -27,7 +27,7 @@ class ProgressBar(Part):
         self.move(run.step)
 
     def on_eval(self, run: "Trainer", row: Row) -> None:
-        self.metric = f"{100 * row[run.task.metric]:.1f} %"
+        self.metric = f"{100 * row[run.task.metrics[0]]:.1f} %"
 
     def on_log(self, run: "Trainer", row: Row) -> None:
         self.move(run.step, loss=f"{row['loss']:.3f}", validation=self.metric, **run.shown)
