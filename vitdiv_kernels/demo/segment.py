@@ -50,6 +50,7 @@ def train_model(
     recipe = Recipe(
         steps=steps,
         batch=defaults["batch"],
+        lr=defaults["lr"],
         label_smoothing=defaults["label_smoothing"],
         seed=seed,
         losses=dict(DIVERSITY) if name == "losses" else {},

@@ -19,9 +19,9 @@ def palette(classes: int) -> Tensor:
     colours = torch.full((256, 3), 128, dtype=torch.uint8)
     colours[0] = 0
     for i in range(1, classes):
-        # the golden ratio puts each hue far from those before it
-        hue = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.45 * (i % 2), 0.95 - 0.3 * (i // 2 % 2))
-        colours[i] = torch.tensor([round(255 * part) for part in hue])
+        # neighbours in hue differ in value, too
+        colour = colorsys.hsv_to_rgb((i - 1) / (classes - 1), 0.85, (1.0, 0.65)[i % 2])
+        colours[i] = torch.tensor([round(255 * part) for part in colour])
     return colours
 
 

@@ -12,21 +12,23 @@ from .augment import Crop
 from .settings import Dense
 
 SIZE = 32
-COUNTS = {"train": 2000, "val": 200, "test": 400}
-DIGITS = (2, 3, 4)  # in a scene
-SIDES = (12, 20)  # of a digit in pixels, 8 before
-INK = 0.3  # from which a pixel is the digit's
-CLUTTER = 0.4  # of the background, smooth
+COUNTS = {"train": 1500, "val": 200, "test": 400}
+CELL = SIZE // 2  # of the four quarters, each with a digit or none
+FILLED = (3, 4)  # so many quarters of so many
+SIDES = (12, CELL)  # of a digit in pixels, 8 before
+INK = 0.5  # from which a pixel is the digit's
+MARGIN = 1  # pixels
+CLUTTER = 0.3  # of the background, smooth
 
 
 def load_scenes(image_size: int, channels: int, dense: Dense) -> Data:
-    """2,000 scenes to train on, 200 to choose by, 400 to report; always the same, and no digit is in two of
+    """1,500 scenes to train on, 200 to choose by, 400 to report; always the same, and no digit is in two of
     these sets. Classes are background and the ten digits. Raises DataError."""
     if (channels, image_size) != (1, SIZE):
         raise DataError(
             f"the scenes are 1x{SIZE}x{SIZE} images but the model takes "
             f"{channels}x{image_size}x{image_size}: use "
-            "other data, --data segfolder:PATH, or a model for scenes, such as scenes24"
+            "other data, --data segfolder:PATH, or a model for scenes, such as scenes12"
         )
     digits = load_digits()
     sets: list[Any] = []
@@ -40,10 +42,7 @@ def load_scenes(image_size: int, channels: int, dense: Dense) -> Data:
 
 
 def scene(digits: Tensors, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """[1, 32, 32] from 0 to 1, and [32, 32] uint8: 0, or 1 + the digit.
-
-    Where two digits meet, the later one counts.
-    """
+    """[1, 32, 32] from 0 to 1, and [32, 32] uint8: 0, or 1 + the digit, up to a margin around its ink."""
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
@@ -51,11 +50,14 @@ def scene(digits: Tensors, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     clutter = torch.rand(1, 1, 8, 8, generator=generator)
     image = CLUTTER * F.interpolate(clutter, (SIZE, SIZE), mode="bilinear")[0, 0]
     mask = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
-    for _ in range(DIGITS[draw(0, len(DIGITS) - 1)]):
+    for cell in range(4):
         which, side = draw(0, len(digits) - 1), draw(*SIDES)
-        ink = F.interpolate(digits.images[which][None], (side, side), mode="bilinear")[0, 0]
-        top, left = draw(0, SIZE - side), draw(0, SIZE - side)
+        top, left = (CELL * place + draw(0, CELL - side) for place in divmod(cell, 2))
+        if draw(1, FILLED[1]) > FILLED[0]:
+            continue
+        ink = F.interpolate(digits.images[which][None], (side, side), mode="bilinear")
+        around = F.max_pool2d(ink, 2 * MARGIN + 1, stride=1, padding=MARGIN)[0, 0]
         place = (slice(top, top + side), slice(left, left + side))
-        image[place] = torch.maximum(image[place], ink)
-        mask[place][ink > INK] = 1 + int(digits.labels[which])
+        image[place] = torch.maximum(image[place], ink[0, 0])
+        mask[place][around > INK] = 1 + int(digits.labels[which])
     return image[None], mask

@@ -43,9 +43,10 @@ class Segmentation:
     # of the options, where they are not given
     defaults: ClassVar[dict[str, Any]] = {
         "data": "scenes",
-        "model": "scenes24",
-        "steps": 600,
+        "model": "scenes12",
+        "steps": 1000,
         "batch": 16,
+        "lr": 2e-3,
         "label_smoothing": 0.0,
     }
 
