@@ -10,6 +10,8 @@ MODULES = [
     *(f"attach.{name}" for name in ("families", "monitor", "objective", "parts", "terms")),
     *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
     *(f"train.{name}" for name in ("evaluation", "files", "init", "models", "optimizer", "options")),
+    *(f"train.segment.{name}" for name in ("augment", "folder", "heads", "labels", "measures", "model")),
+    *(f"train.segment.{name}" for name in ("pairs", "pictures", "scenes", "settings", "task", "windows")),
     *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "wrapping")),
     *("fusing.api", "fusing.report", "train.recipe", "train.report", "info"),
     *(f"recipes.{name}" for name in ("files", "mixing", "recipe", "with_timm")),

@@ -12,7 +12,7 @@ from small_segmenter import SMALL, save, small_segmenter, write_pairs
 from small_trainer import assert_same_run, small_trainer
 
 from vitdiv_kernels import CollapseMonitor, pairwise_cosine
-from vitdiv_kernels.train import parallel
+from vitdiv_kernels.train import parallel, report
 from vitdiv_kernels.train.cli import main
 from vitdiv_kernels.train.errors import TrainError
 from vitdiv_kernels.train.models import TimmConfig
@@ -276,6 +276,8 @@ def test_the_command_line_segments_resumes_and_reports(few_scenes, tmp_path, cap
     assert {path.name for path in tmp_path.iterdir()} == {
         *("log.csv", "speed.csv", "checkpoint.pt", "predictions.png"),
     }
+    assert report.main([str(tmp_path), "--images", "2"]) == 0
+    assert "step 4, 2 validation images" in capsys.readouterr().out
     pixels = image.imread(tmp_path / "predictions.png")
     assert pixels.shape[0] > 600
     assert pixels[..., :3].std() > 0.1

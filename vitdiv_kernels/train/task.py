@@ -25,6 +25,7 @@ class Classification:
     """Cross-entropy with label smoothing and CutMix, beside the diversity losses of the recipe."""
 
     name: ClassVar[str] = "classify"
+    data: ClassVar[str] = "digits"  # by default
     metrics: ClassVar[tuple[str, ...]] = ("val_accuracy",)
     defaults: ClassVar[dict[str, Any]] = {}
 
@@ -70,7 +71,8 @@ class Classification:
         """Images and labels; the images are augmented."""
         return data.augment(images, generator, *places), labels
 
-    def plain(self, data: Data, images: Tensor, labels: Tensor) -> Tensor:
+    @staticmethod
+    def plain(data: Data, images: Tensor, labels: Tensor) -> Tensor:
         """Images [B, C, S, S] as the model takes them, without augmentation."""
         return images
 

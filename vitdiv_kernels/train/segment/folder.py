@@ -49,7 +49,7 @@ def load_segfolder(root: Path, image_size: int, channels: int, seed: int, dense:
     resize = image_size if dense.resize is None else dense.resize
     augment: Any = Crop(image_size, resize, dense.crop_scale or (0.5, 2.0), mirror=True)
     parts: list[Any] = [sets["train"], sets["val"], sets.get("test")]
-    return Data(*parts, meaning.names, augment)
+    return Data(parts[0], parts[1], parts[2], meaning.names, augment)
 
 
 def _parts(root: Path, seed: int) -> dict[str, Sequence[Pair]]:
@@ -60,7 +60,7 @@ def _parts(root: Path, seed: int) -> dict[str, Sequence[Pair]]:
                 f"{root} has no folder {folder.name}: expected images and annotations, as ADE20K has them, "
                 "or leftImg8bit and gtFine, as Cityscapes"
             )
-    found = {}
+    found: dict[str, Sequence[Pair]] = {}
     for part, names in PARTS.items():
         there = [name for name in names if (images / name).is_dir() and (masks / name).is_dir()]
         if there:
@@ -69,8 +69,8 @@ def _parts(root: Path, seed: int) -> dict[str, Sequence[Pair]]:
         return _split(_matched(images, masks), images, seed)
     absent = [part for part in ("train", "val") if part not in found]
     if absent:
-        names = " or ".join(PARTS[absent[0]])
-        raise DataError(f"{root} has no folder {names} in images and annotations, but {', '.join(found)}")
+        wanted = " or ".join(PARTS[absent[0]])
+        raise DataError(f"{root} has no folder {wanted} in images and annotations, but {', '.join(found)}")
     return found
 
 

@@ -38,7 +38,7 @@ def load_scenes(image_size: int, channels: int, dense: Dense) -> Data:
         images, masks = zip(*(scene(source, generator) for _ in range(count)), strict=True)
         sets.append(Tensors(torch.stack(images), torch.stack(masks)))
     augment: Any = Crop(SIZE, 0 if dense.resize is None else dense.resize, dense.crop_scale or (0.8, 1.25))
-    return Data(*sets, ["background", *digits.classes], augment)
+    return Data(sets[0], sets[1], sets[2], ["background", *digits.classes], augment)
 
 
 def scene(digits: Tensors, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ class Segmentation:
     """
 
     name: ClassVar[str] = "segment"
+    data: ClassVar[str] = "scenes"  # by default
     metrics: ClassVar[tuple[str, ...]] = ("val_miou", "val_pixel_accuracy")
     patches_mix: ClassVar[bool] = False
     # of the options, where they are not given
@@ -105,7 +106,8 @@ class Segmentation:
         crop: Any = data.augment
         return crop(images, labels, generator, *places)
 
-    def plain(self, data: Data, images: Any, labels: Any) -> Tensor:
+    @staticmethod
+    def plain(data: Data, images: Any, labels: Any) -> Tensor:
         """Images [B, C, S, S] as the model takes them, without augmentation."""
         crop: Any = data.augment
         return crop.centres(images, labels)[0]
@@ -136,7 +138,8 @@ class Segmentation:
             )
             / labels.numel()
         )
-        total, terms = cross_entropy, {}
+        total = cross_entropy
+        terms: dict[str, Tensor] = {}
         if self.objective:
             with autocast():
                 total, terms = self.objective(task=cross_entropy)
