@@ -1,6 +1,7 @@
 """Train a ViT: `python -m vitdiv_kernels.train --data digits --model digits24 --losses diversity`."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from .._types import Backend
 from ..vit import CONFIGS
-from . import models
+from . import models, recipe_options
 from .data import load
 from .errors import TrainError
 from .loop import Trainer, flushed_denormals
@@ -24,12 +25,9 @@ from .options import ListingFormatter, add_options, collect
 from .options import number as number
 from .parallel import Processes, local_device, started
 from .parts import PARTS
-from .recipe import Recipe
-from .settings import Keep, Machine, Subject
+from .settings import Keep, Machine
 
 GROUPS = (
-    ("what to train", Subject),
-    ("how to train it", Recipe),
     ("where and in what way", Machine),
     ("what to keep", Keep),
 )
@@ -70,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=ListingFormatter,
         epilog=f"models:\n  {', '.join(CONFIGS)}\n\n{listing()}",
     )
+    recipe_options.add_recipe_options(parser)
     for title, kind in GROUPS:
         group = parser.add_argument_group(title)
         add_options(group, kind)
@@ -80,15 +79,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     """The trainer that the arguments describe. Raises TrainError with a sentence."""
-    subject, recipe, machine, keep = (collect(kind, args) for _, kind in GROUPS)
-    subject, recipe = cast(Subject, subject), cast(Recipe, recipe)
+    machine, keep = (collect(kind, args) for _, kind in GROUPS)
     machine, keep = cast(Machine, machine), cast(Keep, keep)
     device = local_device(machine.device)
     checkpoint = keep.out / "checkpoint.pt"
     with processes.together():
+        recipe = recipe_options.chosen(args)
         usable(device)
-        config = models.chosen(subject)
-        data = load(subject.data, config.image_size, config.channels, recipe.seed)
+        if recipe.data is None:
+            raise TrainError(f"the recipe {args.recipe} has no data: give --data imagefolder:PATH or digits")
+        try:
+            config = models.chosen(recipe)
+        except TrainError as error:
+            raise TrainError(f"{recipe_options.said_by(args, 'model')}: {error}") from None
+        data = load(recipe.data, config.image_size, config.channels, recipe.seed, recipe)
         torch.manual_seed(recipe.seed)
         model = models.make(replace(config, classes=len(data.classes)))
     trainer = Trainer(
@@ -109,7 +113,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         parts=[collect(part, args) for part in PARTS],
         resume=keep.resume,
         folder=keep.out,
-        title=subject.model,
+        title=recipe.model,
     )
     if keep.resume:
         trainer.load(checkpoint)
@@ -144,7 +148,7 @@ def train(trainer: Trainer, out: Path) -> int:
 
     Returns the exit code: 0, or 128 + the signal's number.
     """
-    steps, checkpoint = trainer.recipe.steps, out / "checkpoint.pt"
+    steps, checkpoint = trainer.steps, out / "checkpoint.pt"
     say: Any = print if trainer.processes.main else lambda *_: None
     with stopped_by_signals(trainer) as received:
         trainer.fit()
@@ -169,6 +173,9 @@ def train(trainer: Trainer, out: Path) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.print_recipe:
+        print(json.dumps(recipe_options.chosen(args).as_dict(), indent=2))
+        return 0
     with started(args.device) as processes:
         trainer = build(args, processes)
         with flushed_denormals():

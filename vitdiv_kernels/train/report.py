@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from .. import recipes
 from ..attach.monitor import CollapseMonitor, Record, read_records
+from ..recipes import Recipe
 from . import checkpoint, models, plots
 from .cli import HelpFormatter, number, run_command, usable
 from .data import load
-from .errors import DataError
+from .earlier import recipe_of_today
+from .errors import DataError, TrainError
 
 COLUMNS = {
     "patch cosine": "patch_cosine",
@@ -26,13 +29,16 @@ COLUMNS = {
 }
 
 
-def load_model(path: Path) -> tuple[nn.Module, int, int]:
-    """The model of a checkpoint, its step, and its recipe's seed. Raises TrainError."""
+def load_model(path: Path) -> tuple[nn.Module, int, Recipe]:
+    """The model of a checkpoint, its step, and its recipe. Raises TrainError."""
     state = checkpoint.read(path, ("model", "config", "recipe", "step"))
     config = models.restored(state["config"])
     model = models.make(config)
     model.load_state_dict(state["model"])
-    return model, state["step"], state["recipe"]["seed"]
+    try:
+        return model, state["step"], recipes.parse(recipe_of_today(state["recipe"]), str(path))
+    except ValueError as error:
+        raise TrainError(f"the recipe of {error}") from None
 
 
 def table(records: list[Record]) -> str:
@@ -124,10 +130,10 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     plots.pyplot("the report")  # before the measurements, which take longer
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    model, step, seed = load_model(path)
+    model, step, recipe = load_model(path)
     config: Any = model.config
-    # the seed splits a folder as it was split in training: no image is measured that was trained on
-    data = load(args.data, config.image_size, config.channels, seed)
+    # the recipe's seed splits a folder as it was split in training: no image is measured that was trained on
+    data = load(args.data, config.image_size, config.channels, recipe.seed, recipe)
     images, _ = data.val.__getitems__(list(range(min(args.images, len(data.val)))))
     records = CollapseMonitor(model.to(usable(args.device)), images=args.images).measure(images, step)
     csv = path.with_name("collapse.csv")
