@@ -3,10 +3,10 @@
 from functools import partial
 
 import torch
+from small_trainer import small_recipe
 
 from vitdiv_kernels.train.data import Data, Tensors
 from vitdiv_kernels.train.loop import Trainer
-from vitdiv_kernels.train.recipe import Recipe
 from vitdiv_kernels.train.segment.augment import IGNORED, Crop
 from vitdiv_kernels.train.segment.settings import Dense
 from vitdiv_kernels.train.segment.task import Segmentation
@@ -29,7 +29,7 @@ def random_masks(config, count=24, size=None):
 
 def small_segmenter(config=SMALL, recipe=None, *, dense=None, size=None, **options):
     """With the recipe's steps and batch, or a few, and a row of the log for each step."""
-    recipe = Recipe(**dict(steps=6, batch=8) | (recipe or {}))
+    recipe = small_recipe("scenes", **dict(steps=6, batch=8, lr=1e-3) | (recipe or {}))
     torch.manual_seed(recipe.seed)
     dense = dense or Dense()
     options = dict(log_every=1, eval_every=3) | options

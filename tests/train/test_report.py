@@ -9,7 +9,7 @@ from small_trainer import small_trainer
 
 from vitdiv_kernels import CollapseMonitor
 from vitdiv_kernels.attach.monitor import MEASURES, read_records
-from vitdiv_kernels.train import report
+from vitdiv_kernels.train import report, task
 from vitdiv_kernels.train.data import load
 from vitdiv_kernels.train.errors import DataError, TrainError
 from vitdiv_kernels.vit import CONFIGS
@@ -151,9 +151,10 @@ def test_a_folder_is_split_as_in_training(run, tmp_path, monkeypatch):
         given.append(args)
         raise DataError("enough")
 
-    monkeypatch.setattr(report, "load", load)
+    monkeypatch.setattr(task, "load", load)
     assert report.main([str(tmp_path), "--data", "imagefolder:here"]) == 2
-    assert given == [("imagefolder:here", 8, 1, 5)]
+    assert given[0][:4] == ("imagefolder:here", 8, 1, 5)
+    assert given[0][4].seed == 5
 
 
 def test_similar_blocks_are_counted_against_the_block_before():

@@ -185,7 +185,8 @@ def test_a_palette_holds_numbers_of_classes(ade):
             "the loss gong2021.mixing (patch_mixing) labels the patches of whole",
         ),
         (["--losses", "patch_mixing"], "the loss patch_mixing (patch_mixing) labels the patches"),
-        (["--cutmix", "1"], "cutmix must be 0 for --task segment"),
+        (["--cutmix", "1"], "mixup, cutmix and two_image_mixing must be off for --task segment"),
+        (["--set", "augmentation=timm"], "augmentation must be 'light' for --task segment"),
         (["--stride", "40"], "--stride must be at most the window (32), or pixels are left out, got 40"),
     ],
 )

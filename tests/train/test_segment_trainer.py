@@ -188,7 +188,7 @@ def test_a_classifier_is_where_a_trunk_starts(tmp_path):
     path = tmp_path / "checkpoint.pt"
     small_trainer(replace(SMALL, classes=7)).save(path)
     with pytest.warns(UserWarning, match="left out") as told:
-        run = small_segmenter(replace(SMALL, image_size=16), {"init": str(path)}, size=16)
+        run = small_segmenter(replace(SMALL, image_size=16), {"weights": str(path)}, size=16)
     said = " ".join(str(each.message) for each in told)
     assert f"{path}: head.weight, head.bias left out; the head for pixels is new" in said
     assert "pos_embed was resized from 4 x 4 to 8 x 8 patches" in said
@@ -200,7 +200,7 @@ def test_a_classifier_is_where_a_trunk_starts(tmp_path):
         assert name == "pos_embed" or torch.equal(value, state[name]), name
     torch.save(ViT(replace(SMALL, depth=2)).state_dict(), path)
     with pytest.raises(TrainError, match="does not fit this ViT: missing: "):
-        small_segmenter(recipe={"init": str(path)})
+        small_segmenter(recipe={"weights": str(path)})
 
 
 CASES = {

@@ -12,6 +12,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import CollapseMonitor, _dispatch
+from .. import CollapseMonitor, _dispatch, recipes
 from ..train.cli import HelpFormatter, number, run_command
 from ..train.data import Tensors, load_digits
 from ..train.errors import TrainError
 from ..train.loop import Trainer, accuracy, flushed_denormals
-from ..train.loss_weights import DIVERSITY
 from ..train.plots import pyplot
-from ..train.recipe import Recipe
 from ..vit import CONFIGS, ViT
 from . import cost, figure
 from .side_by_side import OnStep, train_models
@@ -40,7 +39,8 @@ def train_model(name: str, steps: int, seed: int, out: Path, on_step: OnStep | N
     data = load_digits()
     torch.manual_seed(seed)
     model = ViT(CONFIGS["digits24_reattention" if name == "reattention" else "digits24"])
-    recipe = Recipe(steps=steps, seed=seed, losses=dict(DIVERSITY) if name == "losses" else {})
+    recipe = recipes.load("digits" if name == "losses" else "plain")
+    recipe = replace(recipe, steps=steps, seed=seed)
     trainer = Trainer(model, data, recipe, log_path=out / name / "log.csv")
     start = time.process_time()
     with flushed_denormals():

@@ -9,6 +9,7 @@ import json
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import CollapseMonitor
+from .. import CollapseMonitor, recipes
 from ..train.cli import HelpFormatter, number, run_command
 from ..train.data import Tensors
 from ..train.loop import Trainer, flushed_denormals
-from ..train.loss_weights import DIVERSITY
 from ..train.plots import pyplot
-from ..train.recipe import Recipe
 from ..train.segment import measures
 from ..train.segment.scenes import SIZE, load_scenes
 from ..train.segment.settings import HEADS, Dense
@@ -32,7 +31,7 @@ from . import segment_figure
 from .side_by_side import OnStep, train_models
 
 TITLES = {"plain": "plain ViT", "losses": "+ diversity losses"}
-MODEL = CONFIGS[Segmentation.defaults["model"]]
+MODEL = CONFIGS[recipes.load(Segmentation.recipe).model]
 SHOWN = 3  # test scenes in the figure
 RESAMPLES = 1000
 
@@ -46,15 +45,9 @@ def train_model(
     data = load_scenes(SIZE, 1, dense)
     torch.manual_seed(seed)
     model = Segmentation.make(MODEL, dense)
-    defaults = Segmentation.defaults
-    recipe = Recipe(
-        steps=steps,
-        batch=defaults["batch"],
-        lr=defaults["lr"],
-        label_smoothing=defaults["label_smoothing"],
-        seed=seed,
-        losses=dict(DIVERSITY) if name == "losses" else {},
-    )
+    recipe = recipes.load(Segmentation.recipe)
+    losses = recipes.load("digits").losses if name == "losses" else {}
+    recipe = replace(recipe, steps=steps, seed=seed, losses=losses)
     trainer = Trainer(
         model, data, recipe, log_path=out / name / "log.csv", task=partial(Segmentation, options=dense)
     )
@@ -141,8 +134,13 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a plain ViT and one with diversity losses to segment scenes of digits.",
         formatter_class=HelpFormatter,
     )
-    add = parser.add_argument
-    add("--steps", type=number(int, 1), default=Segmentation.defaults["steps"], help="updates of each")
+    add, steps = parser.add_argument, recipes.load(Segmentation.recipe).steps
+    add(
+        "--steps",
+        type=number(int, 1),
+        default=steps,
+        help="updates of each",
+    )
     add("--head", choices=HEADS, default="linear", help="what makes pixels of tokens")
     add("--seed", type=number(int, 0), default=0, help="of weights, batches, crops, not of the scenes")
     add(

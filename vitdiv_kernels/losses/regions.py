@@ -104,6 +104,11 @@ def mix_two_images(
         given = _checks.name_of(order.dtype) if isinstance(order, torch.Tensor) else type(order).__name__
         raise TypeError(f"order must be a torch.Tensor of dtype int64, got {given}")
     _checks.shaped("order", order, (len(images),))
+    if _checks.values_at_hand(order) and len(order) and not 0 <= order.min() <= order.max() < len(images):
+        raise ValueError(
+            f"order must have numbers of images, from 0 to {len(images) - 1}, got {int(order.min())} to "
+            f"{int(order.max())}"
+        )
     own, other = masks.to(images)
     pixels = images.shape[2] // rows, images.shape[3] // columns
     first, second = (

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from .._types import Backend
 from ..vit import CONFIGS
-from . import models
+from . import models, recipe_options
 from .errors import TrainError
 from .loop import Trainer, flushed_denormals
 from .loss_weights import listing
@@ -24,14 +25,11 @@ from .options import ListingFormatter, add_options, collect
 from .options import number as number
 from .parallel import Processes, local_device, started
 from .parts import PARTS
-from .recipe import Recipe
 from .segment.settings import Dense
-from .settings import Keep, Machine, Subject
+from .settings import Keep, Machine
 from .tasks import TASKS
 
 GROUPS = (
-    ("what to train", Subject),
-    ("how to train it", Recipe),
     ("how to segment (--task segment)", Dense),
     ("where and in what way", Machine),
     ("what to keep", Keep),
@@ -74,12 +72,18 @@ def make_parser(task: str = "classify") -> argparse.ArgumentParser:
         formatter_class=ListingFormatter,
         epilog=f"models:\n  {', '.join(CONFIGS)}\n\n{listing()}",
     )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default=task,
+        help="what to learn: a class of each image, or segment: of each pixel (default: classify)",
+    )
+    recipe_options.add_recipe_options(parser, TASKS[task].recipe)
     for title, kind in GROUPS:
         group = parser.add_argument_group(title)
         add_options(group, kind)
     for part in PARTS:
         add_options(group, part)
-    parser.set_defaults(**TASKS[task].defaults)
     return parser
 
 
@@ -95,16 +99,21 @@ def task_of(argv: Sequence[str] | None) -> str:
 
 def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     """The trainer that the arguments describe. Raises TrainError with a sentence."""
-    subject, recipe, dense, machine, keep = (collect(kind, args) for _, kind in GROUPS)
-    subject, recipe, dense = cast(Subject, subject), cast(Recipe, recipe), cast(Dense, dense)
-    task = TASKS[subject.task]
+    dense, machine, keep = (collect(kind, args) for _, kind in GROUPS)
+    dense, task = cast(Dense, dense), TASKS[args.task]
     machine, keep = cast(Machine, machine), cast(Keep, keep)
     device = local_device(machine.device)
     checkpoint = keep.out / "checkpoint.pt"
     with processes.together():
+        recipe = recipe_options.chosen(args)
         usable(device)
-        config = models.chosen(subject)
-        data = task.load(subject.data, config, recipe.seed, dense)
+        if recipe.data is None:
+            raise TrainError(f"the recipe {args.recipe} has no data: give --data imagefolder:PATH or digits")
+        try:
+            config = models.chosen(recipe)
+        except TrainError as error:
+            raise TrainError(f"{recipe_options.said_by(args, 'model')}: {error}") from None
+        data = task.load(recipe.data, config, recipe, dense)
         torch.manual_seed(recipe.seed)
         model = task.make(replace(config, classes=len(data.classes)), dense)
     trainer = Trainer(
@@ -125,7 +134,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         parts=[collect(part, args) for part in PARTS],
         resume=keep.resume,
         folder=keep.out,
-        title=subject.model,
+        title=recipe.model,
         task=functools.partial(task, options=dense),
     )
     if keep.resume:
@@ -161,7 +170,7 @@ def train(trainer: Trainer, out: Path) -> int:
 
     Returns the exit code: 0, or 128 + the signal's number.
     """
-    steps, checkpoint = trainer.recipe.steps, out / "checkpoint.pt"
+    steps, checkpoint = trainer.steps, out / "checkpoint.pt"
     say: Any = print if trainer.processes.main else lambda *_: None
     with stopped_by_signals(trainer) as received:
         trainer.fit()
@@ -186,6 +195,9 @@ def train(trainer: Trainer, out: Path) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.print_recipe:
+        print(json.dumps(recipe_options.chosen(args).as_dict(), indent=2))
+        return 0
     with started(args.device) as processes:
         trainer = build(args, processes)
         with flushed_denormals():

@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from .. import recipes
 from ..attach.monitor import CollapseMonitor, Record, read_records
+from ..recipes import Recipe
 from . import checkpoint, models, plots, tasks
 from .cli import HelpFormatter, number, run_command, usable
-from .errors import DataError
+from .earlier import recipe_of_today
+from .errors import DataError, TrainError
 from .segment.settings import Dense
 
 COLUMNS = {
@@ -26,15 +29,21 @@ COLUMNS = {
 }
 
 
-def load_model(path: Path) -> tuple[nn.Module, int, int, tasks.Kind, Dense]:
-    """The model of a checkpoint, its step, its recipe's seed, its task and the options of that. Raises
-    TrainError."""
+def load_model(path: Path) -> tuple[nn.Module, int, Recipe, tasks.Kind, Dense]:
+    """The model of a checkpoint, its step, its recipe, its task and the options of that.
+
+    Raises TrainError.
+    """
     state = checkpoint.read(path, ("model", "config", "recipe", "step"))
     config = models.restored(state["config"])
     kind, options = tasks.restored(state["task"])
     model = kind.make(config, options)
     model.load_state_dict(state["model"])
-    return model, state["step"], state["recipe"]["seed"], kind, options
+    try:
+        recipe = recipes.parse(recipe_of_today(state["recipe"]), str(path))
+    except ValueError as error:
+        raise TrainError(f"the recipe of {error}") from None
+    return model, state["step"], recipe, kind, options
 
 
 def table(records: list[Record]) -> str:
@@ -126,10 +135,10 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     plots.pyplot("the report")  # before the measurements, which take longer
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    model, step, seed, kind, options = load_model(path)
+    model, step, recipe, kind, options = load_model(path)
     config: Any = model.config
-    # the seed splits a folder as it was split in training: no image is measured that was trained on
-    data = kind.load(args.data or kind.data, config, seed, options)
+    # the recipe's seed splits a folder as it was split in training: no image is measured that was trained on
+    data = kind.load(args.data or kind.data, config, recipe, options)
     images = kind.plain(data, *data.val.__getitems__(list(range(min(args.images, len(data.val))))))
     records = CollapseMonitor(model.to(usable(args.device)), images=args.images).measure(images, step)
     csv = path.with_name("collapse.csv")

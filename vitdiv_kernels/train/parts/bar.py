@@ -20,7 +20,7 @@ class ProgressBar(Part):
 
     def on_begin(self, run: "Trainer") -> None:
         self.open = contextlib.ExitStack()
-        self.move = self.open.enter_context(progress(run.title, run.recipe.steps, run.step))
+        self.move = self.open.enter_context(progress(run.title, run.steps, run.step))
         self.metric = "-"
 
     def on_step(self, run: "Trainer", terms: Mapping[str, Any], indices: Sequence[int]) -> None:

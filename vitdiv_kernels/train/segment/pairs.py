@@ -102,6 +102,8 @@ class PairFiles(Dataset[tuple[Tensor, Tensor]]):
     A broken file and a number that is no class raise DataError with its name.
     """
 
+    draws = False  # crops are drawn for whole batches
+
     def __init__(self, root: Path, pairs: Sequence[Pair], labels: Labels, channels: int) -> None:
         self.root, self.pairs, self.labels = root, pairs, labels
         self.table, self.channels = labels.table(), channels

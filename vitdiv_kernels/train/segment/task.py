@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ...attach.objective import DiversityObjective
 from ...attach.terms import LOSSES
+from ...recipes import Recipe
 from ..data import Data
 from ..errors import DataError
-from ..loss_weights import objective_terms
 from ..models import Config
 from ..parallel import Processes
-from ..recipe import Recipe
 from . import measures
 from .augment import IGNORED, Ragged
 from .folder import load_segfolder
@@ -34,22 +33,14 @@ class Segmentation:
     The cross-entropy is a mean over all pixels, to which ignored ones add nothing: shares of a batch then
     weigh the same, in one process and in several.
 
-    Raises ValueError for losses that need labels of whole images, and for CutMix.
+    Raises ValueError for losses that need labels of whole images, and for recipes that mix images or have
+    timm's augmentation.
     """
 
     name: ClassVar[str] = "segment"
-    data: ClassVar[str] = "scenes"  # by default
+    recipe: ClassVar[str] = "scenes"  # by default, and its data
+    data: ClassVar[str] = "scenes"
     metrics: ClassVar[tuple[str, ...]] = ("val_miou", "val_pixel_accuracy")
-    patches_mix: ClassVar[bool] = False
-    # of the options, where they are not given
-    defaults: ClassVar[dict[str, Any]] = {
-        "data": "scenes",
-        "model": "scenes12",
-        "steps": 1000,
-        "batch": 16,
-        "lr": 2e-3,
-        "label_smoothing": 0.0,
-    }
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, device: torch.device, options: Dense | None = None
@@ -62,27 +53,34 @@ class Segmentation:
             size, window, self.options.stride or max(1, 2 * window // 3), _resize(self.options, size)
         )
         self.classes: int = config.classes
-        if recipe.cutmix:
-            raise ValueError("cutmix must be 0 for --task segment: masks are not mixed")
         self.objective: DiversityObjective | None = None
-        if recipe.losses:
-            terms = objective_terms(recipe.losses)
-            for name, term in terms.items():
-                if LOSSES[term.loss].kind in ("logits", "regions"):
-                    raise ValueError(
-                        f"the loss {name} ({term.loss}) labels the patches of whole images: --task segment "
-                        "takes losses without labels, such as cosine=1,contrast=1"
-                    )
+        terms = recipe.terms()
+        for name, term in terms.items():
+            if LOSSES[term.loss].kind in ("logits", "regions"):
+                raise ValueError(
+                    f"the loss {name} ({term.loss}) labels the patches of whole images: --task segment takes "
+                    "losses without labels, such as cosine=1,contrast=1"
+                )
+        if recipe.mixup or recipe.cutmix_alpha or recipe.mixes_two_images:
+            raise ValueError(
+                "mixup, cutmix and two_image_mixing must be off for --task segment: masks are not mixed"
+            )
+        if recipe.augmentation != "light":
+            raise ValueError(
+                "augmentation must be 'light' for --task segment, which crops images with their masks, got "
+                f"{recipe.augmentation!r}: give --set augmentation=light"
+            )
+        if terms:
             self.objective = DiversityObjective(terms).attach(model)
 
     @staticmethod
-    def load(spec: str, config: Config, seed: int, options: Dense) -> Data:
+    def load(spec: str, config: Config, recipe: Recipe, options: Dense) -> Data:
         """`scenes` or `segfolder:PATH`, for the model. Raises DataError."""
         kind, _, path = spec.partition(":")
         if spec == "scenes":
             return load_scenes(config.image_size, config.channels, options)
         if kind == "segfolder" and path:
-            return load_segfolder(Path(path), config.image_size, config.channels, seed, options)
+            return load_segfolder(Path(path), config.image_size, config.channels, recipe.seed, options)
         raise DataError(f"unknown data {spec!r} to segment: give scenes or segfolder:PATH")
 
     @staticmethod
@@ -112,7 +110,7 @@ class Segmentation:
         crop: Any = data.augment
         return crop.centres(images, labels)[0]
 
-    def mixed(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
+    def mixed(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
         """The images as they are."""
         return images, None
 
@@ -121,7 +119,7 @@ class Segmentation:
         forward: Callable[[Tensor], Tensor],
         images: Tensor,
         labels: Tensor,
-        box: None = None,
+        batch: None = None,
         *,
         autocast: Callable[[], torch.autocast],
     ) -> dict[str, Tensor]:
