@@ -31,7 +31,7 @@ from . import segment_figure
 from .side_by_side import OnStep, train_models
 
 TITLES = {"plain": "plain ViT", "losses": "+ diversity losses"}
-MODEL = CONFIGS[recipes.load(Segmentation.recipe).model]
+MODEL = CONFIGS[recipes.load(Segmentation.default_recipe).model]
 SHOWN = 3  # test scenes in the figure
 RESAMPLES = 1000
 
@@ -45,7 +45,7 @@ def train_model(
     data = load_scenes(SIZE, 1, dense)
     torch.manual_seed(seed)
     model = Segmentation.make(MODEL, dense)
-    recipe = recipes.load(Segmentation.recipe)
+    recipe = recipes.load(Segmentation.default_recipe)
     losses = recipes.load("digits").losses if name == "losses" else {}
     recipe = replace(recipe, steps=steps, seed=seed, losses=losses)
     trainer = Trainer(
@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a plain ViT and one with diversity losses to segment scenes of digits.",
         formatter_class=HelpFormatter,
     )
-    add, steps = parser.add_argument, recipes.load(Segmentation.recipe).steps
+    add, steps = parser.add_argument, recipes.load(Segmentation.default_recipe).steps
     add(
         "--steps",
         type=number(int, 1),

@@ -78,7 +78,7 @@ def make_parser(task: str = "classify") -> argparse.ArgumentParser:
         default=task,
         help="what to learn: a class of each image, or segment: of each pixel (default: classify)",
     )
-    recipe_options.add_recipe_options(parser, TASKS[task].recipe)
+    recipe_options.add_recipe_options(parser, TASKS[task].default_recipe)
     for title, kind in GROUPS:
         group = parser.add_argument_group(title)
         add_options(group, kind)

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     model, step, recipe, kind, options = load_model(path)
     config: Any = model.config
     # the recipe's seed splits a folder as it was split in training: no image is measured that was trained on
-    data = kind.load(args.data or kind.data, config, recipe, options)
+    data = kind.load(args.data or kind.default_data, config, recipe, options)
     images = kind.plain(data, *data.val.__getitems__(list(range(min(args.images, len(data.val))))))
     records = CollapseMonitor(model.to(usable(args.device)), images=args.images).measure(images, step)
     csv = path.with_name("collapse.csv")

@@ -24,8 +24,8 @@ class Classification:
     """Cross-entropy with label smoothing, of images that the recipe mixes, beside its diversity losses."""
 
     name: ClassVar[str] = "classify"
-    recipe: ClassVar[str] = "plain"  # by default, and its data
-    data: ClassVar[str] = "digits"
+    default_recipe: ClassVar[str] = "plain"
+    default_data: ClassVar[str] = "digits"
     metrics: ClassVar[tuple[str, ...]] = ("val_accuracy",)
 
     def __init__(

@@ -53,7 +53,7 @@ class Segmenter(nn.Module):
             for name, parameter in self.trunk.named_parameters():
                 if name.partition(".")[0] in ("cls_token", *CLASS_BLOCKS):
                     parameter.requires_grad_(False)
-        dim: int = config.dim if isinstance(config, vit.ViTConfig) else self.trunk.num_features
+        dim: Any = config.dim if isinstance(config, vit.ViTConfig) else self.trunk.num_features
         classes = config.classes
         kept: Any = UPerHead(dim, width or dim, classes) if head == "upernet" else LinearHead(dim, classes)
         depth = len(self.blocks)

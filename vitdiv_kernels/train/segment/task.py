@@ -38,8 +38,8 @@ class Segmentation:
     """
 
     name: ClassVar[str] = "segment"
-    recipe: ClassVar[str] = "scenes"  # by default, and its data
-    data: ClassVar[str] = "scenes"
+    default_recipe: ClassVar[str] = "scenes"
+    default_data: ClassVar[str] = "scenes"
     metrics: ClassVar[tuple[str, ...]] = ("val_miou", "val_pixel_accuracy")
 
     def __init__(
