@@ -203,6 +203,15 @@ def test_names_and_paths_that_are_not_there_get_a_sentence(tmp_path):
         recipes.load(tmp_path)
 
 
+def test_what_python_makes_is_checked_like_a_file():
+    with pytest.raises(TypeError, match="name_or_path must be a name or a path, got int"):
+        recipes.load(5)
+    with pytest.raises(ValueError, match=r"^batch must be a whole number of at least 1, got 0$"):
+        Recipe(**SMALL | {"batch": 0})
+    with pytest.raises(ValueError, match=r"^betas must be two numbers of at least 0 and below 1, got \["):
+        replace(recipes.load("plain"), betas=(1.0, 0.9))
+
+
 def test_settings_that_belong_together_come_in_any_order():
     recipe = recipes.load("deit_small")
     for settings in (["mean=null", "std=null"], ["std=null", "lr=1e-4", "mean=null"]):

@@ -100,18 +100,9 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self, samples: Samples, image_size: int, channels: int, own: Transforms | None = None
     ) -> None:
-        from torchvision import transforms
-
         self.samples, self.mode = samples, "L" if channels == 1 else "RGB"
         self.own, self.draws = own, own is not None
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize(image_size),
-                transforms.CenterCrop(image_size),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * channels, [0.5] * channels),
-            ]
-        )
+        self.transform = own.test if own else _light(image_size, channels)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -123,15 +114,14 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         path, label = self.samples[number]
         try:
             with Image.open(path) as image:
-                return self._transformed(image.convert(self.mode), seed), torch.tensor(label)
+                decoded = image.convert(self.mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"the image file {path} can't be read ({error}): repair or remove it") from None
+        return self._transformed(decoded, seed), torch.tensor(label)
 
     def _transformed(self, image: Any, seed: int | None) -> Tensor:
-        if self.own is None:
+        if self.own is None or seed is None:
             return self.transform(image)
-        if seed is None:
-            return self.own.test(image)
         with seeded(seed):
             return self.own.train(image)
 
@@ -143,6 +133,20 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         """Tells these files, by class folder and name, and their labels from others; they are not read."""
         names = (f"{Path(path).parent.name}/{Path(path).name} {label}\n" for path, label in self.samples)
         return _fingerprint(len(self), (name.encode() for name in names))
+
+
+def _light(image_size: int, channels: int) -> Callable[[Any], Tensor]:
+    """The square in the middle, with values from -1 to 1."""
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.Resize(image_size),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * channels, [0.5] * channels),
+        ]
+    )
 
 
 ImageSet = Tensors | ImageFiles
