@@ -56,6 +56,11 @@ def test_names_of_classes_are_read_from_a_file(ade):
     assert list(load(ade, ignore_zero=True).classes) == ["wall", "building"]
     (ade / "classes.txt").write_text("sky\nsea\nsand\n")
     assert list(load(ade).classes) == ["sky", "sea", "sand"]
+    with pytest.raises(DataError, match="has 3 classes, but --num-classes is 4"):
+        load(ade, num_classes=4)
+    (ade / "classes.txt").write_text("x\n" * 255)
+    with pytest.raises(DataError, match="has 255 classes: annotations of 8 bits have at most 254"):
+        load(ade)
 
 
 def test_one_folder_is_split_by_the_seed(tmp_path):
@@ -186,6 +191,8 @@ def test_a_palette_holds_numbers_of_classes(ade):
         ),
         (["--losses", "patch_mixing"], "the loss patch_mixing (patch_mixing) labels the patches"),
         (["--cutmix", "1"], "mixup, cutmix and two_image_mixing must be off for --task segment"),
+        (["--head-width", "8"], "--head-width is of --head upernet"),
+        (["--ignore-zero"], "--num-classes and --ignore-zero are for a segfolder"),
         (["--set", "augmentation=timm"], "augmentation must be 'light' for --task segment"),
         (["--stride", "40"], "--stride must be at most the window (32), or pixels are left out, got 40"),
     ],

@@ -17,6 +17,7 @@ from .settings import Dense
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # names of the parts, as ADE20K has them and as others have
 PARTS = {"train": ("training", "train"), "val": ("validation", "val"), "test": ("test",)}
+MOST = 254  # classes, beside 255 and an ignored 0
 ADE_NAMES = "objectInfo150.txt"
 NAMES = "classes.txt"
 
@@ -121,7 +122,12 @@ def _split(found: list[Pair], images: Path, seed: int) -> dict[str, Sequence[Pai
 
 def _labels(root: Path, found: dict[str, Sequence[Pair]], dense: Dense) -> Labels:
     names = _names(root)
-    if dense.num_classes and len(names) != dense.num_classes:
+    if names and dense.num_classes and len(names) != dense.num_classes:
+        raise DataError(
+            f"the file of names in {root} has {len(names)} classes, but --num-classes is {dense.num_classes}: "
+            "leave it out, or change the file"
+        )
+    if dense.num_classes and not names:
         names = [str(i) for i in range(dense.num_classes)]
     if not names:
         every = [pair for part in found.values() for pair in part]
@@ -132,6 +138,8 @@ def _labels(root: Path, found: dict[str, Sequence[Pair]], dense: Dense) -> Label
                 f"from {int(dense.ignore_zero)} on"
             )
         names = [str(i) for i in range(count)]
+    if len(names) > MOST:
+        raise DataError(f"{root} has {len(names)} classes: annotations of 8 bits have at most {MOST}")
     return labels.counted(names, dense.ignore_zero)
 
 

@@ -42,7 +42,9 @@ def counted(names: Sequence[str], ignore_zero: bool) -> Labels:
     last = first + len(names) - 1
     if ignore_zero:
         return Labels(names, {0: IGNORED} | numbers, f"1 to {last}, or 0 or 255 to ignore a pixel")
-    return Labels(names, numbers, f"0 to {last}, or 255 to ignore a pixel")
+    return Labels(
+        names, numbers, f"0 to {last}, or 255 to ignore a pixel (with --ignore-zero 1 to {last + 1})"
+    )
 
 
 def cityscapes() -> Labels:

@@ -32,11 +32,14 @@ class Segmenter(nn.Module):
     the head takes. `blocks`, `patch_embed`, `norm` and `num_prefix_tokens` are the trunk's, so that a
     `DiversityObjective` and a `CollapseMonitor` find them.
 
-    Raises TrainError for a trunk that gives no tokens, or has fewer blocks than the head takes.
+    Raises TrainError for a trunk that gives no tokens, or has fewer blocks than the head takes, and for a
+    width of another head.
     """
 
     def __init__(self, config: models.Config, head: str = "linear", width: int | None = None) -> None:
         super().__init__()
+        if width is not None and head != "upernet":
+            raise TrainError(f"--head-width is of --head upernet: leave it out with --head {head}")
         self.config = config
         self.trunk: Any = models.make(config)
         if not isinstance(self.trunk, vit.ViT) and not hasattr(self.trunk, "forward_intermediates"):

@@ -78,6 +78,8 @@ class Segmentation:
         """`scenes` or `segfolder:PATH`, for the model. Raises DataError."""
         kind, _, path = spec.partition(":")
         if spec == "scenes":
+            if options.num_classes or options.ignore_zero:
+                raise DataError("--num-classes and --ignore-zero are for a segfolder: leave them out")
             return load_scenes(config.image_size, config.channels, options)
         if kind == "segfolder" and path:
             return load_segfolder(Path(path), config.image_size, config.channels, recipe.seed, options)
