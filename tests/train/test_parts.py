@@ -223,7 +223,7 @@ def test_an_absent_package_is_named_with_its_extra(absent, recipe, part, sentenc
 
 def test_names_of_parts_are_their_own():
     names = [part.name for part in PARTS]
-    assert len(set(names)) == len(names) == 6
+    assert len(set(names)) == len(names) == 7
 
 
 class TestTimm:

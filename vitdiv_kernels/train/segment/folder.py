@@ -124,8 +124,8 @@ def _labels(root: Path, found: dict[str, Sequence[Pair]], dense: Dense) -> Label
     names = _names(root)
     if names and dense.num_classes and len(names) != dense.num_classes:
         raise DataError(
-            f"the file of names in {root} has {len(names)} classes, but --num-classes is {dense.num_classes}: "
-            "leave it out, or change the file"
+            f"the file of names in {root} has {len(names)} classes, but --num-classes is "
+            f"{dense.num_classes}: leave it out, or change the file"
         )
     if dense.num_classes and not names:
         names = [str(i) for i in range(dense.num_classes)]
