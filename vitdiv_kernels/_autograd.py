@@ -48,6 +48,23 @@ class _Refusal(torch.autograd.Function):
         )
 
 
+class AllSum(torch.autograd.Function):
+    """Sum over the processes of a group. So is its gradient: each one's loss depends on all summands."""
+
+    @staticmethod
+    def forward(ctx, values, process_group):
+        ctx.process_group = process_group
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        torch.distributed.all_reduce(total, group=ctx.process_group)
+        return total, None
+
+
 class _Read:
     """A context whose saved tensors were read: under checkpointing that can be done once."""
 

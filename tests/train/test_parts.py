@@ -1,6 +1,7 @@
 """What goes along with a run, and how a step may be done: each against the plain form of it."""
 
 import csv
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from small_trainer import assert_same_run, random_data, small_recipe, small_trainer
 from torch import nn
+from torch._dynamo.utils import counters
 
 from vitdiv_kernels import vit
 from vitdiv_kernels.train import models
@@ -112,6 +114,37 @@ def test_checkpointing_changes_nothing(recipe):
     run, plain = trained(config, recipe, checkpointing=True), trained(config, recipe)
     assert_same(run, plain, rel=1e-3 if recipe else 1e-5)
     assert run.model.blocks[1].attn.var_norm.num_batches_tracked == 6
+
+
+@pytest.fixture
+def without_code(monkeypatch):
+    """torch.compile traces forward and backward, and runs what it has traced: making code takes a minute."""
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"checkpointing": True}], ids=str)
+def test_compiling_changes_nothing(options, without_code, torchvision, tmp_path):
+    pytest.importorskip("timm")
+    options |= {"parts": [Ema()]}
+    recipe = {"losses": DIVERSITY, "ema": 0.9, "amp": "bf16" if "checkpointing" in options else None}
+    run, plain = trained(MIXED, recipe, compile=True, **options), trained(MIXED, recipe, **options)
+    assert isinstance(run.run, torch._dynamo.OptimizedModule)
+    assert counters["frames"]["ok"] > 0
+    assert_same(run, plain)
+    average, other = (each.parts[0].average.module.state_dict() for each in (run, plain))
+    assert_same_run([], average, [], other)
+
+    run.save(tmp_path / "checkpoint.pt")
+    again = small_trainer(MIXED, {"steps": 6} | recipe, **options)
+    again.load(tmp_path / "checkpoint.pt")
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    for name, value in vit.load(tmp_path / "checkpoint.pt", MIXED, ema=True).state_dict().items():
+        assert torch.equal(average[name], value), name
 
 
 def test_the_moving_average_is_that_of_the_weights(torchvision):

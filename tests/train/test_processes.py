@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import os
 import random
@@ -33,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def trained(config, recipe, options, load=None, save=None, until=None):
     """Rows and weights of a run, in this process or one of several."""
+    if options.get("compile"):  # what is compiled ends with this process; making code of it takes a minute
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     with parallel.started("cpu"):
         run = small_trainer(config, {"steps": STEPS} | recipe, eval_every=3, **options)
         if load:
@@ -54,11 +57,16 @@ GONG = replace(SMALL, patch_head=True)
 CASES = {
     "mixup and CutMix": (SMALL, {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.2}, {"accumulate": 2}),
     "CutMix, accumulated": (SMALL, {"losses": {"gong2021": 1.0}}, {"accumulate": 2}),
-    "batch norm of maps": (MIXED, {"losses": DIVERSITY, "sync_bn": True}, {"checkpointing": True}),
+    "batch norm of maps": (
+        MIXED, {"losses": DIVERSITY | {"cos_reg": 0.1}, "sync_bn": True}, {"checkpointing": True}
+    ),
     "a head without part in the logits": (replace(SMALL, patch_head=True), {}, {"accumulate": 2}),
+    "sharded, compiled": (replace(SMALL, depth=2), {"losses": DIVERSITY}, {"fsdp": True, "compile": True}),
     "sharded": (SMALL, {"losses": DIVERSITY}, {"fsdp": True, "accumulate": 2}),
-    "sharded, batch norm": (MIXED, {"sync_bn": True}, {"fsdp": True, "checkpointing": True}),
-}
+    "sharded, batch norm": (
+        MIXED, {"losses": {"cos_reg": 0.5}, "sync_bn": True}, {"fsdp": True, "checkpointing": True}
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -186,6 +194,15 @@ def test_processes_that_do_not_fit_say_so_and_touch_nothing(options, of_rank, se
     assert sentence in first[2]
     assert second[2] == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_wrong_arguments_are_told_once(rank, times, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        main(["--lr", "fast"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("--lr: must be a number at least 0, got 'fast'") == times
 
 
 def folder_of_images(root, odd):

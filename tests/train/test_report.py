@@ -90,6 +90,28 @@ def test_the_report_prints_the_measures_and_draws_them(run, tmp_path, capsys):
     assert with_history[..., :3].std() > 0.1
 
 
+def test_maps_that_can_not_be_measured_are_left_out_with_the_reason(run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    load = report.load_model
+
+    def with_layer_norm(path):
+        model, *rest = load(path)
+        model.blocks[2].attn.var_norm = torch.nn.LayerNorm(2)
+        model.blocks[2].attn.map_norm = "layer"
+        return model, *rest
+
+    monkeypatch.setattr(report, "load_model", with_layer_norm)
+    assert report.main([str(run), "--images", "4", "--out", str(tmp_path / "figure.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "nan" not in printed
+    rows = [line.split() for line in printed.splitlines() if line.lstrip()[:1].isdigit()]
+    assert [[cell == "-" for cell in row] for row in rows[:3]] == [
+        [False] * 5 + [True] * 2 + [False] * 2 + [True]
+    ] * 3
+    assert printed.count("Attention maps were not measured: the maps of ReAttention with norm 'layer'") == 1
+
+
 def test_the_figure_shows_each_measure_of_each_block_and_step(tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(plt, "close", lambda figure: None)

@@ -212,8 +212,8 @@ class Attention:
         """A layer as `losses.layer_similarity` takes it: (q, k), or where heads are mixed after the softmax
         (q, k, mix, bias), a batch norm folded into both.
 
-        In training the statistics are those of these images, of this process alone: from the Gram matrix of
-        the maps, as the operation itself has them.
+        In training the statistics are those of these images, of SyncBatchNorm those of all processes, which
+        must all call this: from the Gram matrix of the maps, as the operation itself has them.
         """
         names = self.names
         if names.post is None:
@@ -236,9 +236,8 @@ class Attention:
             with _checks.autocast_off(q):
                 mean = mix.sum(1) / k.shape[2] + bias
                 count = q.shape[0] * q.shape[2] * k.shape[2]
-                variance = (
-                    torch.einsum("gh,hk,gk->g", mix.to(gram.dtype), gram.sum(0), mix.to(gram.dtype)) / count
-                )
+                gram, count = _sharded.summed(gram.sum(0), count, norm.process_group)
+                variance = torch.einsum("gh,hk,gk->g", mix.to(gram.dtype), gram, mix.to(gram.dtype)) / count
         gain = (variance + norm.eps).rsqrt()
         weight, shift = _whole(norm.weight), _whole(norm.bias)
         gain = gain if weight is None else weight * gain

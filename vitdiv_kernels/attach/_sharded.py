@@ -1,9 +1,13 @@
-"""Weights that are read outside of the forward pass, where each process holds a shard of them only."""
+"""What is read outside of the forward pass, where each process holds a shard of the weights, or some of the
+images, only."""
 
 import contextlib
 import sys
+from typing import Any
 
 import torch
+
+from .._autograd import AllSum
 
 
 def gathered(tensor):
@@ -33,6 +37,16 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad / ctx.processes, None
+
+
+def summed(tensor, count, process_group):
+    """A tensor and a count, their sums over the processes of a group, differentiable; without a group as they
+    are."""
+    if process_group is None:
+        return tensor, count
+    packed = torch.cat([tensor.flatten(), tensor.new_full((1,), count)])
+    total: Any = AllSum.apply(packed, process_group)
+    return total[:-1].view_as(tensor), total[-1]
 
 
 def call(module, x):

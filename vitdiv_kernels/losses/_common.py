@@ -119,6 +119,23 @@ def grid_of(grid, n):
     return sizes
 
 
+def numbers_below(name, value, stop, what):
+    """Raises ValueError for an index below 0 or not below `stop`, where the host may read it; on a GPU, or in
+    a program, torch's own gather fails."""
+    if stop is None or not _checks.values_at_hand(value) or not value.numel():
+        return
+    low, high = value.aminmax()
+    if low < 0 or high >= stop:
+        wrong = int(low if low < 0 else high)
+        raise ValueError(f"{name} must be {what} from 0 to {stop - 1}, got {wrong}")
+
+
+def not_negative(name, value):
+    """Raises ValueError for a negative number, where the host may read it."""
+    if _checks.values_at_hand(value) and value.numel() and value.min() < 0:
+        raise ValueError(f"{name} must not be negative, got {value.min().item():.4g}")
+
+
 def pair(name, value):
     """Two positive integers, given as both or as one for a square."""
     value = _checks.integral(value)

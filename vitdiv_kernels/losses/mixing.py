@@ -70,7 +70,8 @@ def patch_targets(
         >>> losses.patch_targets(labels, labels.flip(0), shares, num_classes=3).shape
         torch.Size([2, 4, 3])
     """
-    smoothing = _labels(labels, others, shares, smoothing)
+    num_classes = _checks.count("num_classes", num_classes, at_least=1)
+    smoothing = _labels(labels, others, shares, smoothing, classes=num_classes)
     shares = shares.expand(len(labels), -1).unsqueeze(-1)
     first, second = (
         torch.nn.functional.one_hot(y, num_classes).to(shares.dtype).unsqueeze(1) for y in (labels, others)
@@ -145,7 +146,8 @@ def _covered(interval, pixels, patches):
     return overlap.clamp_min(0) * (patches / pixels)
 
 
-def _labels(labels, others, shares, smoothing, logits=None):
+def _labels(labels, others, shares, smoothing, logits=None, classes=None):
+    classes = classes if logits is None else logits.shape[-1]
     for name, value in (("labels", labels), ("others", others)):
         if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
             given = _checks.name_of(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -153,6 +155,7 @@ def _labels(labels, others, shares, smoothing, logits=None):
         if value.dim() != 1 or (logits is not None and len(value) != logits.shape[0]):
             expected = "[B]" if logits is None else f"[{logits.shape[0]}]"
             raise ValueError(f"{name} must have shape {expected}, got {_checks.shape_of(value)}")
+        _common.numbers_below(name, value, classes, "classes")
     _checks.shaped("others", others, labels.shape, because=", that of labels")
     _checks.floating_tensor("shares", shares)
     n = shares.shape[-1:] if logits is None else logits.shape[1:2]

@@ -104,11 +104,7 @@ def mix_two_images(
         given = _checks.name_of(order.dtype) if isinstance(order, torch.Tensor) else type(order).__name__
         raise TypeError(f"order must be a torch.Tensor of dtype int64, got {given}")
     _checks.shaped("order", order, (len(images),))
-    if _checks.values_at_hand(order) and len(order) and not 0 <= order.min() <= order.max() < len(images):
-        raise ValueError(
-            f"order must have numbers of images, from 0 to {len(images) - 1}, got {int(order.min())} to "
-            f"{int(order.max())}"
-        )
+    _common.numbers_below("order", order, len(images), "numbers of images")
     own, other = masks.to(images)
     pixels = images.shape[2] // rows, images.shape[3] // columns
     first, second = (
@@ -190,6 +186,7 @@ def region_mixing(
     _checks.floating_tensor("targets", targets)
     _checks.shaped("targets", targets, logits.shape, because=", that of logits")
     _checks.same_device("targets", targets, "logits", logits)
+    _common.not_negative("targets", targets)
     _masks(masks)
     if len(masks) != logits.shape[1]:
         raise ValueError(
@@ -296,3 +293,5 @@ def _masks(masks):
         raise TypeError(f"masks must be a torch.Tensor of a floating or bool dtype, got {given}")
     if masks.dim() != 3 or 0 in masks.shape:
         raise ValueError(f"masks must have shape [R, rows, columns], got {_checks.shape_of(masks)}")
+    if masks.is_floating_point():
+        _common.not_negative("masks", masks)

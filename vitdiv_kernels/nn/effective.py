@@ -7,8 +7,9 @@ refused in a sentence. Hooks that are set for all modules at once, by `register_
 run.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -40,7 +41,8 @@ NO_INPUT = (None,)
 
 class Norm(NamedTuple):
     """The norm of the mixed maps: its kind, "none", "batch" or "layer", and its tensors [H], None where it
-    has none. `from_batch`: batch norm takes the statistics of this batch."""
+    has none. `from_batch`: batch norm takes the statistics of this batch, with `process_group` those of the
+    batches of all its processes."""
 
     kind: str
     weight: Tensor | None = None
@@ -49,6 +51,7 @@ class Norm(NamedTuple):
     running_var: Tensor | None = None
     eps: float = 0.0
     from_batch: bool = False
+    process_group: Any = None
 
 
 def effective_mix(attn, name="reatten_matrix", otherwise=CALLED_BY_THE_REFERENCE):
@@ -104,7 +107,16 @@ def read_norm(attn):
     mean, var = module.running_mean, module.running_var
     # as the module itself: its own mode, so that it can be frozen; the batch's statistics if none are kept
     from_batch = kind == "batch" and (module.training or mean is None)
-    return Norm("batch", weight, bias, mean, var, module.eps, from_batch)
+    return Norm("batch", weight, bias, mean, var, module.eps, from_batch, _process_group(module))
+
+
+def _process_group(batch_norm):
+    """The processes whose statistics a batch norm shares, as torch's own forward has it; else None."""
+    if not isinstance(batch_norm, nn.SyncBatchNorm) or not batch_norm.training:
+        return None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return batch_norm.process_group or torch.distributed.group.WORLD
 
 
 def _raise(sentence):

@@ -176,7 +176,7 @@ class ReAttention(_attention.PackedAttention):
                 elif module.num_batches_tracked is not None:
                     module.num_batches_tracked.add_(1)
             options.update(running_mean=mean, running_var=var, momentum=momentum)
-            options["process_group"] = _process_group(self.var_norm)
+            options["process_group"] = norm.process_group
         out = reattention(
             q, k, v, mix, mix_bias=mix_bias, training=training, out_scale=self.out_scale, scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0, return_gram=return_gram,
@@ -222,12 +222,3 @@ def _norm_over_heads(norm, num_heads, eps, momentum, gain, kind):
     if norm == "layer":
         return MapLayerNorm(num_heads, eps, **kind).start_from(gain)
     return nn.Identity()
-
-
-def _process_group(batch_norm):
-    if not isinstance(batch_norm, nn.SyncBatchNorm):
-        return None
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed:
-        return None
-    return batch_norm.process_group or torch.distributed.group.WORLD

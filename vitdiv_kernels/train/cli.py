@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,11 +51,14 @@ def run_command(
     argv: Sequence[str] | None,
 ) -> int:
     """Parses and runs; returns the exit code, after a TrainError 2 and its one sentence on stderr."""
-    args = parser.parse_args(argv)
+    first = os.environ.get("RANK", "0") == "0"
+    # all processes of torchrun have the same arguments, and one tells what is wrong with them
+    with contextlib.redirect_stderr(sys.stderr if first else StringIO()):
+        args = parser.parse_args(argv)
     try:
         return run(args) or 0
     except TrainError as error:
-        if not error.told_by_main or os.environ.get("RANK", "0") == "0":
+        if not error.told_by_main or first:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -53,10 +53,23 @@ def table(records: list[Record]) -> str:
     lines = [f"block{titles}  map before"]
     for i, record in enumerate(records):
         values = zip(COLUMNS.values(), widths, strict=True)
-        shown = "".join(f"{record[name]:{width}.3f}" for name, width in values)
-        before = f"{record['attention_cosine'][i - 1]:.3f}" if i else "-"
+        shown = "".join(f"{_shown(record[name]):>{width}}" for name, width in values)
+        before = _shown(record["attention_cosine"][i - 1] if i else math.nan)
         lines.append(f"{i + 1:5d}{shown}{before:>12}")
     return "\n".join(lines)
+
+
+def _shown(value: float) -> str:
+    """`-` stands for what was not measured."""
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def measured(model: nn.Module, images: Any, step: int) -> tuple[list[Record], str | None]:
+    """The records of a model, and why its attention maps were not measured, a sentence, or None."""
+    try:
+        return CollapseMonitor(model, images=len(images)).measure(images, step), None
+    except TypeError as error:
+        return CollapseMonitor(model, images=len(images), maps=False).measure(images, step), str(error)
 
 
 def similar_blocks(records: list[Record], threshold: float = 0.9) -> int:
@@ -140,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     # the recipe's seed splits a folder as it was split in training: no image is measured that was trained on
     data = kind.load(args.data or kind.default_data, config, recipe, options)
     images = kind.plain(data, *data.val.__getitems__(list(range(min(args.images, len(data.val))))))
-    records = CollapseMonitor(model.to(usable(args.device)), images=args.images).measure(images, step)
+    records, why_not = measured(model.to(usable(args.device)), images, step)
     csv = path.with_name("collapse.csv")
     try:
         history = read_records(csv) if csv.exists() else []
@@ -153,8 +166,10 @@ def run(args: argparse.Namespace) -> None:
         )
     print(f"{path}, step {step}, {len(images)} validation images\n\n{table(records)}\n")
     print(
-        f"{similar_blocks(records)} of {len(records)} blocks have maps whose mean cosine with those of the "
-        "block before is above 0.9."
+        f"Attention maps were not measured: {why_not}."
+        if why_not
+        else f"{similar_blocks(records)} of {len(records)} blocks have maps whose mean cosine with those of "
+        "the block before is above 0.9."
     )
     if not history:
         print(f"There is no {csv}: train with --monitor-every to see this over time.")

@@ -64,6 +64,9 @@ def wrapped(
 ) -> nn.Module:
     """The module to call in training. `losses_on_patch_head`: losses beside the logits give it a gradient."""
     run: Any = torch.compile(model) if compile else model
+    if compile and fsdp:
+        # blocks are compiled one by one, and not all have hooks of an objective
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
     if processes.size > 1 and not fsdp:
         # the head of patches (Gong et al.) has no part in the logits, and without such losses no gradient
         unused = getattr(model, "patch_head", None) is not None and not losses_on_patch_head

@@ -13,6 +13,7 @@ float16 and bfloat16 are computed in float32 and the output is rounded once. Hol
 import torch
 import torch.nn.functional as F
 
+from ...._autograd import AllSum
 from ..attention_gram.reference import centered_gram
 
 
@@ -92,7 +93,7 @@ def batch_norm(maps, weight, bias, running_mean, running_var, training, momentum
 
 def _synced_batch_norm(maps, weight, bias, running_mean, running_var, momentum, eps, process_group):
     def all_sum(values):
-        return _AllSum.apply(values, process_group)
+        return AllSum.apply(values, process_group)
 
     over = (0, 2, 3)
     count = all_sum(maps.new_tensor([maps.shape[0] * maps.shape[2] * maps.shape[3]]))
@@ -107,20 +108,3 @@ def _synced_batch_norm(maps, weight, bias, running_mean, running_var, momentum, 
     if weight is not None:
         out = out * weight[:, None, None]
     return out if bias is None else out + bias[:, None, None]
-
-
-class _AllSum(torch.autograd.Function):
-    """Sum over the processes of a group. So is its gradient: each one's loss depends on all summands."""
-
-    @staticmethod
-    def forward(ctx, values, process_group):
-        ctx.process_group = process_group
-        total = values.clone()
-        torch.distributed.all_reduce(total, group=process_group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        total = grad.clone()
-        torch.distributed.all_reduce(total, group=ctx.process_group)
-        return total, None
