@@ -80,7 +80,7 @@ def make_parser(task: str = "classify") -> argparse.ArgumentParser:
         "--task",
         choices=TASKS,
         default=task,
-        help="what to learn: a class of each image, or segment: of each pixel (default: classify)",
+        help="what to learn: a class of each image, or segment: of each pixel",
     )
     recipe_options.add_recipe_options(parser, TASKS[task].default_recipe)
     for title, kind in GROUPS:
