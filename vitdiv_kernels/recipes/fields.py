@@ -27,7 +27,7 @@ def key(
             given at the same time.
     """
     limits = None if low is None else (low, high)
-    made = {"metadata": {"limits": limits, "help": help, "group": group} | about}
+    made: dict[str, Any] = {"metadata": {"limits": limits, "help": help, "group": group} | about}
     if default is not ...:
         made |= {"default_factory" if callable(default) else "default": default}
     return field(**made)

@@ -346,7 +346,7 @@ class Shares:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[Sequence[int | Draw]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for step, indices in enumerate(self.steps, self.steps.start):
             mine = [indices[place] for place in self.places]
             if self.draws:

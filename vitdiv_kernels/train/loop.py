@@ -118,7 +118,7 @@ class Trainer:
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, recipe.weight_decay),
-            lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True,
+            lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]), eps=recipe.eps, fused=True,
         )  # fmt: skip
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
