@@ -94,8 +94,8 @@ def in_turn(launches):
 
 
 def sample(launches):
-    """Few of what `in_turn` chooses: of each kernel, whatever operations launch it, each GPU, type of an
-    argument, alignment of all arguments, options and constant is in one."""
+    """Few of what `in_turn` chooses: of each kernel, whatever operations launch it, each GPU, each constant,
+    each option, and of each argument each type and whether 16 divides it is in one."""
     of_kernel = {}
     for key, launch in in_turn(launches).items():
         of_kernel.setdefault((launch.kernel.__module__, key[2]), {})[key] = values_of(key)
@@ -105,10 +105,14 @@ def sample(launches):
 def values_of(key):
     """What a sample is to have of a launch."""
     _, capability, _, signature, constexprs, attributes, options = key
-    values = {("GPU", capability), ("aligned", attributes), ("options", options)}
-    return (
-        values | {("argument", *argument) for argument in signature} | {("constant", *c) for c in constexprs}
-    )
+    aligned = {i for i, _ in attributes}
+    return {
+        ("GPU", capability),
+        *(("option", *option) for option in enumerate(options)),
+        *(("argument", *argument) for argument in signature),
+        *(("aligned", i, i in aligned) for i, (_, kind) in enumerate(signature) if kind != "constexpr"),
+        *(("constant", *constant) for constant in constexprs),
+    }
 
 
 def one_in(n, launches):

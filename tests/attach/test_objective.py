@@ -1,12 +1,10 @@
 """DiversityObjective: values against losses called by hand, hooks, compile, processes, bad input."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import together
 from small_vit import hooks_of, images, query_key, small_vit, softmax_maps
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -436,21 +434,19 @@ DDP_CONFIG = {
 }  # fmt: skip
 
 
-def worker(rank, store, results):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = headed()
+def worker():
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), headed()
     run = nn.parallel.DistributedDataParallel(model)
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    torch.save(gradients(model, run, x[2 * rank : 2 * rank + 2], DDP_CONFIG), f"{results}/{rank}")
+    found = gradients(model, run, x[2 * rank : 2 * rank + 2], DDP_CONFIG)
     dist.destroy_process_group()
-    # as in test_distributed: gloo's threads may outlive the interpreter
-    os._exit(0)
+    return found
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    mp.spawn(worker, (f"{tmp_path}/store", tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+def test_two_processes_have_the_gradients_of_one():
+    first, second = together(2, worker)
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     model = headed()
     for a, b, whole in zip(first, second, gradients(model, model, x, DDP_CONFIG), strict=True):

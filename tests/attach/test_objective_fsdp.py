@@ -1,14 +1,12 @@
 """Objective and monitor of a model sharded by fully_shard and FullyShardedDataParallel: values and gradients
 are those of the model in one piece."""
 
-import os
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import together
 from torch import nn
 
 from vitdiv_kernels import CollapseMonitor, DiversityObjective, Term
@@ -123,11 +121,9 @@ def fsdp1(mine):
     return found
 
 
-def worker(rank, store, results, world):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    torch.set_num_threads(1)
+def worker(world):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     share = 4 // world
     mine, found = slice(share * rank, share * (rank + 1)), {}
     for units, names in UNITS.items():
@@ -143,22 +139,15 @@ def worker(rank, store, results, world):
         sharded_again = all(type(p).__name__ == "DTensor" for p in model.parameters())
         found["sharded again", units] = sharded_again
     found.update(fsdp1(mine))
-    torch.save(found, f"{results}/{rank}")
     dist.destroy_process_group()
-    # as in test_distributed: gloo's threads may outlive the interpreter
-    os._exit(0)
-
-
-def spawned(tmp_path, world):
-    if torch.get_default_device().type == "cuda":
-        pytest.skip("two processes would need two GPUs")
-    mp.spawn(worker, (f"{tmp_path}/store", tmp_path, world), nprocs=world)
-    return [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(world)]
+    return found
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_shards_give_what_the_whole_gives(world, tmp_path):
-    parts = spawned(tmp_path, world)
+def test_shards_give_what_the_whole_gives(world):
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("two processes would need two GPUs")
+    parts = together(world, worker, world)
     share, expected = 4 // world, {}
     for name, config in {**CONFIGS, "forward only": FORWARD_ONLY}.items():
         model = a_model()

@@ -157,7 +157,7 @@ def test_values_of_another_width(emulator, width):
 def test_gpus_with_less_shared_memory(emulator, architecture, dtype):
     emulator.configure(architecture=architecture)
     H = {80: 32, 89: 16}[architecture] // (4 if dtype == torch.float64 else 1)
-    check(emulator, Case((1, H, 17, 40, 128), pre="mix", layer=True), dtype)
+    check(emulator, Case((1, H, 3, 40, 128), pre="mix", layer=True), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)

@@ -181,7 +181,7 @@ def test_values_of_another_width(emulator, width):
 def test_gpus_with_less_shared_memory(emulator, architecture, dtype):
     emulator.configure(architecture=architecture)
     H = {torch.float64: (16, 6), torch.float32: (32, 16)}.get(dtype, (32, 16))[architecture == 89]
-    check(emulator, Case((1, H, 17, 40, 128), pre="mix", layer=True), dtype)
+    check(emulator, Case((1, H, 3, 40, 128), pre="mix", layer=True), dtype)
 
 
 @pytest.mark.parametrize("given", ["dout", "dgram"])

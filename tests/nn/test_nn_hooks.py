@@ -2,13 +2,12 @@
 sentence."""
 
 import importlib.util
-import os
 
 import published
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import together
 from torch import nn
 from torch.nn.utils import fusion, parametrizations, prune
 
@@ -68,7 +67,10 @@ def treated(cls, tool):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("tool", TOOLS)
 @BOTH
-def test_what_makes_a_weight_before_each_call(cls, tool, compiled):
+def test_what_makes_a_weight_before_each_call(cls, tool, compiled, pytestconfig):
+    of_every_other_tool = (list(TOOLS).index(tool) + list(MIXES).index(cls)) % 2
+    if compiled and of_every_other_tool and not pytestconfig.getoption("--every-case"):
+        pytest.skip("compiled with the other class")
     attn, like = treated(cls, tool), treated(cls, tool)
     torch._dynamo.reset()
     forward = torch.compile(attn, fullgraph=True, backend="aot_eager") if compiled else None
@@ -356,31 +358,35 @@ def steps(attn, forward):
     return outputs
 
 
-def sharded(rank, store, results, whole):
+def sharded():
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    attn = made(RE)
-    # whole or not: FSDP2 frees what it gathered after a forward, but for the outermost module
-    for module in (attn.reatten_matrix, attn.var_norm, *[attn] * whole):
-        fully_shard(module, mesh=dist.init_device_mesh("cpu", (2,)))
-    outputs = steps(attn, attn)
-    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in attn.parameters()]
-    torch.save([outputs, grads, list(attn.buffers())], f"{results}/{rank}")
+    dist.init_process_group("gloo")
+    found = {}
+    for whole in (False, True):
+        attn = made(RE)
+        # whole or not: FSDP2 frees what it gathered after a forward, but for the outermost module
+        for module in (attn.reatten_matrix, attn.var_norm, *[attn] * whole):
+            fully_shard(module, mesh=dist.init_device_mesh("cpu", (2,)))
+        outputs = steps(attn, attn)
+        grads = [
+            p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in attn.parameters()
+        ]
+        found[whole] = outputs, grads, list(attn.buffers())
     dist.destroy_process_group()
-    os._exit(0)  # as in test_distributed.py
+    return found
 
 
-@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-def test_fsdp_of_the_mix_and_the_norm(whole, tmp_path):
+def test_fsdp_of_the_mix_and_the_norm():
     """Two processes with half of each; on the same images they give what one gives."""
-    mp.spawn(sharded, (f"{tmp_path}/store", tmp_path, whole), nprocs=2)
     attn = made(RE)
     outputs = steps(attn, lambda x: published.reattention(attn, x))
-    for rank in range(2):
-        ours = torch.load(tmp_path / str(rank))
-        torch.testing.assert_close(ours, [outputs, [p.grad for p in attn.parameters()], list(attn.buffers())])
+    expected = outputs, [p.grad for p in attn.parameters()], list(attn.buffers())
+    for found in together(2, sharded):
+        assert found.keys() == {False, True}
+        for ours in found.values():
+            torch.testing.assert_close(ours, expected)
 
 
 def test_what_others_read():

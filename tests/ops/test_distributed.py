@@ -1,13 +1,10 @@
 """Batch norm over the processes of a group: two processes with a part of a batch each give what one gives
 with all of it."""
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import together
 
 import vitdiv_kernels as vd
 
@@ -45,11 +42,9 @@ def share(split, rank):
     return slice(sum(split[:rank]), sum(split[: rank + 1]))
 
 
-def worker(rank, store, results, backend):
-    # Where one process leaves out a reduction, the other one would wait for it for half an hour.
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
-    )
+def worker(backend):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     qkv, parameters, cotangent = tensors()
     found = {}
     for split in SPLITS:
@@ -62,18 +57,14 @@ def worker(rank, store, results, backend):
         torch.nn.init.normal_(parameter)
     x = torch.randn(IMAGES, 9, 32, dtype=torch.float64)
     found["module"] = [module(x[share(SPLITS[0], rank)]).detach(), module.var_norm.running_var]
-    torch.save(found, f"{results}/{rank}")
     dist.destroy_process_group()
-    # Gloo's threads may be about to free a tensor of the last reduction, which takes the interpreter's lock;
-    # where the interpreter is shutting down by then, that aborts the process. So it is not shut down.
-    os._exit(0)
+    return found
 
 
-def test_two_processes_are_one(backend, tmp_path):
+def test_two_processes_are_one(backend):
     if torch.get_default_device().type == "cuda":
         pytest.skip("two processes would need two GPUs")
-    mp.spawn(worker, (f"{tmp_path}/store", tmp_path, backend), nprocs=PROCESSES)
-    parts = [torch.load(tmp_path / str(rank)) for rank in range(PROCESSES)]
+    parts = together(PROCESSES, worker, backend)
     whole = step(*tensors(), "reference")
     for split in SPLITS:
         out, mean, var, d_qkv, *d_parameters = zip(*(part[split] for part in parts), strict=True)

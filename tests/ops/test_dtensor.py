@@ -1,14 +1,11 @@
 """DTensors: a batch sharded over two processes gives what one process gives, with sharded gradients; other
 shardings are gathered."""
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from calls import LOSSES, OPERATIONS, arguments
+from processes import together
 
 import vitdiv_kernels as vd
 
@@ -61,10 +58,8 @@ FUNCTIONS = OPERATIONS | {name: lambda x, _, backend, loss=LOSSES[name]: loss(x)
 FUNCTIONS |= {"several axes": several_axes, "statistics": statistics}
 
 
-def worker(rank, store, results, backend):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
-    )
+def worker(backend):
+    dist.init_process_group("gloo")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -79,19 +74,16 @@ def worker(rank, store, results, backend):
             made = step(lambda x, m, f=function: f(x, m, backend), sharded, whole)
             placements = [None if t is None else t.placements for t in made]
             found[name, images, axis] = [None if t is None else t.full_tensor() for t in made], placements
-    if rank == 0:
-        torch.save(found, f"{results}/found")
     dist.destroy_process_group()
-    os._exit(0)  # as in test_distributed.py
+    return found
 
 
 @pytest.mark.usefixtures("library")
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one():
     from torch.distributed.tensor import Shard
 
     backend = "native"
-    mp.spawn(worker, (f"{tmp_path}/store", tmp_path, backend), nprocs=PROCESSES)
-    found = torch.load(tmp_path / "found", weights_only=False)
+    found = together(PROCESSES, worker, backend)[0]
     for (name, images, axis), (made, placements) in found.items():
         expected = step(lambda x, m, f=FUNCTIONS[name]: f(x, m, backend), *inputs(images))
         for got, right in zip(made, expected, strict=True):

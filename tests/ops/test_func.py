@@ -200,7 +200,7 @@ def test_losses(name):
 
 
 @pytest.mark.parametrize("name", ["cosine abs", "two grams", "gram", "reattention batch", "talking heads"])
-def test_functionalize_and_compiled_autograd(name):
+def test_functionalize_and_compiled_autograd(name, pytestconfig):
     x, matrices = inputs((None, None), 7)
 
     def call(x, matrices):
@@ -209,6 +209,8 @@ def test_functionalize_and_compiled_autograd(name):
     expected = grad(call)(x, matrices)
     traced = make_fx(functionalize(grad(call)))(x, matrices)
     assert_close(traced(x, matrices), expected)
+    if name not in ("cosine abs", "reattention batch") and not pytestconfig.getoption("--every-case"):
+        return  # one operator and one that calls several: compiled autograd takes each operator alike
     torch.compiler.reset()
     leaf = x.clone().requires_grad_()
     compiler = torch.compile(backend="aot_eager", fullgraph=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-SECONDS = 60
+SECONDS = 120
 PRELOADED = [
     *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "pytest"),
     *("sklearn.datasets", "sklearn.model_selection", "vitdiv_kernels.train.cli"),

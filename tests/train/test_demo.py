@@ -1,9 +1,11 @@
 """The demo, end to end with few steps, and the parts of it that judge."""
 
 import json
+import multiprocessing
 import runpy
 import sys
 
+import processes
 import pytest
 import torch
 from places import ROOT
@@ -18,10 +20,12 @@ from vitdiv_kernels.train.errors import TrainError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_the_demo_ends_with_table_figure_and_cost(tmp_path, capsys):
+def test_the_demo_ends_with_table_figure_and_cost(tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     image = pytest.importorskip("matplotlib.image")
-    assert demo.main(["--steps", "3", "--out", str(tmp_path), "--cost-batch", "1", "--cost-rounds", "1"]) == 0
+    started = processes.context()  # six processes, each of which would import all for seconds
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: started)
+    assert demo.main(["--steps", "2", "--out", str(tmp_path), "--cost-batch", "1", "--cost-rounds", "1"]) == 0
     out = capsys.readouterr().out
     for title in ("test accuracy", "|patch cosine|", "effective rank", "head cosine"):
         assert title in out

@@ -217,6 +217,10 @@ void fault(const std::string& what, Place place) {
               std::to_string(position.thread) + ")");
 }
 
+void out_of_range(int index, int n, Place place) {
+  fault("shared index out of range: " + std::to_string(index) + " of " + std::to_string(n), place);
+}
+
 void allow(const void* memory, int64_t bytes, bool writable, bool initialised) {
   Region r{static_cast<const unsigned char*>(memory), bytes, writable, initialised, {}};
   if (writable) r.shadow.resize((bytes + kGrain - 1) / kGrain);
