@@ -78,3 +78,13 @@ def test_what_goes_the_wrong_way_is_seen():
     assert taken_from_another(PACKAGE / "attach/monitor.py", PACKAGE / "losses/_common.py")
     assert taken_from_another(PACKAGE / "ops/pairs/two_gram/api.py", PACKAGE / "ops/maps/_triton/__init__.py")
     assert not taken_from_another(PACKAGE / "ops/pairs/two_gram/api.py", PACKAGE / "ops/_operators.py")
+
+
+def test_what_is_learned_does_not_know_how_runs_go():
+    """Tasks are given to the loop: they take no part of it."""
+    train = PACKAGE / "train"
+    runs = {train / f"{name}.py" for name in ("cli", "loop", "report", "state", "tasks")}
+    for path in (train / "task.py", *(train / "segment").glob("*.py")):
+        taken = {target for target, _ in imported(path)}
+        assert not taken & runs, path
+        assert not any(target.is_relative_to(train / "parts") for target in taken), path

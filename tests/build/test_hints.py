@@ -8,11 +8,14 @@ from vitdiv_kernels import losses, nn
 
 MODULES = [
     *(f"attach.{name}" for name in ("families", "monitor", "objective", "parts", "terms")),
-    *(f"train.{name}" for name in ("checkpoint", "cli", "cutmix", "data", "logs", "loop", "loss_weights")),
+    *(f"train.{name}" for name in ("augmentation", "checkpoint", "cli", "data", "earlier")),
+    *(f"train.{name}" for name in ("logs", "loop", "loss_weights", "recipe_options", "report")),
     *(f"train.{name}" for name in ("evaluation", "files", "init", "models", "optimizer", "options")),
-    *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "wrapping")),
-    *("fusing.api", "fusing.report", "train.recipe", "train.report", "info"),
-    *(f"recipes.{name}" for name in ("files", "mixing", "recipe", "with_timm")),
+    *(f"train.segment.{name}" for name in ("augment", "folder", "heads", "labels", "measures", "model")),
+    *(f"train.segment.{name}" for name in ("pairs", "pictures", "scenes", "settings", "task", "windows")),
+    *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "tasks")),
+    *("fusing.api", "fusing.report", "info", "train.wrapping"),
+    *(f"recipes.{name}" for name in ("fields", "files", "mixing", "recipe", "schedule", "with_timm")),
     *(f"vit.{name}" for name in ("checkpoints", "configs", "files", "model", "parts")),
     *(f"ops.pairs.{name}.api" for name in ("pairwise_cosine", "pairwise_rows", "two_gram")),
     *(f"ops.maps.{name}.api" for name in ("attention_gram", "reattention")),

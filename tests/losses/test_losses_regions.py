@@ -251,6 +251,8 @@ BAD = [
         ["order", "int64", "float32"],
     ),
     (lambda: losses.mix_two_images(IMAGES, TARGETS, MASKS, ORDER[:2]), ValueError, ["order", "[3]", "[2]"]),
+    (lambda: losses.mix_two_images(IMAGES, TARGETS, MASKS, ORDER + 1), ValueError, ["order", "0 to 2", "3"]),
+    (lambda: losses.mix_two_images(IMAGES, TARGETS, MASKS, ORDER - 1), ValueError, ["order", "0 to 2", "-1"]),
     (lambda: losses.region_means(PATCHES[0], MASKS), ValueError, ["patches", "[B, N, D]", "[20, 6]"]),
     (lambda: losses.region_means(PATCHES, MASKS[:, :2]), ValueError, ["masks", "20 patches", "[2, 2, 5]"]),
     (lambda: losses.region_means(PATCHES, MASKS.long()), TypeError, ["masks", "floating or bool", "int64"]),

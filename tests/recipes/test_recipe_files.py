@@ -9,10 +9,9 @@ import pytest
 from vitdiv_kernels import recipes
 from vitdiv_kernels.recipes import Recipe
 from vitdiv_kernels.train.loss_weights import DIVERSITY, objective_terms
-from vitdiv_kernels.train.recipe import Recipe as TrainRecipe
 from vitdiv_kernels.vit import CONFIGS
 
-NAMES = ["deepvit_32b", "deit_small", "digits", "diverse_vit_deit_small", "gong2021"]
+NAMES = ["deepvit_32b", "deit_small", "digits", "diverse_vit_deit_small", "gong2021", "plain", "scenes"]
 SMALL = {
     "title": "t", "source": "s", "model": "digits24", "image_size": 8, "steps": 3, "batch": 4, "lr": 0.1,
     "weight_decay": 0, "warmup": 0.1,
@@ -35,10 +34,10 @@ def test_recipes_of_the_package(name):
     recipe = recipes.load(name)
     assert recipe.title
     assert recipe.source
-    assert recipe.model in CONFIGS or recipe.model == "gong_base"
+    assert recipe.model in CONFIGS
     assert recipes.parse(json.loads(json.dumps(recipe.as_dict()))) == recipe
     assert recipes.override(recipe, []) == recipe
-    if name != "digits":
+    if name not in ("digits", "plain", "scenes"):
         assert re.search(r"github\.com/\S+, commit [0-9a-f]{7}", recipe.source)
         assert re.search(r"arXiv \d{4}\.\d{5}", recipe.title)
 
@@ -59,9 +58,11 @@ def test_facts_of_the_released_code():
 
 
 def test_digits_is_what_the_trainer_does():
-    recipe, trains = recipes.load("digits"), TrainRecipe(losses=dict(DIVERSITY))
-    for name in ("steps", "batch", "lr", "warmup", "weight_decay", "betas", "clip", "label_smoothing"):
-        assert getattr(recipe, name) == getattr(trains, name)
+    recipe, plain = recipes.load("digits"), recipes.load("plain")
+    same = {part.name for part in fields(Recipe)} - {"title", "source", "notes", "losses", "image_size"}
+    assert {n for n in same if getattr(recipe, n) != getattr(plain, n)} == set()
+    assert (plain.steps, plain.batch, plain.learning_rate, plain.warmup) == (1200, 32, 1e-3, 0.1)
+    assert (plain.betas, plain.clip, plain.label_smoothing, plain.losses) == ((0.9, 0.99), 1, 0.1, {})
     assert recipe.image_size == CONFIGS[recipe.model].image_size
     terms, expected = recipe.terms(), objective_terms(DIVERSITY)
     assert {n: (t.loss, t.weight, t.layers, t.options) for n, t in terms.items()} == {
@@ -87,7 +88,7 @@ def test_a_file_of_ones_own(tmp_path, monkeypatch):
         ({"learning_rate": 0.1}, "has the unknown key 'learning_rate': the keys are title, source"),
         (
             {"lr": ...},
-            "lacks lr: a recipe must have title, source, model, image_size, batch, lr, weight_decay",
+            "lacks lr: a recipe must have title, source, model, batch, lr, weight_decay",
         ),
         ({"lr": "0.1"}, "lr must be a number of at least 0, got '0.1'"),
         ({"lr": -1}, "lr must be a number of at least 0, got -1"),
@@ -95,15 +96,18 @@ def test_a_file_of_ones_own(tmp_path, monkeypatch):
         ({"lr": None}, "lr must be a number of at least 0, got None"),
         ({"batch": 4.5}, "batch must be a whole number of at least 1, got 4.5"),
         ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
-        ({"drop_path": 1}, "drop_path must be a number from 0 to 0.99, got 1"),
+        ({"drop_path": 1}, "drop_path must be a number from 0 to 0.99 or null, got 1"),
         ({"mixup": 2000}, "mixup must be a number from 0 to 1000, got 2000"),
-        ({"two_image_mixing": 1}, "two_image_mixing must be true or false, got 1"),
+        ({"two_image_mixing": 1}, "two_image_mixing must be true or false or null, got 1"),
+        ({"reattention": [0.5]}, "reattention must be a list of whole numbers or 'all' or 'none' or null"),
+        ({"reattention": "some"}, "reattention must be a list of whole numbers or 'all' or 'none' or null"),
         ({"amp": "float16"}, "amp must be 'fp16' or 'bf16' or null, got 'float16'"),
         ({"model": None}, "model must be a text, got None"),
         ({"notes": "one"}, "notes must be a list of texts, got 'one'"),
-        ({"betas": [0.9]}, r"betas must be two numbers, got \[0.9\]"),
-        ({"betas": [0.9, 2]}, r"betas must be a list of numbers from 0 to 1, got \[0.9, 2\]"),
-        ({"betas": 0.9}, "betas must be a list of numbers from 0 to 1, got 0.9"),
+        ({"betas": [0.9]}, r"betas must be two numbers of at least 0 and below 1, got \[0.9\]"),
+        ({"betas": [0.9, 2]}, r"betas must be two numbers of at least 0 and below 1, got \[0.9, 2\]"),
+        ({"betas": [0.9, 1]}, r"betas must be two numbers of at least 0 and below 1, got \[0.9, 1\]"),
+        ({"betas": 0.9}, "betas must be a list of numbers, got 0.9"),
         (
             {"random_crop": [1, 0.5]},
             r"random_crop must be the smallest and the largest share.* got \[1, 0.5\]",
@@ -120,7 +124,7 @@ def test_a_file_of_ones_own(tmp_path, monkeypatch):
             "two_image_mixing must be false with the loss patch_mixing, got true",
         ),
         (
-            {"losses": {"a": {"loss": "region_mixing"}}},
+            {"two_image_mixing": False, "losses": {"a": {"loss": "region_mixing"}}},
             "two_image_mixing must be true with the loss region_mixing, got false",
         ),
         ({"losses": ["koleo"]}, r"losses must be names and their losses, got \['koleo'\]"),
@@ -197,6 +201,15 @@ def test_names_and_paths_that_are_not_there_get_a_sentence(tmp_path):
         recipes.load(tmp_path / "gone.json")
     with pytest.raises(ValueError, match="can't be read: Is a directory"):
         recipes.load(tmp_path)
+
+
+def test_what_python_makes_is_checked_like_a_file():
+    with pytest.raises(TypeError, match="name_or_path must be a name or a path, got int"):
+        recipes.load(5)
+    with pytest.raises(ValueError, match=r"^batch must be a whole number of at least 1, got 0$"):
+        Recipe(**SMALL | {"batch": 0})
+    with pytest.raises(ValueError, match=r"^betas must be two numbers of at least 0 and below 1, got \["):
+        replace(recipes.load("plain"), betas=(1.0, 0.9))
 
 
 def test_settings_that_belong_together_come_in_any_order():

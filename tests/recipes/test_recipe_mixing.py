@@ -121,6 +121,30 @@ def test_boxes_are_those_of_the_released_code(share, centre):
     assert list(mixing._box(11, 13, share, Draw(*centre))) == expected
 
 
+@pytest.mark.parametrize("alpha", [1.0, 20.0])
+def test_areas_are_those_of_the_beta_distribution(alpha):
+    """The mean area over a grid of lambdas, weighted by their density, and over all centres."""
+    lambdas = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    density = (lambdas * (1 - lambdas)) ** (alpha - 1)
+    sides = []
+    for pixels in (24, 48):
+        half, centre = ((1 - lambdas).sqrt() * pixels).long().unsqueeze(1) // 2, torch.arange(pixels)
+        sides.append(((centre + half).clamp_max(pixels) - (centre - half).clamp_min(0)).double() / pixels)
+    recipe = replace(RECIPE, mixup=0.0, cutmix=alpha, losses={})
+    draws, images = torch.Generator().manual_seed(0), torch.zeros(2, 1, 24, 48)
+    images[0] = 1
+    areas = []
+    for _ in range(1500):
+        batch = recipes.mix(recipe, images, LABELS[:2], classes=2, grid=(1, 1), generator=draws)
+        areas.append(1 - batch.images[0].mean())
+    areas = torch.stack(areas).double()
+    for power in (1, 2):
+        each = (sides[0] ** power).mean(1) * (sides[1] ** power).mean(1)
+        expected = float((density * each).sum() / density.sum())
+        found = areas**power
+        assert abs(found.mean() - expected) < 4 * found.std() / math.sqrt(len(found))
+
+
 @pytest.mark.parametrize("images", [IMAGES[0], IMAGES[:5]])
 def test_images_and_labels_that_do_not_fit_get_a_sentence(images):
     generator = torch.Generator()
@@ -137,6 +161,14 @@ def test_labels_are_whole_numbers_of_64_bits(labels, given):
     options = dict(classes=2, grid=(2, 2), generator=torch.Generator())
     with pytest.raises(TypeError, match=f"labels must be a torch.Tensor of dtype int64, got {given}"):
         recipes.mix(recipes.load("digits"), torch.rand(2, 3, 8, 8), labels, **options)
+
+
+@pytest.mark.parametrize(("labels", "given"), [([0, 5], "0 to 5"), ([-1, 2], "-1 to 2")])
+def test_labels_are_of_the_classes(labels, given):
+    options = dict(classes=5, grid=(2, 2), generator=torch.Generator())
+    sentence = rf"labels must be from 0 to 4 \(classes=5\), got {given}"
+    with pytest.raises(ValueError, match=sentence):
+        recipes.mix(RECIPE, torch.rand(2, 3, 8, 8), torch.tensor(labels), **options)
 
 
 @pytest.mark.parametrize("name", ["deit_small", "deepvit_32b", "gong2021"])

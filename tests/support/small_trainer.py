@@ -1,11 +1,14 @@
 """A trainer of a small ViT on random images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from vitdiv_kernels import recipes
 from vitdiv_kernels.train.data import Augment, Data, Tensors
 from vitdiv_kernels.train.loop import Trainer
-from vitdiv_kernels.train.recipe import Recipe
+from vitdiv_kernels.train.loss_weights import as_recipe
 from vitdiv_kernels.vit import ViT
 
 
@@ -18,9 +21,16 @@ def random_data(config, count=40, augment=None):
     return Data(part, part, part, [str(i) for i in range(config.classes)], augment)
 
 
+def small_recipe(base="plain", /, **keys):
+    """A recipe with other values; losses as names and weights, as the command line has them."""
+    if "losses" in keys:
+        keys["losses"] = as_recipe(keys["losses"])
+    return replace(recipes.load(base), **keys)
+
+
 def small_trainer(config, recipe=None, *, augment=None, **options):
     """Of that shape, with the recipe's steps and batch, or a few, and a row of the log for each step."""
-    recipe = Recipe(**dict(steps=12, batch=8) | (recipe or {}))
+    recipe = small_recipe(**dict(steps=12, batch=8) | (recipe or {}))
     torch.manual_seed(recipe.seed)
     options = dict(log_every=1, eval_every=6) | options
     return Trainer(ViT(config), random_data(config, augment=augment), recipe, **options)

@@ -13,6 +13,7 @@ from places import ROOT
 from vitdiv_kernels import _dispatch, use_backend
 from vitdiv_kernels.demo import cost
 from vitdiv_kernels.demo import digits as demo
+from vitdiv_kernels.demo import segment as demo_segment
 from vitdiv_kernels.nn import ReAttention
 from vitdiv_kernels.train.errors import TrainError
 
@@ -103,3 +104,30 @@ def test_published_and_reference_steps_are_the_same_training():
     ours.load_state_dict(published.state_dict())
     x = torch.randn(2, 17, 24)
     torch.testing.assert_close(ours(x), published(x))
+
+
+def test_the_demo_segments_scenes(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    image = pytest.importorskip("matplotlib.image")
+    assert demo_segment.main(["--steps", "2", "--out", str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for name in (*demo_segment.TITLES.values(), "mean IoU", "pixel accuracy", "95 % interval"):
+        assert name in out
+    assert "It is one run of each model" in out
+    assert image.imread(tmp_path / "segment.png")[..., :3].std() > 0.1
+    results = json.loads((tmp_path / "results.json").read_text())["models"]
+    for model in results.values():
+        assert torch.tensor(model["confusion"]).sum() == 400 * 32 * 32
+        assert torch.tensor(model["predictions"]).shape == (3, 32, 32)
+    assert {p.name for p in tmp_path.iterdir()} == {"segment.png", "results.json", "plain", "losses"}
+
+
+def test_the_interval_of_a_difference_has_the_difference():
+    """Of scenes that are all alike there is one difference; of others it lies around it."""
+    right, wrong = torch.tensor([[6, 0], [0, 4]]), torch.tensor([[5, 1], [0, 4]])
+    alike = [matrix.expand(50, 2, 2) for matrix in (wrong, right)]
+    expected = 100 * (1 - (5 / 6 + 4 / 5) / 2)
+    assert demo_segment.difference(*alike) == pytest.approx((expected, expected))
+    mixed = torch.cat([wrong.expand(25, 2, 2), right.expand(25, 2, 2)])
+    low, high = demo_segment.difference(mixed, right.expand(50, 2, 2))
+    assert 0 < low < 100 * (1 - (5.5 / 6 + 4 / 4.5) / 2) < high < expected

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from small_trainer import assert_same_run, random_data, small_trainer
+from small_trainer import assert_same_run, random_data, small_recipe, small_trainer
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -20,8 +20,6 @@ from vitdiv_kernels.train.errors import TrainError
 from vitdiv_kernels.train.loop import Trainer
 from vitdiv_kernels.train.loss_weights import DIVERSITY
 from vitdiv_kernels.train.parts import PARTS, CsvLog, Ema, Part, Speed, TensorBoard
-from vitdiv_kernels.train.recipe import Recipe
-from vitdiv_kernels.train.settings import Subject
 from vitdiv_kernels.vit import ViTConfig
 
 SMALL = ViTConfig(8, 1, patch=2, dim=16, depth=3, heads=2, mlp_ratio=2.0, classes=3, pos_std=0.2)
@@ -258,7 +256,7 @@ def test_an_absent_package_is_named_with_its_extra(absent, recipe, part, sentenc
 
 def test_names_of_parts_are_their_own():
     names = [part.name for part in PARTS]
-    assert len(set(names)) == len(names) == 6
+    assert len(set(names)) == len(names) == 7
 
 
 class TestTimm:
@@ -274,7 +272,7 @@ class TestTimm:
         torch.manual_seed(0)
         plain = timm.create_model(self.NAME, num_classes=3, img_size=32)
         torch.manual_seed(0)
-        config = models.chosen(Subject(model=f"timm:{self.NAME}", reattention=[10, 11], image_size=32))
+        config = models.chosen(small_recipe(model=f"timm:{self.NAME}", reattention=[10, 11], image_size=32))
         model = models.make(replace(config, classes=3))
         assert [hasattr(block.attn, "reatten_matrix") for block in model.blocks] == [False] * 10 + [True] * 2
         for name, value in plain.state_dict().items():
@@ -297,12 +295,12 @@ class TestTimm:
         model = models.make(models.TimmConfig(self.NAME, 40, classes=3))
         data = random_data(model.config)
         with pytest.raises(TrainError, match=r"multiple of the patch \(16\) to label patches, got 40"):
-            Trainer(model, data, Recipe(batch=8, losses={"patch_mixing": 1.0}))
+            Trainer(model, data, small_recipe(batch=8, losses={"patch_mixing": 1.0}))
 
     def test_a_model_of_several_sizes_of_patches_has_no_losses(self):
         model = models.make(models.TimmConfig("hiera_tiny_224", 64, classes=3))
         with pytest.raises(TrainError, match="num_patches, which Hiera has not: train it with --losses none"):
-            Trainer(model, random_data(model.config), Recipe(batch=8, losses={"cosine": 1.0}))
+            Trainer(model, random_data(model.config), small_recipe(batch=8, losses={"cosine": 1.0}))
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
@@ -316,7 +314,7 @@ class TestTimm:
     )
     def test_what_can_not_be_made_gets_a_sentence(self, options, sentence):
         with pytest.raises(TrainError, match=sentence):
-            models.make(models.chosen(Subject(**options)))
+            models.make(models.chosen(small_recipe(**options)))
 
 
 class Evil:
@@ -342,7 +340,7 @@ def test_weights_to_start_from_that_do_not_fit_get_a_sentence(content, sentence,
     path = tmp_path / "weights.pt"
     torch.save(content(small_trainer(SMALL).model.state_dict()), path)
     with pytest.raises(TrainError, match=sentence):
-        small_trainer(SMALL, {"init": str(path)})
+        small_trainer(SMALL, {"weights": str(path)})
 
 
 def test_a_run_starts_from_weights(tmp_path):
@@ -350,7 +348,7 @@ def test_a_run_starts_from_weights(tmp_path):
     earlier.save(tmp_path / "checkpoint.pt")
     torch.save(earlier.model.state_dict(), tmp_path / "weights.pt")
     for name in ("checkpoint.pt", "weights.pt"):
-        run = small_trainer(SMALL, {"init": str(tmp_path / name)})
+        run = small_trainer(SMALL, {"weights": str(tmp_path / name)})
         assert run.step == 0
         for key, value in earlier.model.state_dict().items():
             assert torch.equal(run.model.state_dict()[key], value)
@@ -365,23 +363,27 @@ def test_a_resume_with_other_data_is_refused(tmp_path):
         other.load(tmp_path / "checkpoint.pt")
 
 
-def test_a_checkpoint_of_an_earlier_release_goes_on(tmp_path):
-    run = small_trainer(SMALL, {"amp": "bf16"})
+EARLIER = {"steps": 12, "batch": 8, "lr": 1e-3, "warmup": 0.1, "weight_decay": 0.05, "betas": (0.9, 0.99)}
+EARLIER |= {"clip": 1.0, "label_smoothing": 0.1, "cutmix": 0.0, "seed": 0}
+
+
+@pytest.mark.parametrize("more", [{"amp": True}, {"amp": "bf16", "init": None, "epochs": None, "ema": 0.0}])
+def test_a_checkpoint_of_an_earlier_release_goes_on(more, tmp_path):
+    run = small_trainer(SMALL, {"amp": "bf16", "losses": DIVERSITY})
     run.fit(until=2)
     run.save(tmp_path / "checkpoint.pt")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     for name in ("data", "other_rng", "scaler", "parts"):
         del state[name]
-    state["recipe"] = {
-        n: v for n, v in state["recipe"].items() if n not in ("ema", "sync_bn", "init", "epochs")
-    }
-    state["recipe"]["amp"] = True
+    state["recipe"] = EARLIER | {"losses": DIVERSITY} | more
     torch.save(state, tmp_path / "checkpoint.pt")
-    again = small_trainer(SMALL, {"amp": True})
+    again = small_trainer(SMALL, {"amp": "bf16", "losses": DIVERSITY})
     again.load(tmp_path / "checkpoint.pt")
     again.fit()
     run.fit()
     assert again.rows == run.rows
+    with pytest.raises(TrainError, match="amp 'bf16', now None"):
+        small_trainer(SMALL, {"losses": DIVERSITY}).load(tmp_path / "checkpoint.pt")
 
 
 def test_the_command_line_takes_what_parts_and_recipe_have(tmp_path, capsys):

@@ -5,20 +5,23 @@ import csv
 import functools
 import io
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import processes
 import pytest
 import torch
 from small_trainer import assert_same_run, small_trainer
 
 from vitdiv_kernels.train import checkpoint, parallel
+from vitdiv_kernels.train.augmentation import Transforms
 from vitdiv_kernels.train.cli import main
-from vitdiv_kernels.train.data import Shares, StepBatches
+from vitdiv_kernels.train.data import ImageFiles, Shares, StepBatches, unchanged
 from vitdiv_kernels.train.loss_weights import DIVERSITY
 from vitdiv_kernels.vit import ViTConfig
 
@@ -50,7 +53,9 @@ def assert_same(found, expected):
     assert_same_run(*found[:2], *expected[:2])
 
 
+GONG = replace(SMALL, patch_head=True)
 CASES = {
+    "mixup and CutMix": (SMALL, {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.2}, {"accumulate": 2}),
     "CutMix, accumulated": (SMALL, {"losses": {"gong2021": 1.0}}, {"accumulate": 2}),
     "batch norm of maps": (
         MIXED, {"losses": DIVERSITY | {"cos_reg": 0.1}, "sync_bn": True}, {"checkpointing": True}
@@ -76,6 +81,46 @@ def test_two_processes_train_as_one(case):
         for name, value in other.items():
             assert record[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
     assert (found[1][2] is None) == ("fsdp" not in options)
+
+
+def random_pixels(image):
+    """A transform that draws from Python, NumPy and torch, as those of timm do."""
+    pixels = torch.tensor(np.array(image), dtype=torch.float32)[None] / 255
+    return pixels * random.random() + float(np.random.rand()) + torch.rand(1, 8, 8)
+
+
+def trained_on_files(folder):
+    """Rows of a run on images that are augmented one by one."""
+    with parallel.started("cpu"):
+        run = small_trainer(SMALL, {"steps": 4, "mixup": 0.8, "cutmix": 1.0}, eval_every=4)
+        own = Transforms(random_pixels, lambda image: torch.tensor(np.array(image))[None] / 255)
+        samples = [(str(path), i % 3) for i, path in enumerate(sorted(folder.iterdir()))]
+        files = ImageFiles(samples, 8, 1, own)
+        run.data = replace(run.data, train=files, val=files, augment=unchanged)
+        run.fit()
+        return run.rows, run.model.state_dict()
+
+
+def test_random_transforms_are_those_of_one_process(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(20):
+        image.new("L", (8, 8), 10 * i).save(tmp_path / f"{i:02}.png")
+    expected = trained_on_files(tmp_path)
+    assert len({row["loss"] for row in expected[0]}) == 4
+    for found in processes.together(2, trained_on_files, tmp_path):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"fsdp": True}], ids=str)
+def test_two_image_mixing_takes_pairs_of_each_part(options):
+    """Two processes are one that does each step in as many parts; the head of patches learns, too."""
+    recipe = {"losses": {"gong2021_released": 1.0}, "cutmix": 1.0}
+    parts = 2 * options.get("accumulate", 1)
+    expected = trained(GONG, recipe, {"accumulate": parts})
+    start = small_trainer(GONG, recipe).model.patch_head.weight
+    assert abs(expected[1]["patch_head.weight"] - start.detach().numpy()).max() > 1e-4
+    for found in processes.together(2, trained, GONG, recipe, options):
+        assert_same(found, expected)
 
 
 def interrupted(config, recipe, options, folder):

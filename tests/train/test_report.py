@@ -9,7 +9,8 @@ from small_trainer import small_trainer
 
 from vitdiv_kernels import CollapseMonitor
 from vitdiv_kernels.attach.monitor import MEASURES, read_records
-from vitdiv_kernels.train import report
+from vitdiv_kernels.train import report, task
+from vitdiv_kernels.train.data import load
 from vitdiv_kernels.train.errors import DataError, TrainError
 from vitdiv_kernels.vit import CONFIGS
 
@@ -64,9 +65,9 @@ def test_the_report_prints_the_measures_and_draws_them(run, tmp_path, capsys):
     out = tmp_path / "figure.png"
     assert report.main([str(run), "--images", "12", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    model, step, _ = report.load_model(run / "checkpoint.pt")
+    model, step, *_ = report.load_model(run / "checkpoint.pt")
     assert step == 6
-    data = report.load("digits", 8, 1)
+    data = load("digits", 8, 1)
     records = CollapseMonitor(model, images=12).measure(data.val.images[:12], 6)
     assert report.table(records) in printed
     rows = report.table(records).splitlines()[1:]
@@ -172,9 +173,10 @@ def test_a_folder_is_split_as_in_training(run, tmp_path, monkeypatch):
         given.append(args)
         raise DataError("enough")
 
-    monkeypatch.setattr(report, "load", load)
+    monkeypatch.setattr(task, "load", load)
     assert report.main([str(tmp_path), "--data", "imagefolder:here"]) == 2
-    assert given == [("imagefolder:here", 8, 1, 5)]
+    assert given[0][:4] == ("imagefolder:here", 8, 1, 5)
+    assert given[0][4].seed == 5
 
 
 def test_similar_blocks_are_counted_against_the_block_before():

@@ -1,8 +1,10 @@
-"""`python -m vitdiv_kernels.demo`."""
+"""`python -m vitdiv_kernels.demo`, and `python -m vitdiv_kernels.demo segment`."""
 
 import sys
 
-from .digits import main
+from . import digits, segment
 
-if __name__ == "__main__":  # the processes that measure memory import this module, too
-    sys.exit(main())
+if __name__ == "__main__":  # the processes that train or measure memory import this module, too
+    if sys.argv[1:2] == ["segment"]:
+        sys.exit(segment.main(sys.argv[2:]))
+    sys.exit(digits.main())

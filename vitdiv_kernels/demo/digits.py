@@ -8,12 +8,11 @@ thread: operations on 17 tokens of width 48 gain nothing from a second one.
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,34 +20,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import CollapseMonitor, _dispatch
+from .. import CollapseMonitor, _dispatch, recipes
 from ..train.cli import HelpFormatter, number, run_command
-from ..train.data import Data, Tensors, load_digits
+from ..train.data import Tensors, load_digits
 from ..train.errors import TrainError
-from ..train.logs import progress
 from ..train.loop import Trainer, accuracy, flushed_denormals
-from ..train.loss_weights import DIVERSITY
 from ..train.plots import pyplot
-from ..train.recipe import Recipe
 from ..vit import CONFIGS, ViT
 from . import cost, figure
+from .side_by_side import OnStep, train_models
 
 TITLES = {"plain": "plain ViT", "losses": "+ diversity losses", "reattention": "re-attention (DeepViT)"}
 
 
-def train_model(
-    name: str,
-    data: Data,
-    steps: int,
-    seed: int,
-    out: Path,
-    on_step: Callable[[int, dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+def train_model(name: str, steps: int, seed: int, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
     """Trains one of the three, with the weights of the last step, and returns its log rows, metrics on the
     test images and seconds of this process's CPU time."""
+    data = load_digits()
     torch.manual_seed(seed)
     model = ViT(CONFIGS["digits24_reattention" if name == "reattention" else "digits24"])
-    recipe = Recipe(steps=steps, seed=seed, losses=dict(DIVERSITY) if name == "losses" else {})
+    recipe = recipes.load("digits" if name == "losses" else "plain")
+    recipe = replace(recipe, steps=steps, seed=seed)
     trainer = Trainer(model, data, recipe, log_path=out / name / "log.csv")
     start = time.process_time()
     with flushed_denormals():
@@ -73,61 +65,6 @@ def patch_matrix(model: ViT, image: Tensor) -> Tensor:
     last = model.eval()(image[None], return_tokens=True)[1][-1]
     patches = F.normalize(last[0, model.num_prefix_tokens :].float(), dim=-1)
     return patches @ patches.T
-
-
-def _train_in_child(pipe: Connection, name: str, steps: int, seed: int, out: Path) -> None:
-    """Sends (step, cross-entropy) now and then, and at last the result or the error."""
-    torch.set_num_threads(1)
-
-    def tell(step: int, terms: dict[str, Any]) -> None:
-        if step % 10 == 0 or step == steps:
-            pipe.send((step, float(terms["cross_entropy"])))
-
-    try:
-        pipe.send(train_model(name, load_digits(), steps, seed, out, tell))
-    except TrainError as error:
-        pipe.send(error)
-    except KeyboardInterrupt:  # the parent hears of it, too
-        pass
-
-
-def train_models(steps: int, seed: int, out: Path) -> dict[str, dict[str, Any]]:
-    """What `train_model` returns of each of the three. Raises TrainError where a process ends early."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, locked
-    running, results, steps_of, shown = {}, {}, dict.fromkeys(TITLES, 0), {}
-    try:
-        for name in TITLES:
-            pipe, its_end = context.Pipe(duplex=False)
-            arguments = its_end, name, steps, seed, out
-            process = context.Process(target=_train_in_child, args=arguments, daemon=True)
-            process.start()
-            its_end.close()  # the child's death then ends the pipe
-            running[pipe] = name, process
-        with progress("cross-entropy", len(TITLES) * steps) as move:
-            while running:
-                for pipe in cast(list[Connection], wait(list(running))):
-                    name, process = running[pipe]
-                    try:
-                        said = pipe.recv()
-                    except EOFError:
-                        process.join()
-                        raise TrainError(
-                            f"the process that trains the {TITLES[name]} ended with status {process.exitcode}"
-                        ) from None
-                    if isinstance(said, Exception):
-                        raise said
-                    if isinstance(said, dict):
-                        results[name] = said
-                        del running[pipe]
-                        process.join()
-                        continue
-                    steps_of[name], shown[name] = said[0], f"{said[1]:.3f}"
-                    move(sum(steps_of.values()), **shown)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-            process.join()
-    return {name: results[name] for name in TITLES}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -251,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
         f"24 blocks, {args.steps} steps; {backend_line()}",
         flush=True,
     )
-    results = train_models(args.steps, args.seed, args.out)
+    results = train_models(TITLES, train_model, args.steps, args.seed, args.out)
     print("\n" + table(results) + "\n\n" + notes(results, count))
     figure.draw(results, TITLES, args.out / "demo.png")
     costs = compare_cost(args.cost_batch, args.cost_rounds) if args.cost_rounds else {}

@@ -6,5 +6,6 @@ They are JSON: the standard library of Python 3.10 reads it, and TOML from 3.11 
 from .files import load, names, override, parse
 from .mixing import Mixed, mix
 from .recipe import Recipe
+from .schedule import Schedule
 
-__all__ = ["Mixed", "Recipe", "load", "mix", "names", "override", "parse"]
+__all__ = ["Mixed", "Recipe", "Schedule", "load", "mix", "names", "override", "parse"]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .recipe import Recipe
 
@@ -22,15 +22,17 @@ def load(name_or_path: str | Path) -> Recipe:
     Args:
         name_or_path: one of `names()`, or the path of a file. What has a folder or ends in ".json" is a path.
 
-    Raises ValueError, with a sentence that names the file, what was found and what was expected: for an
-    unknown name, a file that is absent or is not JSON, a key that no recipe has or that is there twice, a
-    key that is missing, and a value of the wrong type.
+    Raises TypeError for what is neither, and ValueError, with a sentence that names the file, what was found
+    and what was expected: for an unknown name, a file that is absent or is not JSON, a key that no recipe has
+    or that is there twice, a key that is missing, and a value of the wrong type.
 
     Example:
         >>> from vitdiv_kernels import recipes
         >>> recipes.load("deepvit_32b").mixup
         0.1
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise TypeError(f"name_or_path must be a name or a path, got {type(name_or_path).__name__}")
     path = Path(name_or_path)
     if isinstance(name_or_path, str) and path.name == name_or_path and path.suffix != ".json":
         if name_or_path not in names():
@@ -88,25 +90,50 @@ def override(recipe: Recipe, settings: Sequence[str], where: str = "--set") -> R
         >>> recipes.override(recipe, ["lr=1e-4", "auto_augment=null"]).lr
         0.0001
     """
+    return changed(recipe, [change(setting, f"{where} {setting}") for setting in settings])
+
+
+class Change(NamedTuple):
+    """A value for a key, with dots for a key of a loss; `where` says in errors where it was given."""
+
+    where: str
+    key: str
+    value: Any
+
+
+def change(setting: str, where: str) -> Change:
+    """Of "key=value". Raises ValueError."""
+    name, sign, text = setting.partition("=")
+    name = name.strip()
+    if not sign or not all(name.split(".")):
+        raise ValueError(f"{where}: must be key=value, such as lr=1e-4, got no key or no '='")
+    return Change(where, name, value_of(text))
+
+
+def value_of(text: str) -> Any:
+    """What a text is in JSON, or else the text."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except ValueError:
+        return text
+
+
+def changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
+    """The recipe after these changes, in their order. Raises ValueError."""
+    if not changes:
+        return recipe
     content = json.loads(json.dumps(recipe.as_dict()))
-    wrong = None  # the first setting that does not fit, which a later one may mend
-    for setting in settings:
-        key, sign, text = setting.partition("=")
-        path = key.strip().split(".")
-        if not sign or not all(path):
-            raise ValueError(f"{where} {setting}: must be key=value, such as lr=1e-4, got no key or no '='")
-        try:
-            value = json.loads(text, parse_constant=_no_number)
-        except ValueError:
-            value = text
+    wrong = None  # the first change that does not fit, which a later one may mend
+    for where, name, value in changes:
+        path = _path(name, content["losses"])
         place = content
         for step in path[:-1]:
             if not isinstance(place.get(step), dict):
-                raise ValueError(f"{where} {setting}: there is no {step!r} to set a key of")
+                raise ValueError(f"{where}: there is no {step!r} to set a key of")
             place = place[step]
         if value is None and path[0] == "losses" and len(path) == 2:
             if place.pop(path[1], None) is None:
-                raise ValueError(f"{where} {setting}: there is no loss {path[1]!r}")
+                raise ValueError(f"{where}: there is no loss {path[1]!r}")
             continue
         place[path[-1]] = value
         # one of two takes the other's place
@@ -114,13 +141,23 @@ def override(recipe: Recipe, settings: Sequence[str], where: str = "--set") -> R
             if path[0] in pair and value is not None:
                 content[pair[1 - pair.index(path[0])]] = None
         try:
-            parse(content, f"{where} {setting}")
+            parse(content, where)
         except ValueError as error:
             wrong = wrong or error
     try:
-        return parse(content, where)
+        return parse(content, changes[-1].where)
     except ValueError as error:
         raise wrong or error from None
+
+
+def _path(name: str, losses: Any) -> list[str]:
+    """The keys within each other that a name means: names of losses may have dots."""
+    first, _, rest = name.partition(".")
+    found = [loss for loss in losses if f"{rest}.".startswith(f"{loss}.")] if isinstance(losses, dict) else []
+    if first != "losses" or not found:
+        return name.split(".")
+    loss = max(found, key=len)
+    return [first, loss, *rest[len(loss) + 1 :].split(".")] if rest != loss else [first, loss]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

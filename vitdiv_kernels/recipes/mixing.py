@@ -45,7 +45,7 @@ def mix(
     """The batch with mixup or CutMix, and then two-image mixing, as the recipe says.
 
     Args:
-        images: [B, channels, height, width]; labels: int64 [B].
+        images: [B, channels, height, width]; labels: int64 [B], from 0 to C - 1.
         classes: C. grid: rows and columns of patches.
         generator: torch.Generator on the CPU, from which all draws are.
 
@@ -72,13 +72,18 @@ def mix(
             "images and labels must have shapes [B, channels, height, width] and [B], got "
             f"{_checks.shape_of(images)} and {_checks.shape_of(labels)}"
         )
+    if _checks.values_at_hand(labels) and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"labels must be from 0 to {classes - 1} (classes={classes}), got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
     # torch draws no Beta variate from a generator, so one number of the generator seeds Python's
     draw = random.Random(int(torch.randint(2**63 - 1, (), generator=generator, device="cpu")))
     height, width = images.shape[-2:]
-    share, box = 1.0, (0, 0, 0, 0)
-    if (recipe.mixup or recipe.cutmix) and draw.random() < recipe.mix_probability:
-        by_cutmix = not recipe.mixup or (recipe.cutmix > 0 and draw.random() < recipe.cutmix_probability)
-        alpha = recipe.cutmix if by_cutmix else recipe.mixup
+    share, box, cutmix = 1.0, (0, 0, 0, 0), recipe.cutmix_alpha
+    if (recipe.mixup or cutmix) and draw.random() < recipe.mix_probability:
+        by_cutmix = not recipe.mixup or (cutmix > 0 and draw.random() < recipe.cutmix_probability)
+        alpha = cutmix if by_cutmix else recipe.mixup
         share = draw.betavariate(alpha, alpha)
         if by_cutmix:
             box = _box(height, width, share, draw)
@@ -97,7 +102,7 @@ def mix(
     smoothing = recipe.label_smoothing
     targets = (1 - smoothing) * (share * first + (1 - share) * first.flip(0)) + smoothing / classes
     mixing = labels, labels.flip(0), shares.to(images.device)
-    if not recipe.two_image_mixing:
+    if not recipe.mixes_two_images:
         return Mixed(images, targets, mixing)
     masks = losses.region_masks(grid, generator=generator)
     order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)

@@ -16,6 +16,7 @@ GENERATORS = ("rng", "cuda_rng", "augment_rng")
 PARTS = (*STATE, *MADE_WITH, *GENERATORS)
 # what checkpoints of earlier releases do not have
 ADDED: dict[str, Any] = {"data": None, "other_rng": [], "scaler": {}, "parts": {}}
+ADDED["task"] = {"task": "classify"}
 
 
 def write(path: Path, state: dict[str, Any]) -> None:

@@ -1,11 +1,13 @@
 """Train a ViT: `python -m vitdiv_kernels.train --data digits --model digits24 --losses diversity`."""
 
 import argparse
+import contextlib
+import functools
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -15,8 +17,7 @@ import torch
 
 from .._types import Backend
 from ..vit import CONFIGS
-from . import models
-from .data import load
+from . import models, recipe_options
 from .errors import TrainError
 from .loop import Trainer, flushed_denormals
 from .loss_weights import listing
@@ -25,12 +26,12 @@ from .options import ListingFormatter, add_options, collect
 from .options import number as number
 from .parallel import Processes, local_device, started
 from .parts import PARTS
-from .recipe import Recipe
-from .settings import Keep, Machine, Subject
+from .segment.settings import Dense
+from .settings import Keep, Machine
+from .tasks import TASKS
 
 GROUPS = (
-    ("what to train", Subject),
-    ("how to train it", Recipe),
+    ("how to segment (--task segment)", Dense),
     ("where and in what way", Machine),
     ("what to keep", Keep),
 )
@@ -52,7 +53,7 @@ def run_command(
     """Parses and runs; returns the exit code, after a TrainError 2 and its one sentence on stderr."""
     first = os.environ.get("RANK", "0") == "0"
     # all processes of torchrun have the same arguments, and one tells what is wrong with them
-    with redirect_stderr(sys.stderr if first else StringIO()):
+    with contextlib.redirect_stderr(sys.stderr if first else StringIO()):
         args = parser.parse_args(argv)
     try:
         return run(args) or 0
@@ -65,7 +66,8 @@ def run_command(
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(task: str = "classify") -> argparse.ArgumentParser:
+    """The options, with the defaults of the task."""
     parser = argparse.ArgumentParser(
         prog="python -m vitdiv_kernels.train",
         usage="%(prog)s [OPTIONS]",
@@ -74,6 +76,13 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=ListingFormatter,
         epilog=f"models:\n  {', '.join(CONFIGS)}\n\n{listing()}",
     )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default=task,
+        help="what to learn: a class of each image, or segment: of each pixel",
+    )
+    recipe_options.add_recipe_options(parser, TASKS[task].default_recipe)
     for title, kind in GROUPS:
         group = parser.add_argument_group(title)
         add_options(group, kind)
@@ -82,19 +91,35 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def task_of(argv: Sequence[str] | None) -> str:
+    """The task that is asked for; other options and mistakes are left to `make_parser`."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--task", default="classify")
+    with contextlib.suppress(argparse.ArgumentError):
+        task = parser.parse_known_args(argv)[0].task
+        return task if task in TASKS else "classify"
+    return "classify"
+
+
 def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     """The trainer that the arguments describe. Raises TrainError with a sentence."""
-    subject, recipe, machine, keep = (collect(kind, args) for _, kind in GROUPS)
-    subject, recipe = cast(Subject, subject), cast(Recipe, recipe)
+    dense, machine, keep = (collect(kind, args) for _, kind in GROUPS)
+    dense, task = cast(Dense, dense), TASKS[args.task]
     machine, keep = cast(Machine, machine), cast(Keep, keep)
     device = local_device(machine.device)
     checkpoint = keep.out / "checkpoint.pt"
     with processes.together():
+        recipe = recipe_options.chosen(args)
         usable(device)
-        config = models.chosen(subject)
-        data = load(subject.data, config.image_size, config.channels, recipe.seed)
+        if recipe.data is None:
+            raise TrainError(f"the recipe {args.recipe} has no data: give --data imagefolder:PATH or digits")
+        try:
+            config = models.chosen(recipe)
+        except TrainError as error:
+            raise TrainError(f"{recipe_options.said_by(args, 'model')}: {error}") from None
+        data = task.load(recipe.data, config, recipe, dense)
         torch.manual_seed(recipe.seed)
-        model = models.make(replace(config, classes=len(data.classes)))
+        model = task.make(replace(config, classes=len(data.classes)), dense)
     trainer = Trainer(
         model,
         data,
@@ -113,7 +138,8 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         parts=[collect(part, args) for part in PARTS],
         resume=keep.resume,
         folder=keep.out,
-        title=subject.model,
+        title=recipe.model,
+        task=functools.partial(task, options=dense),
     )
     if keep.resume:
         trainer.load(checkpoint)
@@ -125,7 +151,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
     return trainer
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
     """The first SIGINT or SIGTERM asks the trainer to stop, the second one ends the program."""
     received: list[int] = []
@@ -148,7 +174,7 @@ def train(trainer: Trainer, out: Path) -> int:
 
     Returns the exit code: 0, or 128 + the signal's number.
     """
-    steps, checkpoint = trainer.recipe.steps, out / "checkpoint.pt"
+    steps, checkpoint = trainer.steps, out / "checkpoint.pt"
     say: Any = print if trainer.processes.main else lambda *_: None
     with stopped_by_signals(trainer) as received:
         trainer.fit()
@@ -163,8 +189,8 @@ def train(trainer: Trainer, out: Path) -> int:
     for what, model in tested.items():
         for name, part in (("validation", trainer.data.val), ("test", trainer.data.test)):
             if part is not None:
-                share = trainer.task.evaluate(model, part, trainer.processes)
-                say(f"{name} accuracy{what} {100 * share:.2f} % ({len(part)} images)")
+                for line in trainer.task.summary(model, part, name + what, trainer.data, trainer.processes):
+                    say(line)
     if trainer.measured:
         speed, memory = trainer.measured["images_per_second"], trainer.measured["peak_memory_mb"]
         say(f"{speed:.0f} images/s at the end, at most {memory:.0f} MB in a process")
@@ -173,6 +199,9 @@ def train(trainer: Trainer, out: Path) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.print_recipe:
+        print(json.dumps(recipe_options.chosen(args).as_dict(), indent=2))
+        return 0
     with started(args.device) as processes:
         trainer = build(args, processes)
         with flushed_denormals():
@@ -180,4 +209,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(make_parser(), run, argv)
+    return run_command(make_parser(task_of(argv)), run, argv)

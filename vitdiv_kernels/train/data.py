@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..recipes import Recipe
+from .augmentation import Transforms, seed_of, seeded, transforms
 from .errors import DataError
 from .parallel import share
 
 Samples = list[tuple[str, int]]  # path and class number
 Batch = tuple[Tensor, Tensor]  # [B, C, S, S] and labels [B]
+Draw = tuple[int, int]  # the number of an image, and the seed of its augmentation
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,20 @@ class Augment:
         return F.grid_sample(images, grid, padding_mode=self.padding, align_corners=False)
 
 
+def unchanged(
+    images: Tensor,
+    generator: torch.Generator,
+    places: list[int] | None = None,
+    whole: int | None = None,
+) -> Tensor:
+    """In place of an `Augment`, of images that were augmented one by one."""
+    return images
+
+
 class Tensors(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels in memory; takes lists of indices at once, so that a batch is one gather."""
+
+    draws = False
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -76,35 +91,41 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
-    """Image files (path, label), decoded when asked for; a broken one raises DataError with its name."""
+    """Image files (path, label), decoded when asked for; a broken one raises DataError with its name.
 
-    def __init__(self, samples: Samples, image_size: int, channels: int) -> None:
-        from torchvision import transforms
+    With `own`, the transforms of a recipe, an image is asked for by its number alone, as in a test, or, as
+    in training, by its number and a seed: the same pair gives the same image, in any process.
+    """
 
+    def __init__(
+        self, samples: Samples, image_size: int, channels: int, own: Transforms | None = None
+    ) -> None:
         self.samples, self.mode = samples, "L" if channels == 1 else "RGB"
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize(image_size),
-                transforms.CenterCrop(image_size),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * channels, [0.5] * channels),
-            ]
-        )
+        self.own, self.draws = own, own is not None
+        self.transform = own.test if own else _light(image_size, channels)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int | Draw) -> tuple[Tensor, Tensor]:
         from PIL import Image
 
-        path, label = self.samples[index]
+        number, seed = index if isinstance(index, tuple) else (index, None)
+        path, label = self.samples[number]
         try:
             with Image.open(path) as image:
-                return self.transform(image.convert(self.mode)), torch.tensor(label)
+                decoded = image.convert(self.mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"the image file {path} can't be read ({error}): repair or remove it") from None
+        return self._transformed(decoded, seed), torch.tensor(label)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def _transformed(self, image: Any, seed: int | None) -> Tensor:
+        if self.own is None or seed is None:
+            return self.transform(image)
+        with seeded(seed):
+            return self.own.train(image)
+
+    def __getitems__(self, indices: Sequence[int | Draw]) -> tuple[Tensor, Tensor]:
         images, labels = zip(*(self[i] for i in indices), strict=True)
         return torch.stack(images), torch.stack(labels)
 
@@ -112,6 +133,20 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         """Tells these files, by class folder and name, and their labels from others; they are not read."""
         names = (f"{Path(path).parent.name}/{Path(path).name} {label}\n" for path, label in self.samples)
         return _fingerprint(len(self), (name.encode() for name in names))
+
+
+def _light(image_size: int, channels: int) -> Callable[[Any], Tensor]:
+    """The square in the middle, with values from -1 to 1."""
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.Resize(image_size),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * channels, [0.5] * channels),
+        ]
+    )
 
 
 ImageSet = Tensors | ImageFiles
@@ -132,7 +167,7 @@ class Data:
     val: ImageSet
     test: ImageSet | None
     classes: Sequence[str]
-    augment: Augment
+    augment: Callable[..., Tensor]
 
     def fingerprint(self) -> dict[str, str]:
         """Number and hash of the images of each part."""
@@ -140,8 +175,11 @@ class Data:
         return {name: part.fingerprint() for name, part in parts.items() if part is not None}
 
 
-def load(spec: str, image_size: int, channels: int, seed: int = 0) -> Data:
-    """`digits` or `imagefolder:PATH` as images [channels, image_size, image_size]. Raises DataError."""
+def load(spec: str, image_size: int, channels: int, seed: int = 0, recipe: Recipe | None = None) -> Data:
+    """`digits` or `imagefolder:PATH` as images [channels, image_size, image_size]. Raises DataError.
+
+    Images of a folder are augmented as the recipe says; without one lightly.
+    """
     kind, _, path = spec.partition(":")
     if spec == "digits":
         if (channels, image_size) != (1, 8):
@@ -151,7 +189,7 @@ def load(spec: str, image_size: int, channels: int, seed: int = 0) -> Data:
             )
         return load_digits()
     if kind == "imagefolder" and path:
-        return load_imagefolder(Path(path), image_size, channels, seed)
+        return load_imagefolder(Path(path), image_size, channels, seed, recipe)
     raise DataError(f"unknown data {spec!r}: give digits or imagefolder:PATH")
 
 
@@ -178,11 +216,13 @@ def load_digits() -> Data:
     return Data(parts[0], parts[1], parts[2], [str(i) for i in range(10)], augment)
 
 
-def load_imagefolder(root: Path, image_size: int, channels: int, seed: int = 0) -> Data:
+def load_imagefolder(
+    root: Path, image_size: int, channels: int, seed: int = 0, recipe: Recipe | None = None
+) -> Data:
     """PATH/CLASS/IMAGE, split 80/10/10 by the seed; or PATH/{train,val,test}/CLASS/IMAGE.
 
     `test` may be absent; without `val` a tenth of `train` is held out. Images are resized to cover the square
-    and cropped at its centre.
+    and cropped at its centre, or what the recipe says.
     """
     if not root.is_dir():
         raise DataError(
@@ -217,8 +257,10 @@ def load_imagefolder(root: Path, image_size: int, channels: int, seed: int = 0) 
         classes, samples = _scan(root)
         train, test = _hold_out(samples, 0.1, seed)
         train, val = _hold_out(train, 1 / 9, seed)
-    parts = [ImageFiles(part, image_size, channels) for part in (train, val, test or [])]
-    augment = Augment(zoom=(0.6, 1.0), shift=0.1, mirror=True, padding="reflection")
+    own = transforms(recipe, image_size, channels) if recipe else None
+    parts = [ImageFiles(part, image_size, channels, own) for part in (train, val, test or [])]
+    light = Augment(zoom=(0.6, 1.0), shift=0.1, mirror=True, padding="reflection")
+    augment = unchanged if own else light
     return Data(parts[0], parts[1], parts[2] if test else None, classes, augment)
 
 
@@ -260,14 +302,23 @@ def _hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Sampl
 
 
 class StepBatches:
-    """The index lists of steps start..stop, a permutation for each epoch.
+    """The index lists of steps start..stop: for each epoch a permutation, or what `order` gives for it.
 
     It depends on the seed and the epoch alone, so a run can start at any step.
     """
 
-    def __init__(self, size: int, batch: int, seed: int, start: int, stop: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        start: int,
+        stop: int,
+        order: Callable[[int], list[int]] | None = None,
+    ) -> None:
         self.size, self.batch, self.seed, self.start, self.stop = size, batch, seed, start, stop
         self.per_epoch = size // batch
+        self.order = order or self._permutation
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -277,24 +328,32 @@ class StepBatches:
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, self.per_epoch)
             if epoch != order_of:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order, order_of = torch.randperm(self.size, generator=generator).tolist(), epoch
+                order, order_of = self.order(epoch), epoch
             yield order[i * self.batch : (i + 1) * self.batch]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.size, generator=generator).tolist()
 
 
 class Shares:
-    """What one process of several takes of each of these batches."""
+    """What one process of several takes of each of these batches; with `draws` each image with a seed."""
 
-    def __init__(self, steps: StepBatches, rank: int, size: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: StepBatches, rank: int, size: int, draws: bool = False) -> None:
+        self.steps, self.draws = steps, draws
         self.places = share(steps.batch, rank, size)
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for indices in self.steps:
-            yield [indices[place] for place in self.places]
+    def __iter__(self) -> Iterator[list[Any]]:
+        for step, indices in enumerate(self.steps, self.steps.start):
+            mine = [indices[place] for place in self.places]
+            if self.draws:
+                seeds = (seed_of(self.steps.seed, step, place) for place in self.places)
+                yield list(zip(mine, seeds, strict=True))
+            else:
+                yield mine
 
 
 def batches_of(

@@ -6,6 +6,7 @@ from torch import nn
 
 from .. import vit
 from .errors import TrainError
+from .segment.model import Segmenter
 
 
 def start_from(model: nn.Module, path: Path) -> None:
@@ -16,6 +17,9 @@ def start_from(model: nn.Module, path: Path) -> None:
     shape.
     """
     try:
-        vit.load(path, model)
+        if isinstance(model, Segmenter):
+            model.start_from(path)
+        else:
+            vit.load(path, model)
     except (OSError, ValueError, ImportError) as error:
         raise TrainError(str(error)) from None

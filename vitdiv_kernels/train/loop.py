@@ -1,10 +1,9 @@
-"""The training loop: AdamW, cosine schedule, clipping, autocast, processes, log, exact resume."""
+"""The training loop by a recipe: AdamW, schedule, clipping, autocast, processes, log, exact resume."""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from .. import _dispatch, use_backend
 from .._types import Backend
 from ..attach.monitor import CollapseMonitor
-from . import checkpoint, cutmix, parallel, state, wrapping
+from ..recipes import Mixed, Recipe, Schedule
+from . import augmentation, checkpoint, parallel, state, wrapping
 from .data import Batch, Data, Shares, StepBatches, batches_of
 from .errors import TrainError
 from .evaluation import accuracy as accuracy
@@ -23,8 +23,9 @@ from .logs import Row
 from .optimizer import parameter_groups
 from .options import chosen
 from .parts import Collapse, CsvLog, Part
-from .recipe import Recipe, learning_rate
 from .task import Classification
+
+TaskMaker = Callable[[nn.Module, Recipe, torch.device], Any]
 
 
 @contextlib.contextmanager
@@ -52,7 +53,11 @@ class Trainer:
     step as they are before augmentation; its records go to collapse.csv beside the log. With `save_path` a
     checkpoint is written there every `save_every` steps.
 
-    With `resume` the recipe's `init` is not read: `load` is to follow, whose checkpoint has the weights.
+    `task` makes what is learned, of model, recipe and device: `Classification`, or a partial of
+    `segment.task.Segmentation`, to which data and model must belong.
+
+    Model and data are taken as they are: of what the recipe says of them only `weights` counts. With `resume`
+    these are not read: `load` is to follow, whose checkpoint has the weights.
 
     Where torch.distributed is started each process makes a trainer and trains its share of each batch; all
     must call the same methods. Files are written by the first process alone.
@@ -83,6 +88,7 @@ class Trainer:
         resume: bool = False,
         folder: Path | None = None,
         title: str = "",
+        task: TaskMaker = Classification,
     ) -> None:
         self.processes = parallel.current()
         self.device, self.backend, self.workers = torch.device(device), backend, workers
@@ -101,15 +107,19 @@ class Trainer:
             parts = [CsvLog(log_path.name)] if log_path is not None else []
             parts += [Collapse(monitor_every)] if monitor_every else []
         with self.processes.together():
-            self._prepare(model, recipe, parts, resume)
+            self._prepare(model, recipe, parts, resume, task)
         self._check_processes(parts)
         if checkpointing:
             wrapping.checkpoint_blocks(self.model)
         sync_bn = recipe.sync_bn and self.processes.size > 1
-        self.run = wrapping.wrapped(self.model, self.processes, fsdp=fsdp, compile=compile, sync_bn=sync_bn)
+        self.run = wrapping.wrapped(
+            self.model, self.processes, fsdp=fsdp, compile=compile, sync_bn=sync_bn,
+            losses_on_patch_head=any(term.loss == "region_mixing" for term in recipe.terms().values()),
+        )  # fmt: skip
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
-        )
+            parameter_groups(self.model, recipe.weight_decay),
+            lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]), eps=recipe.eps, fused=True,
+        )  # fmt: skip
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.augment_rng = torch.Generator().manual_seed(recipe.seed)
@@ -119,7 +129,7 @@ class Trainer:
     @property
     def evaluated(self) -> list[str]:
         """The columns of the log that validation fills."""
-        return [self.task.metric, *(name for part in self.parts for name in part.evaluated(self))]
+        return [*self.task.metrics, *(name for part in self.parts for name in part.evaluated(self))]
 
     @property
     def columns(self) -> list[str]:
@@ -131,12 +141,17 @@ class Trainer:
         """That of the part `Collapse`, where there is one."""
         return next((part.monitor for part in self.parts if isinstance(part, Collapse)), None)
 
-    def losses(self, images: Tensor, labels: Tensor, box: cutmix.Box | None = None) -> dict[str, Tensor]:
-        """The losses of images as they go into the model, and `loss`, their weighted sum."""
-        return self.task.losses(self.run, images, labels, box, autocast=self._autocast)
+    @property
+    def steps(self) -> int:
+        """How many the recipe takes over these images."""
+        return self.schedule.steps
 
-    def evaluate(self, model: nn.Module) -> float:
-        """The metric of a model on the validation images; all processes must call it."""
+    def losses(self, images: Tensor, labels: Tensor, batch: Mixed | None = None) -> dict[str, Tensor]:
+        """The losses of images as they go into the model, and `loss`, their weighted sum."""
+        return self.task.losses(self.run, images, labels, batch, autocast=self._autocast)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of a model on the validation images; all processes must call it."""
         self.processes.share_buffers(model)
         return self.task.evaluate(model, self.data.val, self.processes)
 
@@ -145,7 +160,7 @@ class Trainer:
 
         Returns the losses of that share and the gradient norm before clipping, as detached scalars.
         """
-        lr = learning_rate(self.recipe, self.step)
+        lr = self.schedule.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -176,9 +191,10 @@ class Trainer:
         return sums | {"lr": lr, "grad_norm": norm.full_tensor() if self.fsdp else norm}
 
     def _part_of_step(self, images: Tensor, labels: Tensor, places: tuple) -> dict[str, Tensor]:
-        images = self.data.augment(images.to(self.device, non_blocking=True), self.augment_rng, *places)
-        images, box = self.task.mixed(images, self.augment_rng)
-        return self.losses(images, labels.to(self.device, non_blocking=True), box)
+        images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+        images, labels = self.task.augmented(self.data, images, labels, self.augment_rng, *places)
+        images, batch = self.task.mixed(images, labels, self.augment_rng)
+        return self.losses(images, labels, batch)
 
     def fit(
         self, until: int | None = None, on_step: Callable[[int, dict[str, Any]], None] | None = None
@@ -189,9 +205,10 @@ class Trainer:
         all stop at a step that is logged, after one was asked to. Raises TrainError when the loss is not
         finite at a logged step or a file can't be written, DataError when an image can't be read.
         """
-        until = self.recipe.steps if until is None else min(until, self.recipe.steps)
-        steps = StepBatches(len(self.data.train), self.recipe.batch, self.recipe.seed, self.step, until)
-        shares = Shares(steps, self.processes.rank, self.processes.size)
+        until = self.steps if until is None else min(until, self.steps)
+        recipe, count = self.recipe, len(self.data.train)
+        steps = StepBatches(count, recipe.batch, recipe.seed, self.step, until, self.order)
+        shares = Shares(steps, self.processes.rank, self.processes.size, self.data.train.draws)
         batches = batches_of(self.data.train, shares, self.workers, pin_memory=self.device.type == "cuda")
         self.model.train()
         with self._chosen_backend(), contextlib.ExitStack() as ending:
@@ -213,14 +230,14 @@ class Trainer:
         start = time.perf_counter()
         images, labels = next(batches)
         terms = self.train_step(images, labels)
-        measure = self.step == self.recipe.steps or self.step % self.eval_every == 0
+        measure = self.step == self.steps or self.step % self.eval_every == 0
         log = measure or self.step % self.log_every == 0
         row = self._row(terms, steps.per_epoch) if log else {}
         self.seconds += time.perf_counter() - start
         for part in self.parts:
             part.on_step(self, terms, indices)
         if measure:
-            row[self.task.metric] = self.evaluate(self.model)
+            row |= self.evaluate(self.model)
             for part in self.parts:
                 part.on_eval(self, row)
         if log:
@@ -291,26 +308,24 @@ class Trainer:
         state.restore(self, path)
         self.saved_step = self.step
 
-    def _prepare(self, model: nn.Module, recipe: Recipe, parts: Sequence[Part], resume: bool) -> None:
+    def _prepare(
+        self, model: nn.Module, recipe: Recipe, parts: Sequence[Part], resume: bool, task: TaskMaker
+    ) -> None:
         """All that needs no other process."""
-        if recipe.epochs is not None:
-            steps = recipe.epochs * (len(self.data.train) // recipe.batch)
-            recipe = replace(recipe, steps=max(1, steps), epochs=None)
         self._check(model, recipe)
+        self.recipe, self.schedule = recipe, Schedule(recipe, len(self.data.train))
+        self.order = augmentation.repeated(recipe, len(self.data.train))
         self.model = model.to(self.device)
-        if recipe.init is not None and not resume:
-            start_from(self.model, Path(recipe.init))
+        if recipe.weights is not None and not resume:
+            start_from(self.model, Path(recipe.weights))
         try:
             with self._chosen_backend():
                 for operation in _dispatch.OPERATIONS:
                     _dispatch.resolve(operation, self.device, "auto")
-            self.task = Classification(self.model, recipe, self.device)
+            self.task: Any = task(self.model, recipe, self.device)
         except (RuntimeError, TypeError, ValueError) as error:
             raise TrainError(str(error)) from None
         self.objective = self.task.objective
-        if recipe.cutmix is None:
-            recipe = replace(recipe, cutmix=float(self.task.patches_mix))
-        self.recipe = self.task.recipe = recipe
         self._check_shares()
         self.parts = [part for part in parts if part.takes_part(self)]
         for part in self.parts:
@@ -321,8 +336,6 @@ class Trainer:
             raise TrainError(
                 f"the batch ({recipe.batch}) is larger than the training set ({len(self.data.train)} images)"
             )
-        if recipe.cutmix is not None and not 0 <= recipe.cutmix <= 1000:
-            raise TrainError(f"cutmix must be a number from 0 to 1000, got {recipe.cutmix}")
         embed: Any = model.patch_embed
         if recipe.losses and not hasattr(embed, "num_patches"):
             raise TrainError(
@@ -344,9 +357,10 @@ class Trainer:
         of = f"{self.processes.size} processes, each in --accumulate {self.accumulate} parts"
         if batch % number:
             raise TrainError(f"--batch {batch} can't be shared by {of}: give a multiple of {number}")
-        if self.recipe.cutmix and number > 1 and batch // number % 2:
+        by = "CutMix" if self.recipe.cutmix_alpha else "mixup" if self.recipe.mixup else ""
+        if by and number > 1 and batch // number % 2:
             raise TrainError(
-                f"--batch {batch} leaves {batch // number} images for each of {of}, and CutMix mixes pairs: "
+                f"--batch {batch} leaves {batch // number} images for each of {of}, and {by} mixes pairs: "
                 f"give a multiple of {2 * number}"
             )
 

@@ -1,8 +1,10 @@
 """The trainer's diversity losses: short names, presets and losses of `DiversityObjective`, with weights."""
 
+import json
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from ..attach.presets import PRESETS
 from ..attach.terms import LOSSES, Term
@@ -15,12 +17,7 @@ TERMS = {
     "heads": Term("attention_diversity", 0.01, options={"include_self": False}),
 }
 DIVERSITY = {name: term.weight for name, term in TERMS.items()}
-# They need two images mixed by regions; the trainer mixes by CutMix.
-OF_REGIONS = {"region_mixing"}
-OF_REGIONS |= {
-    name for name, terms in PRESETS.items() if any(term.loss in OF_REGIONS for term in terms.values())
-}
-WEIGHTS = DIVERSITY | {name: 1.0 for name in (*PRESETS, *LOSSES) if name not in OF_REGIONS}
+WEIGHTS = DIVERSITY | {name: 1.0 for name in (*PRESETS, *LOSSES)}
 
 
 def parse_losses(text: str) -> dict[str, float]:
@@ -35,11 +32,6 @@ def parse_losses(text: str) -> dict[str, float]:
     weights = {}
     for item in text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
-        if name in OF_REGIONS:
-            raise ValueError(
-                f"the loss {name!r} needs two images mixed by regions, which the trainer does not do: "
-                "vitdiv_kernels.recipes.mix does it in a loop of your own"
-            )
         if name not in WEIGHTS:
             raise ValueError(
                 f"unknown loss {name!r}: give none or diversity alone, or NAME=WEIGHT,... of "
@@ -54,11 +46,10 @@ def parse_losses(text: str) -> dict[str, float]:
     return weights
 
 
-def objective_terms(weights: Mapping[str, float], label_smoothing: float = 0.0) -> dict[str, Term]:
+def objective_terms(weights: Mapping[str, float]) -> dict[str, Term]:
     """The configuration of a `DiversityObjective` for what `parse_losses` gave.
 
-    A preset becomes its losses, as PRESET.NAME, each with the preset's weight times its own. patch_mixing
-    smooths the labels of patches as the task does those of images, unless its preset says by how much. Raises
+    A preset becomes its losses, as PRESET.NAME, each with the preset's weight times its own. Raises
     ValueError for a weight that is not finite.
     """
     terms = {}
@@ -68,15 +59,17 @@ def objective_terms(weights: Mapping[str, float], label_smoothing: float = 0.0) 
                 terms[f"{name}.{part}"] = replace(term, weight=weight * term.weight)
         else:
             terms[name] = replace(TERMS[name], weight=weight) if name in TERMS else Term(name, weight)
-    return {
-        name: replace(term, options={"smoothing": label_smoothing, **term.options}) if mixes(term) else term
-        for name, term in terms.items()
-    }
+    return terms
 
 
-def mixes(term: Term) -> bool:
-    """Whether the loss is made for mixed images."""
-    return term.loss == "patch_mixing"
+def as_recipe(weights: Mapping[str, float]) -> dict[str, Any]:
+    """The same as the `losses` of a recipe."""
+    return in_json(objective_terms(weights))
+
+
+def in_json(terms: Mapping[str, Term]) -> dict[str, Any]:
+    """Terms in types of JSON, with all their keys."""
+    return json.loads(json.dumps({name: asdict(term) for name, term in terms.items()}))
 
 
 def listing() -> str:
@@ -90,14 +83,9 @@ def listing() -> str:
         [
             "losses by short name (diversity is all three; NAME=WEIGHT sets another weight):",
             *(line(name, [term]) for name, term in TERMS.items()),
-            "\npublished recipes (a weight multiplies the whole):",
-            *(line(name, terms.values()) for name, terms in PRESETS.items() if name in WEIGHTS),
+            "\npublished losses (a weight multiplies the whole):",
+            *(line(name, terms.values()) for name, terms in PRESETS.items()),
             "\nlosses by name (weight 1 unless given):",
-            textwrap.fill(
-                ", ".join(name for name in LOSSES if name in WEIGHTS),
-                80,
-                initial_indent="  ",
-                subsequent_indent="  ",
-            ),
+            textwrap.fill(", ".join(LOSSES), 80, initial_indent="  ", subsequent_indent="  "),
         ]
     )

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..nn import ReAttention
+from ..recipes import Recipe
 from ..vit import CONFIGS, ViT, ViTConfig
 from .errors import TrainError
 from .optional import needed
-from .settings import Subject
 
 # modules of timm's Attention that do the same in ReAttention
 TAKEN_OVER = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
@@ -32,37 +32,47 @@ class TimmConfig:
 Config = ViTConfig | TimmConfig
 
 
-def chosen(subject: Subject) -> Config:
-    """The configuration that the options choose. Raises TrainError."""
-    kind, _, name = subject.model.partition(":")
+def chosen(recipe: Recipe) -> Config:
+    """The configuration that the recipe names, with what it changes. Raises TrainError."""
+    kind, _, name = recipe.model.partition(":")
     if kind == "timm" and name:
-        timm = needed("timm", f"--model {subject.model}", "timm")
-        if not timm.is_model(name):
-            similar = timm.list_models(f"{name[:8]}*")[:3]
-            hint = f", such as {', '.join(similar)}" if similar else ""
-            raise TrainError(
-                f"timm {timm.__version__} has no model {name!r}: give one of timm.list_models(){hint}"
-            )
-        channels, size = timm.get_pretrained_cfg(name).input_size[:2]
-        config = TimmConfig(name, subject.image_size or size, channels, drop_path=subject.drop_path or 0.0)
-        depth = len(blocks_of(_timm_model(config), name)) if subject.reattention == "all" else 0
-        return replace(config, reattention=_blocks(subject.reattention, depth) or ())
-    if subject.model not in CONFIGS:
-        raise TrainError(f"unknown model {subject.model!r}: give timm:NAME, or one of {', '.join(CONFIGS)}")
-    shape = CONFIGS[subject.model]
-    blocks = _blocks(subject.reattention, shape.depth)
-    changes: dict[str, Any] = {"image_size": subject.image_size, "drop_path": subject.drop_path}
-    changes["reattention"] = blocks
+        return _chosen_of_timm(recipe, name)
+    if recipe.model not in CONFIGS:
+        raise TrainError(f"unknown model {recipe.model!r}: give timm:NAME, or one of {', '.join(CONFIGS)}")
+    shape = CONFIGS[recipe.model]
+    names = ("image_size", "drop_path", "head_drop", "init", "mix_init")
+    changes: dict[str, Any] = {name: getattr(recipe, name) for name in names}
+    changes["reattention"] = _blocks(recipe.reattention, shape.depth)
     try:
         return replace(shape, **{name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
         raise TrainError(str(error)) from None
 
 
-def _blocks(given: list[int] | str | None, depth: int) -> list[int] | None:
-    if isinstance(given, str):
-        return list(range(depth)) if given == "all" else []
-    return given
+def _chosen_of_timm(recipe: Recipe, name: str) -> TimmConfig:
+    timm = needed("timm", f"--model {recipe.model}", "timm")
+    if not timm.is_model(name):
+        similar = timm.list_models(f"{name[:8]}*")[:3]
+        hint = f", such as {', '.join(similar)}" if similar else ""
+        raise TrainError(
+            f"timm {timm.__version__} has no model {name!r}: give one of timm.list_models(){hint}"
+        )
+    for key, kept in (("head_drop", 0), ("init", "timm"), ("mix_init", "identity")):
+        if getattr(recipe, key) not in (None, kept):
+            raise TrainError(
+                f"{key} must be {kept} or null for a model of timm, got {getattr(recipe, key)!r}: "
+                f"--set {key}=null"
+            )
+    channels, size = timm.get_pretrained_cfg(name).input_size[:2]
+    config = TimmConfig(name, recipe.image_size or size, channels, drop_path=recipe.drop_path or 0.0)
+    depth = len(blocks_of(_timm_model(config), name)) if recipe.reattention == "all" else 0
+    return replace(config, reattention=_blocks(recipe.reattention, depth) or ())
+
+
+def _blocks(given: Sequence[int] | str | None, depth: int) -> list[int] | None:
+    if given is None:
+        return None
+    return list(range(depth if given == "all" else 0)) if isinstance(given, str) else sorted(set(given))
 
 
 def make(config: Config) -> nn.Module:

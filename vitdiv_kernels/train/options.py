@@ -99,16 +99,3 @@ def number(kind: type[int] | type[float], low: float, high: float = float("inf")
         raise argparse.ArgumentTypeError(f"must be {kind_of} {bound}, got {text!r}")
 
     return parse
-
-
-def block_list(text: str) -> list[int] | str:
-    """`none`, `all`, or blocks such as `8-11,15`."""
-    if text in ("none", "all"):
-        return text
-    blocks: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise argparse.ArgumentTypeError(f"must be none, all, or blocks such as 8-11,15, got {text!r}")
-        blocks += range(int(first), int(last or first) + 1)
-    return sorted(set(blocks))

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from .. import recipes
 from ..attach.monitor import CollapseMonitor, Record, read_records
-from . import checkpoint, models, plots
+from ..recipes import Recipe
+from . import checkpoint, models, plots, tasks
 from .cli import HelpFormatter, number, run_command, usable
-from .data import load
-from .errors import DataError
+from .earlier import recipe_of_today
+from .errors import DataError, TrainError
+from .segment.settings import Dense
 
 COLUMNS = {
     "patch cosine": "patch_cosine",
@@ -26,13 +29,21 @@ COLUMNS = {
 }
 
 
-def load_model(path: Path) -> tuple[nn.Module, int, int]:
-    """The model of a checkpoint, its step, and its recipe's seed. Raises TrainError."""
+def load_model(path: Path) -> tuple[nn.Module, int, Recipe, tasks.Kind, Dense]:
+    """The model of a checkpoint, its step, its recipe, its task and the options of that.
+
+    Raises TrainError.
+    """
     state = checkpoint.read(path, ("model", "config", "recipe", "step"))
     config = models.restored(state["config"])
-    model = models.make(config)
+    kind, options = tasks.restored(state["task"])
+    model = kind.make(config, options)
     model.load_state_dict(state["model"])
-    return model, state["step"], state["recipe"]["seed"]
+    try:
+        recipe = recipes.parse(recipe_of_today(state["recipe"]), str(path))
+    except ValueError as error:
+        raise TrainError(f"the recipe of {error}") from None
+    return model, state["step"], recipe, kind, options
 
 
 def table(records: list[Record]) -> str:
@@ -125,8 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        default="digits",
-        help="digits, or imagefolder:PATH; its validation images are measured",
+        help="digits, or imagefolder:PATH; of models that segment scenes, or segfolder:PATH; its validation "
+        "images are measured (default: digits, or scenes)",
     )
     parser.add_argument("--images", type=number(int, 1), default=64, help="number of images to measure")
     parser.add_argument("--out", type=Path, help="the PNG (default: report.png beside the checkpoint)")
@@ -137,11 +148,11 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     plots.pyplot("the report")  # before the measurements, which take longer
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    model, step, seed = load_model(path)
+    model, step, recipe, kind, options = load_model(path)
     config: Any = model.config
-    # the seed splits a folder as it was split in training: no image is measured that was trained on
-    data = load(args.data, config.image_size, config.channels, seed)
-    images, _ = data.val.__getitems__(list(range(min(args.images, len(data.val)))))
+    # the recipe's seed splits a folder as it was split in training: no image is measured that was trained on
+    data = kind.load(args.data or kind.default_data, config, recipe, options)
+    images = kind.plain(data, *data.val.__getitems__(list(range(min(args.images, len(data.val))))))
     records, why_not = measured(model.to(usable(args.device)), images, step)
     csv = path.with_name("collapse.csv")
     try:

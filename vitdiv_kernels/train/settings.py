@@ -1,4 +1,4 @@
-"""What to train, where, and what to keep of it: options that are no part of the recipe."""
+"""Where to train, and what to keep of it: options that are no part of the recipe."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,30 +6,11 @@ from pathlib import Path
 import torch
 
 from .._dispatch import BACKENDS
-from .options import block_list, number, option
+from .options import number, option
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Data and model."""
-
-    data: str = option("digits", "digits, or imagefolder:PATH, with train and val in it, or its classes")
-    model: str = option(
-        "digits24", "the shape of the model: a name below, or timm:NAME, a vision transformer of timm"
-    )
-    reattention: list[int] | str | None = option(
-        None, "blocks that re-attend: none, all, or such as 8-11 (default: the model's)", parse=block_list
-    )
-    image_size: int | None = option(
-        None, "resize images to this (default: the model's)", parse=number(int, 1)
-    )
-    drop_path: float | None = option(
-        None, "drop a branch with up to this probability (default: the model's)", parse=number(float, 0, 0.99)
-    )
 
 
 @dataclass(frozen=True)

@@ -6,29 +6,47 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import recipes
+from ..recipes import Recipe
 from . import checkpoint, models, parallel, wrapping
+from .earlier import recipe_of_today
 from .errors import TrainError
-from .recipe import Recipe
+from .loss_weights import in_json
 
 if TYPE_CHECKING:
     from .loop import Trainer
+
+
+# keys of a recipe that a run may go on without: names, and what configuration and images tell themselves
+NAMES = {"title", "source", "notes", "results", "data", "model"}
+
+
+def settled(recipe: Recipe) -> dict[str, Any]:
+    """Its keys and values, with what it leaves to its losses, and all keys of these."""
+    return recipe.as_dict() | {
+        "losses": in_json(recipe.terms()),
+        "cutmix": recipe.cutmix_alpha,
+        "two_image_mixing": recipe.mixes_two_images,
+    }
 
 
 def made_with(run: "Trainer") -> dict[str, Any]:
     """What a run that goes on must have as it was."""
     config: Any = run.model.config
     return {
-        "recipe": asdict(run.recipe),
+        "recipe": settled(run.recipe),
         "config": checkpoint.plain(asdict(config)),
         "classes": list(run.data.classes),
         "data": run.data.fingerprint(),
+        "task": run.task.settings(),
     }
 
 
 def flat(made: dict[str, Any]) -> dict[str, Any]:
     """As one mapping of names to values, to compare."""
     data = {f"{part} images": value for part, value in (made.get("data") or {}).items()}
-    return made["recipe"] | made["config"] | {"classes": made["classes"]} | data
+    recipe = {name: value for name, value in made["recipe"].items() if name not in NAMES}
+    return made["task"] | recipe | made["config"] | {"classes": made["classes"]} | data
 
 
 def gathered(run: "Trainer") -> dict[str, Any]:
@@ -48,6 +66,7 @@ def gathered(run: "Trainer") -> dict[str, Any]:
         "other_rng": generators[1:],
         "scaler": run.scaler.state_dict(),
         "parts": {part.name: state for part in run.parts if (state := part.state_dict())},
+        "task": made["task"],
     }
 
 
@@ -72,13 +91,12 @@ def restore(run: "Trainer", path: Path) -> None:
 
 def _check_same(run: "Trainer", state: dict[str, Any], path: Path) -> None:
     now = made_with(run)
-    # earlier releases had fewer fields, whose defaults do what they did
-    known = asdict(Recipe())
-    recipe = state["recipe"]
-    if isinstance(recipe.get("amp"), bool):
-        recipe = recipe | {"amp": Recipe(amp=recipe["amp"]).amp}
+    try:
+        recipe = settled(recipes.parse(recipe_of_today(state["recipe"]), str(path)))
+    except ValueError as error:
+        raise TrainError(f"the recipe of {error}") from None
     config = checkpoint.plain(asdict(models.restored(state["config"])))
-    then = state | {"recipe": known | recipe, "config": config}
+    then = state | {"recipe": recipe, "config": config}
     if state["data"] is None:
         now = now | {"data": None}
     changed = checkpoint.differences(flat(then), flat(now))

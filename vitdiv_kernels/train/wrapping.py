@@ -53,15 +53,23 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def wrapped(model: nn.Module, processes: Processes, *, fsdp: bool, compile: bool, sync_bn: bool) -> nn.Module:
-    """The module to call in training."""
+def wrapped(
+    model: nn.Module,
+    processes: Processes,
+    *,
+    fsdp: bool,
+    compile: bool,
+    sync_bn: bool,
+    losses_on_patch_head: bool = False,
+) -> nn.Module:
+    """The module to call in training. `losses_on_patch_head`: losses beside the logits give it a gradient."""
     run: Any = torch.compile(model) if compile else model
     if compile and fsdp:
         # blocks are compiled one by one, and not all have hooks of an objective
         torch._dynamo.config.skip_nnmodule_hook_guards = False
     if processes.size > 1 and not fsdp:
-        # the head of patches (Gong et al.) has no part in the logits, and no gradient
-        unused = getattr(model, "patch_head", None) is not None
+        # the head of patches (Gong et al.) has no part in the logits, and without such losses no gradient
+        unused = getattr(model, "patch_head", None) is not None and not losses_on_patch_head
         run = nn.parallel.DistributedDataParallel(run, find_unused_parameters=unused)
     if sync_bn:
         # after DistributedDataParallel, which refuses SyncBatchNorm on CPUs but does not look again, and

@@ -161,6 +161,7 @@ def _gong(image_size: int, dim: int, depth: int, heads: int) -> ViTConfig:
 CONFIGS = {
     "digits24": _DIGITS24,
     "digits24_reattention": replace(_DIGITS24, reattention=range(24)),
+    "scenes12": replace(_DIGITS24, image_size=32, patch=4, overlap=2, depth=12, classes=11),
     **{f"deit_{name}": config for name, config in _DEIT.items()},
     "deit_small24": ViTConfig(depth=24, init="timm"),
     "deit_base_384": replace(_DEIT["base"], image_size=384, init="timm"),

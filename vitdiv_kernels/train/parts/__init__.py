@@ -9,10 +9,14 @@ from .base import Part
 from .collapse import Collapse
 from .csv_log import CsvLog
 from .ema import Ema
+from .pictures import Pictures
 from .speed import Speed
 from .tensorboard import TensorBoard
 
 # they are told in this order: those that measure before those that log
-PARTS: tuple[type[Part], ...] = (Ema, Speed, CsvLog, TensorBoard, Collapse, ProgressBar)
+PARTS: tuple[type[Part], ...] = (
+    *(Ema, Speed, CsvLog, TensorBoard, Collapse),
+    *(Pictures, ProgressBar),
+)
 
-__all__ = ["PARTS", "Collapse", "CsvLog", "Ema", "Part", "ProgressBar", "Speed", "TensorBoard"]
+__all__ = ["PARTS", "Collapse", "CsvLog", "Ema", "Part", "Pictures", "ProgressBar", "Speed", "TensorBoard"]

@@ -20,14 +20,14 @@ class ProgressBar(Part):
 
     def on_begin(self, run: "Trainer") -> None:
         self.open = contextlib.ExitStack()
-        self.move = self.open.enter_context(progress(run.title, run.recipe.steps, run.step))
+        self.move = self.open.enter_context(progress(run.title, run.steps, run.step))
         self.metric = "-"
 
     def on_step(self, run: "Trainer", terms: Mapping[str, Any], indices: Sequence[int]) -> None:
         self.move(run.step)
 
     def on_eval(self, run: "Trainer", row: Row) -> None:
-        self.metric = f"{100 * row[run.task.metric]:.1f} %"
+        self.metric = f"{100 * row[run.task.metrics[0]]:.1f} %"
 
     def on_log(self, run: "Trainer", row: Row) -> None:
         self.move(run.step, loss=f"{row['loss']:.3f}", validation=self.metric, **run.shown)

@@ -43,7 +43,8 @@ class Collapse(Part):
         if run.step % self.monitor_every:
             return
         # the first images of the batch, which other processes may have
-        images, _ = run.data.train.__getitems__(list(indices[: self.monitor.images]))
+        batch = run.data.train.__getitems__(list(indices[: self.monitor.images]))
+        images = run.task.plain(run.data, *batch)
         if run.fsdp:
             run.processes.share_buffers(run.model)
         new = self.monitor.measure(images, run.step)

@@ -31,7 +31,7 @@ class Ema(Part):
         self.average = timm.ModelEmaV3(run.model, decay=run.recipe.ema)
 
     def evaluated(self, run: "Trainer") -> Sequence[str]:
-        return [f"{run.task.metric}_ema"]
+        return [f"{name}_ema" for name in run.task.metrics]
 
     def models(self, run: "Trainer") -> Mapping[str, nn.Module]:
         return {"moving average": self.average.module}
@@ -40,7 +40,7 @@ class Ema(Part):
         self.average.update(run.model)
 
     def on_eval(self, run: "Trainer", row: Row) -> None:
-        row[f"{run.task.metric}_ema"] = run.evaluate(self.average.module)
+        row |= {f"{name}_ema": value for name, value in run.evaluate(self.average.module).items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.average.module.state_dict()}

@@ -1,4 +1,4 @@
-"""CutMix in the trainer: pixels, shares and labels agree, runs repeat, the presets train whole."""
+"""Mixed images in the trainer: pixels, shares and labels agree, runs repeat, the presets train whole."""
 
 import csv
 import math
@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_trainer import small_trainer
+from small_trainer import small_recipe, small_trainer
 from torch.nn.functional import log_softmax
 
-from vitdiv_kernels import DiversityObjective
+from vitdiv_kernels import DiversityObjective, recipes
 from vitdiv_kernels.attach.presets import PRESETS
-from vitdiv_kernels.train import cutmix
 from vitdiv_kernels.train.cli import main
-from vitdiv_kernels.train.errors import TrainError
-from vitdiv_kernels.train.recipe import learning_rate
+from vitdiv_kernels.train.data import unchanged
 from vitdiv_kernels.vit import ViTConfig
 
 CONFIG = ViTConfig(
@@ -30,61 +28,6 @@ def trainer(augment=None, config=CONFIG, **recipe):
     return small_trainer(config, recipe, augment=augment)
 
 
-def draw(count, alpha, size=(24, 48), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [cutmix.draw_box(*size, alpha, generator) for _ in range(count)]
-
-
-def test_boxes_have_the_image_s_proportions_and_lie_in_it():
-    boxes = draw(1000, 1000.0)  # the areas are near a half
-    assert all(0 <= top <= bottom <= 24 and 0 <= left <= right <= 48 for top, bottom, left, right in boxes)
-    whole = [box for box in boxes if box[0] > 0 and box[1] < 24 and box[2] > 0 and box[3] < 48]
-    assert {bottom - top for top, bottom, _, _ in whole} == {16, 17}
-    assert {right - left for _, _, left, right in whole} >= {33, 34}
-    assert all(abs(2 * (box[1] - box[0]) - (box[3] - box[2])) <= 1 for box in whole)
-    assert {box[0] for box in boxes} == set(range(24 - 8))
-    assert {box[3] for box in boxes} >= set(range(20, 48))
-
-
-@pytest.mark.parametrize("alpha", [1.0, 20.0])
-def test_areas_are_those_of_the_beta_distribution(alpha):
-    """The mean area over a grid of lambdas, weighted by their density, and over all centres."""
-    lambdas = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    density = (lambdas * (1 - lambdas)) ** (alpha - 1)
-    sides = []
-    for pixels in (24, 48):
-        side = ((1 - lambdas).sqrt() * pixels).long().unsqueeze(1)
-        first = torch.arange(pixels) - side // 2
-        sides.append(((first + side).clamp_max(pixels) - first.clamp_min(0)).double() / pixels)
-    areas = [1 - cutmix.share_left(box, 24, 48) for box in draw(3000, alpha)]
-    for power in (1, 2):
-        each = (sides[0] ** power).mean(1) * (sides[1] ** power).mean(1)
-        expected = float((density * each).sum() / density.sum())
-        found = torch.tensor(areas, dtype=torch.float64) ** power
-        assert abs(found.mean() - expected) < 4 * found.std() / math.sqrt(len(found))
-
-
-def test_a_seed_is_a_sequence_of_boxes():
-    assert draw(20, 1.0) == draw(20, 1.0)
-    assert len(set(draw(20, 1.0))) > 10
-    assert draw(20, 1.0) != draw(20, 1.0, seed=1)
-
-
-@pytest.mark.parametrize("box", [(0, 0, 0, 0), (2, 7, 3, 4), (0, 8, 0, 12), (5, 8, 0, 12), (1, 2, 10, 12)])
-def test_pixels_in_the_box_are_of_the_other_image(box):
-    images = torch.rand(5, 2, 8, 12)
-    before = images.clone()
-    mixed = cutmix.mix(images, box)
-    assert torch.equal(images, before)
-    outside = 0
-    for y in range(8):
-        for x in range(12):
-            within = box[0] <= y < box[1] and box[2] <= x < box[3]
-            outside += not within
-            assert torch.equal(mixed[:, :, y, x], (images.flip(0) if within else images)[:, :, y, x])
-    assert cutmix.share_left(box, 8, 12) == pytest.approx(outside / 96)
-
-
 def cross_entropy(logits, targets, smoothing):
     targets = (1 - smoothing) * targets + smoothing / targets.shape[-1]
     return -(targets * log_softmax(logits, -1)).sum(-1).mean()
@@ -92,7 +35,7 @@ def cross_entropy(logits, targets, smoothing):
 
 def test_a_step_takes_labels_by_the_pixels_that_it_mixed(monkeypatch):
     """Whatever was mixed is read off the pixels that enter the model; the labels must be theirs."""
-    run = trainer(lambda images, _: images, losses=MIXING, label_smoothing=0.2)
+    run = trainer(unchanged, losses=MIXING, label_smoothing=0.2)
     seen, mixings = [], []
 
     forward, call = run.model.forward, DiversityObjective.__call__
@@ -140,17 +83,19 @@ def test_a_step_takes_labels_by_the_pixels_that_it_mixed(monkeypatch):
     assert cut >= 3
 
 
-def test_gradients_are_those_of_the_mixed_loss():
-    run = trainer(config=replace(CONFIG, drop_path=0.0), cutmix=1.0)
-    images, labels, box = run.data.train.images[:8], run.data.train.labels[:8], (1, 7, 2, 12)
-    run.losses(images, labels, box)["loss"].backward()
-    found = {name: p.grad.clone() for name, p in run.model.named_parameters()}
-    run.model.zero_grad()
-    share = 1 - 60 / 144
-    targets = share * torch.eye(4)[labels] + (1 - share) * torch.eye(4)[labels.flip(0)]
-    cross_entropy(run.model(images), targets, 0.1).backward()
+@pytest.mark.parametrize("keys", [{"cutmix": 1.0}, {"mixup": 0.8}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_gradients_are_those_of_the_mixed_loss(keys):
+    run = trainer(unchanged, config=replace(CONFIG, drop_path=0.0), clip=0, **keys)
+    images, labels = run.data.train.images[:8], run.data.train.labels[:8]
+    seed = int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(0)))
+    draws = torch.Generator().manual_seed(seed)
+    batch = recipes.mix(run.recipe, images, labels, classes=4, grid=(1, 1), generator=draws)
+    assert not torch.equal(batch.images, images)
+    cross_entropy(run.model(batch.images), batch.targets, 0.0).backward()
+    expected = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+    run.train_step(images, labels)
     for name, p in run.model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, msg=name)
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
 
 
 def test_without_cutmix_the_step_is_what_it_was():
@@ -164,7 +109,7 @@ def test_without_cutmix_the_step_is_what_it_was():
         terms = run.train_step(images, labels)
         torch.set_rng_state(state)
         for group in plain.optimizer.param_groups:
-            group["lr"] = learning_rate(run.recipe, step)
+            group["lr"] = run.schedule.learning_rate(step)
         logits = plain.model(plain.data.augment(images, rng))
         entropy = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
         loss = entropy + objective()[0]
@@ -195,7 +140,8 @@ def test_the_class_token_weighs_as_much_as_a_patch():
     run = trainer(losses={name: 1.0})
     run.model.eval()
     images, labels = run.data.train.images[:8], run.data.train.labels[:8]
-    terms = run.losses(images, labels, (2, 8, 1, 9))
+    images, batch = run.task.mixed(images, labels, run.augment_rng)
+    terms = run.losses(images, labels, batch)
     patches = (CONFIG.image_size // CONFIG.patch) ** 2
     weights = {f"{name}.{part}": term.weight for part, term in PRESETS[name].items()}
     weights |= {f"{name}.mixing": patches / (patches + 1), "cross_entropy": 1 / (patches + 1)}
@@ -213,13 +159,14 @@ def test_the_class_token_weighs_as_much_as_a_patch():
         ({"losses": {"gong2021": 0.5}, "cutmix": 0.0}, 0.0),
         ({"losses": MIXING, "cutmix": 0.3}, 0.3),
         ({"cutmix": 0.3}, 0.3),
+        ({"losses": {"gong2021": 0.5}, "mixup": 0.4}, 1.0),
     ],
 )
 def test_cutmix_is_on_where_patch_mixing_is_unless_told(recipe, expected):
     run = trainer(**recipe)
-    assert run.recipe.cutmix == expected
+    assert run.recipe.cutmix_alpha == expected
     entered = []
-    run.data = replace(run.data, augment=lambda images, _: images)
+    run.data = replace(run.data, augment=unchanged)
     run.model.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     images, labels = run.data.train[:8]
     for _ in range(12):
@@ -229,23 +176,22 @@ def test_cutmix_is_on_where_patch_mixing_is_unless_told(recipe, expected):
 
 @pytest.mark.parametrize("alpha", [-1.0, math.nan, math.inf])
 def test_an_alpha_that_is_none_gets_a_sentence(alpha):
-    with pytest.raises(TrainError, match=f"cutmix must be a number from 0 to 1000, got {alpha}"):
-        trainer(cutmix=alpha)
+    with pytest.raises(ValueError, match=f"cutmix must be a number from 0 to 1000 or null, got {alpha}"):
+        small_recipe(cutmix=alpha)
 
 
-def test_the_recipe_s_seed_draws_the_boxes():
-    def boxes(seed, monkeypatch):
-        drawn, draw = [], cutmix.draw_box
-        with monkeypatch.context() as patched:
-            patched.setattr(cutmix, "draw_box", lambda *args: drawn.append(draw(*args)) or drawn[-1])
-            trainer(cutmix=1.0, seed=seed).fit()
-        return drawn
+def test_the_recipe_s_seed_draws_what_is_mixed():
+    def entered(seed):
+        run, seen = trainer(unchanged, cutmix=1.0, mixup=0.8, seed=seed), []
+        run.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        for _ in range(6):
+            run.train_step(*run.data.train[:8])
+        return torch.stack(seen)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        first = boxes(0, monkeypatch)
-        assert len(set(first)) > 6
-        assert boxes(0, monkeypatch) == first
-        assert boxes(1, monkeypatch) != first
+    first = entered(0)
+    assert len({each[0].sum().item() for each in first}) == 6
+    assert torch.equal(entered(0), first)
+    assert not torch.equal(entered(1), first)
 
 
 @pytest.mark.parametrize("amp", [False, True])

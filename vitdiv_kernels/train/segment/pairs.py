@@ -1,0 +1,148 @@
+"""Images and annotations in files."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import DataError
+from ..logs import progress
+from ..optional import needed
+from ..parallel import current
+from .augment import Ragged
+from .labels import OUT_OF_RANGE, Labels
+
+ONE_CHANNEL = ("L", "P")  # of PIL: grey, or numbers in a palette, 8 bits each
+MANY = 1000  # files, from which on a bar is shown
+
+
+@dataclass(frozen=True)
+class Pair:
+    image: Path
+    mask: Path
+
+
+@contextlib.contextmanager
+def opened(path: Path, kind: str) -> Iterator[Any]:
+    """The file as an image of PIL. Raises DataError for one that can't be read, also later, while it is."""
+    pil = needed("PIL.Image", "--data segfolder:PATH", "imagefolder")
+    try:
+        with pil.open(path) as image:
+            yield image
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        raise DataError(f"the {kind} file {path} can't be read ({error}): repair or remove it") from None
+
+
+def channels_last(image: Any, channels: int) -> Tensor:
+    """The bytes of an image of PIL, [H, W, channels]."""
+    width, height = image.size
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, channels)
+
+
+def numbers_of(path: Path) -> Tensor:
+    """The numbers in an annotation, [H, W], uint8. Raises DataError."""
+    with opened(path, "annotation") as image:
+        check_mode(path, image)
+        return channels_last(image, 1)[..., 0]
+
+
+def check_mode(path: Path, image: Any) -> None:
+    if image.mode not in ONE_CHANNEL:
+        raise DataError(
+            f"the annotation {path} is of mode {image.mode} (Pillow's name): expected 8 bits and one channel "
+            "or a palette, the number of a class in each pixel"
+        )
+
+
+def check(pairs: Sequence[Pair]) -> None:
+    """Opens all files and reads no pixels. Raises DataError for a pair of different sizes, an annotation that
+    has not one channel of 8 bits, and what can't be opened."""
+    with bar("files", len(pairs)) as move:
+        for done, pair in enumerate(pairs, 1):
+            with opened(pair.image, "image") as image, opened(pair.mask, "annotation") as mask:
+                check_mode(pair.mask, mask)
+                if image.size != mask.size:
+                    raise DataError(
+                        f"the annotation {pair.mask} has {mask.size[0]} x {mask.size[1]} pixels: expected "
+                        f"{image.size[0]} x {image.size[1]}, as its image {pair.image} has"
+                    )
+            move(done)
+
+
+def largest(pairs: Sequence[Pair], ignored: int) -> int:
+    """The largest number in the annotations but `ignored`; -1 where there is none. Reads all of them."""
+    found = -1
+    with bar("annotations", len(pairs)) as move:
+        for done, pair in enumerate(pairs, 1):
+            numbers = numbers_of(pair.mask)
+            found = max(found, *(number for number in numbers.unique().tolist() if number != ignored), -1)
+            move(done)
+    return found
+
+
+def bar(label: str, total: int) -> contextlib.AbstractContextManager[Any]:
+    """A progress bar, for many files and in the first process."""
+    if total < MANY or not current().main:
+        return contextlib.nullcontext(lambda done: None)
+    return progress(label, total)
+
+
+class PairFiles(Dataset[tuple[Tensor, Tensor]]):
+    """Image files with their annotations, decoded when asked for: [C, H, W] float32 from -1 to 1, and classes
+    or 255 [H, W] uint8.
+
+    A broken file and a number that is no class raise DataError with its name.
+    """
+
+    draws = False  # crops are drawn for whole batches
+
+    def __init__(self, root: Path, pairs: Sequence[Pair], labels: Labels, channels: int) -> None:
+        self.root, self.pairs, self.labels = root, pairs, labels
+        self.table, self.channels = labels.table(), channels
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pair = self.pairs[index]
+        with opened(pair.image, "image") as image:
+            pixels = channels_last(image.convert("L" if self.channels == 1 else "RGB"), self.channels)
+        mask = self.classes_of(pair.mask)
+        if mask.shape != pixels.shape[:2]:
+            raise DataError(f"{pair.image} or {pair.mask} was changed while the run reads them")
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1, mask
+
+    def __getitems__(self, indices: list[int]) -> tuple[Ragged, Ragged]:
+        images, masks = zip(*(self[i] for i in indices), strict=True)
+        return Ragged(images), Ragged(masks)
+
+    def classes_of(self, path: Path) -> Tensor:
+        """[H, W], uint8. Raises DataError for a number that is no class."""
+        numbers = numbers_of(path)
+        classes = self.table[numbers.long()]
+        wrong = classes == OUT_OF_RANGE
+        if wrong.any():
+            found = numbers[wrong].unique().tolist()
+            row, column = wrong.nonzero()[0].tolist()
+            raise DataError(
+                f"the annotation {path} has the label {', '.join(map(str, found[:5]))}"
+                f"{' and others' if len(found) > 5 else ''} ({int(wrong.sum())} pixels, the first at row "
+                f"{row}, column {column}): expected {self.labels.expected}"
+            )
+        return classes.to(torch.uint8)
+
+    def fingerprint(self) -> str:
+        """Tells these files, by their names, and the meaning of labels from others; they are not read."""
+        digest = hashlib.sha256(repr(sorted(self.labels.numbers.items())).encode())
+        for pair in self.pairs:
+            names = [path.relative_to(self.root).as_posix() for path in (pair.image, pair.mask)]
+            digest.update(f"{' '.join(names)}\n".encode())
+        return f"{len(self)} ({digest.hexdigest()[:12]})"
