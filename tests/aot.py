@@ -42,10 +42,11 @@ except ImportError:  # before Triton 3.6
 
 sys.path.append(str(Path(__file__).with_name("support")))
 import sampling
+import sass
 
 from vitdiv_kernels.ops import _launch as _triton
 
-BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+BINARIES = sass.BINARIES
 CAPABILITIES = 80, 89, 90, 100
 # Loads of the branch for vectors far from 1, which hardly a call takes.
 FEW_ONE_BY_ONE = {"_tiles_kernel": 16}
@@ -144,8 +145,11 @@ def specialised(launch):
     return launch.kernel.__name__, tuple(signature), tuple(constexprs), tuple(attributes), options
 
 
-def compiled(kernel, key):
+def compiled(kernel, key, counts=False):
     """Compile; what the cubin needs, and the tensor-core instructions of its PTX.
+
+    With counts also "whole", the machine code's instructions (see sass.Code.counts), and "loops", those of
+    each loop with its depth, the longest first.
 
     Kernels have nothing on the stack but what is spilled. To disassemble a cubin and count the loads and
     stores of spills took as long as to compile it, and found no more in 200 of these kernels.
@@ -164,6 +168,11 @@ def compiled(kernel, key):
         command = [BINARIES / "cuobjdump", "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    code = sass.disassembled(binary.asm["cubin"]) if counts else None
+    counted = {
+        "whole": dict(code.counts()),
+        "loops": [code.counts(loop) | {"depth": loop.depth} for loop in code.loops],
+    } if code else {}  # fmt: skip
     return {
         "registers": registers,
         "stack": stack,
@@ -171,7 +180,7 @@ def compiled(kernel, key):
         "tensor_core": Counter(TENSOR_CORE.findall(binary.asm["ptx"])),
         "chained": most_chained(binary.asm["ttgir"]),
         "one element": len(ONE_ELEMENT.findall(binary.asm["ptx"])) if all_aligned(kernel, key) else 0,
-    }
+    } | counted
 
 
 def all_aligned(kernel, key):
@@ -209,14 +218,14 @@ def most_chained(ttgir):
     return most
 
 
-def _compile_in_child(launches, pipe, inherited):
+def _compile_in_child(launches, counts, pipe, inherited):
     for other in inherited:  # held open they would keep other children waiting for a parent that is gone
         other.close()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a crash prints the whole module
     while (key := pipe.recv()) is not None:
         start = time.monotonic()
         try:
-            result = compiled(launches[key].kernel, key)
+            result = compiled(launches[key].kernel, key, counts)
         except Exception as error:
             while error.__cause__ is not None:  # what the compiler's front end wraps in the lines around it
                 error = error.__cause__
@@ -224,13 +233,13 @@ def _compile_in_child(launches, pipe, inherited):
         pipe.send(result | {"seconds": time.monotonic() - start})
 
 
-def compile_all(launches, jobs):
+def compile_all(launches, jobs, counts=False):
     """(key, result) of each launch as it comes. An LLVM assertion ends a process; then another goes on."""
     waiting, running = list(launches), {}
 
     def start():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_compile_in_child, args=(launches, theirs, [ours, *running]))
+        process = context.Process(target=_compile_in_child, args=(launches, counts, theirs, [ours, *running]))
         process.start()
         theirs.close()
         go_on(ours, process)
@@ -310,6 +319,9 @@ def main():
         help="few: of each kernel each GPU, type, alignment, option and constant",
     )
     parser.add_argument("--one-in", type=int, default=1, metavar="N", help="every N-th of each kernel's")
+    parser.add_argument(
+        "--counts", action="store_true", help="also the instructions of each loop of the machine code"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--lines", type=Path, help="append each row here, as JSON, when it is compiled")
@@ -323,7 +335,7 @@ def main():
     # Nothing from an earlier run, which another version of the compiler may have made.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        for key, result in compile_all(launches, args.jobs):
+        for key, result in compile_all(launches, args.jobs, args.counts):
             rows.append(described(key) | result | {"faults": faults(key[2], limits[key], result)})
             if args.lines:
                 with args.lines.open("a") as file:
@@ -350,7 +362,16 @@ def line_of(row):
         figures += f" one element:{row['one element']}" * (row["one element"] > 0)
     head = f"{row['kernel']:24} sm_{row['cc']:<3} {row['warps']}x{row['stages']} {figures:45}"
     tail = f"{row['pointers']} {row['multiples of 16']} {row['constants']} ({row['seconds']:.1f} s)"
-    return "\n    FAULT: ".join([f"{head} {tail}", *row["faults"]])
+    loops = [f"loop of depth {loop['depth']}: {in_words(loop)}" for loop in row.get("loops", [])]
+    if "whole" in row:
+        loops.insert(0, f"whole: {in_words(row['whole'])}")
+    return "\n    ".join([f"{head} {tail}", *loops, *(f"FAULT: {fault}" for fault in row["faults"])])
+
+
+def in_words(counts):
+    """The instructions of a loop, those that are not arithmetic by name."""
+    others = ", ".join(f"{name} {n}" for name, n in counts.items() if name not in ("issued", "depth"))
+    return f"{counts['issued']} instructions ({others})"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ KINDS = {
     "STSM": "shared", "ATOMS": "shared", "SHFL": "shuffle", "LDC": "constant", "LDL": "local", "STL": "local",
     "BAR": "barrier", "WARPSYNC": "barrier",
 }  # fmt: skip
-WIDE = ("U8", "U16", "64", "128")
 
 
 class Instruction(NamedTuple):
@@ -46,7 +45,8 @@ class Code(NamedTuple):
     loops: list  # the longest first
 
     def counts(self, loop=None):
-        """Of a loop, those of the loops in it included, or of all: by kind, and memory by width in bits."""
+        """Of a loop, those of the loops in it included, or of all: how many are issued, how many of each of
+        KINDS, and loads and stores by their width in bits."""
         part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
         found = Counter(issued=len(part))
         for one in part:

@@ -32,6 +32,7 @@ class Launch(NamedTuple):
     """One launch as `recording` sees it; `arguments` are the kernel's, by name, constexprs included."""
 
     kernel: triton.runtime.JITFunction
+    grid: tuple
     arguments: dict
     num_warps: int
     num_stages: int
@@ -76,7 +77,7 @@ def launch(kernel, grid, *arguments, num_warps, num_stages, maxnreg=None, **cons
         _checked[id(kernel)] = kernel
     if _recorded is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constexprs
-        _recorded[0].append(Launch(kernel, named, num_warps, num_stages, maxnreg))
+        _recorded[0].append(Launch(kernel, grid, named, num_warps, num_stages, maxnreg))
         return
     if 0 in grid:
         return

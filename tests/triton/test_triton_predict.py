@@ -1,0 +1,123 @@
+"""Machine code is read and counted, and launches are timed by it, as benchmarks/predict.py says."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from places import ROOT, python_path
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import sass
+
+from vitdiv_kernels.ops import _launch
+from vitdiv_kernels.ops.maps.reattention import triton_kernels
+
+CODE = """
+.text.kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0010*/                   STS.128 [R8], R4 ;
+.L_x_0:
+        /*0020*/              @!P0 LDS.U16 R9, [R8] ;
+        /*0030*/                   MUFU.EX2 R9, R9 ;
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/               @P0 BRA `(.L_x_1) ;
+        /*0080*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0090*/                   EXIT ;
+.L_x_2:
+        /*00a0*/                   BRA `(.L_x_2);
+"""
+
+
+def test_loops_and_what_is_in_them():
+    code = sass.parsed(CODE)
+    outer, inner = code.loops
+    assert (outer.first, outer.last, outer.depth) == (1, 7, 0)
+    assert (inner.first, inner.last, inner.depth) == (2, 4, 1)
+    assert code.counts(inner) == {"issued": 3, "shared": 1, "LDS.16": 1, "mufu": 1}
+    assert code.counts(outer) == {
+        "issued": 7, "shared": 2, "STS.128": 1, "LDS.16": 1, "mufu": 1, "tensor": 1, "barrier": 1,
+    }  # fmt: skip
+    whole = code.counts()
+    assert (whole["issued"], whole["LDG.128"], whole["STG.64"]) == (11, 1, 1)
+
+
+# On its own: what Triton compiles is known where TRITON_INTERPRET is unset.
+PREDICTED = """
+import sys
+sys.path[:0] = ["benchmarks"]
+import predict
+
+gpu, shape = predict.GPUS["H200"], (128, 12, 197, 64)
+for mode in ("fwd", "bwd"):
+    launches = predict.launches_of(shape, mode, packed=True)
+    for launch, result in predict.compiled(launches, gpu.capability):
+        outer, inner = predict.passes_of_loops(launch)
+        took, binds = predict.seconds(launch, result, gpu)
+        loop = result["loops"][0]["issued"] if result["loops"] else 0
+        print(mode, launch.kernel.__name__, loop, took * 1e3)
+"""
+
+
+def test_the_row_kernels_issue_as_few_instructions_as_the_docs_say():
+    """Of a query row of all heads, and what a call takes by them; four warps a program."""
+    pytest.importorskip("triton", "3.6.0")
+    import triton
+
+    if triton.__version__ != "3.6.0":
+        pytest.skip(f"counted with triton 3.6.0, here is {triton.__version__}")
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", PREDICTED], env=kept | {"PYTHONPATH": python_path()}, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [line.split() for line in run.stdout.splitlines()]
+    loops = {name: int(loop) for _, name, loop, _ in rows}
+    assert loops["forward_rows"] <= 390
+    assert loops["backward_rows"] <= 750
+    total = {mode: sum(float(ms) for of, *_, ms in rows if of == mode) for mode in ("fwd", "bwd")}
+    assert total["fwd"] <= 0.17
+    assert total["bwd"] <= 0.40
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations of torch that launch a kernel: not views, nor what only makes a tensor."""
+
+    NONE = ("empty", "view", "slice", "select", "permute", "transpose", "unsqueeze", "diagonal", "expand",
+            "as_strided", "detach", "new_empty", "empty_like", "_unsafe_view", "unflatten", "t", "alias",
+            "squeeze", "narrow")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name not in self.NONE:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_call_launches_few_kernels(packed):
+    made = {"dtype": torch.bfloat16, "device": "meta"}
+    if packed:
+        q, k, v = torch.empty(128, 197, 3, 12, 64, **made).permute(2, 0, 3, 1, 4)
+    else:
+        q, k, v = torch.empty(3, 128, 12, 197, 64, **made)
+    mix, bias = torch.empty(12, 12, device="meta"), torch.empty(12, device="meta")
+    arguments = q, k, v, 0.125, None, None, mix, bias, False, None, None, 1e-5
+    with _launch.recording((9, 0)) as launches, Launches() as of_torch:
+        triton_kernels.reattention_fwd(*arguments, True, False)
+        triton_kernels.reattention_bwd(q, None, *arguments, [True] * 3 + [False, True, False])
+    assert len(launches) == 3 + 6
+    assert len(launches) + len(of_torch.found) <= 20, of_torch.found
