@@ -309,7 +309,9 @@ def maps_gradient(
                 weight_t, without(dmixed, lost_here, SHARE), head, together, True, RELOAD, H, DOT, PRECISION,
                 ACC,
             )  # fmt: skip
-            lost = lost | lost_here
+            if HAS_COUPLING:
+                lost_here = lost | lost_here
+            lost = lost_here
         if HAS_COUPLING:
             # far below float16's range where it comes from a batch norm's variance
             if BOOST > 1:
