@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -12,6 +13,7 @@ from test_fuse import assert_same, made, tokens, trained
 from torch import nn
 
 import vitdiv_kernels as vd
+from vitdiv_kernels import vit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,6 +215,18 @@ def test_wrong_arguments(options, error, sentence):
     assert vd.unfuse(model) == []
 
 
+OURS = vit.ViTConfig(8, 1, patch=4, dim=24, depth=2, heads=4, class_blocks=1)
+
+
+def test_our_own_vit():
+    report = vd.fuse(vit.ViT(replace(OURS, reattention=[1])), plain=True)
+    assert [(left.number, left.names, left.why.partition(":")[0]) for left in report.left] == [
+        (0, ("blocks.1.attn",), "it has this package's kernels by itself"),
+        (None, ("blocks.0.attn",), "it mixes no heads"),
+        (None, ("blocks_token_only.0.attn",), "its class token alone attends"),
+    ]
+
+
 def test_models_that_are_refused():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         vd.fuse([made("Gong")])
@@ -222,6 +236,8 @@ def test_models_that_are_refused():
         vd.fuse(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"fuse knows, .*; its attentions are MultiheadAttention$"):
         vd.fuse(nn.TransformerEncoderLayer(24, 4))
+    with pytest.raises(TypeError, match=r"Attention at blocks.0.attn: it mixes no heads: list its block in"):
+        vd.fuse(vit.ViT(OURS), plain=True)
     attention = foreign.GongAttention(24, 4)
     with pytest.raises(ValueError, match="model must hold its attentions, got an attention: put it into"):
         vd.fuse(attention)

@@ -255,6 +255,30 @@ def test_torchrun_trains_and_a_signal_saves(tmp_path):
     assert checkpoint.read(tmp_path / "checkpoint.pt")["step"] == int(last["step"])
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc")
+def test_a_killed_process_ends_all_and_the_run_goes_on(tmp_path):
+    pytest.importorskip("sklearn")
+    options = ["--batch", "4", "--log-every", "1", "--save-every", "2", "--reattention", "none"]
+    options += ["--out", str(tmp_path), "--steps", "100"]
+    run, path = torchrun(*options), tmp_path / "checkpoint.pt"
+    try:
+        deadline = time.monotonic() + processes.SECONDS
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with open(f"/proc/{run.pid}/task/{run.pid}/children") as file:
+            workers = [int(pid) for pid in file.read().split()]
+        os.kill(workers[-1], signal.SIGKILL)
+        run.communicate(timeout=processes.SECONDS)
+        assert run.returncode != 0
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+        assert checkpoint.read(path)["step"] < 100
+    finally:
+        run.kill()
+    assert main([*options, "--resume"]) == 0
+    with open(tmp_path / "log.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 101))
+
+
 def test_shares_are_a_partition_that_keeps_pairs():
     steps = StepBatches(24, 12, seed=0, start=0, stop=2)
     for size in (1, 2, 3, 4):

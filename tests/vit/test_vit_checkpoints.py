@@ -14,6 +14,7 @@ import torch
 from published_vits import gong_shapes, random_state
 from torch import nn
 
+from vitdiv_kernels import fuse
 from vitdiv_kernels.vit import CONFIGS, ViT, ViTConfig, load
 
 SMALL = ViTConfig(image_size=32, patch=8, dim=24, depth=2, heads=4, classes=5)
@@ -146,6 +147,24 @@ def test_options_let_through_stay_as_the_caller_has_them(state, tmp_path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         load(tmp_path / "x.pth", SMALL)
         assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_with_new_mixes_takes_the_plain_models_weights(timm, strict):
+    plain, model = (randomised(timm.models.vision_transformer.VisionTransformer(**SHAPE)) for _ in range(2))
+    fuse(model, plain=True)
+    mixes = [block.attn.reatten_matrix for block in model.blocks]
+    nn.init.normal_(mixes[0].weight)
+    saved = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(plain.state_dict(), model, strict=strict)
+    assert all(mix.is_identity() for mix in mixes)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model(x), plain(x))
+    del saved["blocks.1.attn.reatten_matrix.bias"]
+    with pytest.raises(ValueError, match=r"missing: blocks\.1\.attn\.reatten_matrix\.bias$"):
+        load(saved, model)
 
 
 def test_talking_heads_of_gong_are_renamed():

@@ -16,6 +16,15 @@ from ._fused import Fused, hook_of
 from .families import FAMILIES
 from .report import FuseReport, Left, Swapped
 
+# Attentions of this package that are not fused: its own ViT is built with what its config says.
+NOT_FUSED = {
+    ("vitdiv_kernels.vit.parts", "Attention"): (
+        "it mixes no heads: list its block in reattention of the ViTConfig, and load the weights by vit.load "
+        "with strict=False"
+    ),
+    ("vitdiv_kernels.vit.parts", "ClassAttention"): "its class token alone attends: there are no maps to mix",
+}
+
 
 class _Found(NamedTuple):
     """An attention in a model. family: None where it is none of `FAMILIES`; known: whether it is counted."""
@@ -29,6 +38,11 @@ class _Found(NamedTuple):
     @property
     def what(self):
         return type(self.module).__name__ if self.family is None else self.family.title
+
+    @property
+    def why_unknown(self):
+        kind = type(self.module)
+        return NOT_FUSED.get((kind.__module__, kind.__name__), "fuse does not know it")
 
 
 def fuse(
@@ -86,6 +100,9 @@ def fuse(
     if not known:
         others = collections.Counter(each.what for each in found)
         has = f"its attentions are {', '.join(others)}" if others else "it has no attention"
+        ours = next((each for each in found if each.why_unknown in NOT_FUSED.values()), None)
+        if ours is not None:
+            has = f"of this package's {ours.what} at {ours.names[0]}: {ours.why_unknown}"
         titles = ", ".join(family.title for family in FAMILIES)
         raise TypeError(f"model must have an attention that fuse knows, {titles}; {has}")
     if known[0].module is model:
@@ -103,9 +120,7 @@ def fuse(
         else:
             replaced[id(attention.module)] = fused
             swapped.append(Swapped(number, tuple(attention.names), attention.what, notes))
-    left += [
-        Left(None, tuple(each.names), each.what, "fuse does not know it") for each in found if not each.known
-    ]
+    left += [Left(None, tuple(each.names), each.what, each.why_unknown) for each in found if not each.known]
     _replace(model, replaced)
     return FuseReport(tuple(swapped), tuple(left), backend)
 
@@ -139,6 +154,17 @@ def unfuse(model: nn.Module) -> list[str]:
             raise ValueError(f"model can't be unfused at {name}: {why}")
     _replace(model, {id(module): module.give_back() for module in fused.values()})
     return list(fused)
+
+
+def names_of_new_mixes(model: nn.Module) -> set[str]:
+    """What `fuse(plain=True)` has added to the names of a state dict."""
+    return {
+        f"{name}.{added}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, Fused)
+        for added in module.added
+        for parameter in getattr(module, added).state_dict()
+    }
 
 
 def _check_wrappers(model, plain):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fusing.api import names_of_new_mixes
 from .configs import CONFIGS, ViTConfig
 from .files import read
 from .model import ViT
@@ -60,7 +61,8 @@ def load(
 
     Args:
         source: a file of torch or safetensors, read without running anything in it, or a state dict.
-        model: one of `CONFIGS` by name, a `ViTConfig`, or a module with timm's names, which is changed.
+        model: one of `CONFIGS` by name, a `ViTConfig`, or a module with timm's names, which is changed. Where
+            `fuse` has given it mixes (`plain=True`) that the file has not, they become the identity.
         ema: take the moving average of the weights (`model_ema` or `state_dict_ema`, or that of a trainer's
             checkpoint).
         strict: False loads what is in both, and a warning lists what is missing and what is not used.
@@ -87,6 +89,10 @@ def load(
     if any(tensor.is_meta for tensor in expected.values()):
         raise ValueError("model must have memory, got one on the meta device: call model.to_empty first")
     weights, notes = _fitted(found, expected, getattr(target, "patch_embed", None))
+    # of a file of the plain model, whose attentions take the identity as their mix
+    new = names_of_new_mixes(target)
+    if new.isdisjoint(weights):
+        expected = {key: value for key, value in expected.items() if key not in new}
     differences = _differences(weights, expected, strict)
     if differences:
         raise ValueError(f"{name} does not fit {called}: {differences}{_looks_like(found)}")
