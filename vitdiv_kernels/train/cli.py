@@ -200,7 +200,9 @@ def train(trainer: Trainer, out: Path) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.print_recipe:
-        print(json.dumps(recipe_options.chosen(args).as_dict(), indent=2))
+        recipe = recipe_options.chosen(args)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(recipe.as_dict(), indent=2))
         return 0
     with started(args.device) as processes:
         trainer = build(args, processes)

@@ -153,4 +153,12 @@ def _timm_model(config: TimmConfig) -> nn.Module:
     except (AssertionError, TypeError, ValueError) as error:
         raise TrainError(f"timm can't make {config.timm} with {options}: {error}") from None
     blocks_of(model, config.timm)
+    embed: Any = model.patch_embed
+    if getattr(embed, "num_patches", 1) < 1:
+        patch = getattr(embed, "patch_size", "?")
+        patch = patch[0] if isinstance(patch, tuple) else patch
+        raise TrainError(
+            f"image_size must be at least the patch ({patch}) of timm's {config.timm}, "
+            f"got {config.image_size}"
+        )
     return model
