@@ -9,7 +9,7 @@ from torch import nn
 from vitdiv_kernels.train.optimizer import parameter_groups
 from vitdiv_kernels.vit import CONFIGS, ViT
 
-SHAPES = ["deepvit_16b", "deepvit_s", "deit_tiny", "deit_tiny_distilled", "cait_xxs24", "gong_small"]
+SHAPES = ["deepvit_16b", "deepvit_s", "deit_tiny", "deit_tiny_distilled", "cait_xxs24_224", "gong_small"]
 OF_TIMM = ["vit_tiny_patch16_224", "xcit_nano_12_p16_224", "beit_base_patch16_224", "cait_xxs24_224"]
 
 
@@ -44,7 +44,7 @@ def test_patterns_and_biases_of_any_shape_do_not_decay():
             super().__init__()
             self.pos_embed = nn.Conv2d(1, 1, 3)
             self.linear = nn.Linear(2, 2)
-            self.bias = nn.Parameter(torch.zeros(2, 2))
+            self.linear.bias = nn.Parameter(torch.zeros(2, 2))
 
         def no_weight_decay(self):
             return {"pos_embed.*"}

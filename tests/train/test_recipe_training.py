@@ -217,7 +217,7 @@ def parsed(*arguments):
         (["--reattention", "all", "--init", "7"], {"reattention": "all", "weights": "7"}),
         (["--mixup", "0.8", "--recipe", "deit_small", "--set", "hflip=0"], {"mixup": 0.8, "hflip": 0}),
         (["--lr", ".01", "--batch", "+4"], {"lr": 0.01, "batch": 4}),
-        (["--set", "betas=[0.8,0.9]", "--set", "auto_augment=rand-m9"], {"betas": (0.8, 0.9)}),
+        (["--set", "betas=[0.8,0.9]", "--set", "hflip=0.1", "--set", "augmentation=timm"], {"hflip": 0.1}),
         (["--losses", "gong2021"], {"cutmix": None, "cutmix_alpha": 1, "mixes_two_images": False}),
         (["--losses", "gong2021", "--cutmix", "0"], {"cutmix_alpha": 0}),
         (["--losses", "gong2021_released"], {"cutmix_alpha": 0, "mixes_two_images": True}),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -85,9 +86,14 @@ def make(config: Config) -> nn.Module:
     return model
 
 
-def restored(config: dict[str, Any]) -> Config:
-    """The configuration that a checkpoint holds as a dict."""
-    return TimmConfig(**config) if "timm" in config else ViTConfig(**config)
+def restored(config: dict[str, Any], path: Path) -> Config:
+    """The configuration that the checkpoint at this path holds as a dict. Raises TrainError."""
+    try:
+        return TimmConfig(**config) if "timm" in config else ViTConfig(**config)
+    except (TypeError, ValueError) as error:
+        raise TrainError(
+            f"{path} holds a model that this release can't make ({error}): read it by the one that wrote it"
+        ) from None
 
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
