@@ -310,7 +310,21 @@ def test_what_does_not_fit_gets_a_sentence_before_the_first_step(arguments, sent
         ("deit_small", ["mean=[0.5]", "std=[0.5]"], "mean and std must be for the 3 channels of the model"),
         ("deit_small", ["auto_augment=fast"], "timm can't make the augmentation of the recipe"),
         ("deit_small", ["batch=64"], "the batch (64) is larger than the training set (24 images)"),
-        ("deit_small", ["image_size=18"], "image_size must be a multiple of patch (4), got 18"),
+        (
+            "deit_small",
+            ["image_size=18"],
+            "error: --set image_size=18: image_size must be a multiple of patch (4), got 18",
+        ),
+        (
+            "deit_small",
+            ["model=large", "image_size=16384"],
+            "the model can't be made for images of size 16384 (",
+        ),
+        (
+            "gong2021",
+            ["model=timm:vit_tiny_patch16_224"],
+            "error: the recipe gong2021: head_drop must be 0 or null for a model of timm, got 0.2",
+        ),
         (
             "deit_small",
             ["model=timm:vit_tiny_patch16_224", "image_size=8"],
@@ -322,6 +336,8 @@ def test_a_recipe_that_does_not_fit_model_or_data_gets_a_sentence(
     name, settings, sentence, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    # more memory than there is: 512 TB of position embeddings
+    monkeypatch.setitem(CONFIGS, "large", replace(TINY, patch=1, dim=2**19))
     assert cli.main(options(name, folder, tmp_path / "run", *settings)) == 2
     error = capsys.readouterr().err
     assert sentence in error

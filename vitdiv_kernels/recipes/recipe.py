@@ -86,7 +86,7 @@ class Recipe:
     model: str = key(
         ..., group=WHAT, help="the shape: a name below, or timm:NAME, a vision transformer of timm"
     )
-    image_size: int | None = key(None, 1, group=WHAT, help="resize images to this")
+    image_size: int | None = key(None, 1, 16384, group=WHAT, help="resize images to this")
     drop_path: float | None = key(None, 0, 0.99, group=WHAT, help="drop a branch with up to this probability")
     head_drop: float | None = key(None, 0, 0.99)
     reattention: Sequence[int] | Literal["all", "none"] | None = key(

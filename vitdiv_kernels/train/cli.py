@@ -116,7 +116,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         try:
             config = models.chosen(recipe)
         except TrainError as error:
-            raise TrainError(f"{recipe_options.said_by(args, 'model')}: {error}") from None
+            raise TrainError(f"{recipe_options.said_by(args, str(error))}: {error}") from None
         data = task.load(recipe.data, config, recipe, dense)
         torch.manual_seed(recipe.seed)
         model = task.make(replace(config, classes=len(data.classes)), dense)

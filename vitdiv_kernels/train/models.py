@@ -78,9 +78,15 @@ def _blocks(given: Sequence[int] | str | None, depth: int) -> list[int] | None:
 
 def make(config: Config) -> nn.Module:
     """The model, which keeps its configuration as `config`. Raises TrainError."""
+    try:
+        model: nn.Module = ViT(config) if isinstance(config, ViTConfig) else _timm_model(config)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, TrainError):
+            raise
+        said = str(error).partition("\n")[0]
+        raise TrainError(f"the model can't be made for images of size {config.image_size} ({said})") from None
     if isinstance(config, ViTConfig):
-        return ViT(config)
-    model = _timm_model(config)
+        return model
     reattend(model, config.timm, config.reattention)
     model.config = config  # type: ignore[assignment]
     return model
