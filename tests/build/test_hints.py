@@ -11,6 +11,7 @@ MODULES = [
     *(f"train.{name}" for name in ("augmentation", "checkpoint", "cli", "data", "earlier")),
     *(f"train.{name}" for name in ("logs", "loop", "loss_weights", "recipe_options", "report")),
     *(f"train.{name}" for name in ("evaluation", "files", "init", "models", "optimizer", "options")),
+    "train.decoding",
     *(f"train.segment.{name}" for name in ("augment", "folder", "heads", "labels", "measures", "model")),
     *(f"train.segment.{name}" for name in ("pairs", "pictures", "scenes", "settings", "task", "windows")),
     *(f"train.{name}" for name in ("parallel", "parts.base", "settings", "state", "task", "tasks")),

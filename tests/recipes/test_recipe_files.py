@@ -237,6 +237,47 @@ def test_values_are_overridden():
     assert added.terms()["mine"].weight == 0.1
 
 
+def test_an_option_of_a_loss_that_has_none_yet():
+    changed = recipes.override(
+        recipes.load("diverse_vit_deit_small"), ["losses.heads.options.include_self=false"]
+    )
+    assert changed.terms()["heads"].options == {"include_self": False}
+    assert changed.terms()["heads"].weight == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(".5", 0.5), ("5.", 5.0), ("+1", 1), ("1e-3", 1e-3), ("1_0", 10), ("0x1", None)]
+)
+def test_numbers_as_python_writes_them(text, value):
+    if value is None:
+        with pytest.raises(ValueError, match="lr must be a number"):
+            recipes.override(recipes.load("plain"), [f"lr={text}"])
+        return
+    found = recipes.override(recipes.load("plain"), [f"lr={text}"]).lr
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_texts_that_are_numbers_stay_texts():
+    changed = recipes.override(recipes.load("plain"), ["title=2021", "weights=7", "data=.5"])
+    assert (changed.title, changed.weights, changed.data) == ("2021", "7", ".5")
+    assert recipes.override(changed, ["weights=null"]).weights is None
+
+
+def test_keys_without_effect_beside_light_augmentation_are_refused():
+    for setting in ("hflip=0.5", "auto_augment=rand-m9", "erase_probability=0.25", "test_crop=0.9"):
+        key = setting.partition("=")[0]
+        sentence = (
+            f"^--set {setting}: {key} has no effect with augmentation light: add --set augmentation=timm"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            recipes.override(recipes.load("plain"), [setting])
+        changed = recipes.override(recipes.load("plain"), [setting, "augmentation=timm"])
+        assert getattr(changed, key) != getattr(recipes.load("plain"), key)
+    # a recipe of a paper without timm
+    light = recipes.override(recipes.load("deit_small"), ["augmentation=light"])
+    assert recipes.parse(light.as_dict()) == light
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
@@ -246,8 +287,23 @@ def test_values_are_overridden():
         ("lr=NaN", "--set lr=NaN: lr must be a number of at least 0, got 'NaN'"),
         ("learning=1", "--set learning=1 has the unknown key 'learning'"),
         ("lr.x=1", "--set lr.x=1: there is no 'lr' to set a key of"),
-        ("losses.gone.weight=1", "--set losses.gone.weight=1: there is no 'gone' to set a key of"),
-        ("losses.gone=null", "--set losses.gone=null: there is no loss 'gone'"),
+        (
+            "losses.gone.weight=1",
+            "--set losses.gone.weight=1: the recipe has no loss 'gone' but cosine, contrast, heads, weights, "
+            'mixing: add one by losses.gone={"loss": "koleo"}',
+        ),
+        ("losses.gone=null", "--set losses.gone=null: the recipe has no loss 'gone' but cosine"),
+        ("losses.heads.option.x=1", "--set losses.heads.option.x=1: there is no 'option' to set a key of"),
+        ("losses.heads.options.x=1", "--set losses.heads.options.x=1: losses.heads: attention_diversity has"),
+        ('losses={"a": 1, "a": 2}', """--set losses={"a": 1, "a": 2}: the key 'a' is there twice: 1 and 2"""),
+        ("losses=" + "[" * 50000, "--set losses=[[["),
+        ("betas=[0.9,NaN]", "--set betas=[0.9,NaN]: numbers must be finite, got NaN"),
+        ("seed=4294967296", "--set seed=4294967296: seed must be a whole number from 0 to 4294967295, got"),
+        ("image_size=16385", "--set image_size=16385: image_size must be a whole number from 1 to 16384 or"),
+        ("epochs=9007199254740993", "--set epochs=9007199254740993: epochs must be a whole number of at"),
+        ("lr_images=1" + 400 * "0", "--set lr_images=1000"),
+        ("repeats=1001", "--set repeats=1001: repeats must be a whole number from 1 to 1000, got 1001"),
+        ("erase_count=1001", "--set erase_count=1001: erase_count must be a whole number from 1 to 1000"),
         ("losses.cosine.wieght=1", "--set losses.cosine.wieght=1: losses.cosine has no key 'wieght'"),
         ("epochs=null", "--set epochs=null: steps or epochs must be given"),
     ],

@@ -2,11 +2,13 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from vitdiv_kernels.train.cli import main
 from vitdiv_kernels.train.data import Augment, load
+from vitdiv_kernels.train.decoding import in_eight_bits
 from vitdiv_kernels.train.errors import DataError
 
 
@@ -151,6 +153,32 @@ def test_a_broken_image_is_one_sentence_from_any_process(workers, tmp_path, torc
     assert len(errors) == 1
     assert errors[0].startswith(f"error: the image file {broken} can't be read (")
     assert errors[0].endswith("): repair or remove it")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_keep_their_upper_half(kind, channels, tmp_path):
+    """Pillow alone would cut off above 255."""
+    image = pytest.importorskip("PIL.Image")
+    values = [0, 255, 256, 1000, 40000, 65535]
+    path = tmp_path / f"deep.{kind.lower()}"
+    image.fromarray(np.array([values], dtype=np.uint16)).save(path, kind)
+    with image.open(path) as opened:
+        pixels = np.asarray(in_eight_bits(opened, channels)).reshape(1, 6, channels)
+    for channel in range(channels):
+        assert pixels[0, :, channel].tolist() == [value // 256 for value in values]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_pixels_of_unknown_range_are_refused(dtype, folder, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    path = folder / "cat" / "9.tiff"
+    image.fromarray(np.zeros((9, 9), dtype=dtype)).save(path)
+    assert train(folder, tmp_path, "--batch 4 --epochs 1 --eval-every 1") == 2
+    mode = "I" if dtype == "int32" else "F"
+    assert f"error: the image file {path} can't be read (its pixels are of mode {mode}, not of 8 or 16" in (
+        capsys.readouterr().err
+    )
 
 
 def test_torchvision_that_is_absent(tmp_path, monkeypatch):

@@ -189,6 +189,10 @@ def test_the_moving_average_goes_on_exactly(torchvision, tmp_path):
     plain = small_trainer(MIXED, {"losses": DIVERSITY})
     with pytest.raises(TrainError, match=r"ema 0.9, now 0.0"):
         plain.load(tmp_path / "checkpoint.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"parts": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(TrainError, match=r"the checkpoint has no moving average of the weights"):
+        second.load(tmp_path / "checkpoint.pt")
 
 
 def test_scaled_losses_train_in_float16(tmp_path):

@@ -215,8 +215,9 @@ def parsed(*arguments):
         (["--amp", "fp16"], {"amp": "fp16"}),
         (["--sync-bn", "--reattention", "3,8-10"], {"sync_bn": True, "reattention": (3, 8, 9, 10)}),
         (["--reattention", "all", "--init", "7"], {"reattention": "all", "weights": "7"}),
-        (["--mixup", "0.8", "--set", "hflip=0.5"], {"mixup": 0.8, "hflip": 0.5}),
-        (["--set", "betas=[0.8,0.9]", "--set", "auto_augment=rand-m9"], {"betas": (0.8, 0.9)}),
+        (["--mixup", "0.8", "--recipe", "deit_small", "--set", "hflip=0"], {"mixup": 0.8, "hflip": 0}),
+        (["--lr", ".01", "--batch", "+4"], {"lr": 0.01, "batch": 4}),
+        (["--set", "betas=[0.8,0.9]", "--set", "hflip=0.1", "--set", "augmentation=timm"], {"hflip": 0.1}),
         (["--losses", "gong2021"], {"cutmix": None, "cutmix_alpha": 1, "mixes_two_images": False}),
         (["--losses", "gong2021", "--cutmix", "0"], {"cutmix_alpha": 0}),
         (["--losses", "gong2021_released"], {"cutmix_alpha": 0, "mixes_two_images": True}),
@@ -254,6 +255,10 @@ NUMBER = "must be a number of at least 0, got"
         (["--steps", "0"], "--steps 0: steps must be a whole number of at least 1 or null, got 0"),
         (["--set", "steps=0"], "--set steps=0: steps must be a whole number of at least 1 or null, got 0"),
         (["--lr", "-1"], f"--lr -1: lr {NUMBER} -1"),
+        (
+            ["--set", "hflip=0.5"],
+            "--set hflip=0.5: hflip has no effect with augmentation light: add --set augmentation=timm",
+        ),
         (["--lr", "inf"], f"--lr inf: lr {NUMBER} 'inf'"),
         (["--set", "lr=inf"], f"--set lr=inf: lr {NUMBER} 'inf'"),
         (["--lr", "1e999"], f"--lr 1e999: lr {NUMBER} inf"),
@@ -305,18 +310,55 @@ def test_what_does_not_fit_gets_a_sentence_before_the_first_step(arguments, sent
         ("deit_small", ["mean=[0.5]", "std=[0.5]"], "mean and std must be for the 3 channels of the model"),
         ("deit_small", ["auto_augment=fast"], "timm can't make the augmentation of the recipe"),
         ("deit_small", ["batch=64"], "the batch (64) is larger than the training set (24 images)"),
-        ("deit_small", ["image_size=18"], "image_size must be a multiple of patch (4), got 18"),
+        (
+            "deit_small",
+            ["image_size=18"],
+            "error: --set image_size=18: image_size must be a multiple of patch (4), got 18",
+        ),
+        (
+            "deit_small",
+            ["model=large", "image_size=16384"],
+            "the model can't be made for images of size 16384 (",
+        ),
+        (
+            "gong2021",
+            ["model=timm:vit_tiny_patch16_224"],
+            "error: the recipe gong2021: head_drop must be 0 or null for a model of timm, got 0.2",
+        ),
+        (
+            "deit_small",
+            ["model=timm:vit_tiny_patch16_224", "image_size=8"],
+            "image_size must be at least the patch (16) of timm's vit_tiny_patch16_224, got 8",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_model_or_data_gets_a_sentence(
     name, settings, sentence, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    # more memory than there is: 512 TB of position embeddings
+    monkeypatch.setitem(CONFIGS, "large", replace(TINY, patch=1, dim=2**19))
     assert cli.main(options(name, folder, tmp_path / "run", *settings)) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_largest_seed_trains(seed, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    for name in ("deit_small", "gong2021"):  # with repeated images, and without
+        settings = [f"seed={seed}", "steps=1", "warmup=0", "ema=0"]
+        monkeypatch.setitem(CONFIGS, "tiny", MODELS[name])
+        assert cli.main(options(name, folder, tmp_path / f"{name}-{seed}", *settings)) == 0
+
+
+def test_one_of_several_processes_prints_the_recipe(monkeypatch, capsys):
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["--recipe", "gong2021", "--print-recipe"]) == 0
+        assert bool(capsys.readouterr().out) is printed
 
 
 @pytest.mark.parametrize("settings", [["ema=0", "repeats=1"], ["ema=0"]])

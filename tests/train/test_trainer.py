@@ -24,6 +24,7 @@ from vitdiv_kernels.train.data import StepBatches, Tensors
 from vitdiv_kernels.train.errors import TrainError
 from vitdiv_kernels.train.loop import accuracy
 from vitdiv_kernels.train.loss_weights import DIVERSITY
+from vitdiv_kernels.train.report import load_model
 from vitdiv_kernels.vit import CONFIGS, ViT, ViTConfig
 
 SMALL = ViTConfig(
@@ -162,6 +163,41 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_named(content, sentence, tmp_pa
     with pytest.raises(TrainError) as raised:
         trainer().load(path)
     assert str(raised.value).startswith(f"{path} {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"recipe": None}, "is no checkpoint of this trainer: its recipe must be a dict, got NoneType"),
+        ({"config": [1]}, "is no checkpoint of this trainer: its config must be a dict, got list"),
+        ({"config": {"foo": 1}}, "holds a model that this release can't make"),
+        ({"config": {"image_size": 9, "patch": 4}}, "holds a model that this release can't make"),
+        ({"model": {}}, "does not fit its own configuration: Error"),
+    ],
+)
+def test_a_checkpoint_with_parts_of_another_release_is_named(changes, sentence, tmp_path):
+    """To go on, and for the report."""
+    path = tmp_path / "checkpoint.pt"
+    trainer().save(path)
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+    for read in (trainer().load, load_model):
+        with pytest.raises(TrainError, match=re.escape(str(path)) + " " + sentence):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ({"task": "depth"}, "holds the task 'depth': this release has classify, segment"),
+        ({"task": "segment", "depth": 1}, "holds a task that this release does not have: .*'depth'"),
+    ],
+)
+def test_the_report_of_a_task_of_another_release(task, sentence, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    trainer().save(path)
+    torch.save(torch.load(path, weights_only=True) | {"task": task}, path)
+    with pytest.raises(TrainError, match=f"{path} {sentence}"):
+        load_model(path)
 
 
 def test_a_checkpoint_holds_what_load_asks_for(tmp_path):

@@ -77,7 +77,8 @@ def _of_type(value: Any, hint: Any) -> bool:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and -sys.float_info.max <= value <= sys.float_info.max
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        # up to what a float holds exactly, since learning rates are computed from some
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53
     return isinstance(value, hint)
 
 

@@ -1,12 +1,14 @@
 """Recipes from files: those of the package by name, or one of the user's own."""
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from .recipe import Recipe
+from .recipe import OF_TIMM, Recipe, key_types
 
 _FOLDER = Path(__file__).parent
 
@@ -107,15 +109,34 @@ def change(setting: str, where: str) -> Change:
     name = name.strip()
     if not sign or not all(name.split(".")):
         raise ValueError(f"{where}: must be key=value, such as lr=1e-4, got no key or no '='")
-    return Change(where, name, value_of(text))
+    try:
+        value = value_of(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    hint = key_types().get(name, (None, None))[0]
+    # a text that is a number in JSON, such as a title
+    if isinstance(value, (int, float)) and str in (hint, *get_args(hint)):
+        value = text
+    return Change(where, name, value)
 
 
 def value_of(text: str) -> Any:
-    """What a text is in JSON, or else the text."""
+    """What a text is in JSON, a number that JSON writes otherwise, such as .5, or else the text. Raises
+    ValueError for a key that comes twice, and for lists within each other without end."""
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except json.JSONDecodeError:
+        pass
+    except RecursionError:
+        raise ValueError("must be a value, got lists or objects within each other") from None
     except ValueError:
-        return text
+        if text.lstrip().startswith(("{", "[")):
+            raise
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            number = kind(text)
+            return number if -math.inf < number < math.inf else text
+    return text
 
 
 def changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
@@ -127,13 +148,15 @@ def changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
     for where, name, value in changes:
         path = _path(name, content["losses"])
         place = content
-        for step in path[:-1]:
+        for depth, step in enumerate(path[:-1]):
+            if (path[0], depth, step) == ("losses", 2, "options"):
+                place.setdefault(step, {})
             if not isinstance(place.get(step), dict):
-                raise ValueError(f"{where}: there is no {step!r} to set a key of")
+                raise ValueError(f"{where}: {_no_place(path, depth, content['losses'])}")
             place = place[step]
         if value is None and path[0] == "losses" and len(path) == 2:
             if place.pop(path[1], None) is None:
-                raise ValueError(f"{where}: there is no loss {path[1]!r}")
+                raise ValueError(f"{where}: {_no_place(path, 1, place)}")
             continue
         place[path[-1]] = value
         # one of two takes the other's place
@@ -145,9 +168,27 @@ def changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
         except ValueError as error:
             wrong = wrong or error
     try:
-        return parse(content, changes[-1].where)
+        made = parse(content, changes[-1].where)
     except ValueError as error:
         raise wrong or error from None
+    for where, name, _ in changes if made.augmentation == "light" else ():
+        if name in OF_TIMM:
+            raise ValueError(
+                f"{where}: {name} has no effect with augmentation light: add --set augmentation=timm, "
+                "or leave it out"
+            )
+    return made
+
+
+def _no_place(path: Sequence[str], depth: int, losses: Any) -> str:
+    """What is wrong with a path of keys of which this one is not there."""
+    if path[0] != "losses" or depth != 1:
+        return f"there is no {path[depth]!r} to set a key of"
+    name = path[1]
+    return (
+        f"the recipe has no loss {name!r} but {', '.join(losses) or 'none'}: add one by "
+        f'losses.{name}={{"loss": "koleo"}}'
+    )
 
 
 def _path(name: str, losses: Any) -> list[str]:

@@ -9,6 +9,11 @@ from ..attach.terms import LOSSES, Term
 from .fields import expected, fits, key
 
 WHAT = "what to train"
+# keys that only timm's augmentation reads
+OF_TIMM = {
+    *("random_crop", "hflip", "interpolation", "color_jitter", "auto_augment", "mean", "std", "test_crop"),
+    *("erase_probability", "erase_mode", "erase_count"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,8 @@ class Recipe:
         sync_bn: batch norm of all processes together.
         seed: of weights, batches, augmentation and split.
         augmentation: "timm", which is what the next keys say, or "light", the trainer's own: random zoom,
-            shift and mirror image. The digits always have a light one.
+            shift and mirror image, beside which `override` refuses the next keys. The digits always have a
+            light one.
         random_crop, hflip, interpolation, color_jitter, auto_augment: as `timm.data.create_transform` takes
             them. Its color_jitter has no effect beside auto_augment. None: no such augmentation.
         erase_probability, erase_mode, erase_count: random erasing.
@@ -80,7 +86,7 @@ class Recipe:
     model: str = key(
         ..., group=WHAT, help="the shape: a name below, or timm:NAME, a vision transformer of timm"
     )
-    image_size: int | None = key(None, 1, group=WHAT, help="resize images to this")
+    image_size: int | None = key(None, 1, 16384, group=WHAT, help="resize images to this")
     drop_path: float | None = key(None, 0, 0.99, group=WHAT, help="drop a branch with up to this probability")
     head_drop: float | None = key(None, 0, 0.99)
     reattention: Sequence[int] | Literal["all", "none"] | None = key(
@@ -121,7 +127,7 @@ class Recipe:
         None, help="autocast: bf16 (--amp alone), or fp16 with scaled losses", alone="bf16"
     )
     sync_bn: bool = key(False, help="batch norm of all processes together, of the attention maps too")
-    seed: int = key(0, 0, help="of weights, batches, augmentation, split")
+    seed: int = key(0, 0, 2**32 - 1, help="of weights, batches, augmentation, split")
     augmentation: Literal["timm", "light"] = "timm"
     random_crop: Sequence[float] | None = key(None, 0, 1)
     hflip: float = key(0.0, 0, 1)
@@ -130,8 +136,8 @@ class Recipe:
     auto_augment: str | None = None
     erase_probability: float = key(0.0, 0, 1)
     erase_mode: Literal["pixel", "rand", "const"] = "pixel"
-    erase_count: int = key(1, 1)
-    repeats: int = key(1, 1)
+    erase_count: int = key(1, 1, 1000)
+    repeats: int = key(1, 1, 1000)
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = key(None, 1e-6)
     test_crop: float = key(1.0, 0.01, 1)
@@ -149,7 +155,7 @@ class Recipe:
     label_smoothing: float = key(0.0, 0, 1, help="label smoothing, of patch_mixing's labels too")
 
     def __post_init__(self) -> None:
-        for name, (hint, limits) in _keys().items():
+        for name, (hint, limits) in key_types().items():
             value = getattr(self, name)
             if not fits(value, hint, limits):
                 raise ValueError(f"{name} must be {expected(hint, limits)}, got {value!r}")
@@ -234,7 +240,7 @@ class Recipe:
 
 
 @cache
-def _keys() -> dict[str, tuple[Any, tuple[float, float] | None]]:
+def key_types() -> dict[str, tuple[Any, tuple[float, float] | None]]:
     """Type and limits of each."""
     hints = get_type_hints(Recipe)
     return {part.name: (hints[part.name], part.metadata.get("limits")) for part in fields(Recipe)}

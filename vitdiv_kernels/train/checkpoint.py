@@ -14,6 +14,7 @@ STATE = ("model", "optimizer", "step", "rows")
 MADE_WITH = ("recipe", "config", "classes")
 GENERATORS = ("rng", "cuda_rng", "augment_rng")
 PARTS = (*STATE, *MADE_WITH, *GENERATORS)
+DICTS = ("model", "recipe", "config", "task", "parts")
 # what checkpoints of earlier releases do not have
 ADDED: dict[str, Any] = {"data": None, "other_rng": [], "scaler": {}, "parts": {}}
 ADDED["task"] = {"task": "classify"}
@@ -31,7 +32,14 @@ def read(path: Path, parts: Iterable[str] = PARTS) -> dict[str, Any]:
     absent = [name for name in parts if name not in state]
     if absent:
         raise TrainError(f"{path} is no checkpoint of this trainer: it has no {', '.join(absent)}")
-    return {**ADDED, **state}
+    whole = {**ADDED, **state}
+    for name in DICTS:
+        if name in whole and not isinstance(whole[name], Mapping):
+            raise TrainError(
+                f"{path} is no checkpoint of this trainer: its {name} must be a dict, got "
+                f"{type(whole[name]).__name__}"
+            )
+    return whole
 
 
 def tensors_of(path: Path) -> Mapping[str, Any]:

@@ -116,7 +116,7 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         try:
             config = models.chosen(recipe)
         except TrainError as error:
-            raise TrainError(f"{recipe_options.said_by(args, 'model')}: {error}") from None
+            raise TrainError(f"{recipe_options.said_by(args, str(error))}: {error}") from None
         data = task.load(recipe.data, config, recipe, dense)
         torch.manual_seed(recipe.seed)
         model = task.make(replace(config, classes=len(data.classes)), dense)
@@ -200,7 +200,9 @@ def train(trainer: Trainer, out: Path) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.print_recipe:
-        print(json.dumps(recipe_options.chosen(args).as_dict(), indent=2))
+        recipe = recipe_options.chosen(args)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(recipe.as_dict(), indent=2))
         return 0
     with started(args.device) as processes:
         trainer = build(args, processes)

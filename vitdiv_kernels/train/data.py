@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..recipes import Recipe
 from .augmentation import Transforms, seed_of, seeded, transforms
+from .decoding import in_eight_bits
 from .errors import DataError
 from .parallel import share
 
@@ -100,7 +101,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self, samples: Samples, image_size: int, channels: int, own: Transforms | None = None
     ) -> None:
-        self.samples, self.mode = samples, "L" if channels == 1 else "RGB"
+        self.samples, self.channels = samples, channels
         self.own, self.draws = own, own is not None
         self.transform = own.test if own else _light(image_size, channels)
 
@@ -114,7 +115,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         path, label = self.samples[number]
         try:
             with Image.open(path) as image:
-                decoded = image.convert(self.mode)
+                decoded = in_eight_bits(image, self.channels)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"the image file {path} can't be read ({error}): repair or remove it") from None
         return self._transformed(decoded, seed), torch.tensor(label)

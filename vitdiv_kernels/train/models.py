@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -77,17 +78,28 @@ def _blocks(given: Sequence[int] | str | None, depth: int) -> list[int] | None:
 
 def make(config: Config) -> nn.Module:
     """The model, which keeps its configuration as `config`. Raises TrainError."""
+    try:
+        model: nn.Module = ViT(config) if isinstance(config, ViTConfig) else _timm_model(config)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, TrainError):
+            raise
+        said = str(error).partition("\n")[0]
+        raise TrainError(f"the model can't be made for images of size {config.image_size} ({said})") from None
     if isinstance(config, ViTConfig):
-        return ViT(config)
-    model = _timm_model(config)
+        return model
     reattend(model, config.timm, config.reattention)
     model.config = config  # type: ignore[assignment]
     return model
 
 
-def restored(config: dict[str, Any]) -> Config:
-    """The configuration that a checkpoint holds as a dict."""
-    return TimmConfig(**config) if "timm" in config else ViTConfig(**config)
+def restored(config: dict[str, Any], path: Path) -> Config:
+    """The configuration that the checkpoint at this path holds as a dict. Raises TrainError."""
+    try:
+        return TimmConfig(**config) if "timm" in config else ViTConfig(**config)
+    except (TypeError, ValueError) as error:
+        raise TrainError(
+            f"{path} holds a model that this release can't make ({error}): read it by the one that wrote it"
+        ) from None
 
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
@@ -153,4 +165,12 @@ def _timm_model(config: TimmConfig) -> nn.Module:
     except (AssertionError, TypeError, ValueError) as error:
         raise TrainError(f"timm can't make {config.timm} with {options}: {error}") from None
     blocks_of(model, config.timm)
+    embed: Any = model.patch_embed
+    if getattr(embed, "num_patches", 1) < 1:
+        patch = getattr(embed, "patch_size", "?")
+        patch = patch[0] if isinstance(patch, tuple) else patch
+        raise TrainError(
+            f"image_size must be at least the patch ({patch}) of timm's {config.timm}, "
+            f"got {config.image_size}"
+        )
     return model

@@ -1,5 +1,6 @@
 """AdamW's groups of parameters."""
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay for the network's matrices only: not for biases, norms, position embedding, class token.
 
-    Nor for what the model itself names by `no_weight_decay`, as timm's do.
+    Nor for what the model itself names by `no_weight_decay`, as timm's do, with patterns such as pos_embed.*.
     """
     named = getattr(model, "no_weight_decay", None)
     kept = {"pos_embed", "cls_token", *(named() if callable(named) else ())}
@@ -16,5 +17,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (decayed if p.ndim >= 2 and name not in kept else rest).append(p)
+            vector = p.ndim < 2 or name.endswith(".bias")
+            alone = vector or any(fnmatchcase(name, pattern) for pattern in kept)
+            (rest if alone else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

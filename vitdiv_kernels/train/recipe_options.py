@@ -112,6 +112,8 @@ def changes(args: argparse.Namespace) -> list[Change]:
     return made
 
 
-def said_by(args: argparse.Namespace, key: str) -> str:
-    """What gives the key its value: an option, or the recipe."""
+def said_by(args: argparse.Namespace, wrong: str) -> str:
+    """What gives the key its value that a sentence begins with, else the model: an option, or the recipe."""
+    first = wrong.partition(" ")[0]
+    key = first if first in {part.name for part in fields(Recipe)} else "model"
     return next((c.where for c in reversed(changes(args)) if c.key == key), f"the recipe {args.recipe}")

@@ -35,10 +35,13 @@ def load_model(path: Path) -> tuple[nn.Module, int, Recipe, tasks.Kind, Dense]:
     Raises TrainError.
     """
     state = checkpoint.read(path, ("model", "config", "recipe", "step"))
-    config = models.restored(state["config"])
-    kind, options = tasks.restored(state["task"])
+    config = models.restored(state["config"], path)
+    kind, options = tasks.restored(state["task"], path)
     model = kind.make(config, options)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise TrainError(f"{path} does not fit its own configuration: {error}") from None
     try:
         recipe = recipes.parse(recipe_of_today(state["recipe"]), str(path))
     except ValueError as error:

@@ -95,7 +95,7 @@ def _check_same(run: "Trainer", state: dict[str, Any], path: Path) -> None:
         recipe = settled(recipes.parse(recipe_of_today(state["recipe"]), str(path)))
     except ValueError as error:
         raise TrainError(f"the recipe of {error}") from None
-    config = checkpoint.plain(asdict(models.restored(state["config"])))
+    config = checkpoint.plain(asdict(models.restored(state["config"], path)))
     then = state | {"recipe": recipe, "config": config}
     if state["data"] is None:
         now = now | {"data": None}

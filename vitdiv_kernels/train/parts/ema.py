@@ -46,4 +46,6 @@ class Ema(Part):
         return {"model": self.average.module.state_dict()}
 
     def load_state_dict(self, run: "Trainer", state: dict[str, Any]) -> None:
+        if "model" not in state:
+            raise TrainError("the checkpoint has no moving average of the weights, which this run has (ema)")
         self.average.module.load_state_dict(state["model"])

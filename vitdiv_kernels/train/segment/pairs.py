@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..decoding import in_eight_bits
 from ..errors import DataError
 from ..logs import progress
 from ..optional import needed
@@ -114,7 +115,7 @@ class PairFiles(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
         with opened(pair.image, "image") as image:
-            pixels = channels_last(image.convert("L" if self.channels == 1 else "RGB"), self.channels)
+            pixels = channels_last(in_eight_bits(image, self.channels), self.channels)
         mask = self.classes_of(pair.mask)
         if mask.shape != pixels.shape[:2]:
             raise DataError(f"{pair.image} or {pair.mask} was changed while the run reads them")
