@@ -271,6 +271,7 @@ def test_the_command_line_segments_resumes_and_reports(few_scenes, tmp_path, cap
     out = capsys.readouterr().out
     assert re.search(r"validation mean IoU .* %, pixel accuracy .* % \(4 images\)", out)
     assert re.search(r"test mean IoU .* %, pixel accuracy", out)
+    assert out.splitlines()[-1].startswith("python -m vitdiv_kernels.demo segment compares")
     assert len(re.findall(r"^  background +IoU", out, re.MULTILINE)) == 2
     assert main([*options, "--resume"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -291,5 +292,7 @@ def test_the_command_line_segments_a_folder(tmp_path, capsys, torchvision):
     options = f"--task segment --data segfolder:{root} --num-classes 3 --ignore-zero --model deit_tiny"
     options += " --image-size 32 --head upernet --head-width 16 --stride 20 --steps 2 --batch 2 --pictures 1"
     assert main([*options.split(), "--workers", "1", "--out", str(tmp_path / "run")]) == 0
-    assert "(3 images)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(3 images)" in out
+    assert "demo segment" not in out
     assert (tmp_path / "run/predictions.png").exists()

@@ -114,6 +114,8 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         path, label = self.samples[number]
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):  # convert would cut values off at 255
+                    raise ValueError(f"its mode is {image.mode}, but a channel must have 8 bits")
                 decoded = image.convert(self.mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"the image file {path} can't be read ({error}): repair or remove it") from None
