@@ -140,6 +140,18 @@ def test_a_broken_image_is_named(folder, content, tmp_path, capsys):
     assert f"error: the image file {broken} can't be read" in capsys.readouterr().err
 
 
+def test_an_image_of_16_bits_is_refused(folder, tmp_path, capsys):
+    """Pillow would cut its values off at 255."""
+    from PIL import Image
+
+    deep = folder / "cat" / "0.png"
+    Image.new("I;16", (8, 8), 1000).save(deep)
+    assert train(folder, tmp_path, "--batch 4 --epochs 1 --eval-every 1") == 2
+    assert (
+        f"{deep} can't be read (its mode is I;16, but a channel must have 8 bits)" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("workers", ["0", "1", "2"])
 def test_a_broken_image_is_one_sentence_from_any_process(workers, tmp_path, torchvision, capsys):
     for name in ("train", "val"):

@@ -307,6 +307,10 @@ def test_bad_arguments_get_a_sentence(options, sentence, tmp_path, capsys):
     [
         ("--head upernet", "--head must be left out: they are of --task segment"),
         ("--window 4 --stride 2", "--window, --stride must be left out"),
+        (
+            "--recipe scenes",
+            "unknown data 'scenes': give digits or imagefolder:PATH (scenes and segfolder:PATH",
+        ),
         ("--pictures 2", "--pictures shows what --task segment predicts"),
     ],
 )
