@@ -80,7 +80,10 @@ def test_cityscapes_is_found_by_its_names(tmp_path):
         mask = tmp_path / "gtFine" / part / "ulm" / "ulm_000000_000019_gtFine_labelIds.png"
         save(image, torch.zeros(4, 6, 3, dtype=torch.uint8))
         save(mask, torch.tensor([[0, 7, 8, 11, 33, 4]], dtype=torch.uint8).expand(4, 6).contiguous())
-    data = load(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"of 19 classes 15 have no pixel to train on: wall, fence, .*, \.\.\.$"
+    ):
+        data = load(tmp_path)
     assert data.val[0][1][0].tolist() == [255, 0, 1, 2, 18, 255]
     assert list(data.classes)[:2] == ["road", "sidewalk"]
     with pytest.raises(DataError, match="leave --num-classes and --ignore-zero out"):
@@ -105,6 +108,99 @@ def test_the_19_classes_of_cityscapes():
 def test_numbers_beside_the_classes_are_out_of_range():
     assert counted("abc", False).table().tolist() == [0, 1, 2, *[-1] * 252, 255]
     assert counted("abc", True).table().tolist() == [255, 0, 1, 2, *[-1] * 251, 255]
+
+
+def lay(root, name, image, mask):
+    """Puts a pair in place of the first to train on: an image of PIL, and numbers."""
+    save(root / "annotations/training/0.png", mask)
+    (root / "images/training/0.jpg").unlink()
+    image.save(root / "images/training" / name)
+
+
+@pytest.mark.parametrize(("turn", "method"), [(3, "ROTATE_180"), (6, "ROTATE_270"), (5, "TRANSPOSE")])
+def test_an_image_is_turned_as_its_exif_says(ade, turn, method):
+    """Its annotation is of what viewers show."""
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (10, 12, 3), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    image.getexif()[0x0112] = turn
+    shown = torch.tensor(list(image.transpose(getattr(Image.Transpose, method)).tobytes()))
+    size = (10, 12) if turn == 3 else (12, 10)
+    mask = torch.zeros(size, dtype=torch.uint8)
+    lay(ade, "0.png", image, mask)
+    Image.open(ade / "images/training/0.png").save(ade / "images/training/0.png", exif=image.getexif())
+    found = load(ade, num_classes=3).train[0][0]
+    torch.testing.assert_close((found.permute(1, 2, 0) + 1) * 127.5, shown.view(*size, 3).float())
+    if turn != 3:
+        save(ade / "annotations/training/0.png", mask.mT.contiguous())
+        with pytest.raises(DataError, match=r"12 x 10 pixels: expected 10 x 12, .* turned as its EXIF says"):
+            load(ade, num_classes=3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P"])
+def test_images_of_other_modes_have_the_channels_of_the_model(ade, mode):
+    from PIL import Image
+
+    grey = torch.full((10, 12, 3), 51, dtype=torch.uint8)
+    image = Image.fromarray(grey.numpy()).convert(mode)
+    lay(ade, "0.png", image, torch.zeros(10, 12, dtype=torch.uint8))
+    for channels in (1, 3):
+        found = load(ade, num_classes=3, channels=channels).train[0][0]
+        torch.testing.assert_close(found, torch.full((channels, 10, 12), -0.6), atol=0.02, rtol=0)
+
+
+def test_images_of_16_bits_keep_their_upper_half(ade):
+    from PIL import Image
+
+    image = Image.fromarray(torch.full((10, 12), 51 * 256).numpy().astype("uint16"))
+    lay(ade, "0.png", image, torch.zeros(10, 12, dtype=torch.uint8))
+    torch.testing.assert_close(load(ade, num_classes=3).train[0][0], torch.full((3, 10, 12), -0.6))
+
+
+def test_suffixes_in_capitals_and_hidden_files(ade):
+    expected = load(ade, num_classes=3).train[0]
+    (ade / "images/training/0.jpg").rename(ade / "images/training/0.JPG")
+    (ade / "annotations/training/0.png").rename(ade / "annotations/training/0.PNG")
+    (ade / "images/training/._1.jpg").write_bytes(b"of a Mac")
+    data = load(ade, num_classes=3)
+    assert len(data.train) == 5
+    for found, wanted in zip(data.train[0], expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_parts_may_have_other_names_in_annotations(ade):
+    (ade / "annotations/training").rename(ade / "annotations/train")
+    assert len(load(ade, num_classes=3).train) == 5
+    (ade / "annotations/train").rename(ade / "annotations/all")
+    with pytest.raises(DataError, match="has no folder training or train in images and annotations, but val"):
+        load(ade)
+    (ade / "annotations/validation").rename(ade / "annotations/more")
+    with pytest.raises(
+        DataError, match="has no folder training or train in images and annotations, but none"
+    ):
+        load(ade)
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_annotations_without_any_class_are_refused(ade, part):
+    folder = ade / "annotations" / part
+    for path in folder.iterdir():
+        save(path, torch.tensor([[255, 0]], dtype=torch.uint8).repeat(10, 6))
+    with pytest.raises(DataError, match=rf"no pixel has a class in the \d annotations such as {folder}/"):
+        load(ade, num_classes=2, ignore_zero=True)
+
+
+def test_classes_without_a_pixel_to_train_on_are_told(ade):
+    """Such as the 255 of masks that are black and white."""
+    for path in ade.glob("annotations/*/*"):
+        save(path, torch.tensor([[255, 0]], dtype=torch.uint8).repeat(10, 6))
+    with pytest.warns(UserWarning, match="of 2 classes 1 have no pixel to train on: 1$"):
+        load(ade, num_classes=2)
+    with pytest.raises(
+        DataError, match=r"are 0 \(255 is ignored\): expected at least two classes, from 0 on"
+    ):
+        load(ade)
 
 
 def damage(root, what):
@@ -157,8 +253,9 @@ def train(root, out, options="--num-classes 3"):
     return main([*options.split(), *["--task", "segment", "--steps", "1", "--batch", "5", "--pictures", "0"]])
 
 
-def test_a_label_out_of_range_is_named(ade, tmp_path, capsys):
-    mask = ade / "annotations/training/3.png"
+@pytest.mark.parametrize("place", ["training/3.png", "validation/1.png"])
+def test_a_label_out_of_range_is_named_before_the_first_step(ade, place, tmp_path, capsys):
+    mask = ade / "annotations" / place
     numbers = torch.zeros(10, 12, dtype=torch.uint8)
     numbers[4, 5:7] = 77
     save(mask, numbers)
@@ -209,6 +306,10 @@ def test_bad_arguments_get_a_sentence(options, sentence, tmp_path, capsys):
     [
         ("--head upernet", "--head must be left out: they are of --task segment"),
         ("--window 4 --stride 2", "--window, --stride must be left out"),
+        (
+            "--recipe scenes",
+            "unknown data 'scenes': give digits or imagefolder:PATH (scenes and segfolder:PATH",
+        ),
         ("--pictures 2", "--pictures shows what --task segment predicts"),
     ],
 )

@@ -86,6 +86,27 @@ def test_where_windows_overlap_the_logits_are_means():
     assert logits[0, 0, 0].tolist() == [0, 1, 1, 2, 2, 3]
 
 
+@pytest.mark.parametrize("shape", [(17, 9), (4, 20), (13, 13)])
+@pytest.mark.parametrize("stride", [1, 4, 6])
+def test_windows_of_any_model_are_the_mean_pixel_by_pixel(shape, stride):
+    class Model(nn.Module):
+        def forward(self, images):
+            return torch.cat([images.cumsum(-1), images.cumsum(-2)], 1)
+
+    model, images = Model(), torch.rand(2, 1, *shape)
+    height, width = (max(6, side) for side in shape)
+    padded = torch.zeros(2, 1, height, width)
+    padded[..., : shape[0], : shape[1]] = images
+    total, times = torch.zeros(2, 2, height, width), torch.zeros(height, width)
+    for top in {*range(0, height - 5, stride), height - 6}:
+        for left in {*range(0, width - 5, stride), width - 6}:
+            place = (..., slice(top, top + 6), slice(left, left + 6))
+            total[place] += model(padded[place])
+            times[place] += 1
+    expected = (total / times)[..., : shape[0], : shape[1]]
+    torch.testing.assert_close(Windows(6, 6, stride)(model, images), expected)
+
+
 def test_other_windows_are_resized_for_the_model_and_back():
     model = Doubles()
     images = torch.full((1, 1, 24, 30), 0.25)

@@ -59,6 +59,30 @@ def test_the_loss_is_that_of_pixels_written_out():
     torch.testing.assert_close(terms["loss"], entropy + 0.5 * terms["cosine"])
 
 
+def test_pixels_without_a_class_add_nothing():
+    run = small_segmenter()
+    images, masks = run.data.train[:8]
+    loss = run.losses(images, torch.full_like(masks, 255))["loss"]
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in run.model.parameters())
+
+
+def test_the_gradients_of_diversity_losses_reach_the_trunk():
+    def gradients(losses):
+        run = small_segmenter(recipe={"losses": losses})
+        run.losses(*run.data.train[:8])["loss"].backward()
+        return run, {name: p.grad.clone() for name, p in run.model.named_parameters()}
+
+    (run, plain), (_, both) = gradients({}), gradients({"cosine": 0.5})
+    run.model.zero_grad()
+    tokens = run.model.trunk(run.data.train[:8][0], return_tokens=True)[1][-1]
+    (0.5 * pairwise_cosine(tokens[:, 1:], penalty="abs")).backward()
+    for name, parameter in run.model.named_parameters():
+        added = 0 if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(both[name], plain[name] + added)
+
+
 def test_resume_is_exact(tmp_path):
     recipe = {"losses": LOSSES}
     whole = small_segmenter(recipe=recipe, size=11, log_path=tmp_path / "whole.csv")
@@ -183,6 +207,20 @@ def test_trunks_of_timm(name, torchvision):
     torch.testing.assert_close(logits, F.interpolate(plain, (32, 32), mode="bilinear"))
 
 
+def test_a_pool_for_classes_is_left_out(torchvision):
+    """Its parameters would have no gradient, for which processes wait."""
+    pytest.importorskip("timm")
+    model = Segmenter(TimmConfig("vit_base_patch16_siglip_224", 32, 3, classes=5))
+    model(torch.randn(1, 3, 32, 32)).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_a_pyramid_of_timm_is_refused(torchvision):
+    pytest.importorskip("timm")
+    with pytest.raises(TrainError, match="timm's hiera_tiny_224 gives no tokens of its last block"):
+        Segmenter(TimmConfig("hiera_tiny_224", 224, 3, classes=5))
+
+
 def test_a_classifier_is_where_a_trunk_starts(tmp_path):
     """Its positions are resized, and its head is left out."""
     path = tmp_path / "checkpoint.pt"
@@ -271,6 +309,7 @@ def test_the_command_line_segments_resumes_and_reports(few_scenes, tmp_path, cap
     out = capsys.readouterr().out
     assert re.search(r"validation mean IoU .* %, pixel accuracy .* % \(4 images\)", out)
     assert re.search(r"test mean IoU .* %, pixel accuracy", out)
+    assert out.splitlines()[-1].startswith("python -m vitdiv_kernels.demo segment compares")
     assert len(re.findall(r"^  background +IoU", out, re.MULTILINE)) == 2
     assert main([*options, "--resume"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -291,5 +330,7 @@ def test_the_command_line_segments_a_folder(tmp_path, capsys, torchvision):
     options = f"--task segment --data segfolder:{root} --num-classes 3 --ignore-zero --model deit_tiny"
     options += " --image-size 32 --head upernet --head-width 16 --stride 20 --steps 2 --batch 2 --pictures 1"
     assert main([*options.split(), "--workers", "1", "--out", str(tmp_path / "run")]) == 0
-    assert "(3 images)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(3 images)" in out
+    assert "demo segment" not in out
     assert (tmp_path / "run/predictions.png").exists()

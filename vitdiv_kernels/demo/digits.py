@@ -164,7 +164,8 @@ def compare_cost(batch: int, rounds: int) -> dict[str, dict[str, float | None]]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vitdiv_kernels.demo",
-        description="Train a plain ViT, one with diversity losses and one with re-attention on digits.",
+        description="Train a plain ViT, one with diversity losses and one with re-attention on digits. "
+        "`python -m vitdiv_kernels.demo segment --help` is the other demo: scenes, a class for each pixel.",
         formatter_class=HelpFormatter,
     )
     add, count = parser.add_argument, number(int, 1)

@@ -41,6 +41,8 @@ def draw(
     cosine.set(title="likeness of patches: mean |cosine|", xlabel="block", ylim=(0, 1))
     rank.set(title="directions that patches span", xlabel="block", ylabel="effective rank")
     rank.set_ylim(bottom=1)
+    for axis in (cosine, rank):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     each.set(title="IoU of each class, test scenes", xlabel="class", ylabel="%")
     each.set_xticks(range(len(classes)), ["none", *classes[1:]])
     add_grid(val, cosine, rank, each)

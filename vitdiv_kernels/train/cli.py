@@ -195,6 +195,8 @@ def train(trainer: Trainer, out: Path) -> int:
         speed, memory = trainer.measured["images_per_second"], trainer.measured["peak_memory_mb"]
         say(f"{speed:.0f} images/s at the end, at most {memory:.0f} MB in a process")
     say(f"log {out / 'log.csv'}, weights {checkpoint}")
+    if trainer.task.next_step and trainer.recipe.data == trainer.task.default_data:
+        say(trainer.task.next_step)
     return 0
 
 

@@ -191,7 +191,8 @@ def load(spec: str, image_size: int, channels: int, seed: int = 0, recipe: Recip
         return load_digits()
     if kind == "imagefolder" and path:
         return load_imagefolder(Path(path), image_size, channels, seed, recipe)
-    raise DataError(f"unknown data {spec!r}: give digits or imagefolder:PATH")
+    other = " (scenes and segfolder:PATH are for --task segment)" if kind in ("scenes", "segfolder") else ""
+    raise DataError(f"unknown data {spec!r}: give digits or imagefolder:PATH{other}")
 
 
 def load_digits() -> Data:

@@ -27,6 +27,7 @@ class Classification:
     default_recipe: ClassVar[str] = "plain"
     default_data: ClassVar[str] = "digits"
     metrics: ClassVar[tuple[str, ...]] = ("val_accuracy",)
+    next_step: ClassVar[str | None] = None  # a sentence after a run on the default data
 
     def __init__(
         self, model: Any, recipe: Recipe, device: torch.device, options: Dense | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from ..errors import TrainError
 from .heads import LinearHead, UPerHead
 
 # of a trunk, what makes logits of images
-CLASSIFIERS = ("head", "head_dist", "patch_head")
+CLASSIFIERS = ("head", "head_dist", "patch_head", "attn_pool")
 # what only a class token meets that joins after the blocks (CaiT, XCiT)
 CLASS_BLOCKS = ("blocks_token_only", "cls_attn_blocks")
 
@@ -47,6 +48,8 @@ class Segmenter(nn.Module):
                 f"{type(self.trunk).__name__} has no forward_intermediates, which gives the tokens of its "
                 "blocks: give another --model"
             )
+        if isinstance(config, models.TimmConfig):
+            self._try(config)
         # the trunk's own forward then makes no logits
         for name in CLASSIFIERS:
             if isinstance(getattr(self.trunk, name, None), nn.Module):
@@ -113,6 +116,20 @@ class Segmenter(nn.Module):
         side = math.isqrt(tokens.shape[1])
         grid = getattr(self.patch_embed, "grid_size", (side, side))
         return tokens.mT.unflatten(2, tuple(grid))
+
+    @torch.no_grad()
+    def _try(self, config: models.TimmConfig) -> None:
+        """Raises TrainError for a trunk of timm whose blocks give no tokens [B, N, D], as in pyramids."""
+        image = torch.zeros(1, config.channels, config.image_size, config.image_size)
+        options: Any = {"indices": [len(self.blocks) - 1], "output_fmt": "NLC", "intermediates_only": True}
+        try:
+            self.trunk.eval().forward_intermediates(image, **options)
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise TrainError(
+                f"timm's {config.timm} gives no tokens of its last block ({error}): give another --model, "
+                "such as timm:vit_*"
+            ) from None
+        self.trunk.train()
 
     def start_from(self, path: Path) -> None:
         """Loads the trunk's weights of a classifier as `vit.load` does; a warning tells what was left out.

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..decoding import in_eight_bits
+from ..decoding import has_sixteen_bits, in_eight_bits
 from ..errors import DataError
 from ..logs import progress
 from ..optional import needed
@@ -20,6 +21,7 @@ from .augment import Ragged
 from .labels import OUT_OF_RANGE, Labels
 
 ONE_CHANNEL = ("L", "P")  # of PIL: grey, or numbers in a palette, 8 bits each
+ORIENTATION = 0x0112  # the tag of EXIF; from 5 on rows become columns
 MANY = 1000  # files, from which on a bar is shown
 
 
@@ -63,30 +65,52 @@ def check_mode(path: Path, image: Any) -> None:
         )
 
 
-def check(pairs: Sequence[Pair]) -> None:
-    """Opens all files and reads no pixels. Raises DataError for a pair of different sizes, an annotation that
-    has not one channel of 8 bits, and what can't be opened."""
-    with bar("files", len(pairs)) as move:
-        for done, pair in enumerate(pairs, 1):
-            with opened(pair.image, "image") as image, opened(pair.mask, "annotation") as mask:
-                check_mode(pair.mask, mask)
-                if image.size != mask.size:
-                    raise DataError(
-                        f"the annotation {pair.mask} has {mask.size[0]} x {mask.size[1]} pixels: expected "
-                        f"{image.size[0]} x {image.size[1]}, as its image {pair.image} has"
-                    )
-            move(done)
+def turned(image: Any) -> bool:
+    """Whether EXIF says to turn or mirror the image of PIL: viewers do, and so do tools that annotate."""
+    # getexif alone would decode a PNG
+    return "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
 
 
-def largest(pairs: Sequence[Pair], ignored: int) -> int:
-    """The largest number in the annotations but `ignored`; -1 where there is none. Reads all of them."""
-    found = -1
-    with bar("annotations", len(pairs)) as move:
-        for done, pair in enumerate(pairs, 1):
-            numbers = numbers_of(pair.mask)
-            found = max(found, *(number for number in numbers.unique().tolist() if number != ignored), -1)
+def upright(image: Any) -> Any:
+    """The image of PIL, turned as its EXIF says."""
+    if not turned(image):
+        return image
+    return needed("PIL.ImageOps", "--data segfolder:PATH", "imagefolder").exif_transpose(image)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """Width and height of the image of PIL when it is upright; reads no pixels."""
+    width, height = image.size
+    return (height, width) if turned(image) and image.getexif()[ORIENTATION] >= 5 else (width, height)
+
+
+def check(pairs: Sequence[Pair]) -> Tensor:
+    """Opens all images and reads all annotations: how many pixels have each number, [pairs, 256].
+
+    Raises DataError for a pair of different sizes, an image of more than 16 bits, an annotation that has not
+    one channel of 8 bits, and what can't be read.
+    """
+    found = []
+    with bar("files", len(pairs)) as move, ThreadPoolExecutor() as pool:  # PIL decodes without Python's lock
+        for done, counts in enumerate(pool.map(_checked, pairs), 1):
+            found.append(counts)
             move(done)
-    return found
+    return torch.stack(found)
+
+
+def _checked(pair: Pair) -> Tensor:
+    with opened(pair.image, "image") as image, opened(pair.mask, "annotation") as mask:
+        has_sixteen_bits(image)
+        check_mode(pair.mask, mask)
+        expected = _size(image)
+        if mask.size != expected:
+            how = " when turned as its EXIF says" if turned(image) else ""
+            raise DataError(
+                f"the annotation {pair.mask} has {mask.size[0]} x {mask.size[1]} pixels: expected "
+                f"{expected[0]} x {expected[1]}, as its image {pair.image} has{how}"
+            )
+    with opened(pair.mask, "annotation") as mask:
+        return torch.tensor(mask.histogram(), dtype=torch.int32)
 
 
 def bar(label: str, total: int) -> contextlib.AbstractContextManager[Any]:
@@ -115,7 +139,7 @@ class PairFiles(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
         with opened(pair.image, "image") as image:
-            pixels = channels_last(in_eight_bits(image, self.channels), self.channels)
+            pixels = channels_last(in_eight_bits(upright(image), self.channels), self.channels)
         mask = self.classes_of(pair.mask)
         if mask.shape != pixels.shape[:2]:
             raise DataError(f"{pair.image} or {pair.mask} was changed while the run reads them")

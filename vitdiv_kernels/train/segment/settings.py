@@ -28,8 +28,8 @@ class Dense:
     )
     num_classes: int | None = option(
         None,
-        "classes in the annotations of a segfolder (default: those that are named there, else all "
-        "annotations are read to see)",
+        "classes in the annotations of a segfolder (default: those that are named there, else as "
+        "many as the annotations have)",
         parse=number(int, 2, 254),
     )
     ignore_zero: bool = option(

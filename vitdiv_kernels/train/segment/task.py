@@ -41,6 +41,7 @@ class Segmentation:
     default_recipe: ClassVar[str] = "scenes"
     default_data: ClassVar[str] = "scenes"
     metrics: ClassVar[tuple[str, ...]] = ("val_miou", "val_pixel_accuracy")
+    next_step: ClassVar[str | None] = "python -m vitdiv_kernels.demo segment compares plain and diversified"
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, device: torch.device, options: Dense | None = None
