@@ -146,7 +146,8 @@ def _labels(root: Path, names: list[str], counts: dict[str, Tensor], dense: Dens
     if dense.num_classes and not names:
         names = [str(i) for i in range(dense.num_classes)]
     if not names:
-        numbers = sum(each.sum(0) for each in counts.values())[:IGNORED].nonzero().flatten().tolist()
+        found = torch.cat([*counts.values()]).sum(0)
+        numbers = found[:IGNORED].nonzero().flatten().tolist()
         count = max(numbers, default=-1) + 1 - int(dense.ignore_zero)
         if count < 2:
             there = ", ".join(map(str, numbers)) or "none"

@@ -16,7 +16,7 @@ from ..._tables import options as launch_options
 class ProductTile(NamedTuple):
     rows: int
     columns: int
-    inner: int  # of a step of the loop
+    inner: int  # of a step of the loop; what is of the width is no more than a narrow one
     warps: int
     stages: int
     maxnreg: int | None
@@ -69,7 +69,8 @@ def logits_kernel(
     a_rows = a + i.to(tl.int64)[:, None] * a_row
     b_rows = b + j.to(tl.int64)[None, :] * b_row
     sums = tl.zeros((ROWS, COLUMNS), ACC)
-    for c0 in tl.static_range(0, WIDTH, INNER):
+    # a loop at run time: unrolled, its products into one accumulator are what Triton gets wrong on sm_100
+    for c0 in tl.range(0, WIDTH, INNER):
         inside = c0 + c < WIDTH
         x = tl.load(
             a_rows + ((c0 + c) * a_column)[None, :], mask=(i < rows)[:, None] & inside[None, :], other=0.0
@@ -143,25 +144,29 @@ def padding_of(pre_mix):
     return float("-inf") if pre_mix is None else 0.0
 
 
-def _tile(table, dtype, width):
-    tile = table[dtype.itemsize]
-    return tile, dict(
-        WIDTH=width, ROWS=tile.rows, INNER=tile.inner, DOT=OPERANDS[dtype], PRECISION=input_precision(dtype),
-        ACC=accumulator(dtype), **launch_options(tile),
+def _options(tile, dtype, width):
+    return dict(
+        WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, DOT=OPERANDS[dtype],
+        PRECISION=input_precision(dtype), ACC=accumulator(dtype), **launch_options(tile),
     )  # fmt: skip
+
+
+def _of_width(most, width):
+    """Of a part of a tile that goes along the width; 16 is what tensor cores take at least."""
+    return min(most, max(16, triton.next_power_of_2(width)))
 
 
 def rows_by_rows(maps, a, b, alpha=1.0, padding=0.0):
     """maps [B, H, rows, padded keys] = alpha a b^T of a [B, H, rows, d] and b [B, H, keys, d]."""
     images, heads, rows, width = a.shape
     keys = b.shape[2]
-    tile, options = _tile(ROWS_BY_ROWS, a.dtype, width)
+    tile = ROWS_BY_ROWS[a.dtype.itemsize]
+    tile = tile._replace(inner=_of_width(tile.inner, width))
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(maps.shape[3], tile.columns)
     launch(
         logits_kernel, (images * heads * row_tiles * column_tiles,), a, b, maps, *split(alpha), padding,
         rows, keys, maps.shape[3], heads, row_tiles, column_tiles, *maps.stride()[:2], *a.stride(),
-        *b.stride(),
-        COLUMNS=tile.columns, **options,
+        *b.stride(), **_options(tile, a.dtype, width),
     )  # fmt: skip
 
 
@@ -169,10 +174,11 @@ def maps_by_rows(result, maps, b, alpha=1.0, transposed=False, add=False):
     """result [B, H, rows, d] = alpha maps b, of maps [B, H, rows, padded keys] and b [B, H, keys, d]; with
     transposed result [B, H, keys, d] = alpha maps^T b, of b [B, H, rows, d]."""
     images, heads, rows, width = result.shape
-    tile, options = _tile(MAPS_BY_ROWS, b.dtype, width)
+    tile = MAPS_BY_ROWS[b.dtype.itemsize]
+    tile = tile._replace(columns=_of_width(tile.columns, width))
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)
     launch(
         values_kernel, (images * heads * row_tiles * column_tiles,), maps, b, result, *split(alpha), rows,
         b.shape[2], maps.shape[3], heads, row_tiles, column_tiles, *maps.stride()[:2], *b.stride(),
-        *result.stride(), COLUMNS=tile.columns, TRANSPOSED=transposed, ADD=add, **options,
+        *result.stride(), TRANSPOSED=transposed, ADD=add, **_options(tile, b.dtype, width),
     )  # fmt: skip
