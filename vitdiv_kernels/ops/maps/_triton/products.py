@@ -63,7 +63,8 @@ def logits_kernel(
     image, head, row_tile, column_tile = tile_of(heads, row_tiles, column_tiles)
     i = row_tile * ROWS + tl.arange(0, ROWS)
     j = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    c = tl.arange(0, INNER)
+    # in 64 bits: the width may be the outermost axis of a large tensor
+    c = tl.arange(0, INNER).to(tl.int64)
     a += image * a_image + head * a_head
     b += image * b_image + head * b_head
     a_rows = a + i.to(tl.int64)[:, None] * a_row
@@ -107,6 +108,7 @@ def values_kernel(
     image, head, row_tile, column_tile = tile_of(heads, row_tiles, column_tiles)
     i = row_tile * ROWS + tl.arange(0, ROWS)
     c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    c64 = c.to(tl.int64)  # the width may be the outermost axis of a large tensor
     maps += image * maps_image + head * maps_head
     b += image * b_image + head * b_head
     sums = tl.zeros((ROWS, COLUMNS), ACC)
@@ -125,12 +127,12 @@ def values_kernel(
                 mask=(i < rows)[:, None] & (k < padded_columns)[None, :], other=0.0,
             )  # fmt: skip
         y = tl.load(
-            b + k.to(tl.int64)[:, None] * b_row + (c * b_column)[None, :],
+            b + k.to(tl.int64)[:, None] * b_row + (c64 * b_column)[None, :],
             mask=(k < inner)[:, None] & (c < WIDTH)[None, :], other=0.0,
         )  # fmt: skip
         sums = tl.dot(x.to(DOT), y.to(DOT), sums, input_precision=PRECISION, out_dtype=ACC)
     result += image * result_image + head * result_head
-    places = result + i.to(tl.int64)[:, None] * result_row + (c * result_column)[None, :]
+    places = result + i.to(tl.int64)[:, None] * result_row + (c64 * result_column)[None, :]
     mask = (i < rows)[:, None] & (c < WIDTH)[None, :]
     sums *= double(alpha_high, alpha_low, ACC)
     if ADD:
