@@ -66,6 +66,8 @@ def passes_of_loops(launch):
         return arguments["tiles"], math.ceil(arguments["keys"] / arguments["BLOCK"])
     if launch.kernel.__name__ == "values_kernel":
         return math.ceil(arguments["inner"] / arguments["INNER"]), 1
+    if launch.kernel.__name__ == "logits_kernel":
+        return math.ceil(arguments["WIDTH"] / arguments["INNER"]), 1
     return arguments.get("STEPS", 1), 1
 
 

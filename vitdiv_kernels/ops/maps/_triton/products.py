@@ -9,7 +9,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..._launch import OPERANDS, accumulator, double, input_precision, launch, split
+from ..._launch import OPERANDS, accumulator, capability, double, input_precision, launch, split
+from ..._tables import first_row
 from ..._tables import options as launch_options
 
 
@@ -22,16 +23,22 @@ class ProductTile(NamedTuple):
     maxnreg: int | None
 
 
-# By the bytes of an element: of `rows_by_rows`, whose loop is along the width, and of `maps_by_rows`.
+# Bytes of an element, lowest compute capability: the first row that covers a call. Of `rows_by_rows`, whose
+# loop is along the width, and of `maps_by_rows`. float32 has 32 rows from compute capability 10 on: of 64
+# Triton takes tcgen05, and chains the three products of TF32x3 in tensor memory, which gave wrong results on
+# sm_103 (Triton's issue 10821). In more than one stage a loop of two steps is unrolled, and chains as well.
 ROWS_BY_ROWS = {
-    2: ProductTile(64, 128, 64, 4, 2, None),
-    4: ProductTile(64, 64, 32, 4, 2, None),
-    8: ProductTile(32, 32, 16, 4, 2, 128),
+    (2, (10, 0)): ProductTile(64, 128, 64, 4, 1, None),
+    (2, (0, 0)): ProductTile(64, 128, 64, 4, 2, None),
+    (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
+    (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
+    (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, 128),
 }
 MAPS_BY_ROWS = {
-    2: ProductTile(64, 64, 64, 4, 3, 240),
-    4: ProductTile(64, 64, 32, 4, 2, None),
-    8: ProductTile(32, 32, 16, 4, 2, None),
+    (2, (0, 0)): ProductTile(64, 64, 64, 4, 3, 240),
+    (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
+    (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
+    (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, None),
 }
 
 
@@ -70,7 +77,8 @@ def logits_kernel(
     a_rows = a + i.to(tl.int64)[:, None] * a_row
     b_rows = b + j.to(tl.int64)[None, :] * b_row
     sums = tl.zeros((ROWS, COLUMNS), ACC)
-    for c0 in tl.static_range(0, WIDTH, INNER):
+    # unrolled it would chain products in tensor memory, as the tables say
+    for c0 in tl.range(0, WIDTH, INNER):
         inside = c0 + c < WIDTH
         x = tl.load(
             a_rows + ((c0 + c) * a_column)[None, :], mask=(i < rows)[:, None] & inside[None, :], other=0.0
@@ -145,8 +153,9 @@ def padding_of(pre_mix):
     return float("-inf") if pre_mix is None else 0.0
 
 
-def _tile(table, dtype, width):
-    tile = table[dtype.itemsize]
+def _tile(table, x, width):
+    dtype, device = x.dtype, capability(x)
+    tile = first_row(table, lambda size, first: dtype.itemsize == size and device >= first)
     return tile, dict(
         WIDTH=width, ROWS=tile.rows, INNER=tile.inner, DOT=OPERANDS[dtype], PRECISION=input_precision(dtype),
         ACC=accumulator(dtype), **launch_options(tile),
@@ -157,7 +166,7 @@ def rows_by_rows(maps, a, b, alpha=1.0, padding=0.0):
     """maps [B, H, rows, padded keys] = alpha a b^T of a [B, H, rows, d] and b [B, H, keys, d]."""
     images, heads, rows, width = a.shape
     keys = b.shape[2]
-    tile, options = _tile(ROWS_BY_ROWS, a.dtype, width)
+    tile, options = _tile(ROWS_BY_ROWS, a, width)
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(maps.shape[3], tile.columns)
     launch(
         logits_kernel, (images * heads * row_tiles * column_tiles,), a, b, maps, *split(alpha), padding,
@@ -171,7 +180,7 @@ def maps_by_rows(result, maps, b, alpha=1.0, transposed=False, add=False):
     """result [B, H, rows, d] = alpha maps b, of maps [B, H, rows, padded keys] and b [B, H, keys, d]; with
     transposed result [B, H, keys, d] = alpha maps^T b, of b [B, H, rows, d]."""
     images, heads, rows, width = result.shape
-    tile, options = _tile(MAPS_BY_ROWS, b.dtype, width)
+    tile, options = _tile(MAPS_BY_ROWS, b, width)
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)
     launch(
         values_kernel, (images * heads * row_tiles * column_tiles,), maps, b, result, *split(alpha), rows,
