@@ -318,6 +318,17 @@ def test_a_lost_row_of_few_heads_loses_no_other(poison):
 
 
 @runs
+def test_a_layer_norm_without_eps_has_no_nan_past_the_keys():
+    """There mixed maps are 0 for all heads, exactly: 8 keys, and a mix of whole numbers without a bias."""
+    need("native")
+    dout, coupling, (*heads_and_mix, _, _, centred, weight, bias, _) = inputs_of((1, 3, 5, 8, 4), layer=True)
+    mix = torch.tensor([[2.0, -1, 3], [0, 1, -2], [-3, 2, 4]], dtype=torch.float64, device=DEVICE)
+    given = dout, coupling, (*heads_and_mix, mix, None, centred, weight, bias, 0.0)
+    for name, g, t in zip(NAMES, run(workspace, *given), run(Compiled, *given), strict=True):
+        torch.testing.assert_close(g.cpu(), t, msg=name)
+
+
+@runs
 def test_the_gradient_of_the_gram_alone():
     need("native")
     _, coupling, arguments = inputs_of((2, 3, 17, 19, 16), pre=True)
