@@ -39,7 +39,7 @@ class Gpu(NamedTuple):
 # Data sheets of NVIDIA; memory at 0.85 of them, products at 0.62 of them, as microbenchmarks of mma.sync find
 # (Luo et al. 2024, arXiv:2402.13499).
 GPUS = {
-    "H200": Gpu(90, 132, 1.755e9, 0.85 * 4.8e12, 0.62 * 2048 * 2, 228 << 10, 5e-6),
+    "H200": Gpu(90, 132, 1.755e9, 0.85 * 4.8e12, 0.62 * 2048, 228 << 10, 5e-6),
     "A100": Gpu(80, 108, 1.41e9, 0.85 * 2.0e12, 0.95 * 1024, 164 << 10, 5e-6),
 }
 REGISTERS, WARPS = 65536, 64  # of a processor
@@ -66,6 +66,8 @@ def passes_of_loops(launch):
         return arguments["tiles"], math.ceil(arguments["keys"] / arguments["BLOCK"])
     if launch.kernel.__name__ == "values_kernel":
         return math.ceil(arguments["inner"] / arguments["INNER"]), 1
+    if launch.kernel.__name__ == "logits_kernel":
+        return math.ceil(arguments["WIDTH"] / arguments["INNER"]), 1
     return arguments.get("STEPS", 1), 1
 
 
@@ -93,10 +95,11 @@ def seconds(launch, result, gpu):
     clocks["special functions"] = issued(launch, result, "mufu") * warps * MUFU_CLOCKS / SCHEDULERS
     shared = sum(
         issued(launch, result, f"{name}.{width}") * rounds
-        for name in ("LDS", "STS")
+        for name in ("LDS", "STS", "LDSM", "STSM", "LDGSTS")
         for width, rounds in SHARED_CLOCKS.items()
     )
     clocks["shared memory"] = shared * warps
+    clocks["products"] = issued(launch, result, "multiply-adds") * warps / gpu.products
     found = {name: count / gpu.processors / gpu.clock for name, count in clocks.items()}
     moved = MOVED[launch.kernel.__name__]
     tensors = {name: launch.arguments.get(name) for name in moved}

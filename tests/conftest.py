@@ -266,11 +266,10 @@ def on_the_gpu_alone():
 
 @pytest.fixture
 def far_apart(tmp_path):
-    """Lays out [2, ...] so that its halves lie more than 2^31 elements apart; in a sparse file on the CPU."""
+    """Lays out [n, ...] so that its items lie more than 2^31 elements apart; in a sparse file on the CPU."""
 
-    def lay_out(x):
-        distance = 2**31 + 2**12
-        size = distance + x[0].numel()
+    def lay_out(x, distance=2**31 + 2**12):
+        size = distance * (len(x) - 1) + x[0].numel()
         if x.is_cuda:
             alone.enter_context(on_the_gpu_alone())
             storage = torch.empty(size, dtype=x.dtype, device=x.device)

@@ -1,6 +1,6 @@
 """What the Triton kernels of attention_gram are compiled for: every row of their tables, each number of
-padded heads that has few tiles, and more heads than a tile holds. An odd width is copied to one that 16
-divides."""
+padded heads that has few tiles, and more heads than a tile holds; and widths of one step of the products, of
+two, and one that 16 does not divide."""
 
 import torch
 

@@ -18,10 +18,13 @@ TARGET = re.compile(r"`\(\.(L_x_\d+)\)")
 # What the pipes of a streaming multiprocessor take besides the issue slot: by the first part of the name.
 KINDS = {
     "HMMA": "tensor", "IMMA": "tensor", "DMMA": "tensor", "HGMMA": "tensor", "UTCHMMA": "tensor",
-    "MUFU": "mufu", "LDG": "global", "STG": "global", "LDS": "shared", "STS": "shared", "LDSM": "shared",
-    "STSM": "shared", "ATOMS": "shared", "SHFL": "shuffle", "LDC": "constant", "LDL": "local", "STL": "local",
-    "BAR": "barrier", "WARPSYNC": "barrier",
+    "MUFU": "mufu", "LDG": "global", "STG": "global", "LDGSTS": "global", "LDS": "shared", "STS": "shared",
+    "LDSM": "shared", "STSM": "shared", "ATOMS": "shared", "SHFL": "shuffle", "LDC": "constant",
+    "LDL": "local", "STL": "local", "BAR": "barrier", "WARPSYNC": "barrier",
 }  # fmt: skip
+MOVES = ("LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM")
+# (m, n, k) of a product whose name has them without an "x" between.
+SHAPES = {"884": (8, 8, 4), "1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 8, 16)}
 
 
 class Instruction(NamedTuple):
@@ -46,14 +49,16 @@ class Code(NamedTuple):
 
     def counts(self, loop=None):
         """Of a loop, those of the loops in it included, or of all: how many are issued, how many of each of
-        KINDS, and loads and stores by their width in bits."""
+        KINDS, a warp's multiply-adds on tensor cores, and loads and stores by their width in bits."""
         part = self.instructions if loop is None else self.instructions[loop.first : loop.last + 1]
         found = Counter(issued=len(part))
         for one in part:
             kind = KINDS.get(one.short, "")
             if kind:
                 found[kind] += 1
-            if kind in ("global", "shared") and one.short in ("LDG", "STG", "LDS", "STS"):
+            if kind == "tensor":
+                found["multiply-adds"] += multiply_adds(one.name)
+            if one.short in MOVES:
                 found[f"{one.short}.{width_of(one.name)}"] += 1
         return found
 
@@ -61,10 +66,22 @@ class Code(NamedTuple):
 def width_of(name):
     """Bits that an instruction moves for each thread."""
     parts = name.split(".")
+    if parts[0] in ("LDSM", "STSM"):  # one, two or four matrices of 8 x 8 elements of 16 bits
+        return 32 * int(parts[-1]) if parts[-1] in ("2", "4") else 32
     for part, bits in (("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
         if part in parts:
             return bits
     return 32
+
+
+def multiply_adds(name):
+    """Of a product on tensor cores, of one warp; 0 where the name does not tell."""
+    for part in name.split(".")[1:]:
+        shape = SHAPES.get(part) or tuple(map(int, part.split("x"))) if part[0].isdigit() else ()
+        if len(shape) == 3:
+            # HGMMA is issued by four warps together
+            return shape[0] * shape[1] * shape[2] // (4 if name.startswith("HGMMA") else 1)
+    return 0
 
 
 def disassembled(cubin):

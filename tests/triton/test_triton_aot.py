@@ -24,32 +24,39 @@ def installed():
         return "none"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_without_spills(family, tmp_path, pytestconfig):
+def compiled(tmp_path, *arguments):
+    """The rows that tests/aot.py makes of these arguments."""
     if installed() != CHOSEN_FOR:
         pytest.skip(
             f"the tables were chosen for triton {CHOSEN_FOR}, here is {installed()}: spills may differ"
         )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        str(TESTS / "aot.py"),
-        *FAMILIES[family],
-        "--json",
-        str(tmp_path / "rows.json"),
-    ]
-    if not pytestconfig.getoption("--every-case"):
-        command.append("--sample")
     environment["PYTHONPATH"] = python_path()
+    command = [sys.executable, str(TESTS / "aot.py"), *arguments, "--json", str(tmp_path / "rows.json")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(run.stdout)
     assert (tmp_path / "rows.json").exists(), run.stderr[-3000:]
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    return json.loads((tmp_path / "rows.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiles_without_spills(family, tmp_path, pytestconfig):
+    some = [] if pytestconfig.getoption("--every-case") else ["--sample"]
+    rows = compiled(tmp_path, *FAMILIES[family], *some)
     assert {row["cc"] for row in rows} >= {80, 90, 100}
     assert {row["operation"] for row in rows} <= set(FAMILIES[family])
     if family == "maps":  # whose operations share their kernels
         of_all = {"logits_kernel", "values_kernel", "forward_rows", "backward_rows", "dot_rows"}
         assert {row["kernel"] for row in rows} == of_all
+    faulty = [row for row in rows if row["faults"]]
+    assert not faulty, faulty
+
+
+def test_no_product_of_the_maps_chains_in_tensor_memory(tmp_path):
+    """Each: it depends on GPU, dtype and width together, which a sample may miss."""
+    rows = compiled(tmp_path, *FAMILIES["maps"], "--capabilities", "100", "--kernels", "s_kernel")
+    assert {row["kernel"] for row in rows} == {"logits_kernel", "values_kernel"}
+    assert any(row["tensor_core"].get("tcgen05.mma") for row in rows)
     faulty = [row for row in rows if row["faults"]]
     assert not faulty, faulty
 

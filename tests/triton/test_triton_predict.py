@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,15 +45,61 @@ def test_loops_and_what_is_in_them():
     assert (inner.first, inner.last, inner.depth) == (2, 4, 1)
     assert code.counts(inner) == {"issued": 3, "shared": 1, "LDS.16": 1, "mufu": 1}
     assert code.counts(outer) == {
-        "issued": 7, "shared": 2, "STS.128": 1, "LDS.16": 1, "mufu": 1, "tensor": 1, "barrier": 1,
+        "issued": 7, "shared": 2, "STS.128": 1, "LDS.16": 1, "mufu": 1, "tensor": 1, "multiply-adds": 2048,
+        "barrier": 1,
     }  # fmt: skip
     whole = code.counts()
     assert (whole["issued"], whole["LDG.128"], whole["STG.64"]) == (11, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("LDSM.16.M88.4", 128), ("LDSM.16.MT88.2", 64), ("STSM.16.M88", 32), ("LDGSTS.E.BYPASS.128", 128)],
+)
+def test_moves_of_matrices_and_from_memory_to_shared_memory(name, width):
+    code = sass.parsed(f"        /*0000*/                   {name} R4, [R8] ;")
+    counts = code.counts()
+    assert counts[f"{name.split('.')[0]}.{width}"] == 1
+    assert counts["global" if name.startswith("LDGSTS") else "shared"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("HMMA.16816.F32.BF16", 16 * 8 * 16), ("HMMA.1688.F32.TF32", 16 * 8 * 8), ("DMMA.8x8x4", 8 * 8 * 4),
+        ("HGMMA.64x128x16.F32.BF16", 16 * 128 * 16), ("UTCHMMA", 0),
+    ],
+)  # fmt: skip
+def test_multiply_adds_of_a_warp(name, number):
+    assert sass.multiply_adds(name) == number
+
+
+def test_a_launch_takes_what_its_slowest_part_takes(monkeypatch):
+    """Of each kind the clocks by hand: 132 programs of a warp on 132 processors at 1 GHz."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import predict
+
+    gpu = predict.GPUS["H200"]._replace(clock=1e9, products=1024, bytes_a_second=1e12)
+    kernel = SimpleNamespace(__name__="dot_rows")
+    result = {"registers": 32, "shared": 0, "loops": []}
+
+    def took(bytes=0, **counts):
+        x = torch.empty(bytes, dtype=torch.int8, device="meta")
+        launch = _launch.Launch(kernel, (132,), {"x": x}, 1, 1, None)
+        return predict.seconds(launch, result | {"whole": counts}, gpu)
+
+    assert took(issued=400) == (pytest.approx(100e-9), "issue")
+    assert took(issued=4, mufu=10) == (pytest.approx(20e-9), "special functions")
+    counts = {"LDS.32": 1, "STS.64": 1, "LDSM.128": 2, "STSM.32": 1, "LDGSTS.128": 1}
+    assert took(**counts) == (pytest.approx(16e-9), "shared memory")
+    assert took(**{"multiply-adds": 20480}) == (pytest.approx(20e-9), "products")
+    assert took(bytes=10**6) == (pytest.approx(1e-6), "memory")
+
+
 # On its own: what Triton compiles is known where TRITON_INTERPRET is unset.
 PREDICTED = """
 import sys
+from types import SimpleNamespace
 sys.path[:0] = ["benchmarks"]
 import predict
 

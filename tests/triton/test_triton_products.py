@@ -83,3 +83,20 @@ def test_products_with_maps(layout, dtype, sizes, transposed):
     twice = 2 * result.double()
     products.maps_by_rows(result, maps, b, alpha=0.3, transposed=transposed, add=True)
     assert_within_budget(result, twice, twice, dtype, "sum", scale=20 * inner**0.5)
+
+
+def test_the_width_outermost_in_a_large_tensor(far_apart):
+    """A stride that has 32 bits, and products with it that have more."""
+
+    def lay_out(*shape):
+        x = torch.randn(*shape, dtype=torch.float64).to(DEVICE)
+        return far_apart(x.movedim(-1, 0).half(), distance=2**30 + 2**12).movedim(0, -1)
+
+    a, b, result = lay_out(1, 2, 5, 3), lay_out(1, 2, 7, 3), lay_out(1, 2, 5, 3)
+    maps = torch.empty(1, 2, 5, 16, dtype=torch.float16, device=DEVICE)
+    products.rows_by_rows(maps, a, b)
+    truth = a.double() @ b.double().mT
+    assert_within_budget(maps[..., :7], truth, truth, torch.float16, "maps", scale=10)
+    products.maps_by_rows(result, maps, b)
+    truth = maps[..., :7].double() @ b.double()
+    assert_within_budget(result, truth, truth, torch.float16, "result", scale=50)

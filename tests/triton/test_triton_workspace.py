@@ -55,6 +55,16 @@ def inputs_of(sizes, dtype=torch.float64, pre=False, layer=False, device=None):
     )
 
 
+def inputs_of_meta(sizes):
+    """The same on meta tensors, in bfloat16, without random numbers of their size."""
+    images, heads, queries, keys, width = sizes
+    made = {"dtype": torch.bfloat16, "device": "meta"}
+    q, k = (torch.empty(images, heads, rows, width, **made) for rows in (queries, keys))
+    matrix = torch.empty(heads, heads, device="meta")
+    coupling = torch.empty(images, heads, heads, device="meta")
+    return q, coupling, (q, k, k, width**-0.5, None, None, matrix, None, False, None, None, 1e-5)
+
+
 def run(module, dout, coupling, arguments):
     needs = [True] * 3 + [arguments[4] is not None, True, arguments[9] is not None]
     return *module.forward(*arguments, True, True), *module.backward(dout, coupling, *arguments, needs)
@@ -113,6 +123,21 @@ def test_rows_walked_in_blocks_with_everything(limit, monkeypatch):
     limit(1)
     monkeypatch.setattr(workspace, "INTERPRETED_BLOCK", 32)
     check((1, 2, 20, 70, 8), pre=True, layer=True)
+
+
+@runs
+@pytest.mark.parametrize("sizes", [(2, 3, 1, 5, 200), (1, 2, 17, 1, 16), (1, 32, 2, 17, 1)], ids=str)
+def test_one_query_one_key_and_other_widths(sizes):
+    need("native")
+    check(sizes, pre=True)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_chunks_of_rows_with_everything_in_16_bits(limit, dtype):
+    need("native")
+    limit(1)
+    check((2, 3, 37, 21, 8), dtype, pre=True, layer=True)
 
 
 @runs
@@ -245,8 +270,23 @@ def test_meta_tensors_record_the_launches(capability):
     assert kernels[forward:] == [*of_chunk * (backward // 6), "dot_rows"]
 
 
+@pytest.mark.parametrize(("images", "heads", "queries"), [(1, 12, 600_000), (200_000, 1, 1)])
+def test_grids_of_many_rows_and_few_keys(images, heads, queries):
+    """Only the first axis of a grid has more than 65535 programs."""
+    sizes = images, heads, queries, 9, 1024
+    dout, coupling, arguments = inputs_of_meta(sizes)
+    with _triton.recording((9, 0)) as launches:
+        triton_kernels.reattention_fwd(*arguments, True, True)
+        triton_kernels.reattention_bwd(dout, coupling, *arguments, [True] * 3 + [False, True, False])
+        triton_kernels.head_dots(dout, dout)
+    assert len(launches) > 9
+    for launch in launches:
+        assert launch.grid[0] < 1 << 31
+        assert all(programs < 1 << 16 for programs in launch.grid[1:]), launch.kernel.__name__
+
+
 @runs
-@pytest.mark.parametrize("shape", [(2, 3, 300, 35), (1, 1, 1, 1), (0, 4, 5, 8)])
+@pytest.mark.parametrize("shape", [(2, 3, 300, 35), (1, 1, 1, 1), (0, 4, 5, 8), (1, 2, 9, 5000)])
 def test_head_dots(shape):
     x, y = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE).mT.contiguous().mT
     expected = (x.double() * y.double()).sum((0, 2, 3))
@@ -275,6 +315,17 @@ def test_a_lost_row_of_few_heads_loses_no_other(poison):
     given[2][0][0, 0, 5, 0] = poison
     for name, g, t in zip(NAMES, run(workspace, *given), run(Compiled, *given), strict=True):
         assert torch.equal(g.isnan().cpu(), t.isnan()), name
+
+
+@runs
+def test_a_layer_norm_without_eps_has_no_nan_past_the_keys():
+    """There mixed maps are 0 for all heads, exactly: 8 keys, and a mix of whole numbers without a bias."""
+    need("native")
+    dout, coupling, (*heads_and_mix, _, _, centred, weight, bias, _) = inputs_of((1, 3, 5, 8, 4), layer=True)
+    mix = torch.tensor([[2.0, -1, 3], [0, 1, -2], [-3, 2, 4]], dtype=torch.float64, device=DEVICE)
+    given = dout, coupling, (*heads_and_mix, mix, None, centred, weight, bias, 0.0)
+    for name, g, t in zip(NAMES, run(workspace, *given), run(Compiled, *given), strict=True):
+        torch.testing.assert_close(g.cpu(), t, msg=name)
 
 
 @runs

@@ -11,15 +11,17 @@ from ..._launch import accumulator, launch
 _STEP, _ELEMENTS, _STEPS, _WARPS = 64, 4096, 4, 4
 
 
-@triton.jit(do_not_specialize=["heads", "rows"])
+@triton.jit(do_not_specialize=["heads", "rows", "programs"])
 def dot_rows(
     x, y,  # [B, heads, rows, width]
     parts,  # [B * heads, programs]
-    heads, rows, width, x_image, x_head, x_row, y_image, y_head, y_row,
+    heads, rows, programs, width, x_image, x_head, x_row, y_image, y_head, y_row,
     WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """sum_i x . y of a head, over STEP * STEPS rows each."""
-    image, head, program = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
+    # one axis: the others of a grid end at 65535
+    item, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    image, head = item // heads, item % heads
     x += image.to(tl.int64) * x_image + head.to(tl.int64) * x_head
     y += image.to(tl.int64) * y_image + head.to(tl.int64) * y_head
     e = tl.arange(0, WIDTH)
@@ -31,7 +33,7 @@ def dot_rows(
         x_block = tl.load(x + i64 * x_row + e[None, :], mask=inside, other=0.0).to(ACC)
         y_block = tl.load(y + i64 * y_row + e[None, :], mask=inside, other=0.0).to(ACC)
         sums += x_block * y_block
-    tl.store(parts + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + program, tl.sum(sums))
+    tl.store(parts + tl.program_id(0), tl.sum(sums))
 
 
 def head_dots(x, y):
@@ -43,7 +45,7 @@ def head_dots(x, y):
     programs = triton.cdiv(rows, step * _STEPS)
     parts = x.new_empty(images, heads, programs, dtype=accumulation_dtype(x))
     launch(
-        dot_rows, (images * heads, programs), x, y, parts, heads, rows, width, *x.stride()[:3],
+        dot_rows, (images * heads * programs,), x, y, parts, heads, rows, programs, width, *x.stride()[:3],
         *y.stride()[:3], WIDTH=padded, STEP=step, STEPS=_STEPS,
         ACC=accumulator(x.dtype), num_warps=_WARPS, num_stages=1,
     )  # fmt: skip

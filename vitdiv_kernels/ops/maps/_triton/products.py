@@ -9,7 +9,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..._launch import OPERANDS, accumulator, double, input_precision, launch, split
+from ..._launch import OPERANDS, accumulator, capability, double, input_precision, launch, split
+from ..._tables import first_row
 from ..._tables import options as launch_options
 
 
@@ -22,16 +23,22 @@ class ProductTile(NamedTuple):
     maxnreg: int | None
 
 
-# By the bytes of an element: of `rows_by_rows`, whose loop is along the width, and of `maps_by_rows`.
+# Bytes of an element, lowest compute capability: the first row that covers a call. Of `rows_by_rows`, whose
+# loop is along the width, and of `maps_by_rows`. float32 has 32 rows from compute capability 10 on: of 64
+# Triton takes tcgen05, and chains the three products of TF32x3 in tensor memory, which gave wrong results on
+# sm_103 (Triton's issue 10821). In more than one stage a loop of two steps is unrolled, and chains as well.
 ROWS_BY_ROWS = {
-    2: ProductTile(64, 128, 64, 4, 2, None),
-    4: ProductTile(64, 64, 32, 4, 2, None),
-    8: ProductTile(32, 32, 16, 4, 2, 128),
+    (2, (10, 0)): ProductTile(64, 128, 64, 4, 1, None),
+    (2, (0, 0)): ProductTile(64, 128, 64, 4, 2, None),
+    (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
+    (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
+    (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, 128),
 }
 MAPS_BY_ROWS = {
-    2: ProductTile(64, 64, 64, 4, 3, 240),
-    4: ProductTile(64, 64, 32, 4, 2, None),
-    8: ProductTile(32, 32, 16, 4, 2, None),
+    (2, (0, 0)): ProductTile(64, 64, 64, 4, 3, 240),
+    (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
+    (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
+    (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, None),
 }
 
 
@@ -63,13 +70,14 @@ def logits_kernel(
     image, head, row_tile, column_tile = tile_of(heads, row_tiles, column_tiles)
     i = row_tile * ROWS + tl.arange(0, ROWS)
     j = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    c = tl.arange(0, INNER)
+    # in 64 bits: the width may be the outermost axis of a large tensor
+    c = tl.arange(0, INNER).to(tl.int64)
     a += image * a_image + head * a_head
     b += image * b_image + head * b_head
     a_rows = a + i.to(tl.int64)[:, None] * a_row
     b_rows = b + j.to(tl.int64)[None, :] * b_row
     sums = tl.zeros((ROWS, COLUMNS), ACC)
-    # a loop at run time: unrolled, its products into one accumulator are what Triton gets wrong on sm_100
+    # unrolled it would chain products in tensor memory, as the tables say
     for c0 in tl.range(0, WIDTH, INNER):
         inside = c0 + c < WIDTH
         x = tl.load(
@@ -108,6 +116,7 @@ def values_kernel(
     image, head, row_tile, column_tile = tile_of(heads, row_tiles, column_tiles)
     i = row_tile * ROWS + tl.arange(0, ROWS)
     c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    c64 = c.to(tl.int64)  # the width may be the outermost axis of a large tensor
     maps += image * maps_image + head * maps_head
     b += image * b_image + head * b_head
     sums = tl.zeros((ROWS, COLUMNS), ACC)
@@ -126,12 +135,12 @@ def values_kernel(
                 mask=(i < rows)[:, None] & (k < padded_columns)[None, :], other=0.0,
             )  # fmt: skip
         y = tl.load(
-            b + k.to(tl.int64)[:, None] * b_row + (c * b_column)[None, :],
+            b + k.to(tl.int64)[:, None] * b_row + (c64 * b_column)[None, :],
             mask=(k < inner)[:, None] & (c < WIDTH)[None, :], other=0.0,
         )  # fmt: skip
         sums = tl.dot(x.to(DOT), y.to(DOT), sums, input_precision=PRECISION, out_dtype=ACC)
     result += image * result_image + head * result_head
-    places = result + i.to(tl.int64)[:, None] * result_row + (c * result_column)[None, :]
+    places = result + i.to(tl.int64)[:, None] * result_row + (c64 * result_column)[None, :]
     mask = (i < rows)[:, None] & (c < WIDTH)[None, :]
     sums *= double(alpha_high, alpha_low, ACC)
     if ADD:
@@ -142,6 +151,11 @@ def values_kernel(
 def padding_of(pre_mix):
     """What logits have past the keys: it leaves nothing in a softmax, nor in a mix of heads before it."""
     return float("-inf") if pre_mix is None else 0.0
+
+
+def _tile(table, x):
+    device = capability(x)
+    return first_row(table, lambda size, first: x.dtype.itemsize == size and device >= first)
 
 
 def _options(tile, dtype, width):
@@ -160,7 +174,7 @@ def rows_by_rows(maps, a, b, alpha=1.0, padding=0.0):
     """maps [B, H, rows, padded keys] = alpha a b^T of a [B, H, rows, d] and b [B, H, keys, d]."""
     images, heads, rows, width = a.shape
     keys = b.shape[2]
-    tile = ROWS_BY_ROWS[a.dtype.itemsize]
+    tile = _tile(ROWS_BY_ROWS, a)
     tile = tile._replace(inner=_of_width(tile.inner, width))
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(maps.shape[3], tile.columns)
     launch(
@@ -174,7 +188,7 @@ def maps_by_rows(result, maps, b, alpha=1.0, transposed=False, add=False):
     """result [B, H, rows, d] = alpha maps b, of maps [B, H, rows, padded keys] and b [B, H, keys, d]; with
     transposed result [B, H, keys, d] = alpha maps^T b, of b [B, H, rows, d]."""
     images, heads, rows, width = result.shape
-    tile = MAPS_BY_ROWS[b.dtype.itemsize]
+    tile = _tile(MAPS_BY_ROWS, b)
     tile = tile._replace(columns=_of_width(tile.columns, width))
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)
     launch(

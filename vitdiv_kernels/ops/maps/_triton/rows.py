@@ -183,7 +183,7 @@ def layer_norm(
     return normalised, normalised * norm_weight[:, None] + norm_bias[:, None], rstd
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "tiles"])
+@triton.jit(do_not_specialize=["rows", "keys", "tiles", "programs"])
 def forward_rows(
     z,  # [B, H, rows, padded_keys]
     pre_mix,  # [H, H], or None, as all that follows may be
@@ -191,7 +191,7 @@ def forward_rows(
     mix,  # [H, H]
     bias, norm_weight, norm_bias,  # [H]
     grams,  # [B, programs, T, T]
-    rows, keys, padded_keys, tiles, gram_stride,
+    rows, keys, padded_keys, tiles, programs, gram_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_OUT: tl.constexpr, NEEDS_GRAM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -201,7 +201,8 @@ def forward_rows(
     the place of z; and of A - 1/M the Gram matrices."""
     HAS_PRE: tl.constexpr = pre_mix is not None
     LAYER: tl.constexpr = norm_weight is not None
-    image, program = tl.program_id(0), tl.program_id(1)
+    # one axis: the others of a grid end at 65535
+    image, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     head, share, used, together = tile_rows(H, SHARE, T)
     z += image.to(tl.int64) * (H * rows) * padded_keys
     mean = (tl.full((), 1.0, ACC) / keys).to(ACC)
@@ -329,7 +330,7 @@ def maps_gradient(
 
 # Where the coupling of a chunk's first image starts depends on the chunk, and helps no load.
 @triton.jit(
-    do_not_specialize=["rows", "keys", "tiles", "coupling_stride"],
+    do_not_specialize=["rows", "keys", "tiles", "programs", "coupling_stride"],
     do_not_specialize_on_alignment=["coupling"],
 )
 def backward_rows(
@@ -342,7 +343,7 @@ def backward_rows(
     bias, norm_weight, norm_bias,  # [H]
     matrix_sums,  # [B, programs, 2, T, T]: dmix from centred maps, dpre_mix
     vector_sums,  # [B, programs, 3, T]: dbias, dnorm_weight, dnorm_bias
-    rows, keys, padded_keys, tiles, coupling_stride, matrix_stride, vector_stride,
+    rows, keys, padded_keys, tiles, programs, coupling_stride, matrix_stride, vector_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
     NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr, STORES_DM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -359,7 +360,8 @@ def backward_rows(
     HAS_PRE: tl.constexpr = pre_mix is not None
     LAYER: tl.constexpr = norm_weight is not None
     NEEDS_MAPS: tl.constexpr = NEEDS_DZ or NEEDS_DPRE
-    image, program = tl.program_id(0), tl.program_id(1)
+    # one axis: the others of a grid end at 65535
+    image, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     head, share, used, together = tile_rows(H, SHARE, T)
     image_offset = image.to(tl.int64) * (H * rows) * padded_keys
     mean = (tl.full((), 1.0, ACC) / keys).to(ACC)

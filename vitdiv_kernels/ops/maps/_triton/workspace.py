@@ -170,7 +170,7 @@ class _Rows:
         return sums[chunk.first : chunk.last, self.programs(self.rows) * (chunk.top // self.rows) :]
 
     def grid(self, chunk):
-        return chunk.last - chunk.first, self.programs(chunk.bottom - chunk.top)
+        return ((chunk.last - chunk.first) * self.programs(chunk.bottom - chunk.top),)
 
     def matrix(self, sums):
         """[..., T, T] -> [..., H, H]: the sum of the diagonal blocks, one per query row of a tile."""
@@ -210,8 +210,8 @@ def forward(
                 continue
             launch(
                 forward_rows, rows.grid(chunk), z, pre_mix, pre_bias, mix, bias, norm_weight, norm_bias,
-                gram_part, z.shape[2], keys, z.shape[3], rows.tiles, gram_part.stride(0), **does,
-                **rows.options,
+                gram_part, z.shape[2], keys, z.shape[3], rows.tiles, rows.programs(z.shape[2]),
+                gram_part.stride(0), **does, **rows.options,
             )  # fmt: skip
         if needs_out:
             maps_by_rows(_rows_of(out, chunk), z, _images_of(v, chunk))
@@ -297,8 +297,9 @@ def backward(
                 backward_rows, rows.grid(chunk), z, dy if sums or of_pre_mix or of_products else None,
                 coupling if shared_coupling else coupling[chunk.first : chunk.last],
                 pre_mix, pre_bias, mix, bias, *norm, matrix_part, vector_part, z.shape[2],
-                keys, z.shape[3], rows.tiles, 0 if shared_coupling else heads * heads, matrix_part.stride(0),
-                vector_part.stride(0), **does, **rows.options,
+                keys, z.shape[3], rows.tiles, rows.programs(z.shape[2]),
+                0 if shared_coupling else heads * heads, matrix_part.stride(0), vector_part.stride(0),
+                **does, **rows.options,
             )  # fmt: skip
         if needs_dv:
             dv_of.add(chunk, z, _rows_of(dout, chunk))

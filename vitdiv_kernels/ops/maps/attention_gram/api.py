@@ -23,8 +23,8 @@ def attention_gram(
 
     Args:
         q: queries, [B, H, N, d]; k: keys, [B, H, M, d]. float16, bfloat16, float32 or float64; any strides.
-            native reads them in place when the last one is 1 (views into a packed qkv projection); triton
-            where, besides, 16 divides d and the other strides, and else copies them.
+            triton reads them all in place, native those whose last one is 1 (views into a packed qkv
+            projection).
         scale: the factor of the logits; None is d^-1/2.
         centered: leave out the part N/M of the row means.
         backend: "auto", "reference", "native" or "triton". An explicit choice never falls back.

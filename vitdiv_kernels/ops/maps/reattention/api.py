@@ -69,9 +69,8 @@ def reattention(
 
     Args:
         q, k, v: [B, H, N, d], [B, H, M, d], [B, H, M, d]. float16, bfloat16, float32 or float64, one dtype
-            and device; any strides. native reads them in place when the last one is 1 (views into a packed
-            qkv projection), triton only some layouts: it copies others whole or a chunk at a time, as
-            docs/kernels/reattention.md says. native takes at most 256 heads on CPUs, 32 on GPUs; triton 32.
+            and device; any strides. triton reads them all in place, native those whose last one is 1 (views
+            into a packed qkv projection). native takes at most 256 heads on CPUs, 32 on GPUs; triton 32.
         mix: [H, H], row = output head, column = input head (the orientation of Linear and Conv2d weights).
         mix_bias: [H].
         pre_mix, pre_bias: [H, H] and [H], the mix of the logits; pre_bias needs pre_mix.
