@@ -175,8 +175,7 @@ struct Shared {
   uint32_t offset = 0;
   int n = 0;
   uint32_t address(int i, int bytes, Place place) const {
-    if (i < 0 || i * int(sizeof(T)) + bytes > n * int(sizeof(T)))
-      emulation::out_of_range(i, n, place);
+    if (i < 0 || i * int(sizeof(T)) + bytes > n * int(sizeof(T))) emulation::out_of_range(i, n, place);
     return offset + i * sizeof(T);
   }
   template <class V = T>
