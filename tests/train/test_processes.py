@@ -200,9 +200,11 @@ def test_processes_that_do_not_fit_say_so_and_touch_nothing(options, of_rank, se
 def test_wrong_arguments_are_told_once(rank, times, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as ended:
-        main(["--lr", "fast"])
+        main(["--workers", "many"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.count("--lr: must be a number at least 0, got 'fast'") == times
+    assert capsys.readouterr().err.count("--workers: must be a whole number at least 0, got 'many'") == times
+    assert main(["--lr", "fast"]) == 2  # a key of the recipe
+    assert capsys.readouterr().err.count("--lr fast: lr must be a number of at least 0, got 'fast'") == times
 
 
 def folder_of_images(root, odd):

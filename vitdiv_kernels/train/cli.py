@@ -112,11 +112,15 @@ def build(args: argparse.Namespace, processes: Processes) -> Trainer:
         recipe = recipe_options.chosen(args)
         usable(device)
         if recipe.data is None:
-            raise TrainError(f"the recipe {args.recipe} has no data: give --data imagefolder:PATH or digits")
+            raise TrainError(
+                f"the recipe {args.recipe} has no data: give --data imagefolder:PATH or digits",
+                told_by_main=True,
+            )
         try:
             config = models.chosen(recipe)
         except TrainError as error:
-            raise TrainError(f"{recipe_options.said_by(args, str(error))}: {error}") from None
+            told = f"{recipe_options.said_by(args, str(error))}: {error}"
+            raise TrainError(told, told_by_main=True) from None
         data = task.load(recipe.data, config, recipe, dense)
         torch.manual_seed(recipe.seed)
         model = task.make(replace(config, classes=len(data.classes)), dense)

@@ -92,7 +92,7 @@ def chosen(args: argparse.Namespace) -> Recipe:
     try:
         return changed(recipes.load(args.recipe), changes(args))
     except ValueError as error:
-        raise TrainError(str(error)) from None
+        raise TrainError(str(error), told_by_main=True) from None
 
 
 def changes(args: argparse.Namespace) -> list[Change]:
