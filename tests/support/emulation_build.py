@@ -22,7 +22,8 @@ def compiler():
 def build(*sources, defines=(), shared=True, libraries=(), includes=(), headers=()):
     """Compile sources with the emulation to a library or a program, once for each state of the sources.
 
-    With `libraries` the emulation is in one of them. `headers` are included before each source.
+    Of what has changed only the files whose preprocessed text has are compiled again. With `libraries` the
+    emulation is in one of them. `headers` are included before each source.
     """
     # Plain -O2: g++ 12 at -O3 stores vectors to stack arrays that it has not aligned.
     options = [
@@ -47,27 +48,41 @@ def build(*sources, defines=(), shared=True, libraries=(), includes=(), headers=
     folder, name = ROOT / "build/emulation", sources[0].stem
     target = folder / f"{name}-{state.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as objects:
+    with (folder / f"{name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unfinished:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
         if not target.exists():
             for earlier in folder.glob(f"{name}-*"):
                 earlier.unlink()
-            places = [f"{objects}/{source.stem}.o" for source in sources]
-            commands = [
-                [*options, "-c", "-x", "c++", source, "-o", place]
-                for source, place in zip(sources, places, strict=True)
-            ]
             with ThreadPool(os.cpu_count()) as pool:
-                pool.map(compile_cleanly, commands)
-            compile_cleanly([*options, *places, *libraries, "-o", f"{objects}/{name}"])
-            os.replace(f"{objects}/{name}", target)
+                places = pool.starmap(
+                    compiled, [(source, options, folder / "objects" / name) for source in sources]
+                )
+            compile_cleanly([*options, *places, *libraries, "-o", f"{unfinished}/{name}"])
+            os.replace(f"{unfinished}/{name}", target)
+    return target
+
+
+def compiled(source, options, folder):
+    """The object file of a source, made once for each of its preprocessed texts."""
+    text = compile_cleanly([*options, "-E", "-x", "c++", source])
+    key = hashlib.sha256(" ".join(map(str, [compiler(), *options, text])).encode()).hexdigest()[:16]
+    target = folder / f"{source.stem}-{key}.o"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        for earlier in folder.glob(f"{source.stem}-*.o"):
+            earlier.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            compile_cleanly([*options, "-c", "-x", "c++", source, "-o", f"{unfinished}/object"])
+            os.replace(f"{unfinished}/object", target)
     return target
 
 
 def compile_cleanly(arguments):
+    """What the compiler prints to standard output; its errors and warnings are raised."""
     run = subprocess.run([compiler(), *map(str, arguments)], capture_output=True, text=True)
     if run.returncode != 0 or "warning" in run.stderr:
         raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
+    return run.stdout
 
 
 @functools.cache
