@@ -39,6 +39,20 @@ void emulation_take_counts(uint64_t* counts) {
   std::memcpy(counts, &emulation::counts, sizeof(emulation::Counts));
   emulation::counts = {};
 }
+void emulation_record(int on) {
+  emulation::recording = on != 0;
+  if (on) emulation::launches.clear();
+}
+// Of recorded launch i, or null: the kernel, then into numbers blocks, threads, bytes of shared memory and of
+// arguments, and into arguments where those are.
+const void* emulation_launch(int i, int64_t* numbers, const void** arguments) {
+  if (i >= int(emulation::launches.size())) return nullptr;
+  const emulation::Launch& launch = emulation::launches[i];
+  numbers[0] = launch.blocks, numbers[1] = launch.threads, numbers[2] = launch.shared_bytes;
+  numbers[3] = launch.arguments.size();
+  *arguments = launch.arguments.data();
+  return launch.kernel;
+}
 
 int64_t pairwise_cosine_saved_words(const vitdiv::CosineForward* args) {
   return vitdiv::cuda::pairwise_cosine_saved_words(*args);
