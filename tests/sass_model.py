@@ -5,9 +5,10 @@
     python tests/sass_model.py attention_gram --code build/a.cubin build/b.cubin
 
 The operators' host code plans and launches as on a GPU; a launch is noted down instead of run. For each, the
-warps of a block in the middle of the grid are followed through the machine code (support/sass_trace.py), and as
-many blocks as fit a multiprocessor are timed together (support/sass_clock.py). Clocks are of a multiprocessor,
-for each pair (i, j) of a query and a key, all heads; the last, partly filled round of blocks is not counted.
+warps of a block in the middle of the grid are followed through the machine code (support/sass_trace.py), and
+as many blocks as fit a multiprocessor are timed together (support/sass_clock.py). Clocks are those of a
+multiprocessor, for each pair (i, j) of a query and a key, all heads. That the last round of blocks may fill
+only part of the GPU is not counted.
 """
 
 import argparse

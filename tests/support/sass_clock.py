@@ -1,11 +1,11 @@
 """Clocks that a multiprocessor takes for warps whose ways through the machine code are known (sass_trace.py).
 
-Each of four schedulers issues at most one instruction a clock, of a warp whose control codes allow it: the stall
-count of its last instruction is over, and the scoreboards that it waits for are clear. Beyond that an instruction
-waits for its pipe. Memory answers after a fixed time, and gives no more than so many bytes a clock.
+Each of four schedulers issues at most one instruction a clock, of a warp whose control codes allow it: the
+stall count of its last instruction is over, and the scoreboards that it waits for are clear. Beyond that an
+instruction waits for its pipe. Memory answers after a fixed time, and gives no more than so many bytes a clock.
 
-No GPU has calibrated it. What it leaves out: caches of instructions and constants, banks of registers, conflicts
-of shared memory's banks, sectors that are moved for fewer bytes, and what the clock does under load.
+No GPU has calibrated it. What it leaves out: caches of instructions and constants, banks of registers,
+conflicts of shared memory's banks, sectors that are moved for fewer bytes.
 """
 
 import heapq
@@ -19,13 +19,13 @@ TAKEN_BRANCH = 4  # clocks until the next instruction is there
 BARRIER = 20  # clocks from the last warp's coming to the first one's going on
 FIXED = 4  # clocks of arithmetic whose end the stall counts know
 
-# Clocks until a result is there: Luo et al. 2024 (arXiv:2402.13499, tables of Hopper) for shared memory, L2 and
-# products; Abdelkhalik et al. 2022 (arXiv:2208.11174) for special functions; others as between these.
+# Clocks until a result is there: Luo et al. 2024 (arXiv:2402.13499, tables of Hopper) for shared memory, L2
+# and products; Abdelkhalik et al. 2022 (arXiv:2208.11174) for special functions; others as between these.
 LATENCY = {
-    "LDS": 29, "LDSM": 33, "STS": 19, "SHFL": 25, "LDC": 36, "LDCU": 36, "ULDC": 12, "LDG": 262, "LDGSTS": 270,
-    "STG": 20, "LDL": 40, "HMMA": 33, "DMMA": 40, "MUFU": 24, "I2F": 24, "F2I": 24, "F2F": 24, "FLO": 20,
-    "POPC": 20, "S2R": 28, "S2UR": 28, "R2UR": 12, "VOTE": 12, "IMMA": 33, "DADD": 16, "DMUL": 16, "DFMA": 16,
-    "DSETP": 16,
+    "LDS": 29, "LDSM": 33, "STS": 19, "SHFL": 25, "LDC": 36, "LDCU": 36, "ULDC": 12, "LDG": 262,
+    "LDGSTS": 270, "STG": 20, "LDL": 40, "HMMA": 33, "DMMA": 40, "MUFU": 24, "I2F": 24, "F2I": 24, "F2F": 24,
+    "FLO": 20, "POPC": 20, "S2R": 28, "S2UR": 28, "R2UR": 12, "VOTE": 12, "IMMA": 33, "DADD": 16, "DMUL": 16,
+    "DFMA": 16, "DSETP": 16,
 }  # fmt: skip
 
 

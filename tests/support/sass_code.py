@@ -1,4 +1,4 @@
-"""The machine code of CUDA kernels: instructions, what they read and write, and which of them branches need."""
+"""The machine code of CUDA kernels: instructions, what they read and write, which of them branches need."""
 
 import re
 import subprocess

@@ -1,8 +1,8 @@
-"""Which way a block's warps take through the machine code of a kernel: it is carried out, with the arguments of
-a launch, as far as branches depend on it.
+"""Which way a block's warps take through the machine code of a kernel: it is carried out, with the arguments
+of a launch, as far as branches depend on it.
 
-What no branch depends on is not computed, memory reads as zeros, and comparisons of floats are false: branches
-of the kernels depend on arguments, block and thread alone.
+What no branch depends on is not computed, memory reads as zeros, and comparisons of floats are false: the
+branches of the kernels depend on arguments, block and thread alone.
 """
 
 import re
