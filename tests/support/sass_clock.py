@@ -2,7 +2,7 @@
 
 Each of four schedulers issues at most one instruction a clock, of a warp whose control codes allow it: the
 stall count of its last instruction is over, and the scoreboards that it waits for are clear. Beyond that an
-instruction waits for its pipe. Memory answers after a fixed time, and gives no more than so many bytes a clock.
+instruction waits for its pipe. Memory answers after a fixed time, and gives so many bytes a clock at most.
 
 No GPU has calibrated it. What it leaves out: caches of instructions and constants, banks of registers,
 conflicts of shared memory's banks, sectors that are moved for fewer bytes.

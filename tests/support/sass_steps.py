@@ -378,7 +378,8 @@ def zeros(one):
 
 STEPS = {
     "ISETP": compare, "PLOP3": predicates, "LOP3": logic, "IADD3": add, "IMAD": multiply_add,
-    "LEA": shift_add, "SHF": shift, "S2R": special, "S2UR": special, "LDC": constant, "LDCU": constant, "FADD": float32,
+    "LEA": shift_add, "SHF": shift, "S2R": special, "S2UR": special, "LDC": constant,
+    "LDCU": constant, "FADD": float32,
     "FMUL": float32, "FFMA": float32, "MUFU": float32, "I2F": to_float, "I2FP": to_float, "F2I": to_integer,
     "IMNMX": smaller_or_larger, "VIMNMX": smaller_or_larger, "VIADDMNMX": smaller_or_larger,
     "PRMT": permute, "SEL": select, "MOV": simple(lambda x, *_: x), "R2UR": simple(lambda x: x),
