@@ -12,8 +12,6 @@ only part of the GPU is not counted.
 """
 
 import argparse
-import ctypes
-import functools
 import re
 import subprocess
 import sys
@@ -25,13 +23,11 @@ from typing import NamedTuple
 sys.path += [str(Path(__file__).parent), str(Path(__file__).with_name("support"))]
 
 import cubin
-import elf
 import sass_clock
 import sass_code
 import sass_trace
 import torch
-from emulated_operators import operators
-from emulation_build import kernels
+from emulated_operators import emulator
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {
@@ -40,7 +36,6 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 
 
 class Launch(NamedTuple):
@@ -80,36 +75,10 @@ def plain_name(name):
     return name[found.end() : found.end() + int(found[1])] if found else name
 
 
-@functools.cache
-def _emulation():
-    """(the emulated kernels, their functions' names by address)"""
-    library = ctypes.CDLL(str(kernels()))
-    library.emulation_launch.restype = ctypes.c_void_p
-    binary = kernels().read_bytes()
-    entries, strings = elf.entries(binary, ".symtab", "<IBBHQQ")
-    names = {
-        value: elf.text(binary, strings + name) for name, kind, _, _, value, _ in entries if kind & 15 == 2
-    }
-    known = next(value for value, name in names.items() if name == "emulation_record")
-    base = ctypes.cast(library.emulation_record, ctypes.c_void_p).value - known
-    return library, {base + value: without_namespace(name) for value, name in names.items()}
-
-
 def recorded(call, capability):
-    """The launches of a call of the package's operators over emulated kernels; none of them runs."""
-    operators()
-    library, names = _emulation()
-    library.emulation_configure(0, 0, ctypes.c_int64(SHARED_LIMIT[capability]), 0)
-    library.emulation_record(1)
-    try:
-        call()
-    finally:
-        library.emulation_record(0)
-    found, numbers, arguments = [], (ctypes.c_int64 * 4)(), ctypes.c_void_p()
-    while kernel := library.emulation_launch(len(found), numbers, ctypes.byref(arguments)):
-        blocks, threads, shared, size = numbers
-        found.append(Launch(names[kernel], blocks, threads, shared, ctypes.string_at(arguments.value, size)))
-    return found
+    """The launches of a call of the package's operators over emulated kernels."""
+    with emulator().configure(architecture=capability):
+        return [Launch(without_namespace(name), *others) for name, *others in emulator().recorded(call)]
 
 
 def codes(files, capability):
@@ -185,7 +154,7 @@ _BY_WIDTH = "LDS", "STS", "LDSM", "LDG", "STG", "LDGSTS", "LDC"
 
 def reattention(images, heads, tokens, width, dtype, mode="none"):
     """(name, call) of each direction."""
-    call = operators()
+    call = emulator()
     q, k, v, dout = torch.empty(4, images, heads, tokens, width, dtype=dtype)
     numbers = torch.float64 if dtype == torch.float64 else torch.float32
     mix = torch.randn(heads, heads, dtype=numbers)
@@ -193,20 +162,20 @@ def reattention(images, heads, tokens, width, dtype, mode="none"):
     norm = (torch.ones(heads, dtype=numbers),) * 2 if mode == "layer" else (None, None)
     shared = (q, k, v, width**-0.5, pre, None, mix, None, False, *norm, 1e-5)
     needs = [True] * 3 + [mode == "pre_mix", True, mode == "layer"]
-    yield "forward", lambda: call["reattention_fwd"](*shared, True, False)
-    yield "backward", lambda: call["reattention_bwd"](dout, None, *shared, needs)
+    yield "forward", lambda: call.reattention_fwd(*shared, True, False)
+    yield "backward", lambda: call.reattention_bwd(dout, None, *shared, needs)
 
 
 def attention_gram(images, heads, tokens, width, dtype, mode="none"):
-    call = operators()
+    call = emulator()
     q, k = torch.empty(2, images, heads, tokens, width, dtype=dtype)
     coupling = torch.zeros(
         images, heads, heads, dtype=torch.float64 if dtype == torch.float64 else torch.float32
     )
-    yield "forward", lambda: call["attention_gram_fwd"](q, k, width**-0.5, None, None, 0.0)
+    yield "forward", lambda: call.attention_gram_fwd(q, k, width**-0.5, None, None, 0.0)
     yield (
         "backward",
-        lambda: call["attention_gram_bwd"](coupling, q, k, width**-0.5, None, None, 0.0, [True] * 4),
+        lambda: call.attention_gram_bwd(coupling, q, k, width**-0.5, None, None, 0.0, [True] * 4),
     )
 
 
