@@ -1,7 +1,7 @@
 """Clocks of the CUDA kernels, predicted from their machine code. Needs no GPU.
 
     python tests/sass_model.py reattention
-    python tests/sass_model.py reattention --heads 12 --width 32 --hot 10
+    python tests/sass_model.py reattention 12x197x32 --hot 10
     python tests/sass_model.py attention_gram --code build/a.cubin build/b.cubin
 
 The operators' host code plans and launches as on a GPU; a launch is noted down instead of run. For each, the
@@ -29,7 +29,9 @@ import sass_trace
 import torch
 from emulated_operators import emulator
 
-ROOT = Path(__file__).resolve().parents[1]
+from vitdiv_kernels import _native
+from vitdiv_kernels._layout import accumulation_dtype
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -152,34 +154,78 @@ class Model:
 _BY_WIDTH = "LDS", "STS", "LDSM", "LDG", "STG", "LDGSTS", "LDC"
 
 
-def reattention(images, heads, tokens, width, dtype, mode="none"):
-    """(name, call) of each direction."""
-    call = emulator()
+def reattention(images, shape, dtype, mode):
+    """(direction, call) for a shape H x N x d."""
+    call, (heads, tokens, width) = emulator(), shape
     q, k, v, dout = torch.empty(4, images, heads, tokens, width, dtype=dtype)
-    numbers = torch.float64 if dtype == torch.float64 else torch.float32
-    mix = torch.randn(heads, heads, dtype=numbers)
-    pre = mix if mode == "pre_mix" else None
-    norm = (torch.ones(heads, dtype=numbers),) * 2 if mode == "layer" else (None, None)
-    shared = (q, k, v, width**-0.5, pre, None, mix, None, False, *norm, 1e-5)
+    mix = torch.zeros(heads, heads, dtype=accumulation_dtype(q))
+    norm = (mix[0], mix[0]) if mode == "layer" else (None, None)
+    shared = (q, k, v, width**-0.5, mix if mode == "pre_mix" else None, None, mix, None, False, *norm, 1e-5)
     needs = [True] * 3 + [mode == "pre_mix", True, mode == "layer"]
     yield "forward", lambda: call.reattention_fwd(*shared, True, False)
     yield "backward", lambda: call.reattention_bwd(dout, None, *shared, needs)
 
 
-def attention_gram(images, heads, tokens, width, dtype, mode="none"):
-    call = emulator()
+def attention_gram(images, shape, dtype, mode):
+    call, (heads, tokens, width) = emulator(), shape
     q, k = torch.empty(2, images, heads, tokens, width, dtype=dtype)
-    coupling = torch.zeros(
-        images, heads, heads, dtype=torch.float64 if dtype == torch.float64 else torch.float32
-    )
-    yield "forward", lambda: call.attention_gram_fwd(q, k, width**-0.5, None, None, 0.0)
-    yield (
-        "backward",
-        lambda: call.attention_gram_bwd(coupling, q, k, width**-0.5, None, None, 0.0, [True] * 4),
-    )
+    coupling = torch.zeros(images, heads, heads, dtype=accumulation_dtype(q))
+    yield "forward", lambda: call.attention_gram_fwd(q, k, width**-0.5)
+    yield "backward", lambda: call.attention_gram_bwd(coupling, q, k, width**-0.5)
 
 
-OPERATIONS = {"reattention": reattention, "attention_gram": attention_gram}
+def pairwise_cosine(images, shape, dtype, mode):
+    """For a shape N x D."""
+    call, x = emulator(), torch.empty(images, *shape, dtype=dtype)
+    penalty = "abs" if mode == "none" else mode
+    saved = call.pairwise_cosine_fwd(x, None, penalty)[1]
+    sums = torch.zeros(images, dtype=accumulation_dtype(x))
+    yield "forward", lambda: call.pairwise_cosine_fwd(x, None, penalty)
+    yield "backward", lambda: call.pairwise_cosine_bwd(sums, x, None, saved, penalty)
+
+
+def pairwise_rows(images, shape, dtype, mode):
+    call, x = emulator(), torch.empty(images, *shape, dtype=dtype)
+    rows, saved = call.pairwise_logsumexp_fwd(x, x, 10.0)
+    yield "forward", lambda: call.pairwise_logsumexp_fwd(x, x, 10.0)
+    yield "backward", lambda: call.pairwise_logsumexp_bwd(rows, x, x, saved, 10.0)
+    yield "nearest", lambda: call.pairwise_nearest(x, None)
+
+
+def two_gram(images, shape, dtype, mode):
+    call, (x, y) = emulator(), torch.empty(2, images, *shape, dtype=dtype)
+    sums, saved = call.two_gram_fwd(x, y, "square")
+    yield "forward", lambda: call.two_gram_fwd(x, y, "square")
+    yield "backward", lambda: call.two_gram_bwd(sums, x, y, saved, "square", needs_dx=True)
+
+
+MAPS, PAIRS = ("12x197x64", "6x197x64", "3x197x64", "12x197x32"), ("196x384", "196x768")
+OPERATIONS = {
+    "reattention": (reattention, MAPS),
+    "attention_gram": (attention_gram, MAPS),
+    "pairwise_cosine": (pairwise_cosine, PAIRS),
+    "pairwise_rows": (pairwise_rows, PAIRS),
+    "two_gram": (two_gram, PAIRS),
+}
+
+
+class Calls:
+    """The directions of an operation for a shape; what they share is made without running a kernel."""
+
+    def __init__(self, operation, images, shape, dtype=torch.bfloat16, mode="none", capability=90):
+        self.capability = capability
+        self.pairs = images * shape[-2] ** 2
+        with emulator().configure(architecture=capability):
+            found = []
+            emulator().recorded(lambda: found.extend(OPERATIONS[operation][0](images, shape, dtype, mode)))
+        self.calls = dict(found)
+
+    def launches(self, direction):
+        return recorded(self.calls[direction], self.capability)
+
+
+def clocks_a_pair(model, calls, direction):
+    return sum(model.predicted(launch).clocks for launch in calls.launches(direction)) / calls.pairs
 
 
 def main():
@@ -188,53 +234,45 @@ def main():
     )
     add = parser.add_argument
     add("operation", choices=OPERATIONS)
-    add("--heads", type=int, nargs="+", default=[12, 6, 3])
-    add("--tokens", type=int, default=197)
-    add("--width", type=int, default=64)
+    add(
+        "shapes",
+        nargs="*",
+        help="HxNxd of maps, NxD of vectors; default: those of the tables in docs/kernels",
+    )
     add("--images", type=int, default=16)
     add("--dtype", choices=DTYPES, default="bfloat16")
-    add("--mode", choices=("none", "layer", "pre_mix"), default="none")
-    add("--direction", choices=("forward", "backward"))
+    add("--mode", default="none", help="layer or pre_mix; of pairwise_cosine the penalty")
+    add("--direction", help="default: all")
     add("--capability", type=int, choices=sass_clock.GPUS, default=90)
-    add(
-        "--code",
-        nargs="+",
-        default=[ROOT / "vitdiv_kernels/libvitdiv.so"],
-        help="cubins, or the built library",
-    )
-    add("--hot", type=int, default=0, metavar="N", help="the instructions for which warps wait longest")
+    add("--code", nargs="+", default=[_native.OPERATORS], help="cubins; default: the built library")
+    add("--hot", type=int, default=0, metavar="N", help="show the instructions for which warps wait longest")
     args = parser.parse_args()
     model = Model(args.code, args.capability)
-    for heads in args.heads:
-        shape = args.images, heads, args.tokens, args.width
-        calls = OPERATIONS[args.operation](*shape, DTYPES[args.dtype], args.mode)
-        for direction, call in calls:
+    for text in args.shapes or OPERATIONS[args.operation][1]:
+        shape = tuple(map(int, text.split("x")))
+        calls = Calls(args.operation, args.images, shape, DTYPES[args.dtype], args.mode, args.capability)
+        for direction in calls.calls:
             if args.direction in (None, direction):
-                show(f"{direction}, {heads} heads", recorded(call, args.capability), model, args)
+                show(f"{direction} {text}", model, calls, direction, args.hot)
 
 
-def show(title, launches, model, args):
-    pairs = args.images * args.tokens**2
-    found = [(launch, model.predicted(launch)) for launch in launches]
-    print(
-        f"{title}: {sum(each.clocks for _, each in found) / pairs:.2f} clocks a pair, {len(found)} launches"
-    )
-    numbers = Counter(launch.name for launch in launches)
-    for launch, each in {launch.name: (launch, each) for launch, each in found}.values():
-        of_all = sum(other.clocks for one, other in found if one.name == launch.name) / each.clocks
-        busy = ", ".join(
-            f"{pipe} {clocks * of_all / pairs:.2f}"
-            for pipe, clocks in sorted(each.busy.items(), key=lambda x: -x[1])
-        )
-        widths = ", ".join(
-            f"{name} {count * of_all / pairs:.2f}"
-            for name, count in sorted(each.executed.items())
-            if "." in name
-        )
-        print(
-            f"  {launch.plain} x {numbers[launch.name]}: {each.clocks * of_all / pairs:.2f}; {busy}; {widths}"
-        )
-        for place, share in each.waits.most_common(args.hot):
+def show(title, model, calls, direction, hot):
+    by_name = {}
+    for launch in calls.launches(direction):
+        by_name.setdefault(launch.plain, []).append(model.predicted(launch))
+    total = sum(each.clocks for found in by_name.values() for each in found) / calls.pairs
+    print(f"{title}: {total:.2f} clocks a pair", flush=True)
+    for name, found in by_name.items():
+        clocks, busy, executed = sum(each.clocks for each in found), Counter(), Counter()
+        for each in found:
+            busy.update(each.busy)
+            executed.update({name: n for name, n in each.executed.items() if "." in name})
+        parts = [
+            ", ".join(f"{what} {n / calls.pairs:.2f}" for what, n in numbers)
+            for numbers in (busy.most_common(), sorted(executed.items()))
+        ]
+        print(f"  {clocks / calls.pairs:.2f} {name} x {len(found)}: {parts[0]}; instructions: {parts[1]}")
+        for place, share in found[0].waits.most_common(hot):
             print(f"    {share:.1%} {place}")
 
 

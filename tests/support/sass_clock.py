@@ -146,8 +146,10 @@ def clocks_of(code, blocks, gpu):
         end = max(end, now)
         slot["issue"] = now + 1
         busy["issue", i % SCHEDULERS] += 1
-        done = now + price.latency
-        if price.pipe:
+        done = (
+            now + price.latency if lanes else now
+        )  # what a guard keeps from all lanes takes its issue alone
+        if price.pipe and lanes:
             slot[price.pipe] = now + price.clocks
             busy[price.pipe, i % SCHEDULERS] += price.clocks
         if price.memory and lanes:
@@ -157,7 +159,7 @@ def clocks_of(code, blocks, gpu):
             memory[price.memory] = begun + took
             busy[price.memory, 0] += took
             done = begun + took + price.latency
-        if one.short == "LDGSTS":
+        if one.short == "LDGSTS" and lanes:
             copies[i][-1] = max(copies[i][-1], done)
             done = now + 20
         elif one.short == "LDGDEPBAR":
