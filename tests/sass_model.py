@@ -23,6 +23,7 @@ from typing import NamedTuple
 sys.path += [str(Path(__file__).parent), str(Path(__file__).with_name("support"))]
 
 import cubin
+import numpy as np
 import sass_clock
 import sass_code
 import sass_trace
@@ -118,7 +119,12 @@ class Model:
         return self.ready[name]
 
     def predicted(self, launch):
-        key = launch.name, launch.blocks, launch.threads, launch.shared
+        numbers = np.frombuffer(launch.arguments[: len(launch.arguments) // 8 * 8], np.uint64)
+        alike = (
+            np.where(numbers < 1 << 40, numbers, 0).tobytes(),
+            launch.arguments[numbers.nbytes :],
+        )  # no pointers
+        key = launch.name, launch.blocks, launch.threads, launch.shared, alike
         if key not in self.known:
             self.known[key] = self._predicted(launch)
         return self.known[key]
@@ -188,7 +194,7 @@ def pairwise_rows(images, shape, dtype, mode):
     call, x = emulator(), torch.empty(images, *shape, dtype=dtype)
     rows, saved = call.pairwise_logsumexp_fwd(x, x, 10.0)
     yield "forward", lambda: call.pairwise_logsumexp_fwd(x, x, 10.0)
-    yield "backward", lambda: call.pairwise_logsumexp_bwd(rows, x, x, saved, 10.0)
+    yield "backward", lambda: call.pairwise_logsumexp_bwd(rows, rows, x, x, saved, 10.0)
     yield "nearest", lambda: call.pairwise_nearest(x, None)
 
 
