@@ -202,7 +202,7 @@ DEVICE void power_and_rest(double x, double& power, double& rest) {
 template <class A>
 DEVICE bool is_far(A norm) {
   constexpr A bound = sizeof(A) == 8 ? A(0x1p340) : A(0x1p42);
-  return !(norm < bound && norm > 1 / bound);
+  return norm >= bound || norm <= 1 / bound || norm != norm;
 }
 
 // Whether a tile has vectors so long or so short that products of raw vectors would leave the range. Then all

@@ -3,6 +3,7 @@
 // The slopes of abs and relu are made from the forward's signs in the registers of the product; those of
 // square are the similarities, made again. What the normalisation takes out of the gradient of abs and relu
 // is known from the forward's sums of penalties.
+#include "pair_weights.cuh"
 #include "pairwise_cosine_bwd.cuh"
 
 namespace vitdiv::cuda {
@@ -58,21 +59,29 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (sizeof(T) == 2 ? 2 : 1)) gradient
 template <class A>
 struct SquareWeights {
   static constexpr int kGrams = 1;
-  static constexpr bool kNarrow = false;
   struct Side {};
-  Global<const A> dsums;
-  A twice;
   bool without_itself;
   DEVICE void begin(int64_t) {}
   DEVICE Side row(int64_t) const { return {}; }
   DEVICE Side column(int64_t) const { return {}; }
   DEVICE A weight(Side, Side, A s, A, bool itself) const { return without_itself && itself ? A(0) : s; }
-  DEVICE A factor(int64_t item) const { return twice * dsums.ld(item); }
+};
+
+// Places in scratch, in bytes, of square.
+struct Places : Pieces {
+  WeightsPlan plans[2];  // of dx and of dy
+  int64_t weights, along;
+  explicit Places(const CosineArgs& args)
+      : Pieces(args.x.dtype),
+        plans{{kName, args.x.dtype, args.L, args.N, args.M}, {kName, args.x.dtype, args.L, args.M, args.N}} {
+    weights = take(std::max(plans[0].weights(), plans[1].weights()));
+    along = take(std::max(plans[0].along(), plans[1].along()));
+  }
 };
 
 // Of set s against the other, or of x against itself.
 template <class T>
-void gradient(const CosineBackward& args, int s, const BatchView& dx, void* stream) {
+void gradient(const CosineBackward& args, int s, const BatchView& dx, void* scratch, void* stream) {
   using A = Acc<T>;
   if (!dx.data) return;
   const bool within = !args.y.data;
@@ -84,19 +93,26 @@ void gradient(const CosineBackward& args, int s, const BatchView& dx, void* stre
     a.y = set_of<T>(args, 1 - s);
     a.x_inverse_norms = numbers(saved.inverse_norms[s]);
     a.y_inverse_norms = numbers(saved.inverse_norms[1 - s]);
-    a.inverse_eps = static_cast<A>(inverse_of(args.eps));
   };
+  const A inverse_eps = static_cast<A>(inverse_of(args.eps));
   const Global<const A> dsums{static_cast<const A*>(args.dsums)};
   if (args.penalty == Penalty::kSquare) {
-    WeightedKernel<T, SquareWeights<A>> a{};
+    const Places at(args);
+    WeightsKernel<T, SquareWeights<A>> a{};
+    WeightedProduct<T> out{};
     fill(a);
     a.within = within;
-    a.weights = {dsums, A(within ? 4 : 2), within && !args.include_self};
-    launch_weighted(kName, a, name, dx, args.L, stream);
+    a.weights = {within && !args.include_self};
+    out.inverse_eps = inverse_eps;
+    out.factor = A(within ? 4 : 2);
+    out.dsums = dsums;
+    launch_weighted(kName, a, out, name, dx, args.L, at.plans[s], place_in<T>(scratch, at.weights),
+                    place_in<A>(scratch, at.along), stream);
     return;
   }
   SignedGradient<T> a{};
   fill(a);
+  a.inverse_eps = inverse_eps;
   a.x_sums = numbers(saved.sums[s]);
   a.dsums = dsums;
   a.signs = {in_words<const uint32_t>(args.saved, saved.signs)};
@@ -111,15 +127,17 @@ void gradient(const CosineBackward& args, int s, const BatchView& dx, void* stre
 
 }  // namespace
 
-int64_t pairwise_cosine_bwd_scratch(const CosineBackward&) { return 0; }
+int64_t pairwise_cosine_bwd_scratch(const CosineBackward& args) {
+  return args.penalty == Penalty::kSquare && args.L > 0 ? Places(args).size : 0;
+}
 
-void pairwise_cosine_bwd(const CosineBackward& args, void*, void* stream) {
+void pairwise_cosine_bwd(const CosineBackward& args, void* scratch, void* stream) {
   if (args.L == 0) return;
   if (args.penalty == Penalty::kSigned) return signed_backward(args, stream);
   with_type(args.x.dtype, [&](auto number) {
     using T = decltype(number);
-    gradient<T>(args, 0, args.dx, stream);
-    gradient<T>(args, 1, args.dy, stream);
+    gradient<T>(args, 0, args.dx, scratch, stream);
+    gradient<T>(args, 1, args.dy, scratch, stream);
   });
 }
 

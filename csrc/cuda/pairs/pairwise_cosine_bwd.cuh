@@ -18,12 +18,9 @@ struct SignedGradient : Gradient<T> {
   Acc<T> factor;
 };
 
-// Signs cost next to nothing to read, so that a tall tile, whose unit vectors each block reads once for more
-// rows, is the cheaper one.
 template <class T>
-struct SignLayout : GradientLayout<T, CosineTile<T>::kThreads, 32 * CosineTile<T>::kGroups> {
-  using Gradient = GradientLayout<T, CosineTile<T>::kThreads, 32 * CosineTile<T>::kGroups>;
-  static constexpr int kMemory = std::max(2 * Gradient::kUnit, Gradient::kAllTurned);
+struct SignLayout : TallLayout<T> {
+  static constexpr int kMemory = std::max(2 * TallLayout<T>::kUnit, TallLayout<T>::kAllTurned);
 };
 
 // A square of 32 x 32 bits, a row in each lane, is turned: lane i's bit j becomes lane j's bit i.

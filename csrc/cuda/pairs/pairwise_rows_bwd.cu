@@ -1,6 +1,6 @@
 // Backward of the log-sum-exp of rows of cosines; the maths is in
 // vitdiv_kernels/ops/pairs/pairwise_rows/README.md.
-#include "pairwise_gradient.cuh"
+#include "pair_weights.cuh"
 #include "pairwise_rows.cuh"
 
 namespace vitdiv::cuda {
@@ -31,7 +31,6 @@ template <class T>
 struct SoftmaxWeights {
   using A = Acc<T>;
   static constexpr int kGrams = 1;
-  static constexpr bool kNarrow = sizeof(T) == 4;  // operands in two parts leave few registers
   struct Side {
     A slope, rows;
   };
@@ -53,16 +52,20 @@ struct SoftmaxWeights {
     if (of_column) sum += column.slope * fast_exp2((exponent - column.rows) * A(1.4426950408889634));
     return of_row && of_column && itself ? A(0) : sum;
   }
-  DEVICE A factor(int64_t) const { return scale / range; }
 };
 
 // Places in scratch, in bytes.
 struct Places : Pieces {
-  int64_t inverse_norms[2], ranges;
-  explicit Places(const RowsArgs& args) : Pieces(args.x.dtype) {
+  WeightsPlan plans[2];  // of dx and of dy
+  int64_t inverse_norms[2], ranges, weights, along;
+  explicit Places(const RowsArgs& args)
+      : Pieces(args.x.dtype),
+        plans{{kName, args.x.dtype, args.L, args.N, args.M}, {kName, args.x.dtype, args.L, args.M, args.N}} {
     inverse_norms[0] = inverse_norms[1] = take(args.L * args.N);
     if (args.y.data) inverse_norms[1] = take(args.L * args.M);
     ranges = take(args.x.dtype == ScalarType::kHalf ? args.L : 0);
+    weights = take(std::max(plans[0].weights(), plans[1].weights()));
+    along = take(std::max(plans[0].along(), plans[1].along()));
   }
 };
 
@@ -87,17 +90,21 @@ void backward(const LogSumExpBackward& args, void* scratch, void* stream) {
   for (int s = 0; s < 2; ++s) {
     const BatchView& dx = s ? args.dy : args.dx;
     if (!dx.data) continue;
-    WeightedKernel<T, SoftmaxWeights<T>> a{};
+    WeightsKernel<T, SoftmaxWeights<T>> a{};
+    WeightedProduct<T> out{};
     a.x = set_of<T>(sets, s);
     a.y = set_of<T>(sets, 1 - s);
     a.x_inverse_norms = {place(at.inverse_norms[s])};
     a.y_inverse_norms = {place(at.inverse_norms[1 - s])};
     a.within = within;
-    a.inverse_eps = static_cast<A>(inverse_of(args.eps));
+    out.inverse_eps = static_cast<A>(inverse_of(args.eps));
+    out.factor = weights.scale;
+    out.ranges = weights.ranges;
     a.weights = weights;
     a.weights.of_row = within || s == 0;
     a.weights.of_column = within || s == 1;
-    launch_weighted(kName, a, s ? "dy" : "dx", dx, args.L, stream);
+    launch_weighted(kName, a, out, s ? "dy" : "dx", dx, args.L, at.plans[s], place_in<T>(scratch, at.weights),
+                    place(at.along), stream);
   }
 }
 

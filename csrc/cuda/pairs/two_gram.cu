@@ -2,6 +2,7 @@
 //
 // A block makes one tile of both matrices and sums its penalties. Only the upper triangle is made, and counts
 // both ways. A tile's sum has a place of its own; they are added in order.
+#include "pair_products.cuh"
 #include "two_gram.cuh"
 
 namespace vitdiv::cuda {
@@ -10,12 +11,8 @@ namespace {
 constexpr const char* kName = "two_gram_fwd";
 
 template <class T>
-struct TwoGramKernel {
-  Vectors<T> x;                          // [items, N, D]
-  Vectors<T> y;                          // [items, N, D2]; D2 = 0: the second matrix is the identity
-  Global<const Acc<T>> x_inverse_norms;  // [items, N]
-  Global<const Acc<T>> y_inverse_norms;  // [items, N]
-  Global<Acc<T>> sums;                   // [items, tiles]
+struct TwoGramKernel : PairSets<T> {
+  Global<Acc<T>> sums;  // [items, tiles]
   int row_tiles;
   int tiles;   // of an item
   int stages;  // of the products' ring in shared memory
@@ -32,39 +29,20 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
   const int64_t item = block_x() / a.tiles;
   const int row0 = row_tile * Tile::kSize, column0 = column_tile * Tile::kSize;
   Carver carve;
-  const CosineProducts<T> products{carve.take<T>(a.stages * Tile::kStage), a.stages, Tile::kStage,
-                                   Tile::kSize};
+  const Shared<T> ring = carve.take<T>(a.stages * Tile::kStage);
+  PairProducts<T, 2> made{carve.take<A>(PairProducts<T, 2>::kNorms), {}, {}, {}};
   const Shared<double> memory = carve.take<double>(Tile::kThreads / 32);
   const auto part = CosinePart<T>::of_tile(row0, column0, n, n, true);
-  const bool identity = a.y.width == 0;
-  CosineSums<T> s, t;
-  Powers<T> powers{}, other_powers;
-  ROLLED_FOR (int gram = identity ? 0 : 1; gram >= 0; --gram) {
-    const Vectors<T> z = gram ? a.y : a.x;
-    UNROLLED_FOR (int i = 0; i < 32 * Tile::kGroups; ++i) {
-      A& sum = s[i / 32][i / 16 % 2][i / 8 % 2][i / 4 % 2][i % 4];
-      if (gram == 0) t[i / 32][i / 16 % 2][i / 8 % 2][i / 4 % 2][i % 4] = identity ? A(0) : sum;
-      sum = 0;
-    }
-    sync_block();  // the memory may still be in use
-    other_powers = powers;
-    const auto inverse_norm = [&](int set, int i) {
-      const int at = (set ? column0 : row0) + i;
-      return at < n ? (gram ? a.y_inverse_norms : a.x_inverse_norms).ld(item * n + at) : A(0);
-    };
-    powers = Powers<T>::of_tile(Tile::kSize, inverse_norm);
-    products.add(s, part, z, item * z.item, row0, z, item * z.item, column0, row_tile == column_tile, powers,
-                 inverse_norm, [](int) {});
-  }
+  const bool identity = a.z.width == 0;
+  made.make(a, {ring, a.stages, Tile::kStage, Tile::kSize}, part, item, row0, column0);
 
   const int row = row0 + part.row;
   A inverse_norm[2][2], other_inverse_norm[2][2], sum = 0;
   UNROLLED_FOR (int r = 0; r < 2; ++r)
     UNROLLED_FOR (int i = 0; i < 2; ++i) {
-      const int at = row + 16 * r + tile_row(2 * i);
-      inverse_norm[r][i] = at < n ? powers.left_of(a.x_inverse_norms.ld(item * n + at)) : A(0);
-      other_inverse_norm[r][i] =
-          at < n && !identity ? other_powers.left_of(a.y_inverse_norms.ld(item * n + at)) : A(0);
+      const int at = part.row + 16 * r + tile_row(2 * i);
+      inverse_norm[r][i] = made.inverse_norm(0, 0, at);
+      other_inverse_norm[r][i] = made.inverse_norm(1, 0, at);
     }
   UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
     if (g < part.first || g >= part.end) continue;
@@ -74,15 +52,14 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 2; ++e) {
           const int to = column + 16 * h + 8 * j + tile_col(e);
-          const A column_inverse_norm = to < n ? powers.left_of(a.x_inverse_norms.ld(item * n + to)) : A(0);
-          const A other_column_inverse_norm =
-              to < n && !identity ? other_powers.left_of(a.y_inverse_norms.ld(item * n + to)) : A(0);
+          const A column_inverse_norm = made.inverse_norm(0, 1, to - column0),
+                  other_column_inverse_norm = made.inverse_norm(1, 1, to - column0);
           UNROLLED_FOR (int r = 0; r < 2; ++r)
             UNROLLED_FOR (int i = 0; i < 2; ++i) {
               const int from = row + 16 * r + tile_row(2 * i);
-              const A x = s[g][h][r][j][2 * i + e] * (inverse_norm[r][i] * column_inverse_norm);
+              const A x = made.s[g][h][r][j][2 * i + e] * (inverse_norm[r][i] * column_inverse_norm);
               const A y = identity ? A(from == to)
-                                   : t[g][h][r][j][2 * i + e] *
+                                   : made.t[g][h][r][j][2 * i + e] *
                                          (other_inverse_norm[r][i] * other_column_inverse_norm);
               square_sum += from < n && to < n ? a.penalty.value(x, y) : A(0);
             }
@@ -116,19 +93,21 @@ void forward(const TwoGramForward& args, void* scratch, void* stream) {
   const int row_tiles = static_cast<int>(ceil_div(args.N, Tile::kSize)),
             tiles = row_tiles * (row_tiles + 1) / 2;
   A* const sums = tiles > 1 ? place(at.sums) : static_cast<A*>(args.sums);
-  const int64_t stage = Tile::kStage * int64_t(sizeof(T)), others = Tile::kThreads / 32 * sizeof(double);
-  const int stages = stages_of(kName, stage, others, 1);
-  const TwoGramKernel<T> a{gram_vectors<T>(args, 0),
-                           gram_vectors<T>(args, 1),
-                           {inverse_norms[0]},
-                           {inverse_norms[1]},
-                           {sums},
-                           row_tiles,
-                           tiles,
-                           stages,
-                           pair_penalty<A>(args)};
+  const int64_t stage = Tile::kStage * int64_t(sizeof(T)),
+                others = PairProducts<T, 2>::kNorms * sizeof(A) + Tile::kThreads / 32 * sizeof(double);
+  TwoGramKernel<T> a{};
+  a.x = a.y = gram_vectors<T>(args, 0);
+  a.z = gram_vectors<T>(args, 1);
+  a.x_inverse_norms = a.y_inverse_norms = {inverse_norms[0]};
+  a.z_inverse_norms = {inverse_norms[1]};
+  a.within = true;
+  a.sums = {sums};
+  a.row_tiles = row_tiles;
+  a.tiles = tiles;
+  a.stages = stages_of(kName, stage, others, 1);
+  a.penalty = pair_penalty<A>(args);
   gram_inverse_norms(kName, args, inverse_norms, stream);
-  launch(kName, two_gram_tile<T>, args.L * tiles, Tile::kThreads, stages * stage + others, stream, a);
+  launch(kName, two_gram_tile<T>, args.L * tiles, Tile::kThreads, a.stages * stage + others, stream, a);
   if (tiles > 1) launch_sum_parts(kName, sums, static_cast<A*>(args.sums), args.L, tiles, 1, stream);
 }
 

@@ -1,5 +1,5 @@
 // Backward of penalties on two Gram matrices; the maths is in vitdiv_kernels/ops/pairs/two_gram/README.md.
-#include "pairwise_gradient.cuh"
+#include "pair_weights.cuh"
 #include "two_gram.cuh"
 
 namespace vitdiv::cuda {
@@ -32,11 +32,9 @@ KERNEL LAUNCH_BOUNDS(kRangeThreads, 1)
 template <class A>
 struct PenaltyWeights {
   static constexpr int kGrams = 2;
-  static constexpr bool kNarrow = true;
   struct Side {};
   PairPenalty<A> penalty;
   bool of_y, identity;
-  Global<const A> dsums;
   Global<const A> ranges;  // of items, or null: `range` of all
   A range;
 
@@ -49,20 +47,24 @@ struct PenaltyWeights {
     if (identity) other = A(itself);
     return range * penalty.slope(of_y ? other : own, of_y ? own : other, of_y);
   }
-  DEVICE A factor(int64_t item) const { return 2 / range * dsums.ld(item); }
 };
 
 // Places in scratch, in bytes.
 struct Places : Pieces {
-  int64_t inverse_norms[2], norms[2], ranges;
+  WeightsPlan plan;
+  int64_t inverse_norms[2], norms[2], ranges, weights, along;
   bool finds_ranges;
   explicit Places(const TwoGramArgs& args)
-      : Pieces(args.x.dtype), finds_ranges(!args.normalise && args.x.dtype == ScalarType::kHalf) {
+      : Pieces(args.x.dtype),
+        plan(kName, args.x.dtype, args.L, args.N, args.N),
+        finds_ranges(!args.normalise && args.x.dtype == ScalarType::kHalf) {
     const int sets = args.y.data ? 2 : 1;
     inverse_norms[0] = inverse_norms[1] = take(args.L * args.N);
     if (args.y.data && args.normalise) inverse_norms[1] = take(args.L * args.N);
     for (int s = 0; s < 2; ++s) norms[s] = take(finds_ranges && s < sets ? args.L * args.N : 0);
     ranges = take(finds_ranges ? args.L : 0);
+    weights = take(plan.weights());
+    along = take(plan.along());
   }
 };
 
@@ -82,13 +84,14 @@ void backward(const TwoGramBackward& args, void* scratch, void* stream) {
   for (int s = 0; s < 2; ++s) {
     const BatchView& dx = s ? args.dy : args.dx;
     if (!dx.data) continue;
-    WeightedKernel<T, PenaltyWeights<A>> a{};
+    WeightsKernel<T, PenaltyWeights<A>> a{};
+    WeightedProduct<T> out{};
     a.weights.penalty = pair_penalty<A>(args);
     a.weights.of_y = s == 1;
     a.weights.identity = !args.y.data;
-    a.weights.dsums = {static_cast<const A*>(args.dsums)};
-    a.weights.range = half ? A(1024) : A(1);  // slopes of cosines are at most 4
-    if (at.finds_ranges) {                    // the slope of a product is the other's
+    // slopes of cosines are at most 4
+    a.weights.range = half && !at.finds_ranges ? A(1024) : A(1);
+    if (at.finds_ranges) {  // the slope of a product is the other's
       const auto norms = [&](int set, bool counts) {
         return Global<const A>{counts && (set == 0 || args.y.data) ? place(at.norms[set]) : nullptr};
       };
@@ -102,8 +105,12 @@ void backward(const TwoGramBackward& args, void* scratch, void* stream) {
     a.x_inverse_norms = a.y_inverse_norms = {inverse_norms[s]};
     a.z_inverse_norms = {inverse_norms[1 - s]};
     a.within = true;
-    a.inverse_eps = static_cast<A>(args.normalise ? inverse_of(args.eps) : 0);
-    launch_weighted(kName, a, s ? "dy" : "dx", dx, args.L, stream);
+    out.inverse_eps = static_cast<A>(args.normalise ? inverse_of(args.eps) : 0);
+    out.factor = 2 / a.weights.range;
+    out.dsums = {static_cast<const A*>(args.dsums)};
+    out.ranges = a.weights.ranges;
+    launch_weighted(kName, a, out, s ? "dy" : "dx", dx, args.L, at.plan, place_in<T>(scratch, at.weights),
+                    place(at.along), stream);
   }
 }
 
