@@ -180,3 +180,15 @@ def test_shared_memory_is_read_without_bank_conflicts(emulator):
         sums, saved = emulator.two_gram_fwd(x, y, "square")
         emulator.two_gram_bwd(sums, x, y, saved, "square", needs_dy=True)
     assert counts["ldmatrix_rounds"] == 4 * counts["ldmatrix"]  # four matrices each
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("L", "N", "rows"), [(3, 70, 140), (1, 300, 150)])
+def test_weights_in_parts(emulator, L, N, rows, dtype):
+    """Of some items at a time, and of some rows of one."""
+    padded = (N + 31) // 32 * 32
+    emulator.configure(workspace=rows * padded * dtype.itemsize)
+    x, y = draw((L,), N, 24, 8, dtype)
+    check(emulator, x, y, "relu_square")
+    if L == 1:
+        check(emulator, x, None, "square")

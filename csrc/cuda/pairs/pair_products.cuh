@@ -13,7 +13,6 @@ struct PairSets {
   Global<const Acc<T>> x_inverse_norms;  // [items, N]
   Global<const Acc<T>> y_inverse_norms;  // [items, M]
   Global<const Acc<T>> z_inverse_norms;  // [items, N]
-  bool within;                           // y is x
 };
 
 template <class T, int GRAMS>
@@ -30,8 +29,9 @@ struct PairProducts {
     return powers[gram].left_of(norms.ld((2 * gram + set) * Tile::kSize + i));
   }
 
+  // `same`: rows and columns are the same vectors.
   DEVICE void make(const PairSets<T>& a, const CosineProducts<T>& products, const CosinePart<T>& part,
-                   int64_t item, int row0, int column0) {
+                   int64_t item, int row0, int column0, bool same) {
     ROLLED_FOR (int e = thread_x(); e < kNorms; e += threads()) {
       const int gram = e / (2 * Tile::kSize), set = e / Tile::kSize % 2;
       const int at = (set ? column0 : row0) + e % Tile::kSize, count = set ? a.y.count : a.x.count;
@@ -57,8 +57,8 @@ struct PairProducts {
       if (!of_z) powers[0] = now;
       const Vectors<T> rows = of_z ? a.z : a.x, columns = of_z ? a.z : a.y;
       sync_block();  // the memory may still be in use
-      products.add(s, part, rows, item * rows.item, row0, columns, item * columns.item, column0,
-                   a.within && row0 == column0, now, number, [](int) {});
+      products.add(s, part, rows, item * rows.item, row0, columns, item * columns.item, column0, same, now,
+                   number, [](int) {});
     }
   }
 };

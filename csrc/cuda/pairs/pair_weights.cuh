@@ -47,6 +47,7 @@ struct WeightsPlan {
 //   weight(row, column, s, t, itself)
 template <class T, class Weights>
 struct WeightsKernel : PairSets<T> {
+  bool within;  // y is x
   WeightsOfPairs<T> to;
   int row_tiles;  // of this launch
   int tiles;      // of an item
@@ -85,7 +86,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (WeightsLayout<T, Weights>::kBlock
   const Shared<A> row_sums = carve.take<A>(2 * Tile::kSize),
                   column_sums = carve.take<A>(Tile::kDown * Tile::kSize);
   const auto part = CosinePart<T>::of_tile(row0, column0, n, m, triangle);
-  made.make(a, {memory, a.stages, Tile::kStage, Tile::kSize}, part, item, row0, column0);
+  made.make(a, {memory, a.stages, Tile::kStage, Tile::kSize}, part, item, row0, column0,
+            a.within && row0 == column0);
   sync_block();  // weights take the place of the ring
 
   Weights weights = a.weights;

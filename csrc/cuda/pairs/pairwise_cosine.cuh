@@ -30,8 +30,8 @@ struct CosineTile {
 };
 
 // A lane's part of a warp's products: [32 columns][16 columns][16 rows][8 columns][tile_row, tile_col]
-template <class T, int GROUPS = CosineTile<T>::kGroups>
-using CosineSums = Acc<T>[GROUPS][2][2][2][4];
+template <class T>
+using CosineSums = Acc<T>[CosineTile<T>::kGroups][2][2][2][4];
 
 // Vectors [items, count, width] in device memory; the last stride is 1.
 template <class T>
@@ -129,15 +129,13 @@ template <class T>
 struct CosinePart {
   int row, column, first, end;
 
-  // Of a tile of kSize rows by 64 GROUPS columns, by default a square. With `triangle` the groups that reach
-  // the diagonal or lie above it.
-  template <int GROUPS = CosineTile<T>::kGroups>
+  // Of a tile of kSize x kSize. With `triangle` the groups that reach the diagonal or lie above it.
   DEVICE static CosinePart of_tile(int row0, int column0, int rows, int columns, bool triangle) {
     using Tile = CosineTile<T>;
     const int warp = thread_x() >> 5;
-    const int row = 32 * (warp % Tile::kDown), column = 32 * GROUPS * (warp / Tile::kDown);
+    const int row = 32 * (warp % Tile::kDown), column = 32 * Tile::kGroups * (warp / Tile::kDown);
     const int below = (row0 + row - column0 - column) / 32, present = (columns - column0 - column + 31) / 32;
-    const int end = present < GROUPS ? present : GROUPS;
+    const int end = present < Tile::kGroups ? present : Tile::kGroups;
     return {row, column, triangle && below > 0 ? below : 0, row0 + row < rows ? end : 0};
   }
   // Of a column of warps, one under another.
@@ -251,24 +249,24 @@ DEVICE void for_each_step(int depth, Step step) {
 }
 
 // Products of raw vectors. Chunks of their width stream through a ring in shared memory.
-template <class T, int GROUPS = CosineTile<T>::kGroups>
+template <class T>
 struct CosineProducts {
   using Tile = CosineTile<T>;
-  using Sums = CosineSums<T, GROUPS>;
   Shared<T> memory;   // stages * stage
   int stages, stage;  // 2 or 3; elements of one
-  int most;           // rows of a tile, a multiple of 32; and its columns, if they are not fewer
+  int most;           // rows and columns of a tile, a multiple of 32
 
   // Vectors first ... of one item, as far as there are any, with zeros up to a multiple of 32.
   DEVICE void fetch(int to, const Vectors<T>& x, int64_t item, int first, int k0, int most) const {
     const int left = (x.count - first + 31) / 32 * 32, rows = left < most ? left : most;
     constexpr int pieces = Tile::kChunk / kPiece<T>;
     if (x.pieces) {
-      for (int p = thread_x(); p < rows * pieces; p += threads()) {
-        const int r = p / pieces, k = p % pieces * kPiece<T>;
-        copy16_async(memory, to + r * Tile::kStride + k, x.data, item + (first + r) * x.row + k0 + k,
-                     first + r < x.count && k0 + k < x.width);
-      }
+      const int down = thread_x() / pieces, k = thread_x() % pieces * kPiece<T>, step = threads() / pieces;
+      const bool inside = k0 + k < x.width;
+      int64_t from = item + (first + down) * x.row + k0 + k;
+      to += down * Tile::kStride + k;
+      for (int r = down; r < rows; r += step, to += step * Tile::kStride, from += step * x.row)
+        copy16_async(memory, to, x.data, from, inside && first + r < x.count);
     } else {
       ROLLED_FOR (int p = thread_x(); p < rows * Tile::kChunk; p += threads()) {
         const int r = p / Tile::kChunk, k = p % Tile::kChunk;
@@ -281,48 +279,45 @@ struct CosineProducts {
   // acc += x . y for the warp's part of the tile at (row0, column0); `same`: its columns are among its rows.
   // see(at): a chunk of the rows has come, at that place in the memory.
   template <class InverseNorm, class See>
-  DEVICE void add(Sums& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
+  DEVICE void add(CosineSums<T>& acc, const CosinePart<T>& part, const Vectors<T>& x, int64_t item, int row0,
                   const Vectors<T>& y, int64_t y_item, int column0, bool same, Powers<T> powers,
                   InverseNorm inverse_norm, See see) const {
     const int chunks = (x.width + Tile::kChunk - 1) / Tile::kChunk;
     const int columns = (same ? column0 - row0 : most) * Tile::kStride;  // behind the rows
+    int at = 0, ahead = 0;  // where the chunk in use is, and the next to be fetched goes
+    const auto after = [&](int at) { return at == (stages - 1) * stage ? 0 : at + stage; };
     const auto fetch_chunk = [&](int t) {
-      const int to = t % stages * stage;
+      const int to = ahead;
+      ahead = after(ahead);
       if (t < chunks) {
         fetch(to, x, item, row0, t * Tile::kChunk, most);
-        if (!same)
-          fetch(to + columns, y, y_item, column0, t * Tile::kChunk,
-                GROUPS < Tile::kGroups ? 64 * GROUPS : most);
+        if (!same) fetch(to + columns, y, y_item, column0, t * Tile::kChunk, most);
       }
       copy_commit();
     };
     for (int t = 0; t < stages - 1; ++t) fetch_chunk(t);
-    for (int t = 0; t < chunks; ++t) {
+    for (int t = 0; t < chunks; ++t, at = after(at)) {
       if (stages == 3)
         copy_wait<1>();
       else
         copy_wait<0>();
       sync_block();  // also: the stage that is fetched next is no longer in use
       fetch_chunk(t + stages - 1);
-      see(t % stages * stage);
+      see(at);
       if (powers.any) {
-        powers.scale(memory, t % stages * stage, 0, most, inverse_norm);
-        if (!same)
-          powers.scale(memory, t % stages * stage + columns, 1, GROUPS < Tile::kGroups ? 64 * GROUPS : most,
-                       inverse_norm);
+        powers.scale(memory, at, 0, most, inverse_norm);
+        if (!same) powers.scale(memory, at + columns, 1, most, inverse_norm);
         sync_block();
       }
       if (!part.any()) continue;
-      const int left = padded_width(x.width - t * Tile::kChunk),
-                depth = left < Tile::kChunk ? left : Tile::kChunk;
-      const int rows_at = t % stages * stage + part.row * Tile::kStride;
-      const int columns_at = t % stages * stage + columns + part.column * Tile::kStride;
-      for_each_step<T>(depth, [&](int k) {
+      const int rows_at = at + part.row * Tile::kStride,
+                columns_at = at + columns + part.column * Tile::kStride;
+      for_each_step<T>(Tile::kChunk, [&](int k) {
         FragmentA<T> a[2];
         UNROLLED_FOR (int r = 0; r < 2; ++r)
           load_a(a[r], memory,
                  [&](int row, int i) { return rows_at + (16 * r + row) * Tile::kStride + k + i; });
-        UNROLLED_FOR (int g = 0; g < GROUPS; ++g) {
+        UNROLLED_FOR (int g = 0; g < Tile::kGroups; ++g) {
           if (g < part.first || g >= part.end) continue;
           UNROLLED_FOR (int h = 0; h < 2; ++h) {
             FragmentB<T> b[2];

@@ -34,7 +34,8 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, 1) two_gram_tile(TwoGramKernel<T> 
   const Shared<double> memory = carve.take<double>(Tile::kThreads / 32);
   const auto part = CosinePart<T>::of_tile(row0, column0, n, n, true);
   const bool identity = a.z.width == 0;
-  made.make(a, {ring, a.stages, Tile::kStage, Tile::kSize}, part, item, row0, column0);
+  made.make(a, {ring, a.stages, Tile::kStage, Tile::kSize}, part, item, row0, column0,
+            row_tile == column_tile);
 
   const int row = row0 + part.row;
   A inverse_norm[2][2], other_inverse_norm[2][2], sum = 0;
@@ -100,7 +101,6 @@ void forward(const TwoGramForward& args, void* scratch, void* stream) {
   a.z = gram_vectors<T>(args, 1);
   a.x_inverse_norms = a.y_inverse_norms = {inverse_norms[0]};
   a.z_inverse_norms = {inverse_norms[1]};
-  a.within = true;
   a.sums = {sums};
   a.row_tiles = row_tiles;
   a.tiles = tiles;
