@@ -28,14 +28,14 @@ class ProductTile(NamedTuple):
 # Triton takes tcgen05, and chains the three products of TF32x3 in tensor memory, which gave wrong results on
 # sm_103 (Triton's issue 10821). In more than one stage a loop of two steps is unrolled, and chains as well.
 ROWS_BY_ROWS = {
-    (2, (10, 0)): ProductTile(64, 128, 64, 4, 1, None),
-    (2, (0, 0)): ProductTile(64, 128, 64, 4, 2, None),
+    (2, (10, 0)): ProductTile(128, 128, 64, 8, 1, None),
+    (2, (0, 0)): ProductTile(128, 128, 64, 8, 2, None),
     (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
     (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
     (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, 128),
 }
 MAPS_BY_ROWS = {
-    (2, (0, 0)): ProductTile(64, 64, 64, 4, 3, 240),
+    (2, (0, 0)): ProductTile(128, 64, 32, 8, 3, 128),
     (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
     (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
     (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, None),
