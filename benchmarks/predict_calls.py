@@ -32,7 +32,7 @@ def _of_width(a):
 
 
 def _columns(a):
-    return ceil(a.get("M", a["N"]), a["BC"])
+    return ceil(a.get("M", a["N"]), a.get("BC", a["BR"]))
 
 
 def _turned(a):
@@ -55,10 +55,10 @@ LOOPS = {
     ("_closed_backward_kernel", "e0"): _of_width,
     ("products", "d0"): _widths,
     ("tile_of", ""): lambda a: (_row_tiles(a) - 1) / 3,  # of the upper triangle, on average
-    ("_tiles_backward_kernel", "j0"): _columns,
-    ("_tiles_backward_kernel", "j1"): _turned,
-    ("_tiles_backward_kernel", "j2"): lambda a: _columns(a) - a["ONE_SET"] * _turned(a),
-    ("_gradient_kernel", "j0"): _columns,
+    ("_from_signs_kernel", "j1"): _turned,
+    ("_from_signs_kernel", "j2"): lambda a: _columns(a) - a["ONE_SET"] * _turned(a),
+    ("weighted_rows_kernel", "j0"): _columns,
+    ("weighted_rows_kernel", "slot"): lambda a: a["slots"],
     ("_join_logarithms_kernel", "_"): lambda a: a["tiles"],
     ("_join_nearest_kernel", "_"): lambda a: a["tiles"],
 }
@@ -74,15 +74,20 @@ def _of_tiles(a):
     return own | {"X": (1, tiles + 1 if a.get("TRIANGLE", True) else 2 * tiles)}
 
 
-def _of_gradient(a):
-    """Rows of a program are read again for each step over the others, all of those for each tile of rows."""
-    tiles, outs, steps = _row_tiles(a), ceil(a["D"], a["BO"]), _columns(a)
-    if "D2" in a:
-        return {"X": (1, (steps + tiles) * outs + tiles + 1), "Y": (1, (steps + tiles) * outs), "DX": (1, 1)}
-    again = a.get("SIGNS") is None
-    own, other = again * steps * outs + 1, tiles * (again * outs + 1)
-    moved = {"SIGNS": (1, outs), "DX": (1, 1)}
-    return moved | ({"X": (1, own + other)} if a["Y"] is a["X"] else {"X": (1, own), "Y": (1, other)})
+def _of_weights(a):
+    if a["TRIANGLE"]:
+        x = y = 1, _row_tiles(a) + 1
+    else:
+        x, y = (1, _columns(a)), (1, _row_tiles(a))
+    moved = {"X": x, "WEIGHTS": (1, 1), "ALONG": (1, 1)}
+    return moved | ({"Y": y} if "D2" in a or not a["TRIANGLE"] else {})
+
+
+def _of_gradient(a, factor):
+    """The other vectors are read for each tile of rows, the left factor for each tile of the gradient."""
+    tiles, outs = _row_tiles(a), ceil(a["D"], a["BO"])
+    moved = {factor: (1, outs), "DX": (1, 1)}
+    return moved | ({"X": (1, tiles + 1)} if a["Y"] is a["X"] else {"X": (1, 1), "Y": (1, tiles)})
 
 
 # How often a launch moves each of its tensors (written and read again: 2), through memory and through L2.
@@ -98,8 +103,9 @@ MOVED = {
     },
     "_closed_backward_kernel": lambda a: {"X": (1, 2), "DUNIT": (1, 2), "DX": (1, 1)},
     "_tiles_kernel": _of_tiles,
-    "_tiles_backward_kernel": _of_gradient,
-    "_gradient_kernel": _of_gradient,
+    "_weights_kernel": _of_weights,
+    "_from_signs_kernel": lambda a: _of_gradient(a, "SIGNS"),
+    "weighted_rows_kernel": lambda a: _of_gradient(a, "WEIGHTS") | {"ALONG": (1, 1)},
     "_join_logarithms_kernel": lambda a: {"PARTS": (2, 2), "ROWS": (1, 1)},
     "_join_nearest_kernel": lambda a: {"PARTS": (1, 1), "INDICES": (1, 1), "NEAREST": (1, 1)},
 }

@@ -19,16 +19,41 @@ class Forward(NamedTuple):
     source: str
 
 
-class Backward(NamedTuple):
-    """A program holds rows x out of dx and walks the columns of S; width slices S where it is made again."""
+class FromSigns(NamedTuple):
+    """A program holds rows x out of dx and walks the columns of S."""
 
     rows: int
     columns: int
     out: int
-    width: int
     warps: int
     stages: int
     source: str
+
+
+class Gradient(NamedTuple):
+    """A program makes rows x out of dx from weights [rows, inner] and vectors [inner, out] at a time."""
+
+    rows: int
+    out: int
+    inner: int
+    warps: int
+    stages: int
+    maxnreg: int | None
+    source: str
+
+
+# By bytes of an element and compute capability major: the products of weights with vectors.
+GRADIENT = {
+    (2, 8): Gradient(128, 128, 32, 8, 3, None, "aot"),
+    (2, 9): Gradient(256, 128, 32, 8, 3, None, "aot"),
+    (2, 10): Gradient(128, 128, 64, 8, 3, None, "aot"),
+    (4, 8): Gradient(64, 64, 32, 8, 2, None, "aot"),
+    (4, 9): Gradient(128, 64, 32, 8, 2, None, "aot"),
+    (4, 10): Gradient(32, 64, 32, 4, 2, None, "aot"),
+    (8, 8): Gradient(32, 32, 16, 4, 2, None, "aot"),
+    (8, 9): Gradient(32, 32, 16, 4, 2, None, "aot"),
+    (8, 10): Gradient(32, 32, 16, 4, 1, None, "aot"),
+}
 
 
 def row_for(table, tensor, capability):
