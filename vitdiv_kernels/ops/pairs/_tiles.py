@@ -56,6 +56,12 @@ GRADIENT = {
 }
 
 
+# Of 16 bits, where larger tiles would be fewer programs than a GPU has multiprocessors for.
+FEW_PROGRAMS = 264  # twice those of an H200: of one set of vectors half of the tiles are made
+FEW_FORWARD = Forward(64, 64, 4, 3, "aot")
+FEW_GRADIENT = Gradient(64, 64, 32, 4, 3, None, "aot")
+
+
 def row_for(table, tensor, capability):
     """The row for tensors like this one, of a table by bytes of an element and compute capability major.
 
@@ -63,3 +69,21 @@ def row_for(table, tensor, capability):
     """
     size = tensor.element_size()
     return table.get((size, capability[0]), table[size, 8])
+
+
+def forward_row(table, x, columns, capability):
+    """The row of FORWARD for x [items, N, D] beside `columns` vectors."""
+    row = row_for(table, x, capability)
+    few = _programs(x, columns, row.rows, row.rows) < FEW_PROGRAMS
+    return FEW_FORWARD if few and row.rows > FEW_FORWARD.rows else row
+
+
+def gradient_row(x, capability):
+    """The row of GRADIENT for the gradient of x [items, N, D]."""
+    row = row_for(GRADIENT, x, capability)
+    few = _programs(x, x.shape[2], row.rows, row.out) < FEW_PROGRAMS
+    return FEW_GRADIENT if few and x.element_size() == 2 else row
+
+
+def _programs(x, columns, rows_of_tile, columns_of_tile):
+    return x.shape[0] * -(-x.shape[1] // rows_of_tile) * -(-columns // columns_of_tile)

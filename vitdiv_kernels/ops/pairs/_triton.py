@@ -2,6 +2,10 @@
 
 Vectors are multiplied as they are, and the inverse norms applied to the tiles of products; tiles of vectors
 far from 1, whose products would leave the range, are made again of vectors brought near 1.
+
+Names of constants: BR, BC, BD, BO sizes of a tile's rows and columns, of a step over the width, of columns of
+the gradient; BN rows of kernels that read each once. DT and WT are the element types of the factors of
+products, of vectors and of weights, PREC and WPREC their precisions if float32, ACC that of all else.
 """
 
 import math
@@ -148,7 +152,8 @@ def rows_kernel(
     SQUARES,  # [L, N], or None, as what follows may be
     SUMS,  # [L, blocks of rows, D]
     UNIT,  # [L, N, D]
-    N, D,
+    N,
+    D,
     EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """inverse_norm = 1 / max(|x|, eps) of a block of BN rows and, of x_hat = x inverse_norm, in a second

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .._launch import accumulator, capability, double, launch, split
 from .._workspace import Chunk, chunks, padded, plan, workspace_bytes
-from ._tiles import GRADIENT, row_for
+from ._tiles import gradient_row
 from ._triton import add_rows, gradient_columns, inverse_eps, through_norm, weight_types
 
 
@@ -49,7 +49,7 @@ def rows_of(tensor, chunk: Chunk):
 
 def _multiply(weights, y, x, x_inverse_norms, along, dsums, gradient, factor, eps):
     items, rows, width = x.shape
-    config = row_for(GRADIENT, x, capability(x))
+    config = gradient_row(x, capability(x))
     columns = gradient_columns(config.out, width, x, y, maxnreg=config.maxnreg)
     launch(
         weighted_rows_kernel,
@@ -114,7 +114,11 @@ def weighted_rows_kernel(
     slots,
     DSUMS,  # [L], or None
     DX, dx_item,  # [L, N, D] and its stride
-    N, M, D, padded_columns, factor_high, factor_low,
+    N,
+    M,
+    D,
+    padded_columns,
+    factor_high, factor_low,  # see `double`
     INVERSE_EPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ACC: tl.constexpr,
     WT: tl.constexpr, WPREC: tl.constexpr,
 ):  # fmt: skip

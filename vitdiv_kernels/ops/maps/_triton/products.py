@@ -58,8 +58,14 @@ def logits_kernel(
     a,  # [B, H, rows, width]
     b,  # [B, H, columns, width]
     maps,  # [B, H, rows, padded_columns]
-    alpha_high, alpha_low, padding,
-    rows, columns, padded_columns, heads, row_tiles, column_tiles,
+    alpha_high, alpha_low,  # see `double`
+    padding,
+    rows,
+    columns,
+    padded_columns,
+    heads,
+    row_tiles,
+    column_tiles,
     maps_image, maps_head,  # strides
     a_image, a_head, a_row, a_column,
     b_image, b_head, b_row, b_column,
@@ -103,8 +109,13 @@ def values_kernel(
     maps,  # [B, H, rows, padded columns], or with TRANSPOSED [B, H, inner, padded columns]
     b,  # [B, H, inner, width]
     result,  # [B, H, rows, width]
-    alpha_high, alpha_low,
-    rows, inner, padded_columns, heads, row_tiles, column_tiles,
+    alpha_high, alpha_low,  # see `double`
+    rows,
+    inner,
+    padded_columns,
+    heads,
+    row_tiles,
+    column_tiles,
     maps_image, maps_head,  # strides
     b_image, b_head, b_row, b_column,
     result_image, result_head, result_row, result_column,

@@ -7,7 +7,7 @@ import triton.language as tl
 from ...._checks import autocast_off
 from ...._layout import accumulation_dtype, nothing
 from ..._launch import accumulator, capability, launch
-from .._tiles import row_for
+from .._tiles import forward_row, row_for
 from .._triton import (
     BLOCK_ROWS,
     BLOCK_WIDTH,
@@ -59,7 +59,7 @@ def _tiles_forward(x, y, parts, penalty, include_self, eps, for_backward):
     read_rows(x, parts["x_inverse_norms"], eps)
     if not one_set:
         read_rows(y, parts["y_inverse_norms"], eps)
-    config = row_for(configs.FORWARD, x, capability(x))
+    config = forward_row(configs.FORWARD, x, columns, capability(x))
     row_tiles, column_tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.rows)
     tiles = row_tiles * (row_tiles + 1) // 2 if one_set else row_tiles * column_tiles
     # a slot for each tile of columns (rows), which one program writes
@@ -112,7 +112,7 @@ def _tiles_backward_of_square(
     """The slope is 2 S: W = S, and its sum times S, along a row, the penalty's."""
     _, rows, width = this.shape
     columns = other.shape[1]
-    config = row_for(configs.FORWARD, this, capability(this))
+    config = forward_row(configs.FORWARD, this, columns, capability(this))
     column_tiles = triton.cdiv(columns, config.rows)
 
     def write(chunk, weights):
@@ -221,7 +221,9 @@ def _tiles_kernel(
     X_PENALTIES,  # [L, tiles of columns, N]
     Y_PENALTIES,  # [L, tiles of rows, M], or None
     SIGNS,  # see gpu_saved.py, or None
-    N, M, D,
+    N,
+    M,
+    D,
     PENALTY: tl.constexpr, ONE_SET: tl.constexpr, SELF: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
@@ -310,7 +312,11 @@ def _weights_kernel(
     X_INVERSE_NORMS,  # [L, N]
     Y_INVERSE_NORMS,  # [L, M]
     WEIGHTS,  # [L, N, padded M]
-    N, M, D, padded_columns, top,
+    N,
+    M,
+    D,
+    padded_columns,
+    top,
     TRIANGLE: tl.constexpr, WITHOUT_SELF: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -344,7 +350,9 @@ def _from_signs_kernel(
     SIGNS,  # see gpu_saved.py
     DSUMS,  # [L]
     DX,  # [L, N, D]
-    N, M, D,
+    N,
+    M,
+    D,
     PENALTY: tl.constexpr, ONE_SET: tl.constexpr, BY_COLUMN: tl.constexpr,
     INVERSE_EPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
@@ -400,7 +408,8 @@ def _closed_backward_kernel(
     DUNIT, dunit_item, dunit_row,  # [L, N or 1, D] and its strides
     DSUMS,  # [L]
     DX,  # [L, N, D]
-    N, D,
+    N,
+    D,
     FACTOR: tl.constexpr, LESS: tl.constexpr, INVERSE_EPS: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip

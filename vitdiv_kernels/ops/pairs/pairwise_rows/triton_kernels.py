@@ -7,7 +7,7 @@ import triton.language as tl
 from ...._layout import nothing
 from ..._launch import accumulator, capability, double, launch, split
 from .._inverse_norms import inverse_norms_of, new_inverse_norms
-from .._tiles import row_for
+from .._tiles import forward_row, row_for
 from .._triton import cosines, dot_types, items_of, read_rows, slices, tile_of
 from .._weighted import rows_of, store_along, store_weights, weighted_gradient
 from . import triton_configs as configs
@@ -64,7 +64,7 @@ def _tiles(x, y, saved, eps, scale):
         read_rows(y, y_inverse_norms, eps)
     items, rows, width = x.shape
     columns = other.shape[1]
-    config = row_for(configs.FORWARD, x, capability(x))
+    config = forward_row(configs.FORWARD, x, columns, capability(x))
     row_tiles, column_tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.rows)
     # Products of float32 in three of TF32 are not the same to the bit when their factors change places: equal
     # vectors on both sides of the diagonal would not be equally near.
@@ -155,7 +155,10 @@ def _tiles_kernel(
     Y_INVERSE_NORMS,  # [L, M]
     PARTS,  # [L, tiles of columns, N]
     INDICES,  # the same, for the nearest, or None
-    N, M, D, scale_high, scale_low,
+    N,
+    M,
+    D,
+    scale_high, scale_low,  # see `double`
     ONE_SET: tl.constexpr, TRIANGLE: tl.constexpr, BOUNDED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
@@ -197,7 +200,7 @@ def _tiles_kernel(
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def _join_logarithms_kernel(PARTS, ROWS, N, tiles, BN: tl.constexpr, ACC: tl.constexpr):
-    """Log-sum-exp of BN rows over the tiles."""
+    """rows = log sum_tile exp(parts): of BN rows."""
     blocks = tl.cdiv(N, BN)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -217,7 +220,7 @@ def _join_logarithms_kernel(PARTS, ROWS, N, tiles, BN: tl.constexpr, ACC: tl.con
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def _join_nearest_kernel(PARTS, INDICES, NEAREST, N, tiles, BN: tl.constexpr, ACC: tl.constexpr):
-    """Where the first of the largest elements of BN rows is."""
+    """nearest = indices[argmax_tile parts], the first of the largest: of BN rows."""
     blocks = tl.cdiv(N, BN)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -243,10 +246,16 @@ def _weights_kernel(
     Y, y_item, y_row,  # [L, M, D]
     X_INVERSE_NORMS,  # [L, N]
     Y_INVERSE_NORMS,  # [L, M]
-    DROWS, ROWS,  # [L, rows of x], of which N are from `top` on, or [L, M]
+    DROWS,  # [L, rows of x], of which N are from `top` on, or [L, M]
+    ROWS,  # the same
     WEIGHTS,  # [L, N, padded M]
     ALONG,  # [L, tiles of columns, N]
-    N, M, D, padded_columns, top, scale_high, scale_low,
+    N,
+    M,
+    D,
+    padded_columns,
+    top,
+    scale_high, scale_low,  # see `double`
     OF: tl.constexpr, TRIANGLE: tl.constexpr, BOUNDED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,

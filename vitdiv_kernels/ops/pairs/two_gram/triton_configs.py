@@ -19,5 +19,5 @@ WEIGHTS = FORWARD | {
     (4, 8): Forward(32, 16, 4, 2, "aot"),
     (2, 8): Forward(64, 64, 4, 3, "aot"),
     (2, 9): Forward(64, 64, 4, 3, "aot"),
-    (2, 10): Forward(64, 64, 4, 3, "aot"),
+    (2, 10): Forward(64, 64, 8, 3, "aot"),
 }

@@ -6,7 +6,7 @@ import triton.language as tl
 from ...._layout import accumulation_dtype, nothing
 from ..._launch import capability, double, launch, split
 from .._inverse_norms import inverse_norms_of, new_inverse_norms
-from .._tiles import row_for
+from .._tiles import forward_row, row_for
 from .._triton import aligned, cosines, dot_types, items_of, products, read_rows, slices, tile_of
 from .._weighted import store_along, store_weights, weighted_gradient
 from . import triton_configs as configs
@@ -23,7 +23,7 @@ def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
         if y is not None:
             read_rows(y, y_inverse_norms, eps)
     items, rows, _ = x.shape
-    config = row_for(configs.FORWARD, x, capability(x))
+    config = forward_row(configs.FORWARD, x, rows, capability(x))
     row_tiles = triton.cdiv(rows, config.rows)
     parts = x.new_empty(items, row_tiles * (row_tiles + 1) // 2, dtype=accumulation_dtype(x))
     # every address of rows that are not aligned takes a register: with 4 warps these spilled
@@ -168,7 +168,8 @@ def _tiles_kernel(
     X, x_item, x_row, D, X_INVERSE_NORMS,  # [L, N, D], its strides and width; [L, N], or None
     Y, y_item, y_row, D2, Y_INVERSE_NORMS,  # [L, N, D2], or None: the identity is T
     PARTS,  # [L, tiles]
-    N, margin_high, margin_low,
+    N,
+    margin_high, margin_low,  # see `double`
     PENALTY: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +195,11 @@ def _weights_kernel(
     Y, y_item, y_row, D2, Y_INVERSE_NORMS,  # [L, M, D2], or None
     WEIGHTS,  # [L, N, padded M]: of N rows from `top` on
     ALONG,  # [L, tiles of columns, N], or None
-    N, M, padded_columns, top, margin_high, margin_low,
+    N,
+    M,
+    padded_columns,
+    top,
+    margin_high, margin_low,  # see `double`
     OF: tl.constexpr, PENALTY: tl.constexpr, TRIANGLE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
