@@ -83,6 +83,13 @@ DEVICE uint32_t pack2<bf16_t>(float lo, float hi) {
   return r;
 }
 
+// a b + c of pairs of half_t, each rounded once
+DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 // The nearest number with 10 bits after the leading one, as a float.
 DEVICE float to_tf32(float x) {
   uint32_t r;

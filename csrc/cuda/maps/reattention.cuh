@@ -96,6 +96,7 @@ struct ForwardKernel {
   int64_t out_image;
   int64_t out_head;
   int64_t out_row;
+  bool out_pieces;            // its rows are whole and aligned pieces of 16 bytes
   Global<Acc<T>> partial;     // [images, tiles, heads, heads]
   Global<const Acc<T>> rows;  // [2, images, heads, n] of softmax_rows; null with pre_mix
   int64_t field;              // images * heads * n

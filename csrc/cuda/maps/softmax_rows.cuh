@@ -67,8 +67,12 @@ KERNEL LAUNCH_BOUNDS(32 * SoftmaxRows<T>::kWarps, 1) softmax_rows(SoftmaxRows<T>
       queries.multiply(s, own, keys, (first + x) * a.stride, a.stride, padded);
       UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
         UNROLLED_FOR (int j = 0; j < 2; ++j)
-          UNROLLED_FOR (int e = 0; e < 4; ++e)
-            s[r][j][e] = key0 + x + 8 * j + tile_col(e) < a.m ? s[r][j][e] * a.scale : -INFINITY;
+          UNROLLED_FOR (int e = 0; e < 4; ++e) s[r][j][e] *= a.scale;
+      if (key0 + x + 16 > a.m)
+        UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            UNROLLED_FOR (int e = 0; e < 4; ++e)
+              if (key0 + x + 8 * j + tile_col(e) >= a.m) s[r][j][e] = -INFINITY;
       statistics.add(s);
     }
   }

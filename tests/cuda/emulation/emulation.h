@@ -138,6 +138,14 @@ template <class T>
 uint32_t pack2(float lo, float hi) {
   return from_float<T>(lo).bits | uint32_t(from_float<T>(hi).bits) << 16;
 }
+inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int shift) -> uint32_t {
+    const auto of = [shift](uint32_t x) { return double(to_float(half_t{uint16_t(x >> shift)})); };
+    // rounded twice only where a b is far below c
+    return std::bit_cast<uint16_t>(static_cast<_Float16>(of(a) * of(b) + of(c)));
+  };
+  return one(0) | one(16) << 16;
+}
 inline float to_tf32(float x) {  // to nearest, ties away from zero
   return std::isfinite(x) ? std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & ~0x1fffu) : x;
 }
