@@ -83,10 +83,20 @@ DEVICE uint32_t pack2<bf16_t>(float lo, float hi) {
   return r;
 }
 
-// a b + c of pairs of half_t, each rounded once
-DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+// a b + c of pairs of half_t, each rounded once; a is one half of `halves` for both.
+template <bool HIGH>
+DEVICE uint32_t fma2(uint32_t halves, uint32_t b, uint32_t c) {
   uint32_t r;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  if constexpr (HIGH)
+    asm("{.reg .b16 l, h;\n.reg .b32 a;\nmov.b32 {l, h}, %1;\nmov.b32 a, {h, h};\n"
+        "fma.rn.f16x2 %0, a, %2, %3;}"
+        : "=r"(r)
+        : "r"(halves), "r"(b), "r"(c));
+  else
+    asm("{.reg .b16 l, h;\n.reg .b32 a;\nmov.b32 {l, h}, %1;\nmov.b32 a, {l, l};\n"
+        "fma.rn.f16x2 %0, a, %2, %3;}"
+        : "=r"(r)
+        : "r"(halves), "r"(b), "r"(c));
   return r;
 }
 

@@ -39,12 +39,12 @@ template <class T, int WIDTH, int OWN>
 struct RegistersTile {
   static constexpr int kTiles = kRegisterTiles, kRows = 16 * kTiles, kStride = row_stride<T>(WIDTH),
                        kHead = 16 * kStride;
-  static constexpr int kStep = OWN == 4 ? 4 : 3;    // heads that are mixed at a time
-  static constexpr int kWeights = OWN > 4 ? 8 : 4;  // of a head for a warp's heads
+  static constexpr int kStep = mixed_at_a_time(OWN), kWeights = weights_at_a_time(OWN);
   static constexpr float kScale = MapNumbers<T>::kScale;
 
   const RegistersKernel<T>& a;
   int warp, warps, lane, image, row0, present, tile, part;
+  Global<const T> own_keys, own_values;
   float out[OWN][WIDTH / 16][2][4];
 
   template <class X>
@@ -52,10 +52,10 @@ struct RegistersTile {
     return Carver{place}.take<X>(count);
   }
   DEVICE Shared<float2> statistics() const { return piece<float2>(a.at.statistics_at, a.heads * kRows); }
-  DEVICE Shared<uint32_t> weights() const {
-    return piece<uint32_t>(a.at.weights_at, a.at.parts * a.at.padded * kWeights);
+  DEVICE Shared<half_t> weights() const {
+    return piece<half_t>(a.at.weights_at, a.at.parts * (a.at.padded / kStep) * kWeights);
   }
-  DEVICE Shared<float2> factors() const { return piece<float2>(a.at.factors_at, a.at.parts * kWeights); }
+  DEVICE Shared<float2> factors() const { return piece<float2>(a.at.factors_at, a.at.parts * OWN); }
   DEVICE Shared<T> queries(int slot) const {
     return piece<T>(a.at.queries_at + slot * kTiles * kHead * 2, kTiles * kHead);
   }
@@ -73,28 +73,42 @@ struct RegistersTile {
     image = block_x() / a.tiles, row0 = block_x() % a.tiles * kRows;
     present = a.n - row0 < kRows ? a.n - row0 : kRows;
     tile = warp % kTiles, part = warp / kTiles;
+    own_keys = lane_start(a.k), own_values = lane_start(a.v);
   }
 
-  // 16 rows of a head, 16 bytes a lane
-  DEVICE void fetch(Shared<T> to, int at, const Heads<T>& from, int h, int first, int end) const {
-    const int64_t head = image * from.image + h * from.head;
-    UNROLLED_FOR (int i = 0; i < WIDTH / 16; ++i) {
-      const int c = lane + 32 * i, r = c / (WIDTH / 8), x = c % (WIDTH / 8) * 8;
-      copy16_async(to, at + r * kStride + x, from.data, head + (first + r) * from.row + x, first + r < end);
-    }
+  // Four or eight lanes share a row, 16 bytes each.
+  static constexpr int kLanes = WIDTH == 32 ? 4 : 8, kRowsAtOnce = 32 / kLanes;
+  DEVICE int lane_row() const { return lane / kLanes; }
+  DEVICE int lane_column() const { return lane % kLanes * 8; }
+  // Where this lane begins in the warp's first head.
+  DEVICE Global<const T> lane_start(const Heads<T>& from) const {
+    return {from.data.p + image * from.image + warp * from.head + lane_row() * from.row + lane_column()};
+  }
+  // 16 rows of the warp's head number i
+  DEVICE void fetch(Shared<T> to, int at, const Heads<T>& from, Global<const T> start, int i, int first,
+                    int end) const {
+    if (kLanes * 8 > WIDTH && lane_column() >= WIDTH) return;
+    const int64_t head = i * warps * from.head;
+    UNROLLED_FOR (int r = 0; r < 16; r += kRowsAtOnce)
+      copy16_async(to, at + (lane_row() + r) * kStride + lane_column(), start, head + (first + r) * from.row,
+                   lane_row() + r < end - first);
   }
   DEVICE void fetch_queries() const {
-    for (int h = warp; h < a.heads; h += warps)
-      UNROLLED_FOR (int r = 0; r < kTiles; ++r) fetch(queries(h), r * kHead, a.q, h, row0 + 16 * r, a.n);
+    const auto start = lane_start(a.q);
+    for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
+      UNROLLED_FOR (int r = 0; r < kTiles; ++r)
+        fetch(queries(h), r * kHead, a.q, start, i, row0 + 16 * r, a.n);
   }
   DEVICE void fetch_keys(int t) const {
     if (16 * t < a.m)
-      for (int h = warp; h < a.heads; h += warps) fetch(keys(h), 0, a.k, h, 16 * t, a.m);
+      for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
+        fetch(keys(h), 0, a.k, own_keys, i, 16 * t, a.m);
     copy_commit();
   }
   DEVICE void fetch_values(int t) const {
     if (16 * t < a.m)
-      for (int h = warp; h < a.heads; h += warps) fetch(values(h, t), 0, a.v, h, 16 * t, a.m);
+      for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
+        fetch(values(h, t), 0, a.v, own_values, i, 16 * t, a.m);
     copy_commit();
   }
 
@@ -108,19 +122,21 @@ struct RegistersTile {
     }
     for (int c = thread_x() + a.heads * kTiles * 32; c < a.at.padded * kTiles * 32; c += threads())
       UNROLLED_FOR (int t = 0; t < 2; ++t) maps(t).st(c, uint4{0, 0, 0, 0});
-    for (int g = warp; g < a.at.parts * kWeights; g += warps) {
-      const int row = g / kWeights * a.own + g % kWeights;
-      const bool there = g % kWeights < a.own && row < a.heads;
+    for (int g = warp; g < a.at.parts * OWN; g += warps) {
+      const int row = g / OWN * a.own + g % OWN;
+      const bool there = g % OWN < a.own && row < a.heads;
       const float w = there && lane < a.heads ? a.mix.ld(row * a.heads + lane) : 0.0f;
       const float total = warp_sum(w), size = warp_sum(fabsf(w));
       const float constant = (a.centred ? 0.0f : total / a.m) + (there && a.bias.p ? a.bias.ld(row) : 0.0f);
       const float bound = size + fabsf(constant);
       const float unit = bound > 1e-37f && bound < INFINITY ? ldexpf(1, -ilogbf(bound)) : 1.0f;
       if (lane < a.at.padded)
-        weights().st((g / kWeights * a.at.padded + lane) * kWeights + g % kWeights,
-                     pack2<half_t>(w * unit, w * unit));
+        weights().st(((g / OWN * a.at.padded + lane) / kStep) * kWeights + lane % kStep * OWN + g % OWN,
+                     from_float<half_t>(w * unit));
       if (lane == 0) factors().st(g, float2{constant * unit * kScale, 1 / unit / kScale});
     }
+    for (int c = thread_x(); c < a.at.parts * (a.at.padded / kStep) * kWeights; c += threads())
+      if (c % kWeights >= kStep * OWN) weights().st(c, half_t{});
   }
 
   // The centred maps of 16 keys and COUNT tiles of rows, from `first` on, of head h.
@@ -165,6 +181,11 @@ struct RegistersTile {
     }
   }
 
+  DEVICE static void add_map(uint32_t (&y)[4], uint32_t weights, bool high, const uint4& p) {
+    const uint32_t x[4] = {p.x, p.y, p.z, p.w};
+    UNROLLED_FOR (int i = 0; i < 4; ++i)
+      y[i] = high ? fma2<true>(weights, x[i], y[i]) : fma2<false>(weights, x[i], y[i]);
+  }
   // out += mixed maps times the values of 16 keys
   DEVICE void mix_maps(int t) {
     if (16 * tile >= present) return;
@@ -172,28 +193,25 @@ struct RegistersTile {
     const auto weights = this->weights();
     uint32_t y[OWN][4] = {};
     ROLLED_FOR (int h = 0; h < a.at.padded; h += kStep) {
-      uint4 p[kStep];
+      uint4 p[kStep], w[kWeights / 8];
       UNROLLED_FOR (int i = 0; i < kStep; ++i) p[i] = maps.ld(((h + i) * kTiles + tile) * 32 + lane);
+      UNROLLED_FOR (int i = 0; i < kWeights / 8; ++i)
+        w[i] = weights.template ld<uint4>((part * (a.at.padded / kStep) + h / kStep) * kWeights + 8 * i);
       UNROLLED_FOR (int i = 0; i < kStep; ++i)
-        UNROLLED_FOR (int g0 = 0; g0 < OWN; g0 += 4) {
-          const uint4 four = weights.template ld<uint4>((part * a.at.padded + h + i) * kWeights + g0);
-          const uint32_t w[4] = {four.x, four.y, four.z, four.w};
-          UNROLLED_FOR (int g = g0; g < OWN && g < g0 + 4; ++g) {
-            y[g][0] = fma2(w[g - g0], p[i].x, y[g][0]);
-            y[g][1] = fma2(w[g - g0], p[i].y, y[g][1]);
-            y[g][2] = fma2(w[g - g0], p[i].z, y[g][2]);
-            y[g][3] = fma2(w[g - g0], p[i].w, y[g][3]);
-          }
+        UNROLLED_FOR (int g = 0; g < OWN; ++g) {
+          const int c = i * OWN + g;
+          const uint32_t words[4] = {w[c / 8].x, w[c / 8].y, w[c / 8].z, w[c / 8].w};
+          add_map(y[g], words[c % 8 / 2], c % 2, p[i]);
         }
     }
     UNROLLED_FOR (int g = 0; g < OWN; ++g) {
       const int h = part * a.own + g;
       if (g >= a.own || h >= a.heads) break;
-      const float constant = factors().ld(part * kWeights + g).x;
+      const float constant = factors().ld(part * OWN + g).x;
       const uint32_t one = pack2<half_t>(1, 1), added = pack2<half_t>(constant, constant);
       FragmentA<T> p;
       UNROLLED_FOR (int i = 0; i < 4; ++i) {
-        const uint32_t mixed = fma2(y[g][i], one, added);
+        const uint32_t mixed = fma2<false>(one, y[g][i], added);
         if constexpr (std::is_same_v<T, half_t>)
           p.r[i] = mixed;
         else
@@ -219,7 +237,7 @@ struct RegistersTile {
     UNROLLED_FOR (int g = 0; g < OWN; ++g) {
       const int h = part * a.own + g;
       if (g >= a.own || h >= a.heads) break;
-      const float factor = factors().ld(part * kWeights + g).y;
+      const float factor = factors().ld(part * OWN + g).y;
       sync_warp();
       UNROLLED_FOR (int x = 0; x < WIDTH / 16; ++x)
         UNROLLED_FOR (int j = 0; j < 2; ++j)
@@ -254,12 +272,9 @@ KERNEL LAUNCH_BOUNDS(32 * kRegisterWarps, 1) registers_tile(RegistersKernel<T> a
     tile.fetch_keys(t + 1);
     copy_wait<1>();  // values
     sync_block();
-    if (a.at.buffers == 2) tile.fetch_values(t + 1);
     tile.mix_maps(t);
-    if (a.at.buffers == 1) {
-      sync_block();
-      tile.fetch_values(t + 1);
-    }
+    if (a.at.buffers == 1) sync_block();
+    tile.fetch_values(t + 1);
   }
   tile.store_out();
 }

@@ -15,6 +15,10 @@ struct OwnHeads {
 inline constexpr OwnHeads kOwnHeads[] = {{32, 6}, {48, 4}, {64, 3}};
 inline constexpr int kRegisterTiles = 3, kRegisterWarps = 12;
 
+// Heads that are mixed at a time, and float16 numbers that their weights take, in whole pieces of 16 bytes.
+HOST_DEVICE constexpr int mixed_at_a_time(int own) { return own == 4 ? 4 : 3; }
+HOST_DEVICE constexpr int weights_at_a_time(int own) { return (own * mixed_at_a_time(own) + 7) / 8 * 8; }
+
 // What is in shared memory, by places in bytes. Rows of queries, keys and values are padded as everywhere.
 struct RegisterLayout {
   int parts;        // that share the heads of a tile of rows, a warp each
@@ -26,7 +30,7 @@ struct RegisterLayout {
 
   RegisterLayout() = default;
   RegisterLayout(int heads, int width, int own, int buffers) : buffers(buffers) {
-    const int step = own == 4 ? 4 : 3, row = row_stride<half_t>(width);
+    const int step = mixed_at_a_time(own), row = row_stride<half_t>(width);
     parts = (heads + own - 1) / own;
     slots = std::max(heads, kRegisterTiles * parts);
     padded = (heads + step - 1) / step * step;
@@ -38,8 +42,8 @@ struct RegisterLayout {
       return at;
     };
     statistics_at = take(heads * 16 * kRegisterTiles * 8);
-    weights_at = take(parts * padded * (own > 4 ? 8 : 4) * 4);
-    factors_at = take(parts * (own > 4 ? 8 : 4) * 8);
+    weights_at = take(parts * (padded / step) * weights_at_a_time(own) * 2);
+    factors_at = take(parts * own * 8);
     queries_at = take(slots * kRegisterTiles * head * 2);
     keys_at = take(heads * head * 2);
     values_at = take(buffers * heads * head * 2);
