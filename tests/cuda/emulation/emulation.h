@@ -54,6 +54,7 @@ struct Config {
   int64_t shared_limit =
       227 << 10;             // bytes a block may have: sm_90; 163 << 10 is sm_80, 99 << 10 sm_86 and sm_89
   bool as_hardware = false;  // the arithmetic: arithmetic.h
+  int64_t withheld = -1;     // which of the tensors allowed lacks its last two bytes; -1: none
 };
 struct Counts {
   uint64_t mma, ldmatrix, ldmatrix_rounds, shuffles, barriers, shared_bytes, global_bytes, copied_bytes,
