@@ -23,6 +23,7 @@ DEFINITIONS = [
         "shuffles",
         "cp.async",
         "numbers",
+        "pairs of float16",
     ],
     *[f"tensor cores {t}" for t in ("f16", "bf16", "tf32")],
     *[f"a long sum{how}" for how in (", rounded", " in tensor cores", " by multiply_add")],

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../../arguments/reattention.h"
 #include "attention.cuh"
 
 namespace vitdiv::cuda {
