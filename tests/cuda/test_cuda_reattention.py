@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparing import assert_within_budget
-from test_cuda_emulation import output_of
+from emulation_build import output_of
 
 from vitdiv_kernels._layout import accumulation_dtype
 
