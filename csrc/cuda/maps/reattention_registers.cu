@@ -112,31 +112,57 @@ struct RegistersTile {
     copy_commit();
   }
 
+  // What a thread loads before it asks for rows of queries, keys and values: it would wait behind them.
+  struct Small {
+    float2 rows[(OWN + 1) / 2];                     // statistics of softmax_rows
+    float mix[(OWN + 2) / 3], bias[(OWN + 2) / 3];  // for each lane a head
+  };
+  template <class Use>
+  DEVICE void for_each_statistic(Use use) const {
+    UNROLLED_FOR (int i = 0; i < (OWN + 1) / 2; ++i) {
+      const int c = thread_x() + i * threads();
+      if (c < a.heads * kRows) use(i, c);
+    }
+  }
+  // use(i, g, row): place g of a part's heads is row `row` of the mix, or -1
+  template <class Use>
+  DEVICE void for_each_mix(Use use) const {
+    UNROLLED_FOR (int i = 0; i < (OWN + 2) / 3; ++i) {
+      const int g = warp + i * warps, row = g / OWN * a.own + g % OWN;
+      if (g < a.at.parts * OWN) use(i, g, g % OWN < a.own && row < a.heads ? row : -1);
+    }
+  }
+  DEVICE Small load_small() const {
+    Small x{};
+    for_each_statistic([&](int i, int c) {
+      if (c % kRows >= present) return;
+      const int64_t from = (int64_t(image) * a.heads + c / kRows) * a.n + row0 + c % kRows;
+      x.rows[i] = float2{a.rows.ld(from), a.rows.ld(from + a.field)};
+    });
+    for_each_mix([&](int i, int, int row) {
+      if (row >= 0 && lane < a.heads) x.mix[i] = a.mix.ld(row * a.heads + lane);
+      if (row >= 0 && a.bias.p) x.bias[i] = a.bias.ld(row);
+    });
+    return x;
+  }
   // A row of the mix is multiplied by a power of two, so that mixed maps are just within float16's range:
   // those of a collapsed model may be very small.
-  DEVICE void fill() const {
-    for (int c = thread_x(); c < a.heads * kRows; c += threads()) {
-      const int h = c / kRows, i = c % kRows;
-      const int64_t from = (int64_t(image) * a.heads + h) * a.n + row0 + i;
-      statistics().st(c, i < present ? float2{a.rows.ld(from), a.rows.ld(from + a.field)} : float2{0, 0});
-    }
-    for (int c = thread_x() + a.heads * kTiles * 32; c < a.at.padded * kTiles * 32; c += threads())
-      UNROLLED_FOR (int t = 0; t < 2; ++t) maps(t).st(c, uint4{0, 0, 0, 0});
-    for (int g = warp; g < a.at.parts * OWN; g += warps) {
-      const int row = g / OWN * a.own + g % OWN;
-      const bool there = g % OWN < a.own && row < a.heads;
-      const float w = there && lane < a.heads ? a.mix.ld(row * a.heads + lane) : 0.0f;
-      const float total = warp_sum(w), size = warp_sum(fabsf(w));
-      const float constant = (a.centred ? 0.0f : total / a.m) + (there && a.bias.p ? a.bias.ld(row) : 0.0f);
-      const float bound = size + fabsf(constant);
+  DEVICE void store_small(const Small& x) const {
+    for_each_statistic([&](int i, int c) { statistics().st(c, x.rows[i]); });
+    for_each_mix([&](int i, int g, int) {
+      const float w = x.mix[i], total = warp_sum(w), size = warp_sum(fabsf(w));
+      const float constant = (a.centred ? 0.0f : total / a.m) + x.bias[i], bound = size + fabsf(constant);
       const float unit = bound > 1e-37f && bound < INFINITY ? ldexpf(1, -ilogbf(bound)) : 1.0f;
       if (lane < a.at.padded)
         weights().st(((g / OWN * a.at.padded + lane) / kStep) * kWeights + lane % kStep * OWN + g % OWN,
                      from_float<half_t>(w * unit));
       if (lane == 0) factors().st(g, float2{constant * unit * kScale, 1 / unit / kScale});
-    }
+    });
+    // of heads that are not there
     for (int c = thread_x(); c < a.at.parts * (a.at.padded / kStep) * kWeights; c += threads())
       if (c % kWeights >= kStep * OWN) weights().st(c, half_t{});
+    for (int c = thread_x() + a.heads * kTiles * 32; c < a.at.padded * kTiles * 32; c += threads())
+      UNROLLED_FOR (int t = 0; t < 2; ++t) maps(t).st(c, uint4{0, 0, 0, 0});
   }
 
   // The centred maps of 16 keys and COUNT tiles of rows, from `first` on, of head h.
@@ -258,10 +284,11 @@ struct RegistersTile {
 template <class T, int WIDTH, int OWN>
 KERNEL LAUNCH_BOUNDS(32 * kRegisterWarps, 1) registers_tile(RegistersKernel<T> a) {
   RegistersTile<T, WIDTH, OWN> tile(a);
+  const auto small = tile.load_small();
   tile.fetch_queries();
   tile.fetch_keys(0);
   tile.fetch_values(0);
-  tile.fill();
+  tile.store_small(small);
   tile.clear_out();
   sync_block();
   ROLLED_FOR (int t = 0; 16 * t < a.m; ++t) {
