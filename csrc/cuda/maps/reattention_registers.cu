@@ -39,8 +39,12 @@ template <class T, int WIDTH, int OWN>
 struct RegistersTile {
   static constexpr int kTiles = kRegisterTiles, kRows = 16 * kTiles, kStride = row_stride<T>(WIDTH),
                        kHead = 16 * kStride;
-  static constexpr int kStep = mixed_at_a_time(OWN), kWeights = weights_at_a_time(OWN);
+  static constexpr int kStep = mixed_at_a_time(OWN);  // heads
   static constexpr float kScale = MapNumbers<T>::kScale;
+
+  struct alignas(weights_bytes(OWN)) Weights {  // of one head for a warp's heads, two float16 each
+    uint32_t pair[weights_bytes(OWN) / 4];
+  };
 
   const RegistersKernel<T>& a;
   int warp, warps, lane, image, row0, present, tile, part;
@@ -52,9 +56,7 @@ struct RegistersTile {
     return Carver{place}.take<X>(count);
   }
   DEVICE Shared<float2> statistics() const { return piece<float2>(a.at.statistics_at, a.heads * kRows); }
-  DEVICE Shared<half_t> weights() const {
-    return piece<half_t>(a.at.weights_at, a.at.parts * (a.at.padded / kStep) * kWeights);
-  }
+  DEVICE Shared<Weights> weights() const { return piece<Weights>(a.at.weights_at, a.at.parts * a.at.padded); }
   DEVICE Shared<float2> factors() const { return piece<float2>(a.at.factors_at, a.at.parts * OWN); }
   DEVICE Shared<T> queries(int slot) const {
     return piece<T>(a.at.queries_at + slot * kTiles * kHead * 2, kTiles * kHead);
@@ -154,13 +156,16 @@ struct RegistersTile {
       const float constant = (a.centred ? 0.0f : total / a.m) + x.bias[i], bound = size + fabsf(constant);
       const float unit = bound > 1e-37f && bound < INFINITY ? ldexpf(1, -ilogbf(bound)) : 1.0f;
       if (lane < a.at.padded)
-        weights().st(((g / OWN * a.at.padded + lane) / kStep) * kWeights + lane % kStep * OWN + g % OWN,
-                     from_float<half_t>(w * unit));
+        weights().template as<half_t>().st(
+            (g / OWN * a.at.padded + lane) * (weights_bytes(OWN) / 2) + g % OWN,
+            from_float<half_t>(w * unit));
       if (lane == 0) factors().st(g, float2{constant * unit * kScale, 1 / unit / kScale});
     });
     // of heads that are not there
-    for (int c = thread_x(); c < a.at.parts * (a.at.padded / kStep) * kWeights; c += threads())
-      if (c % kWeights >= kStep * OWN) weights().st(c, half_t{});
+    constexpr int pad = weights_bytes(OWN) / 2 - OWN;
+    if constexpr (pad > 0)
+      for (int c = thread_x(); c < a.at.parts * a.at.padded * pad; c += threads())
+        weights().template as<half_t>().st(c / pad * (weights_bytes(OWN) / 2) + OWN + c % pad, half_t{});
     for (int c = thread_x() + a.heads * kTiles * 32; c < a.at.padded * kTiles * 32; c += threads())
       UNROLLED_FOR (int t = 0; t < 2; ++t) maps(t).st(c, uint4{0, 0, 0, 0});
   }
@@ -218,18 +223,22 @@ struct RegistersTile {
     const auto maps = this->maps(t);
     const auto weights = this->weights();
     uint32_t y[OWN][4] = {};
-    ROLLED_FOR (int h = 0; h < a.at.padded; h += kStep) {
-      uint4 p[kStep], w[kWeights / 8];
-      UNROLLED_FOR (int i = 0; i < kStep; ++i) p[i] = maps.ld(((h + i) * kTiles + tile) * 32 + lane);
-      UNROLLED_FOR (int i = 0; i < kWeights / 8; ++i)
-        w[i] = weights.template ld<uint4>((part * (a.at.padded / kStep) + h / kStep) * kWeights + 8 * i);
-      UNROLLED_FOR (int i = 0; i < kStep; ++i)
-        UNROLLED_FOR (int g = 0; g < OWN; ++g) {
-          const int c = i * OWN + g;
-          const uint32_t words[4] = {w[c / 8].x, w[c / 8].y, w[c / 8].z, w[c / 8].w};
-          add_map(y[g], words[c % 8 / 2], c % 2, p[i]);
-        }
-    }
+    uint4 p[kStep];
+    Weights w[kStep];
+    const auto load = [&](int i, int h) {
+      p[i] = maps.ld((h * kTiles + tile) * 32 + lane);
+      w[i] = weights.ld(part * a.at.padded + h);
+    };
+    const auto add = [&](int i) {
+      UNROLLED_FOR (int g = 0; g < OWN; ++g) add_map(y[g], w[i].pair[g / 2], g % 2, p[i]);
+    };
+    UNROLLED_FOR (int i = 0; i < kStep; ++i) load(i, i);
+    ROLLED_FOR (int h = kStep; h < a.at.padded; h += kStep)
+      UNROLLED_FOR (int i = 0; i < kStep; ++i) {
+        add(i);
+        load(i, h + i);  // travels while the others are added
+      }
+    UNROLLED_FOR (int i = 0; i < kStep; ++i) add(i);
     UNROLLED_FOR (int g = 0; g < OWN; ++g) {
       const int h = part * a.own + g;
       if (g >= a.own || h >= a.heads) break;

@@ -16,9 +16,9 @@ struct OwnHeads {
 inline constexpr OwnHeads kOwnHeads[] = {{32, 6}, {48, 4}, {64, 3}};
 inline constexpr int kRegisterTiles = 3, kRegisterWarps = 12;
 
-// Heads that are mixed at a time, and float16 numbers that their weights take, in whole pieces of 16 bytes.
+// Heads that are mixed at a time, and bytes that the weights of one take: float16.
 HOST_DEVICE constexpr int mixed_at_a_time(int own) { return own == 4 ? 4 : 3; }
-HOST_DEVICE constexpr int weights_at_a_time(int own) { return (own * mixed_at_a_time(own) + 7) / 8 * 8; }
+HOST_DEVICE constexpr int weights_bytes(int own) { return own > 4 ? 16 : 8; }
 
 // What is in shared memory, by places in bytes. Rows of queries, keys and values are padded as everywhere.
 struct RegisterLayout {
@@ -43,7 +43,7 @@ struct RegisterLayout {
       return at;
     };
     statistics_at = take(heads * 16 * kRegisterTiles * 8);
-    weights_at = take(parts * (padded / step) * weights_at_a_time(own) * 2);
+    weights_at = take(parts * padded * weights_bytes(own));
     factors_at = take(parts * own * 8);
     queries_at = take(slots * kRegisterTiles * head * 2);
     keys_at = take(heads * head * 2);
