@@ -52,14 +52,17 @@ struct RegisterLayout {
   }
 };
 
-// The layout where the kernel fits, else one of no buffers.
+// The layout where the kernel fits, else one of no buffers. Blocks of few warps are to share a processor, which
+// then has kRegisterWarps, before they have two buffers.
 inline RegisterLayout fit_registers(int heads, int width, int64_t limit) {
   for (const auto [each, own] : kOwnHeads) {
-    if (each != width || kRegisterTiles * ((heads + own - 1) / own) > kRegisterWarps) continue;
-    for (int buffers : {2, 1}) {
-      const RegisterLayout at(heads, width, own, buffers);
-      if (at.bytes <= limit) return at;
-    }
+    const int warps = kRegisterTiles * ((heads + own - 1) / own);
+    if (each != width || warps > kRegisterWarps) continue;
+    for (int blocks = kRegisterWarps / warps; blocks > 0; --blocks)
+      for (int buffers : {2, 1}) {
+        const RegisterLayout at(heads, width, own, buffers);
+        if (at.bytes <= (blocks > 1 ? limit / blocks - 1024 : limit)) return at;
+      }
   }
   return {};
 }
