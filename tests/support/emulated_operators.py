@@ -8,6 +8,7 @@ import functools
 import os
 from pathlib import Path
 
+import elf
 import pytest
 import torch
 from emulation_build import EMULATION, KERNELS, build
@@ -29,8 +30,8 @@ class Emulator:
     for what is left out. An output that nobody asked for has shape [0]."""
 
     def __init__(self):
-        folder, kernels = Path(torch.__file__).parent, build(*KERNELS, name="kernels")
-        libraries = [kernels, *(folder / f"lib/lib{name}.so" for name in ("c10", "torch_cpu", "torch"))]
+        folder, self.kernels = Path(torch.__file__).parent, build(*KERNELS, name="kernels")
+        libraries = [self.kernels, *(folder / f"lib/lib{name}.so" for name in ("c10", "torch_cpu", "torch"))]
         includes = [folder / "include", folder / "include/torch/csrc/api/include"]
         headers = sorted(EMULATION.glob("memory/*.h"))
         library = build(EMULATION / "operators.cpp", libraries=libraries, includes=includes, headers=headers)
@@ -74,6 +75,27 @@ class Emulator:
         self.hooks.take_counts()
         yield counts
         counts.update(self.hooks.take_counts())
+
+    def recorded(self, call):
+        """[(the kernel's mangled name, blocks, threads, bytes of shared memory, bytes of the arguments)]: the
+        launches of a call, which do not run."""
+        self.hooks.record(True)
+        try:
+            call()
+            launches = [self.hooks.launch(i) for i in range(self.hooks.launches())]
+        finally:
+            self.hooks.record(False)
+        return [
+            (self.names[at], *numbers, arguments.numpy().tobytes()) for (at, *numbers), arguments in launches
+        ]
+
+    @functools.cached_property
+    def names(self):
+        """The mangled names of the emulated kernels, by their addresses."""
+        library = elf.functions(self.kernels.read_bytes())
+        places = Path("/proc/self/maps").read_text().splitlines()
+        base = next(int(line.split("-")[0], 16) for line in places if line.endswith(str(self.kernels)))
+        return {base + address: name for address, name in library.items()}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// The operators of csrc/cuda/operators.h over emulated kernels, for CPU tensors, and two that set how kernels
+// The operators of csrc/cuda/operators.h over emulated kernels, for CPU tensors, and some that set how kernels
 // run and tell what they did: tests/support/emulated_operators.py declares the operators in the namespace
 // vitdiv_emulated, links the kernels and includes memory/*.h before this file.
 #include "../../../csrc/cuda/operators.h"
@@ -45,6 +45,21 @@ c10::Dict<std::string, int64_t> take_counts() {
   return counts;
 }
 
+void record(bool on) {
+  emulation::recording = on;
+  emulation::launches.clear();
+}
+
+// Of recorded launch i: the kernel's address, blocks, threads, bytes of shared memory; the arguments' bytes.
+std::tuple<std::vector<int64_t>, at::Tensor> launch(int64_t i) {
+  const emulation::Launch& found = emulation::launches.at(i);
+  const at::Tensor arguments = at::empty(int64_t(found.arguments.size()), at::kByte);
+  std::memcpy(arguments.data_ptr(), found.arguments.data(), found.arguments.size());
+  return {{reinterpret_cast<int64_t>(found.kernel), found.blocks, found.threads, found.shared_bytes}, arguments};
+}
+
+int64_t launches() { return int64_t(emulation::launches.size()); }
+
 }  // namespace
 }  // namespace vitdiv
 
@@ -52,4 +67,7 @@ TORCH_LIBRARY_IMPL(vitdiv_emulated, CPU, m) { vitdiv::register_operators<vitdiv:
 TORCH_LIBRARY_FRAGMENT(vitdiv_emulated, m) {
   m.def("configure", vitdiv::configure);
   m.def("take_counts", vitdiv::take_counts);
+  m.def("record", vitdiv::record);
+  m.def("launches", vitdiv::launches);
+  m.def("launch", vitdiv::launch);
 }
