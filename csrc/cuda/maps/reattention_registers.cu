@@ -48,7 +48,7 @@ struct RegistersTile {
 
   const RegistersKernel<T>& a;
   int warp, warps, lane, image, row0, present, tile, part;
-  Global<const T> own_keys, own_values;
+  Global<const T> own_keys;
   float out[OWN][WIDTH / 16][2][4];
 
   template <class X>
@@ -75,7 +75,7 @@ struct RegistersTile {
     image = block_x() / a.tiles, row0 = block_x() % a.tiles * kRows;
     present = a.n - row0 < kRows ? a.n - row0 : kRows;
     tile = warp % kTiles, part = warp / kTiles;
-    own_keys = lane_start(a.k), own_values = lane_start(a.v);
+    own_keys = lane_start(a.k, lane);
   }
 
   // Four or eight lanes share a row, 16 bytes each.
@@ -83,8 +83,9 @@ struct RegistersTile {
   DEVICE int lane_row() const { return lane / kLanes; }
   DEVICE int lane_column() const { return lane % kLanes * 8; }
   // Where this lane begins in the warp's first head.
-  DEVICE Global<const T> lane_start(const Heads<T>& from) const {
-    return {from.data.p + image * from.image + warp * from.head + lane_row() * from.row + lane_column()};
+  DEVICE Global<const T> lane_start(const Heads<T>& from, int lane) const {
+    return {from.data.p + image * from.image + warp * from.head + lane / kLanes * from.row +
+            lane % kLanes * 8};
   }
   // 16 rows of the warp's head number i
   DEVICE void fetch(Shared<T> to, int at, const Heads<T>& from, Global<const T> start, int i, int first,
@@ -96,7 +97,7 @@ struct RegistersTile {
                    lane_row() + r < end - first);
   }
   DEVICE void fetch_queries() const {
-    const auto start = lane_start(a.q);
+    const auto start = lane_start(a.q, lane);
     for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
       UNROLLED_FOR (int r = 0; r < kTiles; ++r)
         fetch(queries(h), r * kHead, a.q, start, i, row0 + 16 * r, a.n);
@@ -108,9 +109,10 @@ struct RegistersTile {
     copy_commit();
   }
   DEVICE void fetch_values(int t) const {
+    const auto start = lane_start(a.v, renewed(lane));  // there is no register for it
     if (16 * t < a.m)
       for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
-        fetch(values(h, t), 0, a.v, own_values, i, 16 * t, a.m);
+        fetch(values(h, t), 0, a.v, start, i, 16 * t, a.m);
     copy_commit();
   }
 

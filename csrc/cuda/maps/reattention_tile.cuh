@@ -16,7 +16,8 @@ struct ForwardTile {
   using Slot = Scores<T, kRowTileCount, GROUPS == 2>;  // 12 warps have no registers left for queries
   using Columns = HeadTile<A, GROUPS>;
   // in registers where they are few
-  using Mix = std::conditional_t<GROUPS == 1, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
+  static constexpr bool kHeld = GROUPS == 1;
+  using Mix = std::conditional_t<kHeld, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
 
   const ForwardKernel<T>& a;
   int image, row0, present, first_head, end_head, first_column, end_column;
@@ -262,14 +263,14 @@ struct ForwardTile {
     const auto logits_at = a.at.logits.renewed();
     Mix matrix;
     if (a.out.p) {
-      if constexpr (GROUPS == 1)
+      if constexpr (kHeld)
         matrix.load(mix());
       else
         matrix = mix();
     }
     Affine to_mixed{}, to_normed{};
-    if (a.out.p) to_mixed = affine(kFactor, kConstant);
-    if (a.out.p && a.norm_weight.p) to_normed = affine(kWeight, kAdded);
+    if (kHeld && a.out.p) to_mixed = affine(kFactor, kConstant);
+    if (kHeld && a.out.p && a.norm_weight.p) to_normed = affine(kWeight, kAdded);
     const int end_key = a.m;
     ROLLED_FOR (int i = 0, x = 16 * warp();; x += 16 * warps()) {
       ROLLED_FOR (; x >= columns; x -= columns) ++i;
@@ -281,11 +282,11 @@ struct ForwardTile {
       const Shared<M> chunk[1] = {maps()};
       mix_heads<M>(y, matrix, chunk, at, i, x);
       sync_warp();  // all heads of this place are read
-      to_mixed.apply(y);
+      (kHeld ? to_mixed : affine(kFactor, kConstant)).apply(y);
       if (a.norm_weight.p) {
         A rstd[2][2];
         normalise_heads(y, rstd, a.heads, a.eps);
-        to_normed.apply(y);
+        (kHeld ? to_normed : affine(kWeight, kAdded)).apply(y);
       }
       // of keys that are not there the layer norm may be Inf
       if (key0 + x + 16 > end_key) fill_keys(y, key0 + x, A(0));
