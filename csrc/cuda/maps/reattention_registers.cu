@@ -48,7 +48,6 @@ struct RegistersTile {
 
   const RegistersKernel<T>& a;
   int warp, warps, lane, image, row0, present, tile, part;
-  Global<const T> own_keys;
   float out[OWN][WIDTH / 16][2][4];
 
   template <class X>
@@ -75,7 +74,6 @@ struct RegistersTile {
     image = block_x() / a.tiles, row0 = block_x() % a.tiles * kRows;
     present = a.n - row0 < kRows ? a.n - row0 : kRows;
     tile = warp % kTiles, part = warp / kTiles;
-    own_keys = lane_start(a.k, lane);
   }
 
   // Four or eight lanes share a row, 16 bytes each.
@@ -83,7 +81,8 @@ struct RegistersTile {
   DEVICE int lane_row() const { return lane / kLanes; }
   DEVICE int lane_column() const { return lane % kLanes * 8; }
   // Where this lane begins in the warp's first head.
-  DEVICE Global<const T> lane_start(const Heads<T>& from, int lane) const {
+  DEVICE Global<const T> lane_start(const Heads<T>& from) const {
+    const int lane = renewed(this->lane);  // there are no registers to hold it
     return {from.data.p + image * from.image + warp * from.head + lane / kLanes * from.row +
             lane % kLanes * 8};
   }
@@ -97,19 +96,19 @@ struct RegistersTile {
                    lane_row() + r < end - first);
   }
   DEVICE void fetch_queries() const {
-    const auto start = lane_start(a.q, lane);
+    const auto start = lane_start(a.q);
     for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
       UNROLLED_FOR (int r = 0; r < kTiles; ++r)
         fetch(queries(h), r * kHead, a.q, start, i, row0 + 16 * r, a.n);
   }
   DEVICE void fetch_keys(int t) const {
+    const auto start = lane_start(a.k);
     if (16 * t < a.m)
-      for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
-        fetch(keys(h), 0, a.k, own_keys, i, 16 * t, a.m);
+      for (int h = warp, i = 0; h < a.heads; h += warps, ++i) fetch(keys(h), 0, a.k, start, i, 16 * t, a.m);
     copy_commit();
   }
   DEVICE void fetch_values(int t) const {
-    const auto start = lane_start(a.v, renewed(lane));  // there is no register for it
+    const auto start = lane_start(a.v);
     if (16 * t < a.m)
       for (int h = warp, i = 0; h < a.heads; h += warps, ++i)
         fetch(values(h, t), 0, a.v, start, i, 16 * t, a.m);
