@@ -22,9 +22,8 @@ TENSOR_CORES = {
     f"{WITH_PRODUCTS}I.*(half_t|bf16_t)": {"HMMA", "LDSM"},
     f"{WITH_PRODUCTS}If": {"HMMA"},
     f"{WITH_PRODUCTS}Id": {"DMMA"},
-    "((gram|similarity|rows|weighted|reattention)_tile|_sweep|softmax_rows|attention_gram.*gradient_tile)I": {
-        "LDGSTS"
-    },
+    "((gram|similarity|rows|weighted|reattention|registers)_tile|_sweep|softmax_rows)I": {"LDGSTS"},
+    "attention_gram.*gradient_tileI": {"LDGSTS"},
 }
 # Stores of one or two bytes, each a transaction of its own, in the code of a kernel of 16-bit numbers, by
 # its file and the first name that is of the file. Numbers may only fall, and where there are none the row
@@ -35,7 +34,7 @@ NARROW_STORES = {
     ("pairwise_cosine_bwd", "gradient_tile"): 32,
     ("pairwise_cosine_signed", "signed_gradient"): 7,
     ("pairwise_rows_bwd", "SoftmaxWeights"): 32,
-    ("reattention", "reattention_tile"): 64,
+    ("reattention", "reattention_tile"): 1,  # rows that are no whole pieces of 16 bytes
     ("reattention_bwd_keys", "key_sweep"): 64,
     ("reattention_bwd_rows", "query_sweep"): 32,
     ("two_gram_bwd", "PenaltyWeights"): 32,
