@@ -55,7 +55,8 @@ std::tuple<std::vector<int64_t>, at::Tensor> launch(int64_t i) {
   const emulation::Launch& found = emulation::launches.at(i);
   const at::Tensor arguments = at::empty(int64_t(found.arguments.size()), at::kByte);
   std::memcpy(arguments.data_ptr(), found.arguments.data(), found.arguments.size());
-  return {{reinterpret_cast<int64_t>(found.kernel), found.blocks, found.threads, found.shared_bytes}, arguments};
+  return {{reinterpret_cast<int64_t>(found.kernel), found.blocks, found.threads, found.shared_bytes},
+          arguments};
 }
 
 int64_t launches() { return int64_t(emulation::launches.size()); }
