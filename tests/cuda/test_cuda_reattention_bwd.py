@@ -365,8 +365,8 @@ def test_nan_and_inf_propagate(emulator, where, poison):
 
 def test_what_does_not_fit_is_refused(emulator):
     emulator.configure(architecture=89)
-    case = Case((1, 32, 3, 3, 128))
-    message = "backward of 32 heads of width 128 does not fit the shared memory of this GPU, 101376"
+    case = Case((1, 1, 3, 3, 512))
+    message = "backward of heads of width 512 does not fit the shared memory of this GPU, 101376"
     with pytest.raises(RuntimeError, match=message):
         check(emulator, case, torch.float64)
     with pytest.raises(RuntimeError, match="at most 32 heads, got 33"):

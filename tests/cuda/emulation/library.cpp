@@ -30,6 +30,7 @@ extern "C" {
 void emulation_configure(int order, unsigned seed, int64_t shared_limit, int as_hardware) {
   emulation::config = {static_cast<emulation::Order>(order), seed, shared_limit, as_hardware != 0};
 }
+void emulation_configure_workspace(int64_t bytes) { emulation::config.workspace = bytes; }
 void emulation_allow(const void* memory, int64_t bytes, int writable, int initialised) {
   emulation::allow(memory, bytes, writable, initialised);
 }
