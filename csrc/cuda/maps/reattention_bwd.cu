@@ -183,14 +183,22 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   a.eps = static_cast<Acc<T>>(args.eps);
   a.mean = static_cast<Acc<T>>(mean_of<T>(args.M));
   a.beside = static_cast<Acc<T>>(mean_beside<T>(args));
-  a.pre_mix = array(args.pre_mix);
-  a.pre_bias = array(args.pre_mix ? args.pre_bias : nullptr);
-  a.mix = array(args.folded_mix);
   a.bias = array(args.folded_bias);
-  a.coupling = array(args.coupling);
-  a.coupling_image = args.coupling_stride_b;
+  a.pre_bias = array(args.pre_mix ? args.pre_bias : nullptr);
   a.norm_weight = array(args.norm_weight);
   a.norm_bias = array(args.norm_bias);
+
+  const auto matrix = [&](HeadMatrices which, bool needed, const void* data, bool transposed,
+                          double factor = 1, int64_t image = 0) {
+    if (needed)
+      a.matrices[which] = {array(data), image, transposed ? 1 : heads, transposed ? heads : 1,
+                           Acc<T>(factor)};
+  };
+  matrix(kMixT, a.has_dy && a.goes_on, args.folded_mix, true);
+  matrix(kMix, a.wants_y || a.layer_norm, args.folded_mix, false);
+  matrix(kCoupling, args.coupling && a.goes_on, args.coupling, false, 1, args.coupling_stride_b);
+  matrix(kPre, a.mixed_logits, args.pre_mix, false, kLog2e);
+  matrix(kPreT, a.mixed_logits && a.goes_on, args.pre_mix, true);
 
   Workspace<T> space{};
   space.heads = heads;
@@ -205,6 +213,7 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   a.places = heads > 16 ? 32 : 16;
   if (sizeof(T) == 2 && !a.layer_norm && !a.mixed_logits)
     while (a.places / 2 >= heads) a.places /= 2;
+  while (1 << a.places_bits < a.places) ++a.places_bits;
   const int64_t limit = shared_memory_limit(kOperation);
   fit_heads(plan, limit);
   plan.maps.mixed_logits = a.mixed_logits;
@@ -233,9 +242,8 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   plan.partial_at = scratch.take(summed ? args.B * a.parts * parameters * acc : 0);
   plan.images_at = scratch.take(summed ? args.B * parameters * acc : 0);
   const bool grows = plan.chunk_rows < queries;
-  plan.sums_at[0] = scratch.take(grows && args.dk.data ? args.H * args.M * padded_width(args.d) * acc : 0);
-  plan.sums_at[1] =
-      scratch.take(grows && args.dv_out.data ? args.H * args.M * padded_width(args.dv) * acc : 0);
+  plan.sums_at[0] = scratch.take(grows && args.dk.data ? args.H * args.M * args.d * acc : 0);
+  plan.sums_at[1] = scratch.take(grows && args.dv_out.data ? args.H * args.M * args.dv * acc : 0);
   return plan;
 }
 

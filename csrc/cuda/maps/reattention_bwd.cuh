@@ -82,35 +82,40 @@ struct MapsKernel {
   }
 };
 
+// The matrices of heads: of the mixes and their gradients.
+enum HeadMatrices { kMixT, kMix, kCoupling, kPre, kPreT, kHeadMatrices };
+template <class T>
+struct MatrixOfHeads {
+  Global<const Acc<T>> data;   // null: is not needed
+  int64_t image, row, column;  // strides
+  Acc<T> factor;
+};
+
 template <class T>
 struct HeadsKernel {
   static constexpr int kMostWarps = 4;
 
   Workspace<T> space;
   int heads;
-  int places;    // for the heads of one query row, a power of two: others are empty
-  int rows;      // of a block
-  int blocks;    // of the rows of an image
-  int chunk;     // keys that are held at a time
-  int stride;    // of rows in shared memory
-  bool has_dy;   // and it is needed
-  bool goes_on;  // dZ is needed
+  int places;       // for the heads of one query row, a power of two: others are empty
+  int places_bits;  // its logarithm
+  int rows;         // of a block
+  int blocks;       // of the rows of an image
+  int chunk;        // keys that are held at a time
+  int stride;       // of rows in shared memory
+  bool has_dy;      // and it is needed
+  bool goes_on;     // dZ is needed
   bool wants_y;
   bool wants_dmix, wants_dnorm, wants_dpre_mix;
   bool layer_norm;
   bool mixed_logits;
   Acc<T> eps;
-  Acc<T> mean;                       // maps are kept less this
-  Acc<T> beside;                     // their mix lacks this times the matrix's sums
-  Global<const Acc<T>> pre_mix;      // [heads, heads] or null, as the following
-  Global<const Acc<T>> pre_bias;     // [heads]
-  Global<const Acc<T>> mix;          // [heads, heads]
-  Global<const Acc<T>> bias;         // [heads]
-  Global<const Acc<T>> coupling;     // [images or 1, heads, heads]
-  Global<const Acc<T>> norm_weight;  // [heads]
-  Global<const Acc<T>> norm_bias;    // [heads]
-  int64_t coupling_image;            // 0: all images share one
-  Global<Acc<T>> partial;            // [all images, parts, 2 H H + 3 H]
+  Acc<T> mean;    // maps are kept less this
+  Acc<T> beside;  // their mix lacks this times the matrix's sums
+  MatrixOfHeads<T> matrices[kHeadMatrices];
+  // [heads] or null each
+  Global<const Acc<T>> pre_bias, bias, norm_weight, norm_bias;
+  Global<Acc<T>> partial;  // [all images, parts, 2 H H + 3 H]
   int parts, first_part;
   Global<const Acc<T>> bounds;  // of maps_tile, so many for an image
   int bounds_count;
@@ -132,7 +137,7 @@ struct OutProduct {
   Global<T> out;  // [all images, heads, rows, width]
   int64_t out_image, out_head, out_row;
   bool pieces;          // rows of `out` are whole and aligned pieces of 16 bytes
-  Global<Acc<T>> sums;  // [heads, rows, padded width], where rows of an image are shared out; else null
+  Global<Acc<T>> sums;  // [heads, rows, width], where rows of an image are shared out; else null
   int tiles, slices;    // of the rows and columns of a head
   int blocks;
 };
@@ -154,20 +159,19 @@ struct ProductsKernel {
 template <class T>
 DEVICE void fetch_rows(Shared<T> tile, int stride, const Heads<T>& from, int64_t head, int first, int count,
                        int end, int column, int columns, int width) {
-  const int at = thread_x() & 7;
-  if (from.pieces) {
-    ROLLED_FOR (int r = thread_x() >> 3; r < count; r += threads() >> 3) {
-      const bool inside = first + r < end;
-      const int64_t row = head + (first + r) * from.row + column;
-      for (int x = at * kPiece<T>; x < columns; x += 8 * kPiece<T>)
-        copy16_async(tile, r * stride + x, from.data, row + x, inside && column + x < width);
-    }
-  } else {
-    ROLLED_FOR (int r = thread_x() >> 3; r < count; r += threads() >> 3) {
-      const bool inside = first + r < end;
-      const int64_t row = head + (first + r) * from.row + column;
-      ROLLED_FOR (int x = at; x < columns; x += 8)
-        tile.st(r * stride + x, inside && column + x < width ? from.data.ld(row + x) : T{});
+  const int row0 = thread_x() >> 3, lane = thread_x() & 7, rows = threads() >> 3,
+            step = from.pieces ? kPiece<T> : 1;
+  for (int x = lane * step; x < columns; x += 8 * step) {
+    const bool inside = column + x < width;
+    int64_t at = head + (first + row0) * from.row + column + x;
+    int to = row0 * stride + x;
+    const int64_t next = rows * from.row;
+    ROLLED_FOR (int r = row0; r < count; r += rows, at += next, to += rows * stride) {
+      const bool there = inside && first + r < end;
+      if (from.pieces)
+        copy16_async(tile, to, from.data, at, there);
+      else
+        tile.st(to, there ? from.data.ld(at) : T{});
     }
   }
 }

@@ -19,15 +19,15 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
   using typename B::Tile;
   static constexpr bool kHeld = GROUPS == 1 && sizeof(T) == 2 && !EXTRA;
 
-  // matrices in registers
-  FragmentA<T> held[kHeld ? 3 : 1][kMostParts<T>];
+  // kMixT and kMix, in registers
+  FragmentA<T> held[2][2];
   A beside[GROUPS][2];
   A row_max[GROUPS][2], row_scale[GROUPS][2];  // of mixed logits
   int row0;
 
   DEVICE HeadsTask(const HeadsKernel<T>& arguments) : B(arguments), row0(0) {
     if constexpr (kHeld)
-      UNROLLED_FOR (int which = 0; which < 3; ++which)
+      UNROLLED_FOR (int which = 0; which < 2; ++which)
         UNROLLED_FOR (int part = 0; part < matrix_parts<T>(which); ++part)
           if (this->has(which)) held[which][part] = this->fragment(which, 0, 0, part);
     UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
@@ -35,9 +35,9 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
   }
 
   DEVICE void add_product(Tile& tile, int which, int step, const FragmentB<T> (&b)[2]) const {
-    if constexpr (kHeld) {
+    if (kHeld && which < 2) {
       UNROLLED_FOR (int part = matrix_parts<T>(which) - 1; part >= 0; --part)
-        multiply_add<T>(tile[0], held[which][part], b);
+        multiply_add<T>(tile[0], held[which & 1][part & 1], b);
     } else {
       B::add_product(tile, which, step, b, matrix_parts<T>(which));
     }
@@ -203,13 +203,13 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
     UNROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
       if (!this->has_step(step)) continue;
       FragmentB<T> b[2];
-      if (a.has_dy && a.goes_on) {
+      if (this->has(kMixT)) {
         this->load_right(b, this->grads(), step, x);
         add_product(da, kMixT, step, b);
       }
       this->load_right(b, this->maps(), step, x);
       // in float16 they have different units
-      if (a.coupling.p && a.goes_on) add_product(kBounded<T> ? coupled : da, kCoupling, step, b);
+      if (this->has(kCoupling)) add_product(kBounded<T> ? coupled : da, kCoupling, step, b);
       if (wants_y) add_product(y, kMix, step, b);
     }
     if constexpr (kBounded<T>)
@@ -330,7 +330,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
       UNROLLED_FOR (int half = 0; half < 2; ++half) {
         const uint32_t row = 1u << this->row_of(tile_row(2 * half));
         if (spoilt[0] & row) spoil[half] = NAN;
-        if ((spoilt[1] & row) || (a.coupling.p && (spoilt[0] & row))) sums.dots[0][half] = NAN;
+        if ((spoilt[1] & row) || (this->has(kCoupling) && (spoilt[0] & row))) sums.dots[0][half] = NAN;
       }
     for (int first = 0; first < a.space.row; first += a.chunk) {
       const int columns = columns_from(first);
@@ -392,12 +392,9 @@ KERNEL LAUNCH_BOUNDS(32 * HeadsKernel<T>::kMostWarps, (sizeof(T) == 2 && GROUPS 
 
 template <class T>
 void launch_heads(const HeadsKernel<T>& a, int warps, int64_t shared_bytes, void* stream) {
-  const bool extra = sizeof(T) > 2 || a.layer_norm || a.mixed_logits;
-  auto* kernel = heads_tile<T, 1, true>;
-  if constexpr (sizeof(T) == 2) {
-    if (!extra) kernel = a.heads > 16 ? heads_tile<T, 2, false> : heads_tile<T, 1, false>;
-  }
-  if (extra && a.heads > 16) kernel = heads_tile<T, 2, true>;
+  auto* kernel = a.heads > 16 ? heads_tile<T, 2, true> : heads_tile<T, 1, true>;
+  if constexpr (sizeof(T) == 2)
+    if (a.heads <= 16 && !a.layer_norm && !a.mixed_logits) kernel = heads_tile<T, 1, false>;
   launch("reattention_bwd", kernel, int64_t(a.space.images) * a.blocks, 32 * warps, shared_bytes, stream, a);
 }
 template void launch_heads(const HeadsKernel<half_t>&, int, int64_t, void*);

@@ -7,8 +7,6 @@
 
 namespace vitdiv::cuda {
 
-// The matrices of heads: of the mixes and their gradients.
-enum HeadMatrices { kMixT, kMix, kCoupling, kPre, kPreT, kMatrices };
 // Numbers for each place.
 enum HeadVectors { kBeside, kNormWeight, kNormBias, kPreBias, kVectors };
 
@@ -93,7 +91,7 @@ struct HeadRows {
     return piece<A>(a.dense_at + which * kPlaces * kTableRow * int(sizeof(A)), kPlaces * kTableRow);
   }
   DEVICE Shared<T> fragments() const {
-    return piece<T>(a.fragments_at, kMatrices * a.matrix_fragments * 512 / int(sizeof(T)));
+    return piece<T>(a.fragments_at, kHeadMatrices * a.matrix_fragments * 512 / int(sizeof(T)));
   }
   // [4, places], then the units of the matrices
   DEVICE Shared<A> vectors() const { return piece<A>(a.vectors_at, kVectors * kPlaces + 8); }
@@ -103,25 +101,16 @@ struct HeadRows {
 
   DEVICE bool wants_sums() const { return a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix; }
   DEVICE int head_of(int place) const { return place & (a.places - 1); }
-  DEVICE int row_of(int place) const { return place / a.places; }
+  DEVICE int row_of(int place) const { return place >> a.places_bits; }
   DEVICE bool is_head(int place) const { return head_of(place) < a.heads; }
-  DEVICE int share() const { return kPlaces / a.places; }
+  DEVICE int share() const { return kPlaces >> a.places_bits; }
 
   // --- matrices
 
-  DEVICE bool has(int which) const {
-    const bool needs_mix = a.wants_y || a.layer_norm;
-    return which == kMixT       ? a.has_dy && a.goes_on
-           : which == kMix      ? needs_mix && a.mix.p
-           : which == kCoupling ? a.goes_on && a.coupling.p
-           : which == kPre      ? a.mixed_logits
-                                : a.mixed_logits && a.goes_on;
-  }
+  DEVICE bool has(int which) const { return a.matrices[which].data.p != nullptr; }
   DEVICE A element(int which, int g, int h) const {
-    const Global<const A> from = which == kCoupling ? a.coupling : which >= kPre ? a.pre_mix : a.mix;
-    const int64_t at = which == kCoupling ? (a.space.first_image + image) * a.coupling_image : 0;
-    const bool transposed = which == kMixT || which == kPreT;
-    return from.ld(at + (transposed ? h * a.heads + g : g * a.heads + h));
+    const MatrixOfHeads<T>& m = a.matrices[which];
+    return m.data.ld((a.space.first_image + image) * m.image + g * m.row + h * m.column) * m.factor;
   }
   DEVICE A element_of_places(int which, int g, int h) const {
     return is_head(g) && is_head(h) && row_of(g) == row_of(h) ? element(which, head_of(g), head_of(h)) : A(0);
@@ -153,9 +142,9 @@ struct HeadRows {
                int(sizeof(T)) +
            lane_id() * kPiece<T>;
   }
-  template <class E>
-  DEVICE void store_fragment(int which, int group, int step, E of) const {
+  DEVICE void store_fragment(int which, int group, int step, A factor) const {
     const int l = lane_id();
+    const auto of = [&](int g, int h) { return element_of_places(which, g, h) * factor; };
     if constexpr (sizeof(T) == 2) {
       float x[8];
       UNROLLED_FOR (int i = 0; i < 8; ++i)
@@ -202,7 +191,7 @@ struct HeadRows {
   DEVICE HeadRows(const HeadsKernel<T>& a)
       : a(a), warp(thread_x() >> 5), image(block_x() / a.blocks), block(block_x() % a.blocks), size(1) {
     const int warps = threads() >> 5;
-    for (int which = warp; which < kMatrices; which += warps)
+    for (int which = warp; which < kHeadMatrices; which += warps)
       if (has(which)) {
         const A unit = unit_of(which);
         if (lane_id() == 0) vectors().st(kVectors * kPlaces + which, unit);
@@ -211,8 +200,8 @@ struct HeadRows {
       A beside = 0, weight = 0, norm_bias = 0, added = 0;
       const int head = head_of(g);
       if (head < a.heads) {
-        if (a.mix.p && a.beside != 0)
-          for (int h = 0; h < a.heads; ++h) beside += a.mix.ld(head * a.heads + h);
+        if (has(kMix) && a.beside != 0)
+          for (int h = 0; h < a.heads; ++h) beside += element(kMix, head, h);
         beside = beside * a.beside + (a.bias.p ? a.bias.ld(head) : A(0));
         if (a.layer_norm) weight = a.norm_weight.ld(head), norm_bias = a.norm_bias.ld(head);
         if (a.pre_bias.p) added = a.pre_bias.ld(head) * A(kLog2e);
@@ -237,13 +226,11 @@ struct HeadRows {
       if (has(which))
         dense(which == kMixT).st(g * kTableRow + h, as_held(which, element_of_places(which, g, h)));
     }
-    UNROLLED_FOR (int which = 0; which < kMatrices; ++which) {
-      if (!has(which)) continue;
-      const A factor = (which == kPre ? A(kLog2e) : A(1)) / unit(which);
-      for (int f = warp; f < GROUPS * kSteps<T, GROUPS>; f += warps)
-        store_fragment(which, f / kSteps<T, GROUPS>, f % kSteps<T, GROUPS>,
-                       [&](int g, int h) { return element_of_places(which, g, h) * factor; });
-    }
+    constexpr int pieces = GROUPS * kSteps<T, GROUPS>;
+    ROLLED_FOR (int f = warp; f < kHeadMatrices * pieces; f += warps)
+      if (has(f / pieces))
+        store_fragment(f / pieces, f % pieces / kSteps<T, GROUPS>, f % kSteps<T, GROUPS>,
+                       1 / unit(f / pieces));
     mix_unit = unit(kMix) / kUnit;
     mix_t_unit = unit(kMixT);
     coupling_unit = unit(kCoupling) / kUnit;
@@ -287,7 +274,7 @@ struct HeadRows {
       }
       bound = dy * column_sum(kMixT);
     }
-    if (a.coupling.p) bound += column_sum(kCoupling);
+    if (has(kCoupling)) bound += column_sum(kCoupling);
     bound *= 2;
     if (a.mixed_logits) bound *= larger(A(1), column_sum(kPreT));
     if (bound > 0 && bound < INFINITY) {
@@ -308,24 +295,31 @@ struct HeadRows {
   }
   DEVICE static int place(int group, int e) { return 16 * group + tile_row(e); }
 
-  DEVICE void fetch(Shared<T> to, Global<T> from, int row0, int first, int columns) const {
-    ROLLED_FOR (int g = 0; g < kPlaces; ++g) {
-      if (!is_head(g)) continue;
-      const int row = row0 + row_of(g);
-      const bool there = row < a.space.rows;
-      const int64_t at = a.space.place(image, head_of(g), there ? row : 0) + first;
-      for (int x = lane_id() * kPiece<T>; x < columns; x += 32 * kPiece<T>)
-        copy16_async(to, g * a.stride + x, Global<const T>{from.p}, at + x, there);
+  // use(at, place, row, head) for the rows of a tile: where they are in a plane of the workspace and in the
+  // tile, at this lane's first piece.
+  template <class Use>
+  DEVICE void for_each_row(int row0, int first, Use use) const {
+    const int x = lane_id() * kPiece<T>;
+    const int64_t next = int64_t(a.space.rows) * a.space.row;
+    ROLLED_FOR (int r = 0; r < share(); ++r) {
+      const bool there = row0 + r < a.space.rows;
+      int64_t at = a.space.place(image, 0, there ? row0 + r : 0) + first + x;
+      int to = r * a.places * a.stride + x;
+      ROLLED_FOR (int h = 0; h < a.heads; ++h, at += next, to += a.stride) use(at, to, there);
     }
   }
+  DEVICE void fetch(Shared<T> to, Global<T> from, int row0, int first, int columns) const {
+    for_each_row(row0, first, [&](int64_t at, int place, bool there) {
+      for (int x = lane_id() * kPiece<T>, n = 0; x < columns; x += 32 * kPiece<T>, n += 32 * kPiece<T>)
+        copy16_async(to, place + n, Global<const T>{from.p}, at + n, there);
+    });
+  }
   DEVICE void store(Shared<T> from, Global<T> to, int row0, int first, int columns) const {
-    ROLLED_FOR (int g = 0; g < kPlaces; ++g) {
-      const int row = row0 + row_of(g);
-      if (!is_head(g) || row >= a.space.rows) continue;
-      const int64_t at = a.space.place(image, head_of(g), row) + first;
-      for (int x = lane_id() * kPiece<T>; x < columns; x += 32 * kPiece<T>)
-        to.template st<uint4>(at + x, from.template ld<uint4>(g * a.stride + x));
-    }
+    for_each_row(row0, first, [&](int64_t at, int place, bool there) {
+      for (int x = lane_id() * kPiece<T>, n = 0; there && x < columns;
+           x += 32 * kPiece<T>, n += 32 * kPiece<T>)
+        to.template st<uint4>(at + n, from.template ld<uint4>(place + n));
+    });
   }
   DEVICE void clear_rows(Shared<T> tile, uint32_t rows, int columns) const {
     ROLLED_FOR (int g = 0; g < kPlaces; ++g)
@@ -431,7 +425,7 @@ struct HeadRows {
   // in dM.
   DEVICE void add_rows(Sums& to, int columns, uint32_t (&spoilt)[2]) const {
     constexpr bool makes_dots = sizeof(T) == 2;
-    const bool coupled = makes_dots && a.goes_on && a.coupling.p,
+    const bool coupled = makes_dots && a.goes_on && has(kCoupling),
                products = a.has_dy && (a.wants_dmix || (makes_dots && a.goes_on));
     ROLLED_FOR (int first = 0; first < GROUPS; ++first)
       ROLLED_FOR (int second = 0; second < GROUPS; ++second) {

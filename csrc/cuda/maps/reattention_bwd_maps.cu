@@ -67,20 +67,21 @@ KERNEL LAUNCH_BOUNDS(32 * MapsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1)) maps_
     ROLLED_FOR (int x = 0; x < columns; x += 16) {
       A s[row_tiles][2][4] = {};
       queries.multiply(s, own, ring, (key0 / line % 2 * line + x) * a.stride, a.stride, padded);
-      UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
-        UNROLLED_FOR (int j = 0; j < 2; ++j)
-          UNROLLED_FOR (int e = 0; e < 4; ++e) s[r][j][e] *= scale;
       if (is_maps) {
         UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
           UNROLLED_FOR (int j = 0; j < 2; ++j)
             UNROLLED_FOR (int e = 0; e < 4; ++e)
-              s[r][j][e] = fast_exp2(s[r][j][e] - row_max[r][e >> 1]) * row_scale[r][e >> 1] - a.mean;
+              s[r][j][e] = fast_exp2(s[r][j][e] * scale - row_max[r][e >> 1]) * row_scale[r][e >> 1] - a.mean;
         if (key0 + x + 16 > keys) {
           UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
             UNROLLED_FOR (int j = 0; j < 2; ++j)
               UNROLLED_FOR (int e = 0; e < 4; ++e)
                 if (key0 + x + 8 * j + tile_col(e) >= keys) s[r][j][e] = 0;
         }
+      } else if (!to_grads) {
+        UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            UNROLLED_FOR (int e = 0; e < 4; ++e) s[r][j][e] *= scale;
       }
       if constexpr (kBounded<T>) {
         if (to_grads) {
@@ -89,29 +90,38 @@ KERNEL LAUNCH_BOUNDS(32 * MapsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1)) maps_
               UNROLLED_FOR (int e = 0; e < 4; ++e) largest = larger(largest, fabsf(s[r][j][e]));
         }
       }
+      const int stage_at = tile_row(0) * stage_stride + tile_col(0) + x;
       UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
         UNROLLED_FOR (int j = 0; j < 2; ++j)
-          UNROLLED_FOR (int i = 0; i < 2; ++i) {
-            const int at = (16 * r + tile_row(2 * i)) * stage_stride + x + 8 * j + tile_col(0);
-            const A first = s[r][j][2 * i], second = s[r][j][2 * i + 1];
-            store2(stage, at, first, second);
-            if constexpr (kLogitPlanes<T> == 2)
-              if (two_planes)
-                store2(low, at, first - to_float(from_float<T>(first)),
-                       second - to_float(from_float<T>(second)));
-          }
+          UNROLLED_FOR (int i = 0; i < 2; ++i)
+            store2(stage, stage_at + (16 * r + 8 * i) * stage_stride + 8 * j, s[r][j][2 * i],
+                   s[r][j][2 * i + 1]);
+      if constexpr (kLogitPlanes<T> == 2)
+        if (two_planes) {
+          UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+            UNROLLED_FOR (int j = 0; j < 2; ++j)
+              UNROLLED_FOR (int i = 0; i < 2; ++i) {
+                const A first = s[r][j][2 * i], second = s[r][j][2 * i + 1];
+                store2(low, stage_at + (16 * r + 8 * i) * stage_stride + 8 * j,
+                       first - to_float(from_float<T>(first)), second - to_float(from_float<T>(second)));
+              }
+        }
     }
     sync_warp();
-    const Global<T> to = to_grads ? a.space.grads : a.space.maps;
     const int x = (lane_id() & 7) * kPiece<T>, first_row = lane_id() >> 3;
-    const int64_t out = a.space.place(image, a.products[which].first_head + head, row0) + key0 + x;
-    UNROLLED_FOR (int r0 = 0; r0 < warp_rows; r0 += 4) {
-      const int r = r0 + first_row;
-      if (row0 + r >= a.space.rows || x >= columns) continue;
-      const int64_t at = out + r * a.space.row;
-      to.template st<uint4>(at, stage.template ld<uint4>(r * stage_stride + x));
-      if (two_planes) a.space.low.template st<uint4>(at, low.template ld<uint4>(r * stage_stride + x));
-    }
+    const int64_t out =
+        a.space.place(image, a.products[which].first_head + head, row0 + first_row) + key0 + x;
+    const int left_rows = x < columns ? a.space.rows - row0 - first_row : 0;
+    const auto leave = [&](Shared<T> from, Global<T> to) {
+      int64_t at = out;
+      UNROLLED_FOR (int r = 0; r < warp_rows; r += 4) {
+        if (r < left_rows)
+          to.template st<uint4>(at, from.template ld<uint4>((first_row + r) * stage_stride + x));
+        at += 4 * a.space.row;
+      }
+    };
+    leave(stage, to_grads ? a.space.grads : a.space.maps);
+    if (two_planes) leave(low, a.space.low);
     sync_warp();
   }
   if constexpr (kBounded<T>)

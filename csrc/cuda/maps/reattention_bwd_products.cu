@@ -34,6 +34,7 @@ KERNEL LAUNCH_BOUNDS(32 * ProductsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1))
   block /= p.slices;
   const int tile0 = block % p.tiles * K::kRows, head = block / p.tiles % heads,
             image = block / p.tiles / heads;
+  // rows of the result, and how many products are summed
   const int rows = transposed ? a.space.keys : a.space.rows, deep = transposed ? a.space.rows : a.space.keys;
   const int warp = thread_x() >> 5, row0 = tile0 + warp * warp_rows;
   const Heads<T> right = p.right;
@@ -44,42 +45,56 @@ KERNEL LAUNCH_BOUNDS(32 * ProductsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1))
 
   Carver carve;
   const Shared<T> memory = carve.take<T>(2 * S::kSize);
+  const int tiles_there = width - column0 > 16 * tiles / 2 ? tiles : tiles / 2;
+  const auto fetch_maps = [&](int at, int i0, int j0, auto rows_of_maps, auto columns) {
+    constexpr int count = decltype(rows_of_maps)::value, pieces = decltype(columns)::value / kPiece<T>,
+                  stride = row_stride<T>(decltype(columns)::value), step = 32 * K::kWarps / pieces;
+    const int i = thread_x() / pieces, x = thread_x() % pieces * kPiece<T>;
+    const int left_rows = j0 + x < a.space.row ? a.space.rows - i0 - i : 0;
+    int64_t from = maps_at + int64_t(i0 + i) * a.space.row + j0 + x;
+    UNROLLED_FOR (int r = 0; r < count; r += step) {
+      copy16_async(memory, at + (i + r) * stride + x, Global<const T>{maps.p}, from, r < left_rows);
+      from += step * a.space.row;
+    }
+  };
+  using Rows = std::integral_constant<int, K::kRows>;
+  using Deep = std::integral_constant<int, S::kDeep>;
   const auto fetch = [&](int k0) {
     if (k0 < deep) {
       const int at = k0 / S::kDeep % 2 * S::kSize;
-      const int map_rows = transposed ? S::kDeep : K::kRows,
-                pieces = (transposed ? K::kRows : S::kDeep) / kPiece<T>;
-      const int stride = transposed ? S::kMapRowTransposed : S::kMapRow;
-      const int i0 = transposed ? k0 : tile0, j0 = transposed ? tile0 : k0;
-      ROLLED_FOR (int c = thread_x(); c < map_rows * pieces; c += threads()) {
-        const int i = c / pieces, x = c % pieces * kPiece<T>;  // pieces: a power of two
-        copy16_async(memory, at + i * stride + x, Global<const T>{maps.p},
-                     maps_at + int64_t(i0 + i) * a.space.row + j0 + x,
-                     i0 + i < a.space.rows && j0 + x < a.space.row);
-      }
+      if (transposed)
+        fetch_maps(at, k0, tile0, Deep(), Rows());
+      else
+        fetch_maps(at, tile0, k0, Rows(), Deep());
       fetch_rows(memory.part(at + S::kMap, S::kDeep * S::kRightRow), S::kRightRow, right, right_at,
-                 right_first + k0, S::kDeep, right_first + deep, column0, K::kWidth, width);
+                 right_first + k0, S::kDeep, right_first + deep, column0, 16 * tiles_there, width);
     }
     copy_commit();
   };
   A acc[row_tiles][tiles][2][4] = {};
-  const auto multiply = [&](int at, int depth, auto is_transposed) {
+  const auto step = [&](int at, int k0, auto is_transposed, auto columns) {
     constexpr bool flipped = decltype(is_transposed)::value;
-    ROLLED_FOR (int k0 = 0; k0 < depth; k0 += kDepth<T>) {
-      FragmentA<T> left[row_tiles];
-      UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
-        load_a<flipped>(left[r], memory, [&](int i, int k) {
-          const int row = warp * warp_rows + 16 * r + i;
-          return at + (flipped ? (k0 + k) * S::kMapRowTransposed + row : row * S::kMapRow + k0 + k);
-        });
-      UNROLLED_FOR (int x = 0; x < tiles; ++x) {
-        if (column0 + 16 * x >= width) continue;
-        FragmentB<T> b[2];
-        load_b<true>(b, memory, [&](int column, int k) {
-          return at + S::kMap + (k0 + k) * S::kRightRow + 16 * x + column;
-        });
-        UNROLLED_FOR (int r = 0; r < row_tiles; ++r) multiply_add<T>(acc[r][x], left[r], b);
-      }
+    FragmentA<T> left[row_tiles];
+    UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+      load_a<flipped>(left[r], memory, [&](int i, int k) {
+        const int row = warp * warp_rows + i;
+        return at + (flipped ? k * S::kMapRowTransposed + row : row * S::kMapRow + k) +
+               (flipped ? k0 * S::kMapRowTransposed + 16 * r : 16 * r * S::kMapRow + k0);
+      });
+    UNROLLED_FOR (int x = 0; x < decltype(columns)::value; ++x) {
+      FragmentB<T> b[2];
+      load_b<true>(b, memory, [&](int column, int k) {
+        return at + S::kMap + k * S::kRightRow + column + (k0 * S::kRightRow + 16 * x);
+      });
+      UNROLLED_FOR (int r = 0; r < row_tiles; ++r) multiply_add<T>(acc[r][x], left[r], b);
+    }
+  };
+  const auto multiply = [&](int at, int depth, auto is_transposed, auto columns) {
+    if constexpr (sizeof(T) == 2) {
+      UNROLLED_FOR (int k0 = 0; k0 < S::kDeep; k0 += kDepth<T>)
+        if (k0 < depth) step(at, k0, is_transposed, columns);
+    } else {
+      ROLLED_FOR (int k0 = 0; k0 < depth; k0 += kDepth<T>) step(at, k0, is_transposed, columns);
     }
   };
   fetch(0);
@@ -90,10 +105,16 @@ KERNEL LAUNCH_BOUNDS(32 * ProductsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1))
     if (row0 >= rows) continue;
     const int at = k0 / S::kDeep % 2 * S::kSize,
               depth = padded_width(deep - k0 < S::kDeep ? deep - k0 : S::kDeep);
+    const auto of_width = [&](auto is_transposed) {
+      if (tiles_there == tiles)
+        multiply(at, depth, is_transposed, std::integral_constant<int, tiles>());
+      else
+        multiply(at, depth, is_transposed, std::integral_constant<int, tiles / 2>());
+    };
     if (transposed)
-      multiply(at, depth, std::true_type());
+      of_width(std::true_type());
     else
-      multiply(at, depth, std::false_type());
+      of_width(std::false_type());
   }
   sync_block();  // the stages' place becomes that of the result
   if (row0 >= rows) return;
@@ -105,32 +126,43 @@ KERNEL LAUNCH_BOUNDS(32 * ProductsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1))
   UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
     UNROLLED_FOR (int x = 0; x < tiles; ++x)
       UNROLLED_FOR (int j = 0; j < 2; ++j)
-        UNROLLED_FOR (int half = 0; half < 2; ++half) {
-          const int row = 16 * r + tile_row(2 * half), column = 16 * x + 8 * j + tile_col(0);
-          A pair[2] = {acc[r][x][j][2 * half] * factor, acc[r][x][j][2 * half + 1] * factor};
-          if (p.sums.p && row0 + row < rows && column0 + column < width) {
-            // a lane always comes back to the same sums
-            const int64_t at = ((int64_t(head) * rows + row0 + row) * padded_width(width)) + column0 + column;
-            UNROLLED_FOR (int e = 0; e < 2; ++e) {
-              if (!a.first) pair[e] += p.sums.ld(at + e);
-              if (!a.last) p.sums.st(at + e, pair[e]);
-            }
+        UNROLLED_FOR (int e = 0; e < 4; ++e) acc[r][x][j][e] *= factor;
+  if (p.sums.p) {  // a lane always comes back to the same sums
+    UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+      UNROLLED_FOR (int x = 0; x < tiles; ++x)
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int e = 0; e < 4; ++e) {
+            const int row = row0 + 16 * r + tile_row(e), column = column0 + 16 * x + 8 * j + tile_col(e);
+            if (row >= rows || column >= width) continue;
+            const int64_t at = (int64_t(head) * rows + row) * width + column;
+            if (!a.first) acc[r][x][j][e] += p.sums.ld(at);
+            if (!a.last) p.sums.st(at, acc[r][x][j][e]);
           }
-          store2(stage, row * S::kRightRow + column, pair[0], pair[1]);
-        }
-  if (p.sums.p && !a.last) return;
+    if (!a.last) return;
+  }
+  UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
+    UNROLLED_FOR (int x = 0; x < tiles; ++x)
+      UNROLLED_FOR (int j = 0; j < 2; ++j)
+        UNROLLED_FOR (int i = 0; i < 2; ++i)
+          store2(stage,
+                 tile_row(0) * S::kRightRow + tile_col(0) + (16 * r + 8 * i) * S::kRightRow + 16 * x + 8 * j,
+                 acc[r][x][j][2 * i], acc[r][x][j][2 * i + 1]);
   sync_warp();
   const int64_t out = (a.space.first_image + image) * p.out_image + head * p.out_head +
                       (transposed ? 0 : a.space.first_row) * p.out_row + column0;
   const int columns = width - column0 < K::kWidth ? width - column0 : K::kWidth;
-  const int last_row = rows - row0 < warp_rows ? rows - row0 : warp_rows;
+  const int r0 = lane_id() >> 3, last_row = rows - row0 < warp_rows ? rows - row0 : warp_rows;
   if (p.pieces) {
-    ROLLED_FOR (int r = lane_id() >> 3; r < last_row; r += 4)
-      ROLLED_FOR (int x = (lane_id() & 7) * kPiece<T>; x < columns; x += 8 * kPiece<T>)
-        p.out.template st<uint4>(out + (row0 + r) * p.out_row + x,
-                                 stage.template ld<uint4>(r * S::kRightRow + x));
+    for (int x = (lane_id() & 7) * kPiece<T>; x < columns; x += 8 * kPiece<T>) {
+      int64_t at = out + (row0 + r0) * p.out_row + x;
+      UNROLLED_FOR (int r = 0; r < warp_rows; r += 4) {
+        if (r0 + r < last_row)
+          p.out.template st<uint4>(at, stage.template ld<uint4>((r0 + r) * S::kRightRow + x));
+        at += 4 * p.out_row;
+      }
+    }
   } else {
-    ROLLED_FOR (int r = lane_id() >> 3; r < last_row; r += 4)
+    ROLLED_FOR (int r = r0; r < last_row; r += 4)
       ROLLED_FOR (int x = lane_id() & 7; x < columns; x += 8)
         p.out.st(out + (row0 + r) * p.out_row + x, stage.ld(r * S::kRightRow + x));
   }
