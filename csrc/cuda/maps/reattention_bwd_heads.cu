@@ -36,8 +36,8 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
 
   DEVICE void add_product(Tile& tile, int which, int step, const FragmentB<T> (&b)[2]) const {
     if (kHeld && which < 2) {
-      UNROLLED_FOR (int part = matrix_parts<T>(which) - 1; part >= 0; --part)
-        multiply_add<T>(tile[0], held[which & 1][part & 1], b);
+      // the high part first: where there is one key it leaves of -dA nothing but the low one
+      UNROLLED_FOR (int part = 0; part < 2; ++part) multiply_add<T>(tile[0], held[which][part], b);
     } else {
       B::add_product(tile, which, step, b, matrix_parts<T>(which));
     }
@@ -194,12 +194,8 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
     }
   }
 
-  // dA, and without bias and norm Y, if it is wanted.
+  // Adds dA to da, and the mix of maps to y, if it is wanted.
   DEVICE void mix_maps(Tile& da, Tile& y, bool wants_y, int x) const {
-    Tile coupled;
-    this->clear(da);
-    this->clear(coupled);
-    this->clear(y);
     UNROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
       if (!this->has_step(step)) continue;
       FragmentB<T> b[2];
@@ -208,20 +204,29 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
         add_product(da, kMixT, step, b);
       }
       this->load_right(b, this->maps(), step, x);
-      // in float16 they have different units
-      if (this->has(kCoupling)) add_product(kBounded<T> ? coupled : da, kCoupling, step, b);
+      if (this->has(kCoupling)) {
+        if constexpr (kBounded<T>) {  // has units of its own
+          Tile coupled;
+          this->clear(coupled);
+          add_product(coupled, kCoupling, step, b);
+          const A unit = this->coupling_unit / this->mix_t_unit;
+          this->for_each_element(
+              [&](int group, int j, int e) { da[group][j][e] += coupled[group][j][e] * unit; });
+        } else {
+          add_product(da, kCoupling, step, b);
+        }
+      }
       if (wants_y) add_product(y, kMix, step, b);
     }
     if constexpr (kBounded<T>)
-      this->for_each_element([&](int group, int j, int e) {
-        da[group][j][e] = da[group][j][e] * this->mix_t_unit + coupled[group][j][e] * this->coupling_unit;
-      });
+      this->for_each_element([&](int group, int j, int e) { da[group][j][e] *= this->mix_t_unit; });
   }
   // sum_j A dA in 32 and 64 bits, from what dL will be made of: where a map is 1 it is exactly dA.
   DEVICE void add_dots(typename B::Sums& sums, int columns) const {
     A dots[GROUPS][2] = {};
     ROLLED_FOR (int x = 0; x < columns; x += 16) {
       Tile da, y, p;
+      this->clear(da);
       mix_maps(da, y, false, x);
       this->load_tile(p, this->maps(), x);
       this->for_each_element([&](int group, int j, int e) {
@@ -235,16 +240,22 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
   // dL takes the place of dM, and Y that of the maps. dots: sum_j A dA; spoil: NaN for rows of Y that are to
   // be, or 0.
   DEVICE void make_gradients(int first, int columns, const A (&dots)[GROUPS][2], const A (&spoil)[2]) const {
+    // What is added after the products stands in their sums from the beginning, where these have no units.
+    constexpr bool ahead = !kBounded<T> && !EXTRA;
+    const A size = this->size, size_of_maps = size / B::kUnit, size_of_mean = size * a.mean;
     ROLLED_FOR (int x = 0; x < columns; x += 16) {
       Tile da, y;
+      this->for_each_element([&](int group, int j, int e) {
+        da[group][j][e] = ahead ? -dots[group][e >> 1] : A(0);
+        y[group][j][e] = ahead ? beside[group][e >> 1] + spoil[e >> 1] : A(0);
+      });
       mix_maps(da, y, a.wants_y, x);
       if (a.goes_on) {
         Tile p;
         this->load_tile(p, this->maps(), x);
-        const A size = this->size, size_of_maps = size / B::kUnit, size_of_mean = size * a.mean;
         this->for_each_element([&](int group, int j, int e) {
-          da[group][j][e] =
-              (p[group][j][e] * size_of_maps + size_of_mean) * (da[group][j][e] - dots[group][e >> 1]);
+          const A d = ahead ? da[group][j][e] : da[group][j][e] - dots[group][e >> 1];
+          da[group][j][e] = (p[group][j][e] * size_of_maps + size_of_mean) * d;
         });
       }
       if (a.wants_y) {
@@ -263,7 +274,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
               }
             plain = false;
           }
-        if (plain)
+        if (plain && !ahead)
           this->for_each_element([&](int group, int j, int e) {
             y[group][j][e] = y[group][j][e] * this->mix_unit + (beside[group][e >> 1] + spoil[e >> 1]);
           });

@@ -74,7 +74,10 @@ struct HeadRows {
   int warp, image, block;
   A size;  // of dZ
 
-  // Of this lane's places, 16 group + tile_row(2 half).
+  // Where this lane's addresses begin in a tile: of 16 rows by 16 columns, of 16 columns by 16 rows, and of its
+  // own elements. Not to be worked out again.
+  int left_lane, rows_lane, own_lane;
+  bool present[GROUPS_][2];  // the heads of this lane's places, 16 group + tile_row(2 half)
   A mix_unit, mix_t_unit, coupling_unit, pre_unit, pre_t_unit;
 
   template <class N>
@@ -190,7 +193,12 @@ struct HeadRows {
 
   DEVICE HeadRows(const HeadsKernel<T>& a)
       : a(a), warp(thread_x() >> 5), image(block_x() / a.blocks), block(block_x() % a.blocks), size(1) {
-    const int warps = threads() >> 5;
+    const int warps = threads() >> 5, l = lane_id();
+    left_lane = renewed((l & 15) * a.stride + 8 * (l >> 4));
+    rows_lane = renewed(((l & 7) + 8 * (l >> 4)) * a.stride + (l & 8));
+    own_lane = renewed(tile_row(0) * a.stride + tile_col(0));
+    UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
+      UNROLLED_FOR (int half = 0; half < 2; ++half) present[group][half] = is_head(place(group, 2 * half));
     for (int which = warp; which < kHeadMatrices; which += warps)
       if (has(which)) {
         const A unit = unit_of(which);
@@ -295,30 +303,29 @@ struct HeadRows {
   }
   DEVICE static int place(int group, int e) { return 16 * group + tile_row(e); }
 
-  // use(at, place, row, head) for the rows of a tile: where they are in a plane of the workspace and in the
-  // tile, at this lane's first piece.
+  // use(at, place, there) for this lane's pieces of the rows of a tile: where they are in a plane of the
+  // workspace and in the tile.
   template <class Use>
-  DEVICE void for_each_row(int row0, int first, Use use) const {
-    const int x = lane_id() * kPiece<T>;
+  DEVICE void for_each_piece(int row0, int first, int columns, Use use) const {
     const int64_t next = int64_t(a.space.rows) * a.space.row;
     ROLLED_FOR (int r = 0; r < share(); ++r) {
       const bool there = row0 + r < a.space.rows;
-      int64_t at = a.space.place(image, 0, there ? row0 + r : 0) + first + x;
-      int to = r * a.places * a.stride + x;
-      ROLLED_FOR (int h = 0; h < a.heads; ++h, at += next, to += a.stride) use(at, to, there);
+      const int64_t row = a.space.place(image, 0, there ? row0 + r : 0) + first;
+      ROLLED_FOR (int x = lane_id() * kPiece<T>; x < columns; x += 32 * kPiece<T>) {
+        int64_t at = row + x;
+        int to = r * a.places * a.stride + x;
+        for (int h = 0; h < a.heads; ++h, at += next, to += a.stride) use(at, to, there);
+      }
     }
   }
   DEVICE void fetch(Shared<T> to, Global<T> from, int row0, int first, int columns) const {
-    for_each_row(row0, first, [&](int64_t at, int place, bool there) {
-      for (int x = lane_id() * kPiece<T>, n = 0; x < columns; x += 32 * kPiece<T>, n += 32 * kPiece<T>)
-        copy16_async(to, place + n, Global<const T>{from.p}, at + n, there);
+    for_each_piece(row0, first, columns, [&](int64_t at, int place, bool there) {
+      copy16_async(to, place, Global<const T>{from.p}, at, there);
     });
   }
   DEVICE void store(Shared<T> from, Global<T> to, int row0, int first, int columns) const {
-    for_each_row(row0, first, [&](int64_t at, int place, bool there) {
-      for (int x = lane_id() * kPiece<T>, n = 0; there && x < columns;
-           x += 32 * kPiece<T>, n += 32 * kPiece<T>)
-        to.template st<uint4>(at + n, from.template ld<uint4>(place + n));
+    for_each_piece(row0, first, columns, [&](int64_t at, int place, bool there) {
+      if (there) to.template st<uint4>(at, from.template ld<uint4>(place));
     });
   }
   DEVICE void clear_rows(Shared<T> tile, uint32_t rows, int columns) const {
@@ -328,11 +335,28 @@ struct HeadRows {
     sync_warp();
   }
 
+  // The 16 x depth fragment of places and keys, the depth x 16 one of keys and places, and the one of places
+  // and keys.
+  DEVICE void load_left(FragmentA<T>& f, Shared<T> from, int group, int x) const {
+    load_a(f, from, [&](int g, int k) {
+      return 16 * group * a.stride + x + (sizeof(T) == 2 ? left_lane : g * a.stride + k);
+    });
+  }
+  DEVICE void load_rows(FragmentB<T> (&b)[2], Shared<T> from, int group, int x) const {
+    load_b(b, from, [&](int g, int k) {
+      return 16 * group * a.stride + x + (sizeof(T) == 2 ? rows_lane : g * a.stride + k);
+    });
+  }
+  DEVICE void load_right(FragmentB<T> (&b)[2], Shared<T> from, int step, int x) const {
+    load_b<true>(b, from, [&](int column, int k) {
+      return step * kDepth<T> * a.stride + x + (sizeof(T) == 2 ? left_lane : k * a.stride + column);
+    });
+  }
   DEVICE void load_tile(Tile& to, Shared<T> from, int x) const {
     UNROLLED_FOR (int group = 0; group < GROUPS; ++group) {
       if constexpr (sizeof(T) == 2) {
         FragmentA<T> f;
-        load_a(f, from, [&](int g, int k) { return (16 * group + g) * a.stride + x + k; });
+        load_left(f, from, group, x);
         UNROLLED_FOR (int i = 0; i < 4; ++i) {
           to[group][i >> 1][2 * (i & 1)] = to_float(T{uint16_t(f.r[i])});
           to[group][i >> 1][2 * (i & 1) + 1] = to_float(T{uint16_t(f.r[i] >> 16)});
@@ -340,7 +364,7 @@ struct HeadRows {
       } else {
         UNROLLED_FOR (int j = 0; j < 2; ++j)
           UNROLLED_FOR (int half = 0; half < 2; ++half) {
-            const auto pair = load2(from, place(group, 2 * half) * a.stride + x + 8 * j + tile_col(0));
+            const auto pair = load2(from, own_lane + (16 * group + 8 * half) * a.stride + x + 8 * j);
             to[group][j][2 * half] = pair.x;
             to[group][j][2 * half + 1] = pair.y;
           }
@@ -350,15 +374,11 @@ struct HeadRows {
   DEVICE void store_tile(const Tile& from, Shared<T> to, int x) const {
     UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
       UNROLLED_FOR (int half = 0; half < 2; ++half) {
-        const int g = place(group, 2 * half);
-        if (!is_head(g)) continue;
+        if (!present[group][half]) continue;
         UNROLLED_FOR (int j = 0; j < 2; ++j)
-          store2(to, g * a.stride + x + 8 * j + tile_col(0), from[group][j][2 * half],
+          store2(to, own_lane + (16 * group + 8 * half) * a.stride + x + 8 * j, from[group][j][2 * half],
                  from[group][j][2 * half + 1]);
       }
-  }
-  DEVICE void load_right(FragmentB<T> (&b)[2], Shared<T> from, int step, int x) const {
-    load_b<true>(b, from, [&](int column, int k) { return (step * kDepth<T> + k) * a.stride + x + column; });
   }
   // tile += matrix times b, of so many parts
   DEVICE void add_product(Tile& tile, int which, int step, const FragmentB<T> (&b)[2], int parts) const {
@@ -408,13 +428,6 @@ struct HeadRows {
     const int at = 2 * kMatrixSums + which * kPlaces + place;
     sums().st(at, sums().ld(at) + x);
   }
-  DEVICE void load_left(FragmentA<T>& f, Shared<T> from, int group, int x) const {
-    load_a(f, from, [&](int g, int k) { return (16 * group + g) * a.stride + x + k; });
-  }
-  DEVICE void load_rows(FragmentB<T> (&b)[2], Shared<T> from, int group, int x) const {
-    load_b(b, from, [&](int g, int k) { return (16 * group + g) * a.stride + x + k; });
-  }
-
   // Of rows of a tile: the sum over keys of A, less their mean, in units of kUnit; that of A dA.
   struct Sums {
     A maps[GROUPS][2] = {}, dots[GROUPS][2] = {};
