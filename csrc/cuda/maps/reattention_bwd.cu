@@ -130,10 +130,10 @@ int64_t place_heads(HeadsKernel<T>& a, int warps, int chunk) {
   a.stride = row_stride<T>(chunk);
   a.matrix_fragments = groups * (places / kDepth<T>)*(sizeof(T) == 8 ? 1 : std::is_same_v<T, bf16_t> ? 3 : 2);
   a.dense_at = take((a.has_dy && a.goes_on ? 2 : 1) * places * (places + 8), acc);
-  a.fragments_at = take(5 * a.matrix_fragments, 512);
+  a.fragments_at = take((a.mixed_logits ? 5 : 3) * a.matrix_fragments, 512);
   a.vectors_at = take(4 * places + 8, acc);
   const bool sums = a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix;
-  a.warp_sums = sums ? (2 * groups * groups * 256 + 3 * places) * acc : 0;
+  a.warp_sums = sums ? ((a.mixed_logits ? 2 : 1) * groups * groups * 256 + 3 * places) * acc : 0;
   a.sums_at = take(warps, a.warp_sums);
   a.tile = places * a.stride * number;
   a.warp_tiles = a.tile * (a.mixed_logits ? 2 + kLogitPlanes<T> : a.has_dy || a.goes_on ? 2 : 1);
@@ -141,24 +141,34 @@ int64_t place_heads(HeadsKernel<T>& a, int warps, int chunk) {
   return bytes;
 }
 
-// Rows as a whole where two blocks of them fit a multiprocessor, or else in chunks of which three do, or else
-// as fits.
+// Rows as a whole where eight of them fit a multiprocessor, or else in chunks, or else as fits; and as many
+// warps as leave no memory unused.
 template <class T>
 void fit_heads(Plan<T>& plan, int64_t limit) {
   HeadsKernel<T>& a = plan.heads;
   const int all = a.space.row;
-  const auto fits = [&](int warps, int chunk, int64_t most) {
-    plan.warps = warps;
-    plan.shared_bytes = place_heads(a, warps, chunk);
-    return plan.shared_bytes <= most;
+  int most = 0;
+  const auto try_chunk = [&](int chunk, int least) {
+    int best = 0;
+    for (int warps = HeadsKernel<T>::kMostWarps; warps >= 1; --warps) {
+      // 16 warps of 128 registers; the hardware keeps 1 KB for each block
+      const int64_t bytes = place_heads(a, warps, chunk),
+                    blocks = std::min<int64_t>(16 / warps, (limit + 1024) / (bytes + 1024));
+      if (bytes > limit || warps * blocks <= most) continue;
+      most = static_cast<int>(warps * blocks);
+      best = warps;
+    }
+    if (most < least) return most = 0, false;
+    plan.warps = best;
+    plan.shared_bytes = place_heads(a, best, chunk);
+    return true;
   };
   const auto part = [&](int chunks) { return padded_width((all + chunks - 1) / chunks); };
-  if (all <= 8192 && fits(4, all, limit / 2 - 1024)) return;
+  if (all <= 8192 && try_chunk(all, 8)) return;
   for (int chunks = 2; chunks < 512 && part(chunks) >= 64; ++chunks)
-    if (fits(4, part(chunks), limit / 3 - 1024)) return;
-  for (int warps : {4, 2, 1})
-    for (int chunk : {64, 32, 16})
-      if (fits(warps, std::min(chunk, all), limit)) return;
+    if (try_chunk(part(chunks), 12)) return;
+  for (int chunk : {64, 32, 16})
+    if (try_chunk(std::min(chunk, all), 1)) return;
   refuse(std::to_string(a.heads) + " heads", limit);
 }
 
@@ -221,7 +231,7 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   for (plan.maps_warps = MapsKernel<T>::kWarps; plan.maps.shared_bytes(plan.maps_warps) > limit;
        plan.maps_warps /= 2)
     if (plan.maps_warps == 1) refuse("heads of width " + std::to_string(std::max(args.d, args.dv)), limit);
-  a.rows = 2 * plan.warps * ((heads > 16 ? 32 : 16) / a.places);
+  a.rows = 2 * plan.warps * ((heads > 16 ? 32 : 16) / a.places);  // two tasks for each warp
 
   const auto blocks_of = [&](int rows) { return (rows + a.rows - 1) / a.rows; };
   const int whole_chunks = (queries - 1) / plan.chunk_rows;

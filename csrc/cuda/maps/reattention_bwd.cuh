@@ -93,7 +93,7 @@ struct MatrixOfHeads {
 
 template <class T>
 struct HeadsKernel {
-  static constexpr int kMostWarps = 4;
+  static constexpr int kMostWarps = 8;
 
   Workspace<T> space;
   int heads;

@@ -368,7 +368,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
     for (int c = thread_x(); c < size; c += threads()) {
       A sum = 0, unit = 1;
       for (int w = 0; w < warps; ++w) {
-        const Shared<A> sums = B::template piece<A>(a.sums_at + w * a.warp_sums, B::kSums);
+        const Shared<A> sums = B::template piece<A>(a.sums_at + w * a.warp_sums, this->all_sums());
         for (int r = 0; r < this->share(); ++r) {
           const int place = r * a.places;
           if (c < heads * heads) {
@@ -380,7 +380,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
             sum += sums.ld(B::kMatrixSums + B::place_of_sum(place + at / heads, place + at % heads));
           } else {
             const int at = c - 2 * heads * heads;
-            sum += sums.ld(2 * B::kMatrixSums + at / heads * B::kPlaces + place + at % heads);
+            sum += sums.ld(this->vector_sums() + at / heads * B::kPlaces + place + at % heads);
           }
         }
       }
@@ -390,7 +390,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
 };
 
 template <class T, int GROUPS, bool EXTRA>
-KERNEL LAUNCH_BOUNDS(32 * HeadsKernel<T>::kMostWarps, (sizeof(T) == 2 && GROUPS == 1 && !EXTRA ? 4 : 1))
+KERNEL LAUNCH_BOUNDS(32 * HeadsKernel<T>::kMostWarps, (sizeof(T) == 2 && GROUPS == 1 && !EXTRA ? 2 : 1))
     heads_tile(HeadsKernel<T> a) {
   HeadsTask<T, GROUPS, EXTRA> task(a);
   const int step = task.share() * (threads() >> 5), first = task.block * a.rows;

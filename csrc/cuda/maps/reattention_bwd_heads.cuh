@@ -94,13 +94,15 @@ struct HeadRows {
     return piece<A>(a.dense_at + which * kPlaces * kTableRow * int(sizeof(A)), kPlaces * kTableRow);
   }
   DEVICE Shared<T> fragments() const {
-    return piece<T>(a.fragments_at, kHeadMatrices * a.matrix_fragments * 512 / int(sizeof(T)));
+    return piece<T>(a.fragments_at, (a.mixed_logits ? 5 : 3) * a.matrix_fragments * 512 / int(sizeof(T)));
   }
   // [4, places], then the units of the matrices
   DEVICE Shared<A> vectors() const { return piece<A>(a.vectors_at, kVectors * kPlaces + 8); }
   // This warp's sums of products [2, groups, groups, 256] and of vectors [3, places].
-  static constexpr int kMatrixSums = GROUPS * GROUPS * 256, kSums = 2 * kMatrixSums + 3 * kPlaces;
-  DEVICE Shared<A> sums() const { return piece<A>(a.sums_at + warp * a.warp_sums, kSums); }
+  static constexpr int kMatrixSums = GROUPS * GROUPS * 256, kVectorSums = 3 * kPlaces;
+  DEVICE int vector_sums() const { return (a.mixed_logits ? 2 : 1) * kMatrixSums; }
+  DEVICE int all_sums() const { return vector_sums() + kVectorSums; }
+  DEVICE Shared<A> sums() const { return piece<A>(a.sums_at + warp * a.warp_sums, all_sums()); }
 
   DEVICE bool wants_sums() const { return a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix; }
   DEVICE int head_of(int place) const { return place & (a.places - 1); }
@@ -226,7 +228,7 @@ struct HeadRows {
           if (!is_head(g))
             for (int x = lane_id(); x < a.stride; x += 32) tile(which).st(g * a.stride + x, T{});
     if (wants_sums())
-      for (int c = lane_id(); c < kSums; c += 32) sums().st(c, A(0));
+      for (int c = lane_id(); c < all_sums(); c += 32) sums().st(c, A(0));
     sync_block();
     for (int c = thread_x(); c < 2 * kPlaces * kPlaces; c += threads()) {
       const int which = c / (kPlaces * kPlaces) ? kMixT : kCoupling, g = c / kPlaces % kPlaces,
@@ -425,7 +427,7 @@ struct HeadRows {
            4 * (i & 7) + ((c & 7) >> 1);
   }
   DEVICE void add_vector_sum(int which, int place, A x) const {
-    const int at = 2 * kMatrixSums + which * kPlaces + place;
+    const int at = vector_sums() + which * kPlaces + place;
     sums().st(at, sums().ld(at) + x);
   }
   // Of rows of a tile: the sum over keys of A, less their mean, in units of kUnit; that of A dA.
