@@ -1,7 +1,6 @@
 """What all tests share: a seed, memory poisoned with NaN, and the backends that one test body runs over."""
 
 import contextlib
-import functools
 import gc
 import importlib.util
 import os
@@ -31,7 +30,6 @@ if importlib.util.find_spec("hypothesis") is None:
 
     without_hypothesis.install()
 
-import emulated_cuda  # noqa: E402
 import emulated_operators  # noqa: E402
 import emulation_build  # noqa: E402
 import gpu_cases  # noqa: E402
@@ -165,24 +163,18 @@ def backend(request, monkeypatch):
             interpreter_speed.products_by_torch(monkeypatch)
     if request.param == "emulated-cuda":
         emulated_operators.need(operation_of(request.node))
-        one_emulator().configure()
         emulated_operators.take_the_place_of_native(monkeypatch)
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield name
 
 
-@functools.cache
-def one_emulator():
-    return emulated_cuda.Emulator()
-
-
 @pytest.fixture
 def emulator():
-    """The emulated CUDA kernels, in the usual order of threads and for the usual GPU."""
+    """The operators over emulated CUDA kernels; what a test configures lasts as long as the test."""
     if emulation_build.compiler() is None:
         pytest.skip("no C++ compiler")
-    one_emulator().configure()
-    return one_emulator()
+    with emulated_operators.emulator().configure():
+        yield emulated_operators.emulator()
 
 
 def pytest_addoption(parser):

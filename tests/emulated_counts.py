@@ -15,8 +15,9 @@ import torch
 
 sys.path += [str(Path(__file__).with_name(name)) for name in ("support", "cuda")]
 
-from emulated_cuda import Emulator
+from emulated_operators import emulator as the_emulator
 from test_cuda_reattention import Case, inputs_of
+from test_cuda_reattention_bwd import run as reattention_bwd
 
 HEADS, N, WIDTH = (3, 6, 12, 16), 197, 64
 SETS = {
@@ -26,9 +27,9 @@ SETS = {
 
 
 def counted(emulator, call):
-    emulator.counts()
-    call()
-    return emulator.counts()
+    with emulator.counting() as counts:
+        call()
+    return counts
 
 
 def per_pair(counts, pairs):
@@ -49,14 +50,11 @@ def reattention(emulator, heads):
     for name, options in ("", {}), (", layer norm", {"layer": True}), (", pre_mix", {"pre": "mix"}):
         case = Case((1, heads, N, N, WIDTH), **options)
         inputs = inputs_of(case, torch.float16)
-        dout, dgram = torch.randn_like(inputs["q"]), torch.randn(1, heads, heads)
+        cotangents = torch.randn_like(inputs["q"]), torch.randn(1, heads, heads)
         needs = ["dq", "dfolded_mix"] + ["dnorm"] * case.layer + ["dpre_mix"] * bool(case.pre)
 
-        def backward(needs, inputs=inputs, dout=dout, coupling=dgram + dgram.mT):
-            return counted(
-                emulator,
-                lambda: emulator.reattention_bwd(dout, coupling, *inputs.values(), needs=needs),
-            )
+        def backward(needs, inputs=inputs, cotangents=cotangents):
+            return counted(emulator, lambda: reattention_bwd(emulator, inputs, *cotangents, needs))
 
         forward = counted(
             emulator,
@@ -89,8 +87,8 @@ def pairwise_cosine(emulator, shape):
 def two_gram(emulator, shape):
     x, y = torch.randn(2, 1, *shape).bfloat16()
     yield "forward", counted(emulator, lambda: emulator.two_gram_fwd(x, y, "square"))
-    one = dict(needs=(True, False))
-    yield "backward", counted(emulator, lambda: emulator.two_gram_bwd(torch.ones(1), x, y, "square", **one))
+    backward = dict(penalty="square", needs_dy=False)
+    yield "backward", counted(emulator, lambda: emulator.two_gram_bwd(torch.ones(1), x, y, **backward))
 
 
 OPERATIONS = {
@@ -108,7 +106,7 @@ def rounded(number):
 
 def table(operation, columns):
     """Rows of numbers by step and what is counted, a number for each column."""
-    emulator, rows = Emulator(), {}
+    emulator, rows = the_emulator(), {}
     for column in columns:
         pairs = column[0] ** 2 if operation in SETS else N * N
         for step, counts in OPERATIONS[operation](emulator, column):

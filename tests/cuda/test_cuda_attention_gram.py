@@ -40,7 +40,8 @@ def check_forward(emulator, q, k, scale=None, q2=None, k2=None, scale2=None):
     return got
 
 
-def check_backward(emulator, q, k, scale=0.3, q2=None, k2=None, scale2=0.0, needs=(True,) * 4):
+def check_backward(emulator, q, k, scale=0.3, q2=None, k2=None, scale2=0.0, needs=None):
+    needs = needs or [True, True, q2 is not None, q2 is not None]
     inputs = [x for x in (q, k, q2, k2) if x is not None]
     H = q.shape[1] + (0 if q2 is None else q2.shape[1])
     dgram = torch.randn(q.shape[0], H, H, dtype=torch.float64).to(accumulation_dtype(q))
@@ -64,7 +65,7 @@ def check_backward(emulator, q, k, scale=0.3, q2=None, k2=None, scale2=0.0, need
             scale = max(truth.abs().max().item(), 1e-9)
             assert_within_budget(gradient, rough, truth, q.dtype, name, scale=scale)
         else:
-            assert gradient is None
+            assert gradient.shape == (0,)
     return got
 
 
@@ -120,11 +121,11 @@ def test_what_does_not_fit_is_refused(emulator):
     emulator.configure(architecture=89)
     q, k, _ = packed(1, 32, 3, 128, torch.float64)
     with pytest.raises(
-        RuntimeError, match="32 heads of width 128 do not fit the shared memory of this GPU, 101376"
+        ValueError, match="32 heads of width 128 do not fit the shared memory of this GPU, 101376"
     ):
         emulator.attention_gram_fwd(q, k, 1.0)
     q, k, _ = packed(1, 65, 3, 8, torch.float16)
-    with pytest.raises(RuntimeError, match="at most 64 heads, of both layers together, got 65"):
+    with pytest.raises(ValueError, match="at most 64 heads, of both layers together, got 65"):
         emulator.attention_gram_fwd(q, k, 1.0)
 
 
@@ -146,16 +147,16 @@ def test_not_a_number_stays_one(emulator):
 
 
 def test_an_empty_batch_launches_nothing(emulator):
-    emulator.counts()
-    assert emulator.attention_gram_fwd(torch.ones(0, 2, 3, 8), torch.ones(0, 2, 3, 8), 1.0).shape == (0, 2, 2)
-    assert emulator.counts()["launches"] == 0
+    q = torch.ones(0, 2, 3, 8)
+    with emulator.counting() as counts:
+        assert emulator.attention_gram_fwd(q, q, 1.0).shape == (0, 2, 2)
+    assert counts["launches"] == 0
 
 
 def test_shared_memory_is_read_without_bank_conflicts(emulator):
     q, k, _ = packed(1, 12, 197, 64, torch.float16)
-    emulator.counts()
-    emulator.attention_gram_fwd(q, k, 0.125)
-    counts = emulator.counts()
+    with emulator.counting() as counts:
+        emulator.attention_gram_fwd(q, k, 0.125)
     # four matrices each; the zeros that stand for absent heads meet the banks of one present head
     assert counts["ldmatrix_rounds"] < 4.2 * counts["ldmatrix"]
 
@@ -188,7 +189,7 @@ def test_backward_of_two_layers(emulator, H, H2, d, d2, dtype):
     check_backward(emulator, q, k, 0.3, q2, k2, 0.4)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False, True), (False, True, True, False), (False,) * 4])
+@pytest.mark.parametrize("needs", [[True, False, False, True], [False, True, True, False], [False] * 4])
 def test_only_gradients_that_are_needed(emulator, needs):
     q, k, _ = packed(2, 3, 33, 16, torch.float32)
     q2, k2, _ = packed(2, 2, 33, 16, torch.float32)
@@ -200,11 +201,9 @@ def test_only_gradients_that_are_needed(emulator, needs):
 def test_backward_gives_the_same_bits_in_any_schedule(emulator, order, dtype):
     q, k, _ = packed(2, 6, 40, 33, dtype)
     coupling = torch.randn(2, 6, 6)
-    expected = emulator.attention_gram_bwd(
-        coupling + coupling.mT, q, k, 0.2, needs=(True, True, False, False)
-    )
+    expected = emulator.attention_gram_bwd(coupling + coupling.mT, q, k, 0.2)
     emulator.configure(*((order,) if order == "reverse" else ("random", order)))
-    got = emulator.attention_gram_bwd(coupling + coupling.mT, q, k, 0.2, needs=(True, True, False, False))
+    got = emulator.attention_gram_bwd(coupling + coupling.mT, q, k, 0.2)
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
 

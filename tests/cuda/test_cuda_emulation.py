@@ -1,13 +1,18 @@
 """The emulation in tests/cuda/emulation: right by the PTX manual, and blind to none of the planted faults."""
 
+import functools
 import re
+import runpy
 import subprocess
+import types
 
 import emulated_counts
 import emulation_build
 import pytest
+import torch
 from emulation_build import EMULATION, ROOT
 
+SANITIZE = runpy.run_path(str(ROOT / "benchmarks/sanitize.py"))
 DEFINITIONS = [
     *["mma.m16n8k16 f16", "mma.m16n8k16 bf16", "mma.m16n8k8 tf32", "mma.m8n8k4 f64"],
     *[
@@ -95,6 +100,36 @@ def test_planted_faults_are_named_in_every_schedule(faults, fault):
         assert {int(n) for n in re.findall(r"/faults\.cpp:(\d+)", said)} & planted, said
         assert re.search(FAULTS[fault], said), said
         assert re.search(r"\(block \d+, thread \d+\)$", said) or "deadlock" in said, said
+
+
+def check_ends(emulator, name, *arguments):
+    """Without the last two bytes of any tensor of a call there is a fault. Gives what the call gives."""
+    arguments = [x.clone() if torch.is_tensor(x) else x for x in arguments]  # each in a place of its own
+    outputs = emulator.call(name, *arguments)
+    all_outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    tensors = [x for x in (*arguments, *all_outputs) if torch.is_tensor(x) and x.numel()]
+
+    def is_at_fault(n):
+        with emulator.configure(withheld=n):
+            try:
+                emulator.call(name, *arguments)
+            except RuntimeError as fault:
+                return "device memory index out of range" in str(fault)
+        return False
+
+    # of squares the backward does not read all that is saved
+    unread = name == "pairwise_cosine_bwd" and arguments[4] == "square"
+    assert sum(map(is_at_fault, range(len(tensors)))) == len(tensors) - unread, name
+    return outputs
+
+
+@pytest.mark.parametrize("operation", SANITIZE["RUN"], ids=lambda operation: operation.__name__)
+def test_kernels_may_touch_the_tensors_of_their_operators_and_no_more(emulator, operation):
+    """memory/<op>.h has none too long. Of these sizes kernels use all of what they save."""
+    inputs = SANITIZE["Inputs"]("native", "cpu", torch.float16)
+    checks = {name: functools.partial(check_ends, emulator, name) for name in emulator.operators}
+    inputs.operators = types.SimpleNamespace(**checks)
+    operation(inputs, (1, 3, 16, 16, 32))
 
 
 @pytest.mark.parametrize("operation", emulated_counts.OPERATIONS)

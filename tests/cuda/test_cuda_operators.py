@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C
 
 @pytest.fixture(scope="module")
 def operators():
-    return emulated_operators.operators()
+    return emulated_operators.emulator().operators
 
 
 def test_the_module_registers_for_cuda_what_is_emulated(operators, library):

@@ -23,7 +23,6 @@ class Case:
     layer: bool = False
     scale: float = 0.3
     eps: float = 1e-5
-    width: int = 0  # of the values, if not d
     needs: str = "out gram"
 
     def __str__(self):
@@ -40,9 +39,9 @@ def inputs_of(case, dtype):
         return (mean + spread * torch.randn(*shape, dtype=torch.float64)).to(kind)
 
     q = normal(B, N, H, d, kind=dtype).transpose(1, 2)
-    packed = normal(B, M, 2, H, max(d, case.width), kind=dtype).permute(2, 0, 3, 1, 4)
+    packed = normal(B, M, 2, H, d, kind=dtype).permute(2, 0, 3, 1, 4)
     return dict(
-        q=q, k=packed[0][..., :d], v=packed[1][..., : case.width or d].contiguous(), scale=case.scale,
+        q=q, k=packed[0], v=packed[1].contiguous(), scale=case.scale,
         pre_mix=normal(H, H, spread=H**-0.5) if case.pre else None,
         pre_bias=normal(H) if case.pre == "mix and bias" else None,
         mix=normal(H, H, spread=H**-0.5), bias=normal(H, spread=0.1) if case.bias else None,
@@ -87,13 +86,13 @@ def check(emulator, case, dtype, change=None):
     if "out" in case.needs:
         assert_within_budget(out, rough[0], truth[0], dtype, "out")
     else:
-        assert out is None
+        assert out.shape == (0,)
     if "gram" in case.needs:
         # rounding of the maps is seen in the Gram matrix of uncentred ones
         scale = max(truth[1].abs().max().item(), 1e-6 * case.sizes[2] / case.sizes[3])
         assert_within_budget(gram, rough[1], truth[1], dtype, "gram", scale=scale)
     else:
-        assert gram is None
+        assert gram.shape == (0,)
     return out, gram
 
 
@@ -144,12 +143,6 @@ def test_rows_of_larger_images(emulator, H, M, dtype):
 def test_layer_norm_without_eps(emulator, dtype):
     """Of keys that are not there it divides by zero; they must add nothing."""
     check(emulator, Case((1, 3, 18, 21, 16), bias=False, centred=True, layer=True, eps=0.0), dtype)
-
-
-@pytest.mark.parametrize("width", [40, 70, 128])
-def test_values_of_another_width(emulator, width):
-    check(emulator, Case((1, 3, 20, 150, 16), width=width), torch.bfloat16)
-    check(emulator, Case((1, 3, 20, 150, 48), width=width), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,26 +201,25 @@ def test_nan_and_inf_propagate(emulator, where, poison):
 def test_what_does_not_fit_is_refused(emulator):
     emulator.configure(architecture=89)
     message = "32 heads of width 128 do not fit the shared memory of this GPU, 101376"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         run(emulator, inputs_of(Case((1, 32, 3, 3, 128)), torch.float64))
-    with pytest.raises(RuntimeError, match="heads of width 512 do not fit"):  # the rows' statistics do not
+    with pytest.raises(ValueError, match="heads of width 512 do not fit"):  # the rows' statistics do not
         run(emulator, inputs_of(Case((1, 1, 3, 3, 512)), torch.float16))
-    with pytest.raises(RuntimeError, match="at most 32 heads, got 33"):
+    with pytest.raises(ValueError, match="at most 32 heads, got 33"):
         run(emulator, inputs_of(Case((1, 33, 3, 3, 8)), torch.float16))
 
 
 def test_an_empty_batch_launches_nothing(emulator):
-    emulator.counts()
-    out, gram = run(emulator, inputs_of(Case((0, 3, 9, 11, 16)), torch.float32))
+    with emulator.counting() as counts:
+        out, gram = run(emulator, inputs_of(Case((0, 3, 9, 11, 16)), torch.float32))
     assert out.shape == (0, 3, 9, 16)
     assert gram.shape == (0, 3, 3)
-    assert emulator.counts()["launches"] == 0
+    assert counts["launches"] == 0
 
 
 def test_shared_memory_is_read_without_bank_conflicts(emulator):
     inputs = inputs_of(Case((1, 12, 197, 197, 64)), torch.float16)
-    emulator.counts()
-    run(emulator, inputs)
-    counts = emulator.counts()
+    with emulator.counting() as counts:
+        run(emulator, inputs)
     # four matrices each; the zeros that stand for absent heads meet the banks of one present head
     assert counts["ldmatrix_rounds"] < 4.25 * counts["ldmatrix"]

@@ -32,6 +32,12 @@ def needed(elf):
     return [text(elf, strings + value) for tag, value in tags if tag == 1]
 
 
+def functions(elf):
+    """{address: name} of the functions in the table of symbols, local ones too."""
+    symbols, strings = entries(elf, ".symtab", "<IBBHQQ")
+    return {value: text(elf, strings + name) for name, kind, _, _, value, _ in symbols if kind & 15 == 2}
+
+
 def weak_undefined(elf):
     """The symbols that a shared library takes from others, or goes without."""
     symbols, strings = entries(elf, ".dynsym", "<IBBHQQ")

@@ -1,7 +1,6 @@
 """The emulated CUDA kernels as programs: compiles csrc/cuda with the emulation in tests/cuda/emulation."""
 
 import fcntl
-import functools
 import hashlib
 import os
 import shutil
@@ -19,8 +18,8 @@ def compiler():
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(*sources, defines=(), shared=True, libraries=(), includes=(), headers=()):
-    """Compile sources with the emulation to a library or a program, once for each state of the sources.
+def build(*sources, name=None, shared=True, libraries=(), includes=(), headers=()):
+    """Compile sources to a library or a program, once for each state of the sources.
 
     Of what has changed only the files whose preprocessed text has are compiled again. With `libraries` the
     emulation is in one of them. `headers` are included before each source.
@@ -38,14 +37,14 @@ def build(*sources, defines=(), shared=True, libraries=(), includes=(), headers=
     options += os.environ.get("VITDIV_EMULATION_FLAGS", "").split()
     options += [f"-isystem{include}" for include in includes]
     options += [f"-include{header}" for header in headers]
-    options += [f"-D{define}" for define in defines] + (["-shared", "-fPIC"] if shared else [])
+    options += ["-shared", "-fPIC"] if shared else []
     if not libraries:
         sources += (EMULATION / "emulation.cpp",)
     state = hashlib.sha256(" ".join(map(str, [compiler(), *options, *sources, *libraries])).encode())
     for path in sorted([*(ROOT / "csrc").rglob("*"), *EMULATION.rglob("*")]):
         if path.is_file():
             state.update(path.read_bytes())
-    folder, name = ROOT / "build/emulation", sources[0].stem
+    folder, name = ROOT / "build/emulation", name or sources[0].stem
     target = folder / f"{name}-{state.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unfinished:
@@ -83,9 +82,3 @@ def compile_cleanly(arguments):
     if run.returncode != 0 or "warning" in run.stderr:
         raise RuntimeError(f"the emulated kernels do not compile cleanly:\n{run.stderr}")
     return run.stdout
-
-
-@functools.cache
-def kernels():
-    """The library of all kernels."""
-    return build(EMULATION / "library.cpp", *KERNELS)

@@ -222,6 +222,7 @@ void out_of_range(int index, int n, Place place) {
 }
 
 void allow(const void* memory, int64_t bytes, bool writable, bool initialised) {
+  if (int64_t(regions.size()) == config.withheld) bytes -= kGrain;
   Region r{static_cast<const unsigned char*>(memory), bytes, writable, initialised, {}};
   if (writable) r.shadow.resize((bytes + kGrain - 1) / kGrain);
   for (Cell& c : r.shadow) c.initialised = initialised;

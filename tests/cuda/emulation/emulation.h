@@ -10,6 +10,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "arithmetic.h"
 
@@ -54,7 +55,8 @@ struct Config {
   int64_t shared_limit =
       227 << 10;             // bytes a block may have: sm_90; 163 << 10 is sm_80, 99 << 10 sm_86 and sm_89
   bool as_hardware = false;  // the arithmetic: arithmetic.h
-  int64_t workspace = 32 << 20;  // bytes
+  int64_t withheld = -1;     // which of the tensors allowed lacks its last two bytes; -1: none
+  int64_t workspace = 32 << 20;  // bytes that one may have
 };
 struct Counts {
   uint64_t mma, ldmatrix, ldmatrix_rounds, shuffles, barriers, shared_bytes, global_bytes, copied_bytes,
@@ -85,6 +87,21 @@ void copy_issue(uint32_t to, const void* from, Place);  // from null: zeros
 void copy_commit();
 void copy_wait(int groups_left);
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread);
+
+// While `recording`, launches are noted down and do not run.
+struct Launch {
+  const void* kernel;
+  int64_t blocks, threads, shared_bytes;
+  std::vector<unsigned char> arguments;  // as a GPU finds them
+};
+inline bool recording = false;
+inline std::vector<Launch> launches;
+template <class A>
+void add_argument(std::vector<unsigned char>& to, const A& argument) {
+  to.resize((to.size() + alignof(A) - 1) / alignof(A) * alignof(A));
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&argument);
+  to.insert(to.end(), bytes, bytes + sizeof(A));
+}
 
 template <class Operands>
 Operands& of(void* const* lane, int i) {
@@ -385,6 +402,12 @@ void launch(const char* operation, void (*kernel)(P...), int64_t blocks, int thr
     throw emulation::Fault(std::string(operation) + ": the launch asks for " + std::to_string(blocks) +
                            " blocks of " + std::to_string(threads) + " threads and " +
                            std::to_string(shared_bytes) + " bytes of shared memory");
+  if (emulation::recording) {
+    emulation::Launch launch{reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, {}};
+    (emulation::add_argument<P>(launch.arguments, args), ...);
+    emulation::launches.push_back(launch);
+    return;
+  }
   emulation::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
