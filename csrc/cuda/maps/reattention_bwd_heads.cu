@@ -339,17 +339,18 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
         sums.dots[group][half] /= sums.maps[group][half] * (1 / B::kUnit) + a.mean * a.space.keys;
     if (shares && (spoilt[0] | spoilt[1]) != 0)
       UNROLLED_FOR (int half = 0; half < 2; ++half) {
-        const uint32_t row = 1u << this->row_of(tile_row(2 * half));
-        if (spoilt[0] & row) spoil[half] = NAN;
-        if ((spoilt[1] & row) || (this->has(kCoupling) && (spoilt[0] & row))) sums.dots[0][half] = NAN;
+        const bool of_maps = this->has_any(spoilt[0], tile_row(2 * half));
+        if (of_maps) spoil[half] = NAN;
+        if (this->has_any(spoilt[1], tile_row(2 * half)) || (this->has(kCoupling) && of_maps))
+          sums.dots[0][half] = NAN;
       }
     for (int first = 0; first < a.space.row; first += a.chunk) {
       const int columns = columns_from(first);
       if (!whole || !wants_sums) make(first, columns, !whole, false);
       if (shares && (spoilt[0] | spoilt[1]) != 0) {  // zeros of the matrices times these would be NaN
         sync_warp();
-        this->clear_rows(this->maps(), spoilt[0], columns);
-        if (a.has_dy) this->clear_rows(this->grads(), spoilt[1], columns);
+        this->clear_places(this->maps(), spoilt[0], columns);
+        if (a.has_dy) this->clear_places(this->grads(), spoilt[1], columns);
       }
       make_gradients(first, columns, sums.dots, spoil);
       if constexpr (EXTRA)
@@ -375,6 +376,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
             unit = 1 / B::kUnit;
             sum += sums.ld(B::place_of_sum(place + c % heads, place + c / heads));
           } else if (c < 2 * heads * heads) {
+            if (!a.mixed_logits) continue;
             const int at = c - heads * heads;
             unit = 1 / (this->size * kLogitUnit<T>);
             sum += sums.ld(B::kMatrixSums + B::place_of_sum(place + at / heads, place + at % heads));

@@ -330,11 +330,15 @@ struct HeadRows {
       if (there) to.template st<uint4>(at, from.template ld<uint4>(place));
     });
   }
-  DEVICE void clear_rows(Shared<T> tile, uint32_t rows, int columns) const {
+  DEVICE void clear_places(Shared<T> tile, uint32_t places, int columns) const {
     ROLLED_FOR (int g = 0; g < kPlaces; ++g)
-      if (rows >> row_of(g) & 1)
+      if (places >> g & 1)
         for (int x = lane_id(); x < columns; x += 32) tile.st(g * a.stride + x, T{});
     sync_warp();
+  }
+  // Whether any place of the query row of this place is among these.
+  DEVICE bool has_any(uint32_t places, int place) const {
+    return (places >> (row_of(place) << a.places_bits) & ((1u << a.places) - 1)) != 0;
   }
 
   // The 16 x depth fragment of places and keys, the depth x 16 one of keys and places, and the one of places
@@ -436,7 +440,7 @@ struct HeadRows {
   };
   // Adds a chunk, and to the parameters' sums. In 16 bits by sums of products of heads, E[h, g] = sum_j A'_h
   // dM_g and G[h, k] = sum_j A'_h A'_k, A' = A - mean: no dA is made; otherwise the dots are left to
-  // add_dots. Where query rows share a tile `spoilt` gets bits of those with what is not finite, in maps and
+  // add_dots. Where query rows share a tile `spoilt` gets bits of places with what is not finite, in maps and
   // in dM.
   DEVICE void add_rows(Sums& to, int columns, uint32_t (&spoilt)[2]) const {
     constexpr bool makes_dots = sizeof(T) == 2;
@@ -514,9 +518,9 @@ struct HeadRows {
                      bad_even = warp_ballot(!finite(half ? e_sums[1][0] : e_sums[0][0])),
                      bad_odd = warp_ballot(!finite(half ? e_sums[1][1] : e_sums[0][1]));
       ROLLED_FOR (int i = 0; i < 8; ++i) {
-        const uint32_t row = 1u << row_of(8 * half + i);
-        if (bad_maps >> (4 * i) & 1) spoilt[0] |= row;
-        if ((i & 1 ? bad_odd : bad_even) >> (i >> 1) & 1) spoilt[1] |= row;
+        const uint32_t place = 1u << (8 * half + i);
+        if (bad_maps >> (4 * i) & 1) spoilt[0] |= place;
+        if ((i & 1 ? bad_odd : bad_even) >> (i >> 1) & 1) spoilt[1] |= place;
       }
     }
   }
