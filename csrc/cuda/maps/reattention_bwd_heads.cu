@@ -48,7 +48,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
   // To the base of 2; -inf for keys that are not there.
   DEVICE void mixed_logits(Tile& z, int x, int first) const {
     this->clear(z);
-    UNROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
+    ROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
       if (!this->has_step(step)) continue;
       UNROLLED_FOR (int plane = B::kPlanes - 1; plane >= 0; --plane) {
         FragmentB<T> b[2];
@@ -196,7 +196,7 @@ struct HeadsTask : HeadRows<T, GROUPS, EXTRA> {
 
   // Adds dA to da, and the mix of maps to y, if it is wanted.
   DEVICE void mix_maps(Tile& da, Tile& y, bool wants_y, int x) const {
-    UNROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
+    ROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
       if (!this->has_step(step)) continue;
       FragmentB<T> b[2];
       if (this->has(kMixT)) {

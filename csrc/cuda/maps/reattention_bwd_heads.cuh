@@ -400,7 +400,7 @@ struct HeadRows {
   }
   DEVICE bool has_step(int step) const { return GROUPS == 1 || step * kDepth<T> < a.places; }
   DEVICE void mix(Tile& tile, int which, Shared<T> from, int x) const {
-    UNROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
+    ROLLED_FOR (int step = 0; step < kSteps<T, GROUPS>; ++step) {
       if (!has_step(step)) continue;
       FragmentB<T> b[2];
       load_right(b, from, step, x);

@@ -18,7 +18,7 @@ KERNEL LAUNCH_BOUNDS(32 * MapsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1)) maps_
   const int heads = a.products[which].heads, width = a.products[which].width, padded = padded_width(width);
   const int tile = block % a.tiles, head = block / a.tiles % heads, image = block / a.tiles / heads;
   const int warp = thread_x() >> 5, row0 = tile * rows + warp * warp_rows, keys = a.space.keys;
-  const Heads<T> left = a.products[which].left, right = a.products[which].right;
+  const Heads<T>&left = a.products[which].left, &right = a.products[which].right;
   const int64_t left_at = (a.space.first_image + image) * left.image + head * left.head,
                 right_at = (a.space.first_image + image) * right.image + head * right.head;
   const A scale = a.products[which].scale;
