@@ -58,8 +58,8 @@ class Emulator:
         """Set what is given: the order in which warps, lanes and blocks run; the architecture whose shared
         memory there is; as_hardware, whether tensor cores and approximate functions round as hardware does
         (arithmetic.h) or once; withheld, which of the tensors that kernels may touch lacks its end; the bytes
-        that a workspace may have. As it was before at the end of a `with` statement; without one at the end of
-        the test."""
+        that a workspace may have. As it was before at the end of a `with` statement; without one at the end
+        of the test."""
         undo = contextlib.ExitStack()
         undo.callback(self._set, self.settings)
         self._set(self.settings | others | ({"order": order, "seed": seed} if order else {}))
