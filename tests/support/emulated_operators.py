@@ -42,7 +42,9 @@ class Emulator:
         torch.ops.load_library(library)
         self.hooks = getattr(torch.ops, NAMESPACE)
         as_hardware = os.environ.get("VITDIV_EMULATION_ARITHMETIC") == "hardware"
-        self.settings = dict(order="forward", seed=0, architecture=90, as_hardware=as_hardware, withheld=-1)
+        self.settings = dict(
+            order="forward", seed=0, architecture=90, as_hardware=as_hardware, withheld=-1, workspace=32 << 20
+        )
         self.configure()
         for name in self.operators:
             setattr(self, name, functools.partial(self.call, name))
@@ -55,8 +57,9 @@ class Emulator:
     def configure(self, order=None, seed=0, **others):
         """Set what is given: the order in which warps, lanes and blocks run; the architecture whose shared
         memory there is; as_hardware, whether tensor cores and approximate functions round as hardware does
-        (arithmetic.h) or once; withheld, which of the tensors that kernels may touch lacks its end. As it was
-        before at the end of a `with` statement; without one at the end of the test."""
+        (arithmetic.h) or once; withheld, which of the tensors that kernels may touch lacks its end; the bytes
+        that a workspace may have. As it was before at the end of a `with` statement; without one at the end
+        of the test."""
         undo = contextlib.ExitStack()
         undo.callback(self._set, self.settings)
         self._set(self.settings | others | ({"order": order, "seed": seed} if order else {}))
@@ -64,9 +67,9 @@ class Emulator:
 
     def _set(self, settings):
         self.settings = settings
-        order, seed, architecture, as_hardware, withheld = settings.values()
+        order, seed, architecture, *others = settings.values()
         shared = SHARED_BYTES[architecture]
-        self.hooks.configure(ORDERS.index(order), seed, shared, as_hardware, withheld)
+        self.hooks.configure(ORDERS.index(order), seed, shared, *others)
 
     @contextlib.contextmanager
     def counting(self):

@@ -52,6 +52,12 @@ int64_t shared_memory_limit(const char* operation) {
   return shared_memory_limit_of(operation, current_device(operation));
 }
 
+int64_t workspace_bytes(const char* operation) {
+  int bytes = 0;
+  check(operation, cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, current_device(operation)));
+  return int64_t(bytes) / 3 * 2;
+}
+
 void launch(const char* operation, const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
             void* stream, void** arguments) {
   if (blocks > 0x7fffffff)

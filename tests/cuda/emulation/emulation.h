@@ -56,6 +56,7 @@ struct Config {
       227 << 10;             // bytes a block may have: sm_90; 163 << 10 is sm_80, 99 << 10 sm_86 and sm_89
   bool as_hardware = false;  // the arithmetic: arithmetic.h
   int64_t withheld = -1;     // which of the tensors allowed lacks its last two bytes; -1: none
+  int64_t workspace = 32 << 20;  // bytes that one may have
 };
 struct Counts {
   uint64_t mma, ldmatrix, ldmatrix_rounds, shuffles, barriers, shared_bytes, global_bytes, copied_bytes,
@@ -401,6 +402,7 @@ inline void mma_884_f64(double& c0, double& c1, double a, double b, Place place 
 }
 
 inline int64_t shared_memory_limit(const char*) { return emulation::config.shared_limit; }
+inline int64_t workspace_bytes(const char*) { return emulation::config.workspace; }
 
 template <class... P, class... A>
 void launch(const char* operation, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,

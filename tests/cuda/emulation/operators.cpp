@@ -23,9 +23,10 @@ class Emulated {
   }
 };
 
-void configure(int64_t order, int64_t seed, int64_t shared_limit, bool as_hardware, int64_t withheld) {
-  emulation::config = {static_cast<emulation::Order>(order), unsigned(seed), shared_limit, as_hardware,
-                       withheld};
+void configure(int64_t order, int64_t seed, int64_t shared_limit, bool as_hardware, int64_t withheld,
+               int64_t workspace) {
+  emulation::config = {
+      static_cast<emulation::Order>(order), unsigned(seed), shared_limit, as_hardware, withheld, workspace};
 }
 
 c10::Dict<std::string, int64_t> take_counts() {
