@@ -115,16 +115,16 @@ def products(device, dtype, shape):
 
 def workspaces(device, dtype, shape):
     """Re-attention with workspaces of several sizes: small ones stay in L2, large ones take few launches."""
-    from vitdiv_kernels.ops.maps._triton import row_tiles
+    from vitdiv_kernels.ops import _workspace
 
     name = str(dtype).removeprefix("torch.")
     maker = reattention(shape, dtype=name)
     torch.manual_seed(0)
     inputs = maker.inputs(torch.device(device), dtype)
-    before = row_tiles.WORKSPACE_BYTES
+    before = _workspace.WORKSPACE_BYTES
     try:
         for size in WORKSPACES:
-            row_tiles.WORKSPACE_BYTES = (((0, 0), size),)
+            _workspace.WORKSPACE_BYTES = (((0, 0), size),)
             for mode in ("fwd", "fwd+bwd"):
                 call = Call(maker.providers["triton"](), inputs, mode)
                 call.prepare()
@@ -133,4 +133,4 @@ def workspaces(device, dtype, shape):
                 row = _row("workspace", f"{size // MIB} MB, {mode}", dtype, seconds)
                 yield row | {"wall_ms": wall and wall * 1e3}
     finally:
-        row_tiles.WORKSPACE_BYTES = before
+        _workspace.WORKSPACE_BYTES = before

@@ -1,7 +1,8 @@
 """Finds the fastest rows of a table of the Triton kernels on the GPU that is here, and writes them into it.
 
-It knows the tables of pairwise_cosine, pairwise_rows and two_gram, dicts in their triton_configs.py, a row a
-line, whose last field says where the row comes from. The tables of maps are changed by hand.
+It knows the tables of pairwise_cosine, pairwise_rows and two_gram, dicts in their triton_configs.py, and the
+one that they share, in _tiles.py: a row a line, whose last field says where the row comes from. The tables of
+maps are changed by hand.
 Candidates that do not fit the GPU are passed over. Run the ahead-of-time test afterwards: a row has to
 compile for every GPU of its generation. Example:
 
@@ -31,6 +32,7 @@ SHAPES = {
     "pairwise_cosine": [(256, 196, 384), (32, 577, 768), (16, 1024, 768)],
     "pairwise_rows": [(256, 196, 384), (16, 1024, 768), (1, 1024, 768)],
     "two_gram": [(256, 196, 384), (16, 1024, 768)],
+    "_tiles": [(256, 196, 384), (64, 1024, 768)],
 }
 
 
@@ -65,23 +67,21 @@ def _two_gram(x: torch.Tensor, backend: str) -> torch.Tensor:
 
 
 _FORWARD = _grid(rows=(64, 128), width=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4))
-_FROM_ROWS = _grid(
-    rows=(64, 128), columns=(32, 64), out=(64, 128, 256), width=(32, 64), warps=(4, 8), stages=(2, 3)
+_GRADIENT = _grid(
+    rows=(64, 128, 256), out=(64, 128, 256), inner=(32, 64), warps=(4, 8), stages=(2, 3), maxnreg=(None,)
 )
 # Table: the function of (shape, dtype, device) that runs its kernel, and the rows to try.
 TABLES = {
     "pairwise_cosine.FORWARD": (partial(_call, _cosine("abs"), False), _FORWARD),
     "pairwise_cosine.FROM_SIGNS": (
         partial(_call, _cosine("abs"), True),
-        _from_signs(
-            rows=(32, 64), columns=(32, 64), out=(64, 128, 256), width=(0,), warps=(4, 8), stages=(2, 3)
-        ),
+        _from_signs(rows=(32, 64), columns=(32, 64), out=(64, 128, 256), warps=(4, 8), stages=(2, 3)),
     ),
-    "pairwise_cosine.FROM_ROWS": (partial(_call, _cosine("square"), True), _FROM_ROWS),
     "pairwise_rows.FORWARD": (partial(_call, _logsumexp, False), _FORWARD),
-    "pairwise_rows.BACKWARD": (partial(_call, _logsumexp, True), _FROM_ROWS),
+    "pairwise_rows.WEIGHTS": (partial(_call, _logsumexp, True), _FORWARD),
     "two_gram.FORWARD": (partial(_call, _two_gram, False), _FORWARD),
-    "two_gram.BACKWARD": (partial(_call, _two_gram, True), _FROM_ROWS),
+    "two_gram.WEIGHTS": (partial(_call, _two_gram, True), _FORWARD),
+    "_tiles.GRADIENT": (partial(_call, _logsumexp, True), _GRADIENT),
 }
 
 
@@ -100,9 +100,8 @@ def tune(name: str, shapes, dtype, device: str, seconds: float, limit: int | Non
     """(key, best row, its time over that of the present row): the geometric mean over the shapes decides."""
     make, candidates = TABLES[name]
     operation, table_name = name.split(".")
-    table = getattr(
-        importlib.import_module(f"vitdiv_kernels.ops.pairs.{operation}.triton_configs"), table_name
-    )
+    module = operation if operation == "_tiles" else f"{operation}.triton_configs"
+    table = getattr(importlib.import_module(f"vitdiv_kernels.ops.pairs.{module}"), table_name)
     major = torch.cuda.get_device_capability()[0] if device == "cuda" else 9
     key = dtype.itemsize, major
     present = table.get(key, table[dtype.itemsize, 8])

@@ -148,8 +148,9 @@ def specialised(launch):
 def compiled(kernel, key, counts=False):
     """Compile; what the cubin needs, and the tensor-core instructions of its PTX.
 
-    With counts also "whole", the machine code's instructions (see sass.Code.counts), and "loops", those of
-    each loop with its depth, the longest first.
+    With counts also "whole", the machine code's instructions (see sass.Code.counts), "usual", without what
+    hardly a call takes, and "loops", those of each loop, the longest first, with its depth, its first and
+    last instruction and the loop of the source that it was made of.
 
     Kernels have nothing on the stack but what is spilled. To disassemble a cubin and count the loads and
     stores of spills took as long as to compile it, and found no more in 200 of these kernels.
@@ -171,7 +172,8 @@ def compiled(kernel, key, counts=False):
     code = sass.disassembled(binary.asm["cubin"]) if counts else None
     counted = {
         "whole": dict(code.counts()),
-        "loops": [code.counts(loop) | {"depth": loop.depth} for loop in code.loops],
+        "usual": dict(code.counts(rare=False)),
+        "loops": [dict(code.counts(loop, rare=False)) | loop._asdict() for loop in code.loops],
     } if code else {}  # fmt: skip
     return {
         "registers": registers,
@@ -362,7 +364,10 @@ def line_of(row):
         figures += f" one element:{row['one element']}" * (row["one element"] > 0)
     head = f"{row['kernel']:24} sm_{row['cc']:<3} {row['warps']}x{row['stages']} {figures:45}"
     tail = f"{row['pointers']} {row['multiples of 16']} {row['constants']} ({row['seconds']:.1f} s)"
-    loops = [f"loop of depth {loop['depth']}: {in_words(loop)}" for loop in row.get("loops", [])]
+    loops = [
+        f"loop {loop['source'][1] or 'while'} of {loop['source'][0]}, depth {loop['depth']}: {in_words(loop)}"
+        for loop in row.get("loops", [])
+    ]
     if "whole" in row:
         loops.insert(0, f"whole: {in_words(row['whole'])}")
     return "\n    ".join([f"{head} {tail}", *loops, *(f"FAULT: {fault}" for fault in row["faults"])])
@@ -370,7 +375,9 @@ def line_of(row):
 
 def in_words(counts):
     """The instructions of a loop, those that are not arithmetic by name."""
-    others = ", ".join(f"{name} {n}" for name, n in counts.items() if name not in ("issued", "depth"))
+    others = ", ".join(
+        f"{name} {n}" for name, n in counts.items() if name not in ("issued", *sass.Loop._fields)
+    )
     return f"{counts['issued']} instructions ({others})"
 
 

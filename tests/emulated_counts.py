@@ -51,21 +51,25 @@ def reattention(emulator, heads):
         case = Case((1, heads, N, N, WIDTH), **options)
         inputs = inputs_of(case, torch.float16)
         cotangents = torch.randn_like(inputs["q"]), torch.randn(1, heads, heads)
-        needs = ["dq", "dfolded_mix"] + ["dnorm"] * case.layer + ["dpre_mix"] * bool(case.pre)
-
-        def backward(needs, inputs=inputs, cotangents=cotangents):
-            return counted(emulator, lambda: reattention_bwd(emulator, inputs, *cotangents, needs))
-
-        forward = counted(
-            emulator,
-            lambda inputs=inputs: emulator.reattention_fwd(
-                *inputs.values(), needs_out=True, needs_gram=False
+        needs = ["dq", "dk", "dv", "dfolded_mix"] + ["dnorm"] * case.layer + ["dpre_mix"] * bool(case.pre)
+        yield (
+            f"forward{name}",
+            counted(
+                emulator,
+                lambda inputs=inputs: emulator.reattention_fwd(
+                    *inputs.values(), needs_out=True, needs_gram=False
+                ),
             ),
         )
-        queries, both = backward(needs), backward([*needs, "dk", "dv"])
-        yield f"forward{name}", forward
-        yield f"backward{name}, query sweep", queries
-        yield f"backward{name}, key sweep", {what: both[what] - queries[what] for what in both}
+        yield (
+            f"backward{name}",
+            counted(
+                emulator,
+                lambda inputs=inputs, cotangents=cotangents, needs=needs: reattention_bwd(
+                    emulator, inputs, *cotangents, needs
+                ),
+            ),
+        )
 
 
 def attention_gram(emulator, heads):

@@ -251,35 +251,46 @@ def main():
     add("--direction", help="default: all")
     add("--capability", type=int, choices=sass_clock.GPUS, default=90)
     add("--code", nargs="+", default=[_native.OPERATORS], help="cubins; default: the built library")
+    add("--parts", action="store_true", help="show what each pipe takes, and loads and stores by their bits")
     add("--hot", type=int, default=0, metavar="N", help="show the instructions for which warps wait longest")
     args = parser.parse_args()
-    model = Model(args.code, args.capability)
-    for text in args.shapes or OPERATIONS[args.operation][1]:
+    model, rows = Model(args.code, args.capability), {}
+    shapes = args.shapes or OPERATIONS[args.operation][1]
+    for text in shapes:
         shape = tuple(map(int, text.split("x")))
         calls = Calls(args.operation, args.images, shape, DTYPES[args.dtype], args.mode, args.capability)
         for direction in calls.calls:
-            if args.direction in (None, direction):
-                show(f"{direction} {text}", model, calls, direction, args.hot)
+            if args.direction not in (None, direction):
+                continue
+            kernels = predictions(model, calls.launches(direction))
+            for name, found in (("", [one for each in kernels.values() for one in each]), *kernels.items()):
+                row = rows.setdefault((direction, name), dict.fromkeys(shapes, ""))
+                row[text] = f"{sum(each.clocks for each in found) / calls.pairs:.2f}"
+                if name and (args.parts or args.hot):
+                    show(f"{text} {direction} {name}", found, calls.pairs, args.hot)
+    print(f"| clocks a pair | {' | '.join(shapes)} |\n|{'---|' * (len(shapes) + 1)}")
+    for (direction, name), row in rows.items():
+        print(f"| {direction}{name and f': {name}'} | {' | '.join(row.values())} |")
 
 
-def show(title, model, calls, direction, hot):
-    by_name = {}
-    for launch in calls.launches(direction):
-        by_name.setdefault(launch.plain, []).append(model.predicted(launch))
-    total = sum(each.clocks for found in by_name.values() for each in found) / calls.pairs
-    print(f"{title}: {total:.2f} clocks a pair", flush=True)
-    for name, found in by_name.items():
-        clocks, busy, executed = sum(each.clocks for each in found), Counter(), Counter()
-        for each in found:
-            busy.update(each.busy)
-            executed.update({name: n for name, n in each.executed.items() if "." in name})
-        parts = [
-            ", ".join(f"{what} {n / calls.pairs:.2f}" for what, n in numbers)
-            for numbers in (busy.most_common(), sorted(executed.items()))
-        ]
-        print(f"  {clocks / calls.pairs:.2f} {name} x {len(found)}: {parts[0]}; instructions: {parts[1]}")
-        for place, share in found[0].waits.most_common(hot):
-            print(f"    {share:.1%} {place}")
+def predictions(model, launches):
+    """{kernel: [Predicted]}"""
+    found = {}
+    for launch in launches:
+        found.setdefault(launch.plain, []).append(model.predicted(launch))
+    return found
+
+
+def show(title, found, pairs, hot):
+    busy, executed = Counter(), Counter()
+    for each in found:
+        busy.update(each.busy)
+        executed.update({name: n for name, n in each.executed.items() if "." in name})
+    pipes = ", ".join(f"{pipe} {clocks / pairs:.2f}" for pipe, clocks in busy.most_common())
+    widths = ", ".join(f"{name} {n / pairs:.3f}" for name, n in sorted(executed.items()))
+    print(f"{title} x {len(found)}\n  clocks: {pipes}\n  instructions: {widths}", flush=True)
+    for place, share in found[0].waits.most_common(hot):
+        print(f"  {share:.1%} of the warps' time: {place}")
 
 
 if __name__ == "__main__":

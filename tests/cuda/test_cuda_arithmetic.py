@@ -31,6 +31,8 @@ CASES = [
     (two_gram.test_values_and_gradients, dict(L=1, N=33, D=35, D2=3, penalties=["square", "hinge"]), DTYPES),
     (two_gram.test_inner_products, dict(size=100.0, D2=5, penalty="square"), DTYPES),
     *[(reattention.test_forward, dict(case=case), DTYPES) for case in reattention.GRID[4:9:2]],
+    *[(reattention.test_forward, dict(case=case), LOW) for case in reattention.IN_REGISTERS[5:9]],
+    (reattention.test_nearly_uniform_maps_in_registers, dict(larger="v", by=4096, scale=1e-5), LOW),
     (reattention.test_extreme_logits, dict(pre="mix and bias"), DTYPES),
     (reattention.test_nearly_uniform_maps, dict(larger="mix", scale=1e-3), DTYPES),
     *[(reattention_bwd.test_backward, dict(case=case), DTYPES) for case in reattention_bwd.GRID[4:9:2]],

@@ -3,14 +3,13 @@
 import functools
 import re
 import runpy
-import subprocess
 import types
 
 import emulated_counts
 import emulation_build
 import pytest
 import torch
-from emulation_build import EMULATION, ROOT
+from emulation_build import EMULATION, ROOT, output_of
 
 SANITIZE = runpy.run_path(str(ROOT / "benchmarks/sanitize.py"))
 DEFINITIONS = [
@@ -23,6 +22,7 @@ DEFINITIONS = [
         "shuffles",
         "cp.async",
         "numbers",
+        "pairs of float16",
     ],
     *[f"tensor cores {t}" for t in ("f16", "bf16", "tf32")],
     *[f"a long sum{how}" for how in (", rounded", " in tensor cores", " by multiply_add")],
@@ -52,14 +52,6 @@ FAULTS = {
 }
 
 pytestmark = pytest.mark.skipif(emulation_build.compiler() is None, reason="no C++ compiler")
-
-
-def output_of(source):
-    """The lines that a program of the emulation's prints, split at tabs."""
-    program = emulation_build.build(EMULATION / source, shared=False)
-    run = subprocess.run([str(program)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return [line.split("\t") for line in run.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")

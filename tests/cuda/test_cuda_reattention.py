@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparing import assert_within_budget
+from emulation_build import output_of
 
 from vitdiv_kernels._layout import accumulation_dtype
 
@@ -115,10 +116,115 @@ GRID = [
 ]  # fmt: skip
 
 
+LOW = [torch.float16, torch.bfloat16]
+# Shapes whose mixed maps stay in registers: one to four parts of the heads, even ones and others; rows of a
+# block that are not there; keys that are not there.
+IN_REGISTERS = [
+    Case(sizes, bias=i % 2 == 0, centred=i % 3 == 1, needs="out")
+    for i, sizes in enumerate(
+        [
+            (1, 1, 1, 1, 32), (2, 3, 18, 21, 64), (1, 4, 49, 40, 48), (1, 6, 97, 33, 64), (2, 7, 17, 5, 32),
+            (1, 9, 20, 40, 48), (1, 10, 33, 50, 64), (1, 12, 50, 48, 32), (1, 12, 70, 35, 64),
+            (1, 16, 5, 65, 48), (1, 24, 17, 18, 32),
+        ]
+    )
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_forward(emulator, case, dtype):
     check(emulator, case, dtype)
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 90])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("case", IN_REGISTERS, ids=str)
+def test_forward_in_registers(emulator, case, dtype, architecture):
+    emulator.configure(architecture=architecture)
+    check(emulator, case, dtype)
+
+
+@pytest.mark.parametrize(("H", "d"), [(3, 64), (6, 64), (12, 64), (12, 32), (4, 48)])
+@pytest.mark.parametrize("more", ["", "gram", "layer", "pre", "float32", "unaligned"])
+def test_which_calls_mix_in_registers(emulator, H, d, more):
+    """There tensor cores multiply with the keys, twice, and with the values, and nothing else."""
+    case = Case((1, H, 48, 48, d), "mix" if more == "pre" else "", layer=more == "layer", needs=f"out {more}")
+    inputs = inputs_of(case, torch.float32 if more == "float32" else torch.bfloat16)
+    if more == "unaligned":
+        inputs["q"] = F.pad(inputs["q"], (1, 0))[..., 1:]
+    with emulator.counting() as counts:
+        run(emulator, inputs, case.needs)
+    # softmax_rows takes rows 32 by 32
+    alone = 3 * H * (d // 16) * 2 * (4 + 3 + 3)
+    assert counts["mma"] > alone if more else counts["mma"] == alone
+
+
+@pytest.mark.parametrize("H", [12, 6, 3])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_images_of_224_pixels_in_registers(emulator, H, dtype):
+    check(emulator, Case((1, H, 197, 197, 64), bias=False, needs="out"), dtype)
+
+
+@pytest.mark.parametrize("d", [32, 48, 64])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_any_schedule_gives_the_same_bits_in_registers(emulator, architecture, d):
+    emulator.configure(architecture=architecture)
+    inputs = inputs_of(Case((2, 12, 50, 40, d)), torch.bfloat16)
+    expected = run(emulator, inputs, "out")[0]
+    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(2))]:
+        emulator.configure(order, seed)
+        assert torch.equal(run(emulator, inputs, "out")[0], expected)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_extreme_logits_in_registers(emulator, scale, dtype):
+    large = 1e3 if dtype == torch.float16 else 3e3
+    case = Case((1, 4, 17, 33, 32), needs="out")
+    check(emulator, case, dtype, lambda x: x | {"q": large * x["q"], "scale": scale})
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("larger", "by", "scale"), [("mix", 4096, 1e-3), ("v", 4096, 1e-5), ("mix", 1e-12, 0.3)]
+)
+def test_nearly_uniform_maps_in_registers(emulator, larger, by, scale, dtype):
+    case = Case((1, 3, 33, 65, 32), centred=True, scale=scale, bias=False, needs="out")
+    inputs = inputs_of(case, dtype)
+    inputs[larger] *= by
+    out, truth = run(emulator, inputs, "out")[0], plain(torch.float64, **inputs)[0]
+    if larger == "mix" and dtype == torch.float16 and by < 1:  # below its range
+        assert not out.any()
+    else:
+        assert (out.double() - truth).abs().max() < 1e-2 * truth.abs().max()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v", "mix", "bias"])
+def test_nan_and_inf_propagate_in_registers(emulator, where, poison):
+    inputs = inputs_of(Case((3, 4, 50, 20, 32)), torch.bfloat16)
+    inputs["v"][:, :, 0] = -inputs["v"][:, :, 1]
+    inputs[where][{"mix": (1, 0), "bias": (1,)}.get(where, (1, 1, 3, 5))] = poison
+    got, truth = run(emulator, inputs, "out")[0], plain(torch.bfloat16, **inputs)[0]
+    assert torch.equal(got.isfinite(), truth.isfinite())
+    assert torch.equal(got.isnan(), truth.isnan())
+
+
+def test_plans_keep_warps_busy():
+    """Three quarters of a block's warps make maps, and a chunk has keys that travel while others are
+    multiplied; but for float64 where a block has 99 KB."""
+    plans = output_of("plans.cpp")
+    assert len(plans) == 90
+    for number, *numbers in plans:
+        kilobytes, heads, _, warps, workers, chunk, slices, buffers = map(int, numbers)
+        if (number, kilobytes) != ("float64", 99):
+            assert 4 * workers >= 3 * warps
+            assert chunk >= 32
+        # slices make all maps again: none where registers hold the output of all heads
+        if number == "float16" and heads <= 12 and kilobytes > 99:
+            assert slices == 1
+            assert buffers >= 1
 
 
 @pytest.mark.parametrize(

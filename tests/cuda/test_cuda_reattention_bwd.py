@@ -161,6 +161,34 @@ def test_rows_that_do_not_fit_are_made_in_chunks(emulator):
         check(emulator, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"pre": "mix and bias", "layer": True}], ids=["plain", "all"])
+@pytest.mark.parametrize("images", [2, 1, 0])
+def test_the_workspace_holds_some_images_or_rows_of_one(emulator, images, options, dtype):
+    """Two of three images at a time, one, or 16 rows of one, whose dk and dv grow."""
+    case = Case((3, 3, 37, 40, 20), given="dout dgram", **options)
+    planes = 3 if case.pre and dtype in LOW else 2
+    row = planes * 3 * 48 * dtype.itemsize
+    emulator.configure(workspace=37 * images * row if images else 20 * row)
+    check(emulator, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("where", ["q", "dout"])
+def test_rows_that_share_a_tile_spoil_no_other(emulator, where, dtype):
+    """Of query rows with what is not finite, and of others as without them."""
+    case = Case((1, 3, 12, 20, 16), given="dout", needs="dq")
+    inputs, (dout, _) = inputs_of(case, dtype), cotangents_of(case, dtype)
+    expected = run(emulator, inputs, dout, None, ["dq"])["dq"]
+    (inputs | {"dout": dout})[where][0, 1, 5, 2] = float("nan")
+    got = run(emulator, inputs, dout, None, ["dq"])["dq"]
+    others = [i for i in range(12) if i != 5]
+    assert torch.equal(got[:, :, others], expected[:, :, others])
+    heads = [1] if where == "q" else [0, 1, 2]
+    assert got[:, heads, 5].isnan().all()
+    assert where == "dout" or torch.equal(got[:, [0, 2], 5], expected[:, [0, 2], 5])
+
+
 @pytest.mark.parametrize(("H", "M", "dtype"), [(12, 577, torch.float16), (6, 1025, torch.bfloat16)])
 def test_rows_of_larger_images(emulator, H, M, dtype):
     check(emulator, Case((1, H, 17, M, 64), centred=True, given="dout dgram"), dtype)
@@ -363,8 +391,8 @@ def test_nan_and_inf_propagate(emulator, where, poison):
 
 def test_what_does_not_fit_is_refused(emulator):
     emulator.configure(architecture=89)
-    case = Case((1, 32, 3, 3, 128))
-    message = "backward of 32 heads of width 128 does not fit the shared memory of this GPU, 101376"
+    case = Case((1, 1, 3, 3, 512))
+    message = "backward of heads of width 512 does not fit the shared memory of this GPU, 101376"
     with pytest.raises(ValueError, match=message):
         check(emulator, case, torch.float64)
     with pytest.raises(ValueError, match="at most 32 heads, got 33"):

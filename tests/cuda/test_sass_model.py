@@ -2,12 +2,18 @@
 
 import re
 
+import cubin
 import numpy as np
 import pytest
 import sass_clock
 import sass_code
+import sass_model
 import sass_steps
 import sass_trace
+import torch
+from emulated_operators import emulator
+
+from vitdiv_kernels import _native
 
 GPU = sass_clock.GPUS[90]
 
@@ -225,3 +231,42 @@ def test_blocks_that_fit_a_multiprocessor():
     assert sass_clock.blocks_at_once(GPU, registers=168, shared=100 << 10, threads=384) == 1  # registers
     assert sass_clock.blocks_at_once(GPU, registers=64, shared=100 << 10, threads=128) == 2  # shared memory
     assert sass_clock.blocks_at_once(GPU, registers=32, shared=0, threads=256) == 8  # warps
+
+
+@pytest.fixture(scope="module")
+def model():
+    if cubin.cuobjdump() is None:
+        pytest.skip("there is no cuobjdump, which comes with CUDA and with Triton")
+    if not _native.CUDA_OPERATIONS:
+        pytest.skip("the extension was built without CUDA kernels")
+    model = sass_model.Model([_native.OPERATORS])
+    if not model.codes:
+        pytest.skip("the extension was not built for sm_90")
+    return model
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("operation", "shape", "mode", "dtype"),
+    [
+        ("reattention", (3, 21, 32), "none", torch.bfloat16),
+        ("reattention", (12, 21, 16), "layer", torch.float16),
+        ("reattention", (4, 30, 48), "pre_mix", torch.bfloat16),
+        ("reattention", (3, 21, 16), "none", torch.float64),
+        ("attention_gram", (6, 21, 32), "none", torch.float16),
+        ("pairwise_cosine", (70, 40), "none", torch.bfloat16),
+        ("two_gram", (70, 40), "none", torch.float32),
+    ],
+)
+def test_as_many_products_as_the_emulated_kernels_make(model, operation, shape, mode, dtype, direction):
+    calls = sass_model.Calls(operation, 1, shape, dtype, mode)
+    with emulator().counting() as counts:
+        calls.calls[direction]()
+    found = 0
+    for launch in calls.launches(direction):
+        kernel = model.code(launch.name).kernel
+        for block in range(launch.blocks):
+            for first in range(0, launch.threads, 32):
+                way = kernel.warp(launch.arguments, 90, block, first, launch.threads)
+                found += sum(lanes > 0 and kernel.code[at].short in ("HMMA", "DMMA") for at, lanes, *_ in way)
+    assert found == counts["mma"] > 0

@@ -15,7 +15,7 @@ import without_hypothesis
 from places import ROOT
 
 from vitdiv_kernels import _dispatch
-from vitdiv_kernels.ops.maps._triton import row_tiles
+from vitdiv_kernels.ops import _workspace
 
 BENCHMARKS = ROOT / "benchmarks"
 SETUP = """
@@ -631,12 +631,12 @@ def test_the_triton_providers_and_workspaces(gpu_rows, monkeypatch, tmp_path, on
         gpu_rows.Entry("reattention", shape, {}, ("eager", "triton"), "float32"),
         gpu_rows.Entry("micro", shape, {}, (), "float32"),
     )
-    before = row_tiles.WORKSPACE_BYTES
+    before = _workspace.WORKSPACE_BYTES
     status, _, rows = measured(gpu_rows, monkeypatch, tmp_path, entries)
     assert status == 0
     assert [row["provider"] for row in rows["rows.csv"]] == ["eager", "triton"] * 2
     assert [row["case"] for row in rows["micro.csv"]] == ["1 MB, fwd", "1 MB, fwd+bwd"]
-    assert before == row_tiles.WORKSPACE_BYTES
+    assert before == _workspace.WORKSPACE_BYTES
 
 
 def test_entries_that_are_left(gpu_rows, monkeypatch, tmp_path):

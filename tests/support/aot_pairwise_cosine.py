@@ -17,10 +17,13 @@ def calls():
     _call(_x(196, 384, torch.float16), _x(49, 384, torch.float16), "relu")
     _call(_x(196, 384, torch.float16), None, "signed")
     _call(_x(196, 64, torch.bfloat16), None, "square")
+    # few programs
+    _call(_x(196, 384, torch.float16, 4), None, "abs")
+    _call(_x(196, 384, torch.bfloat16, 4), None, "square")
 
 
-def _x(n, width, dtype):
-    return torch.empty(4, n, width, dtype=dtype, device="meta")
+def _x(n, width, dtype, items=256):
+    return torch.empty(items, n, width, dtype=dtype, device="meta")
 
 
 def _call(x, y, penalty):

@@ -23,10 +23,12 @@ def calls():
     _call(_x(197, 35, torch.bfloat16), None)
     _call(_x(197, 1535, torch.bfloat16), None, scale=100.0)
     _call(_x(197, 1536, torch.float32)[:, :, 1:], _x(49, 1535, torch.float32))
+    # few programs
+    _call(_x(196, 384, torch.float16, 4), None)
 
 
-def _x(n, width, dtype):
-    return torch.empty(4, n, width, dtype=dtype, device="meta")
+def _x(n, width, dtype, items=256):
+    return torch.empty(items, n, width, dtype=dtype, device="meta")
 
 
 def _call(x, y, scale=2.0):

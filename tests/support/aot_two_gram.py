@@ -19,10 +19,12 @@ def calls():
     # no stride is a multiple of 16
     _call(_x(197, 35, torch.bfloat16), _x(197, 1535, torch.bfloat16), "relu_square")
     _call(_x(197, 1536, torch.float32)[:, :, 1:], _x(197, 33, torch.float32), "clamped_teacher_square")
+    # few programs
+    _call(_x(196, 384, torch.float16, 4), _x(196, 768, torch.float16, 4), "hinge")
 
 
-def _x(n, width, dtype):
-    return torch.empty(4, n, width, dtype=dtype, device="meta")
+def _x(n, width, dtype, items=256):
+    return torch.empty(items, n, width, dtype=dtype, device="meta")
 
 
 def _call(x, y, penalty, normalise=True):

@@ -57,8 +57,8 @@ class Emulator:
     def configure(self, order=None, seed=0, **others):
         """Set what is given: the order in which warps, lanes and blocks run; the architecture whose shared
         memory there is; as_hardware, whether tensor cores and approximate functions round as hardware does
-        (arithmetic.h) or once; withheld, which of the tensors that kernels may touch lacks its end; workspace,
-        the bytes that one may have. As it was before at the end of a `with` statement; without one at the end
+        (arithmetic.h) or once; withheld, which of the tensors that kernels may touch lacks its end; the bytes
+        that a workspace may have. As it was before at the end of a `with` statement; without one at the end
         of the test."""
         undo = contextlib.ExitStack()
         undo.callback(self._set, self.settings)

@@ -61,6 +61,14 @@ def build(*sources, name=None, shared=True, libraries=(), includes=(), headers=(
     return target
 
 
+def output_of(source):
+    """The lines that a program of the emulation's folder prints, split at tabs."""
+    program = build(EMULATION / source, shared=False)
+    run = subprocess.run([str(program)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [line.split("\t") for line in run.stdout.splitlines()]
+
+
 def compiled(source, options, folder):
     """The object file of a source, made once for each of its preprocessed texts."""
     text = compile_cleanly([*options, "-E", "-x", "c++", source])

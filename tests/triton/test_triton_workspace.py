@@ -228,7 +228,7 @@ def held(direction, images, sizes, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_memory_does_not_grow_with_the_maps(direction):
-    limit = row_tiles.workspace_bytes((9, 0))
+    limit = workspace.workspace_bytes((9, 0))
     few, many = (held(direction, images, (12, 197, 197, 64)) for images in (64, 128))
     partial_sums = 25 * 3 * 16 * 16 * 4  # an image
     assert many <= limit + 128 * partial_sums

@@ -83,6 +83,23 @@ DEVICE uint32_t pack2<bf16_t>(float lo, float hi) {
   return r;
 }
 
+// a b + c of pairs of half_t, each rounded once; a is one half of `halves` for both.
+template <bool HIGH>
+DEVICE uint32_t fma2(uint32_t halves, uint32_t b, uint32_t c) {
+  uint32_t r;
+  if constexpr (HIGH)
+    asm("{.reg .b16 l, h;\n.reg .b32 a;\nmov.b32 {l, h}, %1;\nmov.b32 a, {h, h};\n"
+        "fma.rn.f16x2 %0, a, %2, %3;}"
+        : "=r"(r)
+        : "r"(halves), "r"(b), "r"(c));
+  else
+    asm("{.reg .b16 l, h;\n.reg .b32 a;\nmov.b32 {l, h}, %1;\nmov.b32 a, {l, l};\n"
+        "fma.rn.f16x2 %0, a, %2, %3;}"
+        : "=r"(r)
+        : "r"(halves), "r"(b), "r"(c));
+  return r;
+}
+
 // The nearest number with 10 bits after the leading one, as a float.
 DEVICE float to_tf32(float x) {
   uint32_t r;

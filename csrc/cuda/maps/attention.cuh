@@ -37,28 +37,39 @@ struct Heads {
 };
 
 template <class T>
-Heads<T> heads_view(const HeadsView& view, int64_t width) {
+bool in_pieces(const HeadsView& view, int64_t width) {
   constexpr int64_t piece = 16 / sizeof(T);
-  const bool pieces = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && width % piece == 0 &&
-                      view.stride_b % piece == 0 && view.stride_h % piece == 0 && view.stride_n % piece == 0;
-  return {{static_cast<const T*>(view.data)}, view.stride_b, view.stride_h, view.stride_n, pieces};
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && width % piece == 0 &&
+         view.stride_b % piece == 0 && view.stride_h % piece == 0 && view.stride_n % piece == 0;
+}
+template <class T>
+Heads<T> heads_view(const HeadsView& view, int64_t width) {
+  return {{static_cast<const T*>(view.data)},
+          view.stride_b,
+          view.stride_h,
+          view.stride_n,
+          in_pieces<T>(view, width)};
 }
 
 // Rows first .. first + 15 of one head into a tile of `padded` columns, zeros outside of [0, end) x [0,
-// width). Two lanes share a row, so that eight lanes in turn meet eight different groups of banks.
+// width). Eight lanes share a row: they copy 128 bytes of it at a time, a whole line of L2, and meet eight
+// different groups of banks.
 template <class T>
 DEVICE void fetch16(Shared<T> tile, int stride, const Heads<T>& from, int64_t head, int first, int end,
                     int width, int padded) {
   constexpr int piece = 16 / sizeof(T);
-  const int r = lane_id() & 15, half = lane_id() >> 4;
-  const int64_t row = head + (first + r) * from.row;
-  const bool inside = first + r < end;
   if (from.pieces) {
-    ROLLED_FOR (int x = half * piece; x < padded; x += 2 * piece)
-      copy16_async(tile, r * stride + x, from.data, row + x, inside && x < width);
+    const int r = lane_id() >> 3;
+    const int64_t row = head + (first + r) * from.row;
+    ROLLED_FOR (int x = (lane_id() & 7) * piece; x < padded; x += 8 * piece)
+      UNROLLED_FOR (int i = 0; i < 16; i += 4)
+        copy16_async(tile, (r + i) * stride + x, from.data, row + i * from.row + x,
+                     first + r + i < end && x < width);
   } else {
-    ROLLED_FOR (int x = half; x < padded; x += 2)
-      tile.st(r * stride + x, inside && x < width ? from.data.ld(row + x) : T{});
+    const int r = lane_id() & 15;
+    const int64_t row = head + (first + r) * from.row;
+    ROLLED_FOR (int x = lane_id() >> 4; x < padded; x += 2)
+      tile.st(r * stride + x, first + r < end && x < width ? from.data.ld(row + x) : T{});
   }
 }
 
@@ -99,7 +110,7 @@ struct Queries {
 // warp's own memory, so that warps need no barrier between them.
 template <class T, int ROW_TILES, bool HELD = false>
 struct Scores {
-  static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
+  static constexpr int kStages = 2;  // more would leave less room for maps
   HOST_DEVICE static constexpr int size(int stride) { return 16 * (ROW_TILES + kStages) * stride; }
 
   Shared<T> memory;

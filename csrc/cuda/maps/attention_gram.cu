@@ -288,9 +288,25 @@ void forward(const GramForward& args, void* scratch, void* stream) {
                      stream);
 }
 
+bool is_reattention(const GramForward& args) {
+  const Layer& layer = args.layers[0];
+  return args.layers[1].H == 0 && layer.H <= 16 && layer.d <= 128 && type_of(args) != ScalarType::kDouble;
+}
+// The same as maps that nothing mixes and no values follow.
+ReattentionForward as_reattention(const GramForward& args) {
+  const Layer& layer = args.layers[0];
+  ReattentionForward same{};
+  same.B = args.B, same.H = layer.H, same.N = args.N, same.M = args.M, same.d = layer.d;
+  same.q = layer.q, same.k = layer.k;
+  same.scale = layer.scale;
+  same.gram = args.gram;
+  return same;
+}
+
 }  // namespace
 
 int64_t attention_gram_fwd_scratch(const GramForward& args) {
+  if (is_reattention(args)) return reattention_fwd_scratch(as_reattention(args));
   return with_type(type_of(args), [&](auto number) {
     using T = decltype(number);
     const int64_t tiles = tiles_of<T>(args), heads = heads_of(args);
@@ -299,8 +315,9 @@ int64_t attention_gram_fwd_scratch(const GramForward& args) {
 }
 
 void attention_gram_fwd(const GramForward& args, void* scratch, void* stream) {
-  if (args.B > 0 && heads_of(args) > 0)
-    with_type(type_of(args), [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
+  if (args.B == 0 || heads_of(args) == 0) return;
+  if (is_reattention(args)) return reattention_fwd(as_reattention(args), scratch, stream);
+  with_type(type_of(args), [&](auto number) { forward<decltype(number)>(args, scratch, stream); });
 }
 
 void gram_rows(const GramBackward& args, void* rows, void* stream) {

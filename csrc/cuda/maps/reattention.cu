@@ -12,17 +12,12 @@
 
 #include "../core/with_type.cuh"
 #include "../kernels.h"
+#include "reattention_registers.cuh"
 #include "reattention_tile.cuh"
 #include "softmax_rows.cuh"
 
 namespace vitdiv::cuda {
 namespace {
-
-// Threads of 8 warps may have 255 registers, of 12 warps 168.
-template <class T>
-HOST_DEVICE constexpr int max_warps(bool two_groups) {
-  return sizeof(T) == 8 || two_groups ? 8 : 12;
-}
 
 // A_h = softmax(scale q_h k_h^T), or of these logits mixed by pre_mix; Y_g = sum_h mix[g, h] A_h + bias[g],
 // with `centred` of A - 1/m, then perhaps layer norm over heads; out_g = Y_g v_g, and partial, the centred
@@ -88,31 +83,20 @@ int tiles_of(const ReattentionForward& args) {
 // Numbers of the softmax's rows, in front of the scratch.
 int64_t rows_size(const ReattentionForward& args) { return args.pre_mix ? 0 : 2 * args.B * args.H * args.N; }
 
-// How many heads are made at a time and how many keys a chunk has: all heads if that fits, and as many keys
-// as let two blocks of few warps share a processor, or else as fit.
+// Which kernel makes the output. In registers:
+//
+//   numbers        16 bits, in whole and aligned pieces of 16 bytes
+//   what is asked  the output alone, of mixed maps without pre_mix and layer norm
+//   heads          of width 32, 48, 64: at most 24, 16, 12, if they fit the shared memory
+//
+// and all else in shared memory. No layout: in shared memory.
 template <class T>
-void fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
-  const int keys = padded_width(a.m), longest = std::min(keys, 128), out_width = 16 * kOutTiles<T>;
-  const int most = max_warps<T>(a.heads > 16), least = (a.heads + most - 1) / most;
-  for (int rounds = least; rounds <= a.heads; ++rounds)
-    for (bool two : {true, false})
-      for (int chunk = longest; chunk >= (two ? std::min(longest, 48) : 16); chunk -= 16) {
-        const int chunks = (keys + chunk - 1) / chunk;
-        a.chunk = padded_width((keys + chunks - 1) / chunks);
-        a.workers = (a.heads + rounds - 1) / rounds;
-        warps = std::max(a.workers, 4);
-        if (two && warps > most / 2) continue;
-        const bool sliced = a.out.p && chunks > 1;
-        a.slice_heads = sliced ? a.workers : a.heads;
-        a.width_slices = sliced ? (a.out_width + out_width - 1) / out_width : 1;
-        a.slices = (a.heads + a.slice_heads - 1) / a.slice_heads * a.width_slices;
-        a.at = Layout<T>(a.heads, a.chunk, a.pre_mix.p != nullptr, a.stride, warps, a.workers);
-        if (a.at.bytes <= (two ? limit / 2 - 1024 : limit)) return;
-      }
-  throw std::invalid_argument("reattention: " + std::to_string(a.heads) + " heads of width " +
-                              std::to_string(std::max(a.width, a.out_width)) +
-                              " do not fit the shared memory of this GPU, " + std::to_string(limit) +
-                              " bytes");
+RegisterLayout in_registers(const ReattentionForward& args, int64_t limit) {
+  const bool plain = args.out.data && !args.gram && !args.pre_mix && !args.norm_weight && args.d == args.dv;
+  if (!plain || !in_pieces<T>(args.q, args.d) || !in_pieces<T>(args.k, args.d) ||
+      !in_pieces<T>(args.v, args.d) || !in_pieces<T>(args.out, args.d))
+    return {};
+  return fit_registers(static_cast<int>(args.H), static_cast<int>(args.d), limit);
 }
 
 template <class T>
@@ -124,6 +108,12 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   const auto acc = [](const void* p) { return Global<const Acc<T>>{static_cast<const Acc<T>*>(p)}; };
   const int heads = static_cast<int>(args.H), tiles = tiles_of<T>(args);
   auto* rows = static_cast<Acc<T>*>(scratch);
+  const int64_t limit = shared_memory_limit(operation);
+  if (!args.pre_mix) launch_softmax_rows<T>(operation, args, rows, stream);
+  if constexpr (sizeof(T) == 2) {
+    const RegisterLayout layout = in_registers<T>(args, limit);
+    if (layout.buffers > 0) return launch_registers(args, layout, rows, stream);
+  }
   auto* partial = static_cast<Acc<T>*>(args.gram);
   if (args.gram && tiles > 1) partial = rows + rows_size(args);
   ForwardKernel<T> a{};
@@ -151,12 +141,12 @@ void forward(const ReattentionForward& args, void* scratch, void* stream) {
   a.out_image = args.out.stride_b;
   a.out_head = args.out.stride_h;
   a.out_row = args.out.stride_n;
+  a.out_pieces = in_pieces<T>(args.out, args.dv);
   a.partial = {partial};
   if (!args.pre_mix) a.rows = {rows};
   a.field = args.B * args.H * args.N;
   int warps = 0;
-  fit(a, warps, shared_memory_limit(operation));
-  if (!args.pre_mix) launch_softmax_rows<T>(operation, args, rows, stream);
+  fit(a, warps, limit);
   const int64_t blocks = args.B * tiles * a.slices;
   auto* kernel = reattention_tile<T, 1, false>;
   if (heads > 16)

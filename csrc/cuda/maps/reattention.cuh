@@ -1,7 +1,9 @@
-// The forward of re-attention: arguments of its kernel, and what is in shared memory.
+// The forward of re-attention in shared memory: arguments of its kernel, and how it is shared out.
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "attention.cuh"
@@ -96,10 +98,46 @@ struct ForwardKernel {
   int64_t out_image;
   int64_t out_head;
   int64_t out_row;
+  bool out_pieces;            // its rows are whole and aligned pieces of 16 bytes
   Global<Acc<T>> partial;     // [images, tiles, heads, heads]
   Global<const Acc<T>> rows;  // [2, images, heads, n] of softmax_rows; null with pre_mix
   int64_t field;              // images * heads * n
   Layout<T> at;
 };
+
+// Threads of 8 warps may have 255 registers, of 12 warps 168.
+template <class T>
+HOST_DEVICE constexpr int max_warps(bool two_groups) {
+  return sizeof(T) == 8 || two_groups ? 8 : 12;
+}
+
+// How many heads are made at a time and how many keys a chunk has: all heads if that fits, and as many keys
+// as let two blocks of few warps share a processor, or else as fit. Less than 32 keys, of which none travel
+// while others are multiplied, only where nothing else fits.
+template <class T>
+void fit(ForwardKernel<T>& a, int& warps, int64_t limit) {
+  const int keys = padded_width(a.m), longest = std::min(keys, 128), out_width = 16 * kOutTiles<T>;
+  const int most = max_warps<T>(a.heads > 16), least = (a.heads + most - 1) / most;
+  for (int shortest : {std::min(keys, 32), 16})
+    for (int rounds = least; rounds <= a.heads; ++rounds)
+      for (bool two : {true, false})
+        for (int chunk = longest; chunk >= (two ? std::min(longest, 48) : shortest); chunk -= 16) {
+          const int chunks = (keys + chunk - 1) / chunk;
+          a.chunk = padded_width((keys + chunks - 1) / chunks);
+          a.workers = (a.heads + rounds - 1) / rounds;
+          warps = std::max(a.workers, 4);
+          if (two && warps > most / 2) continue;
+          const bool sliced = a.out.p && chunks > 1;
+          a.slice_heads = sliced ? a.workers : a.heads;
+          a.width_slices = sliced ? (a.out_width + out_width - 1) / out_width : 1;
+          a.slices = (a.heads + a.slice_heads - 1) / a.slice_heads * a.width_slices;
+          a.at = Layout<T>(a.heads, a.chunk, a.pre_mix.p != nullptr, a.stride, warps, a.workers);
+          if (a.at.bytes <= (two ? limit / 2 - 1024 : limit)) return;
+        }
+  throw std::invalid_argument("reattention: " + std::to_string(a.heads) + " heads of width " +
+                              std::to_string(std::max(a.width, a.out_width)) +
+                              " do not fit the shared memory of this GPU, " + std::to_string(limit) +
+                              " bytes");
+}
 
 }  // namespace vitdiv::cuda

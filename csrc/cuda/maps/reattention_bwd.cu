@@ -1,5 +1,6 @@
-// Backward of re-attention: plans the two sweeps, launches them and adds up what their blocks have summed;
-// the maths is in vitdiv_kernels/ops/maps/reattention/README.md.
+// Backward of re-attention over a workspace: plans it, launches its kernels for a chunk of images at a time, or
+// of the rows of one image, and adds up what their blocks have summed; the maths is in
+// vitdiv_kernels/ops/maps/reattention/README.md.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -10,12 +11,6 @@
 #include "softmax_rows.cuh"
 
 namespace vitdiv::cuda {
-
-template <class T>
-void launch_query_sweep(const BackwardKernel<T>& a, int64_t shared_bytes, void* stream);
-template <class T>
-void launch_key_sweep(const BackwardKernel<T>& a, int64_t shared_bytes, void* stream);
-
 namespace {
 
 constexpr const char* kOperation = "reattention_bwd";
@@ -54,83 +49,6 @@ KERNEL LAUNCH_BOUNDS(256, 1) parameter_sums(Parameters<A> a) {
   }
 }
 
-template <class T>
-struct Plan {
-  BackwardKernel<T> rows{}, keys{};
-  bool sweeps_rows, sweeps_keys;
-  int64_t row_bytes = 0, key_bytes = 0;  // of shared memory
-  // Pieces of scratch, in bytes from its beginning.
-  int64_t bounds = 0, partial = 0, images = 0, sums = 0, size = 0;
-};
-
-template <class T>
-BackwardMemory<T> memory_of(const BackwardKernel<T>& a, bool by_key) {
-  using A = Acc<T>;
-  const int heads = a.heads, padded = padded_width(heads);
-  const bool pre_mixed = a.pre_mix.p != nullptr;
-  BackwardMemory<T> m{};
-  m.at = {heads, kOwnRows, a.chunk};
-  m.at_t = {heads, kOwnRows, a.chunk};
-  m.raw_at = {heads, kOwnRows, a.chunk};
-  const auto take = [&](Piece& piece, bool needed, int count, int size) {
-    piece = {m.bytes, needed ? count : 0};
-    m.bytes += (piece.count * size + 15) / 16 * 16;
-  };
-  constexpr int number = sizeof(T), acc = sizeof(A);
-  take(m.maps, true, m.at.size, number);
-  take(m.grads, a.dout || (kWideNumbers<T> && a.wants_dpre_mix), m.at.size, number);
-  take(m.raw, pre_mixed && !kWideNumbers<T>, m.raw_at.size, acc);
-  if (pre_mixed && kWideNumbers<T>) m.raw = m.maps;
-  const int matrix = kFarMatrices<T> ? 0 : HeadMatrix<T>::size(heads);
-  take(m.mix, a.dout && (a.layer_norm || (by_key && a.out[1].p)), matrix, number);
-  take(m.mix_t, a.dout && a.goes_on, matrix, number);
-  take(m.coupling, a.coupling.p && a.goes_on, matrix, number);
-  take(m.pre, pre_mixed, kFarMatrices<T> ? 0 : HeadMatrix<A>::size(heads), acc);
-  take(m.pre_t, pre_mixed && a.goes_on, matrix, number);
-  for (Piece& units : m.units) take(units, !kFarMatrices<T>, padded, acc);
-  take(m.vectors, true, 4 * padded, acc);
-  m.number_row = by_key ? a.chunk : kOwnRows;
-  for (Piece* numbers : {&m.row_maxes, &m.row_scales, &m.row_dots})
-    take(*numbers, true, heads * m.number_row, acc);
-  take(m.map_sums, !by_key, heads * kOwnRows, acc);
-  m.slot = Scores<T, 1>::size(a.stride);
-  // at other times in the same place
-  take(m.slots, true, std::max(a.workers * m.slot, HeadProducts<T, 1>::space(a.warps) * (acc / number)),
-       number);
-  m.sum_row = a.stride - Numbers<T>::kPad + 8;  // pairs of numbers of eight rows in different banks
-  take(m.sums, a.sums_shared && a.chunk < a.other_rows, (by_key ? 2 : 1) * heads * kOwnRows * m.sum_row, acc);
-  take(m.maxima, true, a.warps, acc);
-  return m;
-}
-
-// How many keys or queries a chunk has and how many heads are made at a time. Whole rows need no sums beside
-// the registers, and by query are made once; that is worth having fewer warps make them, but not fewer than
-// four.
-template <class T>
-int64_t fit(BackwardKernel<T>& a, bool by_key, int64_t limit) {
-  const int all = padded_width(a.other_rows);
-  const int warps = a.heads > 16 ? kBackwardWarps<T, 2> : kBackwardWarps<T, 1>;
-  const int least = (a.heads + warps - 1) / warps;
-  const auto fits = [&](int chunk, int rounds, bool sums_shared) {
-    a.workers = (a.heads + rounds - 1) / rounds;
-    a.warps = std::max(a.workers, 8);
-    a.chunk = chunk;
-    a.sums_shared = sums_shared;
-    a.memory = memory_of(a, by_key);
-    return a.memory.bytes <= limit;
-  };
-  for (int rounds = least; all <= 4096 && (rounds == least || a.heads >= 4 * rounds); ++rounds)
-    if (fits(all, rounds, true)) return a.memory.bytes;
-  for (bool sums_shared : {true, false})
-    for (int rounds = least; rounds <= a.heads; ++rounds)
-      for (int chunk : {64, 32, 16})
-        if (chunk <= all && fits(chunk, rounds, sums_shared)) return a.memory.bytes;
-  throw std::invalid_argument("reattention: the backward of " + std::to_string(a.heads) + " heads of width " +
-                              std::to_string(std::max(a.width[0], a.width[1])) +
-                              " does not fit the shared memory of this GPU, " + std::to_string(limit) +
-                              " bytes");
-}
-
 // 1/M; where maps are not rounded, to a multiple of what separates numbers below 1, so that 1 less it and it
 // again are 1: the logits of a one-hot map have no gradient.
 template <class T>
@@ -146,41 +64,112 @@ double mean_beside(const ReattentionArgs& args) {
   return mean_of<T>(args.M) - (args.centred ? 1 / static_cast<double>(args.M) : 0);
 }
 
-template <class T>
-BackwardKernel<T> common(const ReattentionBackward& args) {
-  const auto array = [](const void* p) { return Global<const Acc<T>>{static_cast<const Acc<T>*>(p)}; };
-  BackwardKernel<T> a{};
-  a.width[0] = static_cast<int>(args.d);
-  a.width[1] = static_cast<int>(args.dv);
-  a.heads = static_cast<int>(args.H);
-  a.images = static_cast<int>(args.B);
-  a.stride = row_stride<T>(std::max(a.width[0], a.width[1]));
-  a.dout = args.dout.data != nullptr;
-  a.layer_norm = a.dout && args.norm_weight;
-  a.scale = static_cast<Acc<T>>(args.scale * (args.pre_mix ? 1 : kLog2e));
-  a.out_scale = static_cast<Acc<T>>(args.scale);
-  a.mean = static_cast<Acc<T>>(mean_of<T>(args.M));
-  a.beside = static_cast<Acc<T>>(mean_beside<T>(args));
-  a.eps = static_cast<Acc<T>>(args.eps);
-  a.pre_mix = array(args.pre_mix);
-  a.pre_bias = array(args.pre_mix ? args.pre_bias : nullptr);
-  a.mix = array(args.folded_mix);
-  a.bias = array(args.folded_bias);
-  a.coupling = array(args.coupling);
-  a.coupling_image = args.coupling_stride_b;
-  a.norm_weight = array(args.norm_weight);
-  a.norm_bias = array(args.norm_bias);
-  a.field = args.B * args.H * args.N;
-  a.query_tiles = static_cast<int>((args.N + kOwnRows - 1) / kOwnRows);
-  return a;
+[[noreturn]] void refuse(const std::string& what, int64_t limit) {
+  throw std::invalid_argument("reattention: the backward of " + what +
+                              " does not fit the shared memory of this GPU, " + std::to_string(limit) +
+                              " bytes");
 }
 
+// Where each part of the scratch begins, in bytes.
+struct Scratch {
+  int64_t size = 0;
+  int64_t take(int64_t bytes) {
+    const int64_t at = size;
+    size += (bytes + 127) / 128 * 128;
+    return at;
+  }
+};
+
 template <class T>
-void set_out(BackwardKernel<T>& a, int which, const HeadsView& out) {
-  a.out[which] = {static_cast<T*>(out.data)};
-  a.out_image[which] = out.stride_b;
-  a.out_head[which] = out.stride_h;
-  a.out_row[which] = out.stride_n;
+struct Plan {
+  MapsKernel<T> maps{};
+  HeadsKernel<T> heads{};
+  ProductsKernel<T> products{};
+  int chunk_images, chunk_rows;
+  int maps_warps;
+  int warps;             // of heads_tile
+  int64_t shared_bytes;  // likewise
+  int64_t maps_at, low_at, grads_at, rows_at, bounds_at, sizes_at, partial_at, images_at, sums_at[2];
+  Scratch scratch;
+
+  int tiles_of(int rows) const {  // of maps_tile
+    const int tile = 16 * MapsKernel<T>::kRowTiles * maps_warps;
+    return (rows + tile - 1) / tile;
+  }
+};
+
+// How many images, or rows of one image, the workspace holds: chunks of about the same size.
+template <class T>
+void share_out(Plan<T>& plan, const ReattentionBackward& args, int64_t row_bytes) {
+  const int64_t limit = workspace_bytes(kOperation);
+  const auto even = [](int64_t all, int64_t most) {
+    const int64_t chunks = (all + most - 1) / most;
+    return (all + chunks - 1) / chunks;
+  };
+  const int64_t images = limit / std::max<int64_t>(row_bytes * args.N, 1);
+  plan.chunk_images = static_cast<int>(even(std::max<int64_t>(args.B, 1), std::max<int64_t>(images, 1)));
+  plan.chunk_rows = static_cast<int>(args.N);
+  if (images == 0)
+    plan.chunk_rows =
+        std::min<int>(plan.chunk_rows,
+                      padded_width(static_cast<int>(even(args.N, std::max<int64_t>(limit / row_bytes, 16)))));
+}
+
+// The shared memory of heads_tile with so many warps and keys at a time.
+template <class T>
+int64_t place_heads(HeadsKernel<T>& a, int warps, int chunk) {
+  constexpr int acc = sizeof(Acc<T>), number = sizeof(T);
+  const int groups = a.heads > 16 ? 2 : 1, places = 16 * groups;
+  int bytes = 0;
+  const auto take = [&](int count, int size) {
+    const int at = bytes;
+    bytes += (count * size + 15) / 16 * 16;
+    return at;
+  };
+  a.chunk = chunk;
+  a.stride = row_stride<T>(chunk);
+  a.matrix_fragments = groups * (places / kDepth<T>)*(sizeof(T) == 8 ? 1 : std::is_same_v<T, bf16_t> ? 3 : 2);
+  a.dense_at = take((a.has_dy && a.goes_on ? 2 : 1) * places * (places + 8), acc);
+  a.fragments_at = take((a.mixed_logits ? 5 : 3) * a.matrix_fragments, 512);
+  a.vectors_at = take(4 * places + 8, acc);
+  const bool sums = a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix;
+  a.warp_sums = sums ? ((a.mixed_logits ? 2 : 1) * groups * groups * 256 + 3 * places) * acc : 0;
+  a.sums_at = take(warps, a.warp_sums);
+  a.tile = places * a.stride * number;
+  a.warp_tiles = a.tile * (a.mixed_logits ? 2 + kLogitPlanes<T> : a.has_dy || a.goes_on ? 2 : 1);
+  a.tiles_at = take(warps, a.warp_tiles);
+  return bytes;
+}
+
+// Rows as a whole where eight of them fit a multiprocessor, or else in chunks, or else as fits; and as many
+// warps as leave no memory unused.
+template <class T>
+void fit_heads(Plan<T>& plan, int64_t limit) {
+  HeadsKernel<T>& a = plan.heads;
+  const int all = a.space.row;
+  int most = 0;
+  const auto try_chunk = [&](int chunk, int least) {
+    int best = 0;
+    for (int warps = HeadsKernel<T>::kMostWarps; warps >= 1; --warps) {
+      // 16 warps of 128 registers; the hardware keeps 1 KB for each block
+      const int64_t bytes = place_heads(a, warps, chunk),
+                    blocks = std::min<int64_t>(16 / warps, (limit + 1024) / (bytes + 1024));
+      if (bytes > limit || warps * blocks <= most) continue;
+      most = static_cast<int>(warps * blocks);
+      best = warps;
+    }
+    if (most < least) return most = 0, false;
+    plan.warps = best;
+    plan.shared_bytes = place_heads(a, best, chunk);
+    return true;
+  };
+  const auto part = [&](int chunks) { return padded_width((all + chunks - 1) / chunks); };
+  if (all <= 8192 && try_chunk(all, 8)) return;
+  for (int chunks = 2; chunks < 512 && part(chunks) >= 64; ++chunks)
+    if (try_chunk(part(chunks), 12)) return;
+  for (int chunk : {64, 32, 16})
+    if (try_chunk(std::min(chunk, all), 1)) return;
+  refuse(std::to_string(a.heads) + " heads", limit);
 }
 
 template <class T>
@@ -188,51 +177,129 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   if (args.H > kMaxMixedHeads)
     throw std::invalid_argument("reattention: the CUDA kernels take at most " +
                                 std::to_string(kMaxMixedHeads) + " heads, got " + std::to_string(args.H));
-  const int64_t limit = shared_memory_limit(kOperation);
+  const auto array = [](const void* p) { return Global<const Acc<T>>{static_cast<const Acc<T>*>(p)}; };
+  const int heads = static_cast<int>(args.H), queries = static_cast<int>(args.N);
   Plan<T> plan;
-  BackwardKernel<T>&rows = plan.rows, &keys = plan.keys;
-  rows = keys = common<T>(args);
+  HeadsKernel<T>& a = plan.heads;
+  a.heads = heads;
+  a.goes_on = args.dq.data || args.dk.data || args.dpre_mix;
+  a.wants_y = args.dv_out.data;
+  a.wants_dmix = args.dfolded_mix || args.dfolded_bias;
+  a.wants_dnorm = args.dnorm_weight || args.dnorm_bias;
+  a.wants_dpre_mix = args.dpre_mix;
+  a.has_dy = args.dout.data && (a.goes_on || a.wants_dmix || a.wants_dnorm);
+  a.layer_norm = args.dout.data && args.norm_weight;
+  a.mixed_logits = args.pre_mix;
+  a.eps = static_cast<Acc<T>>(args.eps);
+  a.mean = static_cast<Acc<T>>(mean_of<T>(args.M));
+  a.beside = static_cast<Acc<T>>(mean_beside<T>(args));
+  a.bias = array(args.folded_bias);
+  a.pre_bias = array(args.pre_mix ? args.pre_bias : nullptr);
+  a.norm_weight = array(args.norm_weight);
+  a.norm_bias = array(args.norm_bias);
 
-  rows.own[0] = heads_view<T>(args.q, args.d);
-  rows.other[0] = heads_view<T>(args.k, args.d);
-  if (rows.dout) {
-    rows.own[1] = heads_view<T>(args.dout, args.dv);
-    rows.other[1] = heads_view<T>(args.v, args.dv);
-  }
-  for (int i = 0; i < 2; ++i) keys.own[i] = rows.other[i], keys.other[i] = rows.own[i];
-  rows.own_rows = keys.other_rows = static_cast<int>(args.N);
-  rows.other_rows = keys.own_rows = static_cast<int>(args.M);
-  for (BackwardKernel<T>* a : {&rows, &keys}) a->tiles = (a->own_rows + kOwnRows - 1) / kOwnRows;
-  rows.wants_dmix = args.dfolded_mix || args.dfolded_bias;
-  rows.wants_dnorm = args.dnorm_weight || args.dnorm_bias;
-  rows.wants_dpre_mix = args.dpre_mix != nullptr;
-  rows.goes_on = args.dq.data || args.dk.data || args.dpre_mix;
-  keys.goes_on = args.dk.data != nullptr;
-  set_out(rows, 0, args.dq);
-  set_out(keys, 0, args.dk);
-  set_out(keys, 1, args.dv_out);
-  plan.sweeps_keys = args.dk.data || args.dv_out.data;
-  // that over keys takes from that over queries the means of dA and, where logits are mixed, the statistics
-  plan.sweeps_rows =
-      rows.goes_on || rows.wants_dmix || rows.wants_dnorm || (plan.sweeps_keys && args.pre_mix);
-
-  if (plan.sweeps_rows) plan.row_bytes = fit(rows, false, limit);
-  if (plan.sweeps_keys) plan.key_bytes = fit(keys, true, limit);
-  const auto piece = [](int64_t numbers) { return (numbers * int64_t(sizeof(Acc<T>)) + 15) / 16 * 16; };
-  const int64_t parameters = 2 * args.H * args.H + 3 * args.H, blocks = args.B * rows.tiles;
-  const bool summed = rows.wants_dmix || rows.wants_dnorm || rows.wants_dpre_mix;
-  const auto far_sums = [&](const BackwardKernel<T>& a, int outputs) {
-    return a.sums_shared || a.chunk >= a.other_rows
-               ? 0
-               : piece(args.B * a.tiles * outputs * args.H * kOwnRows * a.memory.sum_row);
+  const auto matrix = [&](HeadMatrices which, bool needed, const void* data, bool transposed,
+                          double factor = 1, int64_t image = 0) {
+    if (needed)
+      a.matrices[which] = {array(data), image, transposed ? 1 : heads, transposed ? heads : 1,
+                           Acc<T>(factor)};
   };
-  plan.bounds = piece(3 * args.B * args.H * args.N);
-  plan.partial = plan.bounds + piece(blocks);
-  plan.images = plan.partial + (summed ? piece(blocks * parameters) : 0);
-  plan.sums = plan.images + (summed ? piece(args.B * parameters) : 0);
-  plan.size = plan.sums +
-              std::max(plan.sweeps_rows ? far_sums(rows, 1) : 0, plan.sweeps_keys ? far_sums(keys, 2) : 0);
+  matrix(kMixT, a.has_dy && a.goes_on, args.folded_mix, true);
+  matrix(kMix, a.wants_y || a.layer_norm, args.folded_mix, false);
+  matrix(kCoupling, args.coupling && a.goes_on, args.coupling, false, 1, args.coupling_stride_b);
+  matrix(kPre, a.mixed_logits, args.pre_mix, false, kLog2e);
+  matrix(kPreT, a.mixed_logits && a.goes_on, args.pre_mix, true);
+
+  Workspace<T> space{};
+  space.heads = heads;
+  space.keys = static_cast<int>(args.M);
+  space.row = padded_width(space.keys);
+  const bool needs_low = args.pre_mix && kLogitPlanes<T> == 2, needs_grads = a.has_dy || a.goes_on;
+  const int64_t row_bytes = int64_t(1 + needs_low + needs_grads) * heads * space.row * sizeof(T);
+  share_out(plan, args, row_bytes);
+  a.space = space;
+
+  // Query rows share a tile of heads where nothing but sums joins the heads of one.
+  a.places = heads > 16 ? 32 : 16;
+  if (sizeof(T) == 2 && !a.layer_norm && !a.mixed_logits)
+    while (a.places / 2 >= heads) a.places /= 2;
+  while (1 << a.places_bits < a.places) ++a.places_bits;
+  const int64_t limit = shared_memory_limit(kOperation);
+  fit_heads(plan, limit);
+  plan.maps.mixed_logits = a.mixed_logits;
+  plan.maps.stride = row_stride<T>(static_cast<int>(std::max(args.d, a.has_dy ? args.dv : args.d)));
+  for (plan.maps_warps = MapsKernel<T>::kWarps; plan.maps.shared_bytes(plan.maps_warps) > limit;
+       plan.maps_warps /= 2)
+    if (plan.maps_warps == 1) refuse("heads of width " + std::to_string(std::max(args.d, args.dv)), limit);
+  a.rows = 2 * plan.warps * ((heads > 16 ? 32 : 16) / a.places);  // two tasks for each warp
+
+  const auto blocks_of = [&](int rows) { return (rows + a.rows - 1) / a.rows; };
+  const int whole_chunks = (queries - 1) / plan.chunk_rows;
+  a.parts = whole_chunks * blocks_of(plan.chunk_rows) + blocks_of(queries - whole_chunks * plan.chunk_rows);
+
+  constexpr int acc = sizeof(Acc<T>);
+  Scratch& scratch = plan.scratch;
+  const int64_t parameters = 2 * args.H * args.H + 3 * args.H,
+                plane = row_bytes / (1 + needs_low + needs_grads) * plan.chunk_rows * plan.chunk_images;
+  const bool summed = a.wants_dmix || a.wants_dnorm || a.wants_dpre_mix;
+  plan.maps_at = scratch.take(plane);
+  plan.low_at = scratch.take(needs_low ? plane : 0);
+  plan.grads_at = scratch.take(needs_grads ? plane : 0);
+  plan.rows_at = scratch.take(args.pre_mix ? 0 : 2 * args.B * args.H * args.N * acc);
+  plan.bounds_at = scratch.take(int64_t(plan.chunk_images) * heads * plan.tiles_of(plan.chunk_rows) *
+                                plan.maps_warps * acc);
+  plan.sizes_at = scratch.take(int64_t(plan.chunk_images) * acc);
+  plan.partial_at = scratch.take(summed ? args.B * a.parts * parameters * acc : 0);
+  plan.images_at = scratch.take(summed ? args.B * parameters * acc : 0);
+  const bool grows = plan.chunk_rows < queries;
+  plan.sums_at[0] = scratch.take(grows && args.dk.data ? args.H * args.M * args.d * acc : 0);
+  plan.sums_at[1] = scratch.take(grows && args.dv_out.data ? args.H * args.M * args.dv * acc : 0);
   return plan;
+}
+
+template <class T>
+OutProduct<T> product_of(const HeadsView& out, const HeadsView& right, int64_t width, int heads,
+                         Acc<T> factor) {
+  OutProduct<T> p{};
+  p.right = heads_view<T>(right, width);
+  p.heads = heads;
+  p.width = static_cast<int>(width);
+  p.factor = factor;
+  p.out = {static_cast<T*>(out.data)};
+  p.out_image = out.stride_b;
+  p.out_head = out.stride_h;
+  p.out_row = out.stride_n;
+  p.pieces = heads_view<T>(out, width).pieces;
+  p.slices = (p.width + ProductsKernel<T>::kWidth - 1) / ProductsKernel<T>::kWidth;
+  return p;
+}
+
+// What is launched for one chunk.
+template <class T>
+void run_chunk(const Plan<T>& plan, Workspace<T> space, void* stream) {
+  MapsKernel<T> maps = plan.maps;
+  HeadsKernel<T> heads = plan.heads;
+  ProductsKernel<T> products = plan.products;
+  maps.space = heads.space = products.space = space;
+  maps.tiles = plan.tiles_of(space.rows);
+  int64_t blocks = 0;
+  for (MapProduct<T>& p : maps.products) blocks += p.blocks = space.images * p.heads * maps.tiles;
+  launch_maps(maps, plan.maps_warps, blocks, stream);
+
+  heads.blocks = (space.rows + heads.rows - 1) / heads.rows;
+  heads.first_part = space.first_row / plan.chunk_rows * ((plan.chunk_rows + heads.rows - 1) / heads.rows);
+  heads.bounds_count = space.heads * maps.tiles * plan.maps_warps;
+  launch_heads(heads, plan.warps, plan.shared_bytes, stream);
+
+  products.first = space.first_row == 0;
+  products.last = space.first_row + space.rows == maps.queries;
+  blocks = 0;
+  for (OutProduct<T>& p : products.products) {
+    const int rows = p.transposed ? space.keys : space.rows;
+    p.tiles = (rows + ProductsKernel<T>::kRows - 1) / ProductsKernel<T>::kRows;
+    blocks += p.blocks = space.images * p.heads * p.tiles * p.slices;
+  }
+  if (blocks > 0) launch_products(products, blocks, stream);
 }
 
 template <class T>
@@ -240,27 +307,78 @@ void backward(const ReattentionBackward& args, void* scratch, void* stream) {
   using A = Acc<T>;
   Plan<T> plan = plan_of<T>(args);
   const auto at = [&](int64_t offset) { return reinterpret_cast<A*>(static_cast<char*>(scratch) + offset); };
-  for (BackwardKernel<T>* a : {&plan.rows, &plan.keys}) {
-    a->rows = {at(0)};
-    a->bounds = {at(plan.bounds)};
-    a->partial = {at(plan.partial)};
-    a->sums = {at(plan.sums)};
+  const auto plane = [&](int64_t offset) {
+    return Global<T>{reinterpret_cast<T*>(static_cast<char*>(scratch) + offset)};
+  };
+  MapsKernel<T>& maps = plan.maps;
+  HeadsKernel<T>& heads = plan.heads;
+  ProductsKernel<T>& products = plan.products;
+  Workspace<T> space = heads.space;
+  space.maps = plane(plan.maps_at);
+  space.low = plane(plan.low_at);
+  space.grads = plane(plan.grads_at);
+
+  MapProduct<T>& logits = maps.products[0];
+  logits.left = heads_view<T>(args.q, args.d);
+  logits.right = heads_view<T>(args.k, args.d);
+  logits.heads = heads.heads;
+  logits.width = static_cast<int>(args.d);
+  logits.scale = static_cast<A>(args.scale * (args.pre_mix ? kLogitUnit<T> : kLog2e));
+  logits.field = args.B * args.H * args.N;
+  if (!args.pre_mix) logits.rows = {at(plan.rows_at)};
+  if (heads.has_dy) {
+    MapProduct<T>& gradients = maps.products[1];
+    gradients.left = heads_view<T>(args.dout, args.dv);
+    gradients.right = heads_view<T>(args.v, args.dv);
+    gradients.heads = heads.heads;
+    gradients.width = static_cast<int>(args.dv);
+    gradients.scale = 1;
+    gradients.grads = true;
   }
-  const BackwardKernel<T>& rows = plan.rows;
-  if (args.B > 0) {
-    if (!args.pre_mix && (plan.sweeps_rows || plan.sweeps_keys))
-      launch_softmax_rows<T>(kOperation, args, at(0), stream);
-    if (plan.sweeps_rows) launch_query_sweep(rows, plan.row_bytes, stream);
-    if (plan.sweeps_keys) launch_key_sweep(plan.keys, plan.key_bytes, stream);
+  maps.queries = static_cast<int>(args.N);
+  maps.mean = heads.mean * A(kMapUnit<T>);
+  maps.bounds = {at(plan.bounds_at)};
+  heads.bounds = {at(plan.bounds_at)};
+  heads.sizes = {at(plan.sizes_at)};
+  heads.partial = {at(plan.partial_at)};
+  products.sizes = {at(plan.sizes_at)};
+  const auto factor = static_cast<A>(args.scale);
+  const bool grows = plan.chunk_rows < args.N;
+  if (args.dq.data) {
+    products.products[0] = product_of<T>(args.dq, args.k, args.d, heads.heads, factor);
+    products.products[0].grads = true;
   }
-  if (!rows.wants_dmix && !rows.wants_dnorm && !rows.wants_dpre_mix) return;
+  if (args.dk.data) {
+    products.products[1] = product_of<T>(args.dk, args.q, args.d, heads.heads, factor);
+    products.products[1].grads = products.products[1].transposed = true;
+    if (grows) products.products[1].sums = {at(plan.sums_at[0])};
+  }
+  if (args.dv_out.data) {
+    products.products[2] = product_of<T>(args.dv_out, args.dout, args.dv, heads.heads, 1);
+    products.products[2].transposed = true;
+    if (grows) products.products[2].sums = {at(plan.sums_at[1])};
+  }
+
+  const bool summed = heads.wants_dmix || heads.wants_dnorm || heads.wants_dpre_mix;
+  if (args.B > 0 && (heads.goes_on || heads.wants_y || summed)) {
+    if (!args.pre_mix) launch_softmax_rows<T>(kOperation, args, at(plan.rows_at), stream);
+    for (int image = 0; image < args.B; image += plan.chunk_images)
+      for (int row = 0; row < args.N; row += plan.chunk_rows) {
+        space.first_image = image;
+        space.images = static_cast<int>(std::min<int64_t>(plan.chunk_images, args.B - image));
+        space.first_row = row;
+        space.rows = static_cast<int>(std::min<int64_t>(plan.chunk_rows, args.N - row));
+        run_chunk(plan, space, stream);
+      }
+  }
+  if (!summed) return;
   const int size = static_cast<int>(2 * args.H * args.H + 3 * args.H);
   if (args.B > 0)
-    launch_sum_parts(kOperation, at(plan.partial), at(plan.images), args.B, rows.tiles, size, stream);
+    launch_sum_parts(kOperation, at(plan.partial_at), at(plan.images_at), args.B, heads.parts, size, stream);
   Parameters<A> sums{};
-  sums.sums = {at(plan.images)};
-  sums.images = rows.images;
-  sums.heads = rows.heads;
+  sums.sums = {at(plan.images_at)};
+  sums.images = static_cast<int>(args.B);
+  sums.heads = heads.heads;
   sums.mean = mean_beside<T>(args);
   sums.dmix = {static_cast<A*>(args.dfolded_mix)};
   sums.dpre_mix = {static_cast<A*>(args.dpre_mix)};
@@ -274,7 +392,7 @@ void backward(const ReattentionBackward& args, void* scratch, void* stream) {
 
 int64_t reattention_bwd_scratch(const ReattentionBackward& args) {
   if (args.H == 0) return 0;
-  return with_type(args.q.dtype, [&](auto number) { return plan_of<decltype(number)>(args).size; });
+  return with_type(args.q.dtype, [&](auto number) { return plan_of<decltype(number)>(args).scratch.size; });
 }
 
 void reattention_bwd(const ReattentionBackward& args, void* scratch, void* stream) {

@@ -16,7 +16,8 @@ struct ForwardTile {
   using Slot = Scores<T, kRowTileCount, GROUPS == 2>;  // 12 warps have no registers left for queries
   using Columns = HeadTile<A, GROUPS>;
   // in registers where they are few
-  using Mix = std::conditional_t<GROUPS == 1, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
+  static constexpr bool kHeld = GROUPS == 1;
+  using Mix = std::conditional_t<kHeld, HeldMatrix<M, GROUPS>, HeadMatrix<M>>;
 
   const ForwardKernel<T>& a;
   int image, row0, present, first_head, end_head, first_column, end_column;
@@ -56,12 +57,13 @@ struct ForwardTile {
     UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
       UNROLLED_FOR (int half = 0; half < 2; ++half) use(group, half, 16 * group + tile_row(2 * half));
   }
+  // In place of what stands at keys that are not there. `first`: of these 16
   template <int COUNT>
-  DEVICE void hide_keys(A (&s)[COUNT][2][4], int first) const {
+  DEVICE void fill_keys(A (&s)[COUNT][2][4], int first, A value) const {
     UNROLLED_FOR (int r = 0; r < COUNT; ++r)
       UNROLLED_FOR (int j = 0; j < 2; ++j)
         UNROLLED_FOR (int e = 0; e < 4; ++e)
-          if (first + 8 * j + tile_col(e) >= a.m) s[r][j][e] = -INFINITY;
+          if (first + 8 * j + tile_col(e) >= a.m) s[r][j][e] = value;
   }
 
   DEVICE ForwardTile(const ForwardKernel<T>& a) : a(a) {
@@ -118,13 +120,14 @@ struct ForwardTile {
     vector(kOutFactor).st(g, 1 / unit);
   }
 
-  // use(h, t, logits) for tiles of keys from first to end of all heads of this warp
-  template <class Use>
-  DEVICE void for_each_head(int first, int end, bool fetched, Use use) const {
+  // begin(h), then use(h, t, logits) for tiles of keys from first to end, for all heads of this warp
+  template <class Begin, class Use>
+  DEVICE void for_each_head(int first, int end, bool fetched, Begin begin, Use use) const {
     if (warp() >= a.workers) return;
     ROLLED_FOR (int h = warp(); h < a.heads; h += a.workers) {
       const auto scores = this->scores();
       if (!fetched) scores.fetch_queries(a.q, image * a.q.image + h * a.q.head, row0, a.n);
+      begin(h);
       scores.for_each_tile(a.k, image * a.k.image + h * a.k.head, first, end, a.m, [&](int t, auto& s) {
         UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
           UNROLLED_FOR (int j = 0; j < 2; ++j)
@@ -137,7 +140,8 @@ struct ForwardTile {
   // All heads' logits of a chunk, for the mix before the softmax.
   DEVICE void make_logits(int key0, int columns, bool fetched) const {
     const auto at = a.at.maps.renewed();
-    for_each_head(key0 / 16, (key0 + columns) / 16, fetched, [&](int h, int t, const auto& s) {
+    const auto nothing = [](int) {};
+    for_each_head(key0 / 16, (key0 + columns) / 16, fetched, nothing, [&](int h, int t, const auto& s) {
       UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
         UNROLLED_FOR (int j = 0; j < 2; ++j)
           UNROLLED_FOR (int i = 0; i < 2; ++i) {
@@ -165,7 +169,7 @@ struct ForwardTile {
         UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
           z[group][j][e] = z[group][j][e] * factor + constant;
     });
-    hide_keys(z, key0 + x);
+    if (key0 + x + 16 > a.m) fill_keys(z, key0 + x, -INFINITY);
   }
 
   // The largest logit of each row and the inverse of its sum of exponentials, as softmax_rows found them.
@@ -208,19 +212,27 @@ struct ForwardTile {
   // The centred maps of a chunk.
   DEVICE void make_maps(int key0, int columns, bool fetched) const {
     const auto at = a.at.maps.renewed();
-    for_each_head(key0 / 16, (key0 + columns) / 16, fetched, [&](int h, int t, const auto& s) {
+    const int end_key = a.m;
+    const A mean = a.mean;
+    A row_max[kRowTileCount][2], row_scale[kRowTileCount][2];
+    const auto load_rows = [&](int h) {
       UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
         UNROLLED_FOR (int i = 0; i < 2; ++i) {
-          const int row = 16 * r + tile_row(2 * i);
-          const A row_max = row_maxes().ld(h * kRows + row), row_scale = row_scales().ld(h * kRows + row);
-          UNROLLED_FOR (int j = 0; j < 2; ++j) {
-            const int column = 16 * t + 8 * j + tile_col(0);
-            A x[2];
-            UNROLLED_FOR (int e = 0; e < 2; ++e)
-              x[e] = centred_map(s[r][j][2 * i + e], row_max, row_scale, column + e);
-            store2(maps(), at.place_of_head(h, row, column - key0), x[0], x[1]);
-          }
+          const int row = h * kRows + 16 * r + tile_row(2 * i);
+          row_max[r][i] = row_maxes().ld(row), row_scale[r][i] = row_scales().ld(row);
         }
+    };
+    for_each_head(key0 / 16, (key0 + columns) / 16, fetched, load_rows, [&](int h, int t, auto& s) {
+      UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int e = 0; e < 4; ++e)
+            s[r][j][e] = fast_exp2(s[r][j][e] - row_max[r][e >> 1]) * row_scale[r][e >> 1] - mean;
+      if (16 * t + 16 > end_key) fill_keys(s, 16 * t, A(0));
+      UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
+        UNROLLED_FOR (int i = 0; i < 2; ++i)
+          UNROLLED_FOR (int j = 0; j < 2; ++j)
+            store2(maps(), at.place_of_head(h, 16 * r + tile_row(2 * i), 16 * t - key0 + 8 * j + tile_col(0)),
+                   s[r][j][2 * i], s[r][j][2 * i + 1]);
     });
   }
   DEVICE A centred_map(A logit, A row_max, A row_scale, int column) const {
@@ -251,11 +263,15 @@ struct ForwardTile {
     const auto logits_at = a.at.logits.renewed();
     Mix matrix;
     if (a.out.p) {
-      if constexpr (GROUPS == 1)
+      if constexpr (kHeld)
         matrix.load(mix());
       else
         matrix = mix();
     }
+    Affine to_mixed{}, to_normed{};
+    if (kHeld && a.out.p) to_mixed = affine(kFactor, kConstant);
+    if (kHeld && a.out.p && a.norm_weight.p) to_normed = affine(kWeight, kAdded);
+    const int end_key = a.m;
     ROLLED_FOR (int i = 0, x = 16 * warp();; x += 16 * warps()) {
       ROLLED_FOR (; x >= columns; x -= columns) ++i;
       if (i >= present) break;
@@ -266,32 +282,39 @@ struct ForwardTile {
       const Shared<M> chunk[1] = {maps()};
       mix_heads<M>(y, matrix, chunk, at, i, x);
       sync_warp();  // all heads of this place are read
-      affine(y, kFactor, kConstant);
+      (kHeld ? to_mixed : affine(kFactor, kConstant)).apply(y);
       if (a.norm_weight.p) {
         A rstd[2][2];
         normalise_heads(y, rstd, a.heads, a.eps);
-        affine(y, kWeight, kAdded);
+        (kHeld ? to_normed : affine(kWeight, kAdded)).apply(y);
       }
+      // of keys that are not there the layer norm may be Inf
+      if (key0 + x + 16 > end_key) fill_keys(y, key0 + x, A(0));
       for_each_head_place([&](int group, int half, int h) {
         if (h >= a.heads) return;
-        UNROLLED_FOR (int j = 0; j < 2; ++j) {
-          const int column = x + 8 * j + tile_col(0);
-          A p[2];  // of keys that are not there the layer norm may be Inf
-          UNROLLED_FOR (int e = 0; e < 2; ++e)
-            p[e] = key0 + column + e < a.m ? y[group][j][2 * half + e] : A(0);
-          store2(mixed(), at.place_of_head(h, i, column), p[0], p[1]);
-        }
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          store2(mixed(), at.place_of_head(h, i, x + 8 * j + tile_col(0)), y[group][j][2 * half],
+                 y[group][j][2 * half + 1]);
       });
     }
   }
-  DEVICE void affine(Columns& y, Vector factors, Vector constants) const {
+  // x factor + constant, for each head
+  struct Affine {
+    A factor[GROUPS][2], constant[GROUPS][2];
+    DEVICE void apply(Columns& y) const {
+      UNROLLED_FOR (int group = 0; group < GROUPS; ++group)
+        UNROLLED_FOR (int j = 0; j < 2; ++j)
+          UNROLLED_FOR (int e = 0; e < 4; ++e)
+            y[group][j][e] = y[group][j][e] * factor[group][e >> 1] + constant[group][e >> 1];
+    }
+  };
+  DEVICE Affine affine(Vector factors, Vector constants) const {
+    Affine both = {};
     for_each_head_place([&](int group, int half, int h) {
       if (16 * group >= a.heads) return;
-      const A factor = vector(factors).ld(h), constant = vector(constants).ld(h);
-      UNROLLED_FOR (int j = 0; j < 2; ++j)
-        UNROLLED_FOR (int e = 2 * half; e < 2 * half + 2; ++e)
-          y[group][j][e] = y[group][j][e] * factor + constant;
+      both.factor[group][half] = vector(factors).ld(h), both.constant[group][half] = vector(constants).ld(h);
     });
+    return both;
   }
 
   DEVICE int out_width(int first) const {
@@ -342,17 +365,34 @@ struct ForwardTile {
         UNROLLED_FOR (int j = 0; j < 2; ++j)
           UNROLLED_FOR (int e = 0; e < 4; ++e) out[r][x][j][e] = 0;
   }
+  // By way of the queries' place, which are not needed any more.
   DEVICE void store_out(int h, int first) const {
+    constexpr int piece = 16 / sizeof(T);
     const A factor = vector(kOutFactor).ld(h);
-    const int64_t to = image * a.out_image + h * a.out_head;
+    const int width = out_width(first);
+    const auto slot = scores();
+    const int64_t to = image * a.out_image + h * a.out_head + row0 * a.out_row + first;
+    sync_warp();
     UNROLLED_FOR (int r = 0; r < kRowTileCount; ++r)
-      UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x)
+      UNROLLED_FOR (int x = 0; x < kOutTiles<T>; ++x) {
+        if (16 * x >= width) continue;
         UNROLLED_FOR (int j = 0; j < 2; ++j)
-          UNROLLED_FOR (int e = 0; e < 4; ++e) {
-            const int row = 16 * r + tile_row(e), column = first + 16 * x + 8 * j + tile_col(e);
-            if (row < present && column < end_column)
-              a.out.st(to + (row0 + row) * a.out_row + column, from_acc<T>(out[r][x][j][e] * factor));
-          }
+          UNROLLED_FOR (int i = 0; i < 2; ++i)
+            store2(slot.memory, (16 * r + tile_row(2 * i)) * slot.stride + 16 * x + 8 * j + tile_col(0),
+                   out[r][x][j][2 * i] * factor, out[r][x][j][2 * i + 1] * factor);
+      }
+    sync_warp();
+    if (a.out_pieces) {
+      ROLLED_FOR (int i = lane_id() >> 3; i < present; i += 4)
+        for (int x = (lane_id() & 7) * piece; x < width; x += 8 * piece)
+          a.out.template st<uint4>(to + i * a.out_row + x,
+                                   slot.memory.template ld<uint4>(i * slot.stride + x));
+    } else {
+      ROLLED_FOR (int i = 0; i < present; ++i)
+        ROLLED_FOR (int x = lane_id(); x < width; x += 32)
+          a.out.st(to + i * a.out_row + x, slot.memory.ld(i * slot.stride + x));
+    }
+    sync_warp();
   }
 };
 

@@ -335,6 +335,30 @@ void test_numbers() {
   report("numbers", good);
 }
 
+KERNEL fused(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) {
+  const int l = thread_x();
+  out[l] = fma2<false>(a[l], b[l], c[l]), out[32 + l] = fma2<true>(a[l], b[l], c[l]);
+}
+
+void test_fused_pairs() {
+  uint32_t a[32], b[32], c[32], out[64];
+  for (uint32_t* each : {a, b, c})
+    for (int l = 0; l < 32; ++l) each[l] = pack2<half_t>(random_value(), random_value());
+  // by one rounding: 1 - 2^-20 less 1, which a product of its own would have rounded to 1
+  const float above = 1 + 0x1p-10f, below = 1 - 0x1p-10f;
+  a[0] = pack2<half_t>(below, above), b[0] = pack2<half_t>(above, below), c[0] = pack2<half_t>(-1, -1);
+  bool good = runs(0, fused, a, b, c, out);
+  const auto half_of = [](uint32_t x, int high) { return to_float(half_t{uint16_t(x >> 16 * high)}); };
+  for (int high = 0; high < 2; ++high)
+    for (int l = 0; l < 32; ++l)
+      for (int e = 0; e < 2; ++e) {
+        const double want = double(half_of(a[l], high)) * half_of(b[l], e) + half_of(c[l], e);
+        good &= half_of(out[32 * high + l], e) == static_cast<float>(static_cast<_Float16>(want));
+      }
+  good &= half_of(out[0], 0) == -0x1p-20f && half_of(out[32], 1) == -0x1p-20f;
+  report("pairs of float16", good);
+}
+
 template <class T>
 T number(float x) {
   if constexpr (sizeof(T) == 2)
@@ -408,6 +432,7 @@ int main() {
   for (int i = 0; i < 128; ++i) all &= out[127 - i] == (i / 4 % 2 == 0 ? i + 1 : 0);
   report("cp.async", all);
   test_numbers();
+  test_fused_pairs();
   test_tensor_cores<half_t>("tensor cores f16");
   test_tensor_cores<bf16_t>("tensor cores bf16");
   test_tensor_cores<float>("tensor cores tf32");

@@ -156,6 +156,15 @@ template <class T>
 uint32_t pack2(float lo, float hi) {
   return from_float<T>(lo).bits | uint32_t(from_float<T>(hi).bits) << 16;
 }
+template <bool HIGH>
+uint32_t fma2(uint32_t halves, uint32_t b, uint32_t c) {
+  const auto of = [](uint32_t x, int shift) { return double(to_float(half_t{uint16_t(x >> shift)})); };
+  const auto one = [&](int shift) -> uint32_t {  // rounded twice only where a b is far below c
+    return std::bit_cast<uint16_t>(
+        static_cast<_Float16>(of(halves, HIGH ? 16 : 0) * of(b, shift) + of(c, shift)));
+  };
+  return one(0) | one(16) << 16;
+}
 inline float to_tf32(float x) {  // to nearest, ties away from zero
   return std::isfinite(x) ? std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & ~0x1fffu) : x;
 }

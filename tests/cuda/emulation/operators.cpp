@@ -25,8 +25,8 @@ class Emulated {
 
 void configure(int64_t order, int64_t seed, int64_t shared_limit, bool as_hardware, int64_t withheld,
                int64_t workspace) {
-  emulation::config = {static_cast<emulation::Order>(order), unsigned(seed), shared_limit, as_hardware,
-                       withheld, workspace};
+  emulation::config = {
+      static_cast<emulation::Order>(order), unsigned(seed), shared_limit, as_hardware, withheld, workspace};
 }
 
 c10::Dict<std::string, int64_t> take_counts() {
@@ -56,7 +56,8 @@ std::tuple<std::vector<int64_t>, at::Tensor> launch(int64_t i) {
   const emulation::Launch& found = emulation::launches.at(i);
   const at::Tensor arguments = at::empty(int64_t(found.arguments.size()), at::kByte);
   std::memcpy(arguments.data_ptr(), found.arguments.data(), found.arguments.size());
-  return {{reinterpret_cast<int64_t>(found.kernel), found.blocks, found.threads, found.shared_bytes}, arguments};
+  return {{reinterpret_cast<int64_t>(found.kernel), found.blocks, found.threads, found.shared_bytes},
+          arguments};
 }
 
 int64_t launches() { return int64_t(emulation::launches.size()); }

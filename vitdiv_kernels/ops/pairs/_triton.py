@@ -2,6 +2,10 @@
 
 Vectors are multiplied as they are, and the inverse norms applied to the tiles of products; tiles of vectors
 far from 1, whose products would leave the range, are made again of vectors brought near 1.
+
+Names of constants: BR, BC, BD, BO sizes of a tile's rows and columns, of a step over the width, of columns of
+the gradient; BN rows of kernels that read each once. DT and WT are the element types of the factors of
+products, of vectors and of weights, PREC and WPREC their precisions if float32, ACC that of all else.
 """
 
 import math
@@ -15,7 +19,7 @@ from .._launch import OPERANDS, accumulator, capability, input_precision, launch
 BLOCK_ROWS, BLOCK_WIDTH = 16, 256  # of the kernels that read each row once: 4096 elements, 32 a thread
 # Of variants that the tables' rows were not chosen for. Without a limit ptxas aims at 128, and may spill a
 # little to get there.
-_ALL_REGISTERS = 255
+ALL_REGISTERS = 255
 
 
 def items_of(x):
@@ -27,23 +31,22 @@ def items_of(x):
 def slices(config, *rows):
     """What a program of this row of a table takes of the vectors at a time, and registers at most."""
     if all(map(aligned, rows)):
-        # these spilled at 168 registers
-        many = rows[0].dtype == torch.float64 or (rows[0].dtype, capability(rows[0])[0]) == (
-            torch.float32,
-            10,
-        )
-        return dict(BD=config.width, maxnreg=_ALL_REGISTERS if many else None)
-    return dict(BD=max(16, config.width // 2), maxnreg=_ALL_REGISTERS)
+        return dict(BD=config.width, maxnreg=ALL_REGISTERS if _takes_many(rows[0]) else None)
+    return dict(BD=max(16, config.width // 2), maxnreg=ALL_REGISTERS)
 
 
-def gradient_slices(config, width, *rows):
-    """`slices` of a program that makes some columns of the gradient, [items, N, width]."""
+def gradient_columns(most, width, *rows, maxnreg=None):
+    """How many columns of the gradient [items, N, width] a program makes, and registers at most."""
     # no wider than the gradient: narrow rows would be mostly padding
-    out = min(config.out, max(16, triton.next_power_of_2(width)))
+    out = min(most, max(16, triton.next_power_of_2(width)))
     if not all(map(aligned, rows)):
-        out = min(out, 32)
-    options = slices(config, *rows) | dict(BO=out)
-    return options if out == config.out else options | dict(maxnreg=_ALL_REGISTERS)
+        return dict(BO=min(out, 32), maxnreg=ALL_REGISTERS)
+    return dict(BO=out, maxnreg=ALL_REGISTERS if out < most or _takes_many(rows[0]) else maxnreg)
+
+
+def _takes_many(x):
+    """Whether its kernels spilled at 168 registers."""
+    return x.dtype == torch.float64 or (x.dtype, capability(x)[0]) == (torch.float32, 10)
 
 
 def aligned(x):
@@ -149,7 +152,8 @@ def rows_kernel(
     SQUARES,  # [L, N], or None, as what follows may be
     SUMS,  # [L, blocks of rows, D]
     UNIT,  # [L, N, D]
-    N, D,
+    N,
+    D,
     EPS: tl.constexpr, INVERSE_EPS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """inverse_norm = 1 / max(|x|, eps) of a block of BN rows and, of x_hat = x inverse_norm, in a second

@@ -13,12 +13,18 @@ _STEP, _ELEMENTS, _STEPS, _WARPS = 64, 4096, 4, 4
 
 @triton.jit(do_not_specialize=["heads", "rows", "programs"])
 def dot_rows(
-    x, y,  # [B, heads, rows, width]
+    x,  # [B, heads, rows, width]
+    y,  # [B, heads, rows, width]
     parts,  # [B * heads, programs]
-    heads, rows, programs, width, x_image, x_head, x_row, y_image, y_head, y_row,
+    heads,
+    rows,
+    programs,  # of a head
+    width,
+    x_image, x_head, x_row,  # strides
+    y_image, y_head, y_row,
     WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sum_i x . y of a head, over STEP * STEPS rows each."""
+    """parts = sum_i x_i . y_i: of a head, over STEP * STEPS rows each."""
     # one axis: the others of a grid end at 65535
     item, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     image, head = item // heads, item % heads

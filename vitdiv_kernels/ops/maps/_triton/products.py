@@ -28,14 +28,14 @@ class ProductTile(NamedTuple):
 # Triton takes tcgen05, and chains the three products of TF32x3 in tensor memory, which gave wrong results on
 # sm_103 (Triton's issue 10821). In more than one stage a loop of two steps is unrolled, and chains as well.
 ROWS_BY_ROWS = {
-    (2, (10, 0)): ProductTile(64, 128, 64, 4, 1, None),
-    (2, (0, 0)): ProductTile(64, 128, 64, 4, 2, None),
+    (2, (10, 0)): ProductTile(128, 128, 64, 8, 1, None),
+    (2, (0, 0)): ProductTile(128, 128, 64, 8, 2, None),
     (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
     (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
     (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, 128),
 }
 MAPS_BY_ROWS = {
-    (2, (0, 0)): ProductTile(64, 64, 64, 4, 3, 240),
+    (2, (0, 0)): ProductTile(128, 64, 32, 8, 3, 128),
     (4, (10, 0)): ProductTile(32, 64, 32, 4, 2, None),
     (4, (0, 0)): ProductTile(64, 64, 32, 4, 2, None),
     (8, (0, 0)): ProductTile(32, 32, 16, 4, 2, None),
@@ -58,8 +58,14 @@ def logits_kernel(
     a,  # [B, H, rows, width]
     b,  # [B, H, columns, width]
     maps,  # [B, H, rows, padded_columns]
-    alpha_high, alpha_low, padding,
-    rows, columns, padded_columns, heads, row_tiles, column_tiles,
+    alpha_high, alpha_low,  # see `double`
+    padding,
+    rows,
+    columns,
+    padded_columns,
+    heads,
+    row_tiles,
+    column_tiles,
     maps_image, maps_head,  # strides
     a_image, a_head, a_row, a_column,
     b_image, b_head, b_row, b_column,
@@ -103,8 +109,13 @@ def values_kernel(
     maps,  # [B, H, rows, padded columns], or with TRANSPOSED [B, H, inner, padded columns]
     b,  # [B, H, inner, width]
     result,  # [B, H, rows, width]
-    alpha_high, alpha_low,
-    rows, inner, padded_columns, heads, row_tiles, column_tiles,
+    alpha_high, alpha_low,  # see `double`
+    rows,
+    inner,
+    padded_columns,
+    heads,
+    row_tiles,
+    column_tiles,
     maps_image, maps_head,  # strides
     b_image, b_head, b_row, b_column,
     result_image, result_head, result_row, result_column,

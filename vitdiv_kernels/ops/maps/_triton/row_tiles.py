@@ -1,20 +1,10 @@
-"""Tiles of the row kernels of the workspace, and its size."""
+"""Tiles of the row kernels of the workspace."""
 
 from typing import NamedTuple
 
 import torch
 
 from ..._tables import ANY, first_row
-
-# Of the maps of a chunk, by capability: of the GPUs of data centres, and of others. Source: cost model, which
-# counts in docs/kernels/reattention.md why it is more than the L2 (A100 40 MB, H200 50 MB, B200 126 MB).
-WORKSPACE_BYTES = (
-    ((12, 0), 128 << 20), ((9, 0), 256 << 20), ((8, 1), 128 << 20), ((8, 0), 256 << 20), ((0, 0), 64 << 20)
-)  # fmt: skip
-
-
-def workspace_bytes(capability):
-    return next(size for first, size in WORKSPACE_BYTES if capability >= first)
 
 
 class RowTile(NamedTuple):

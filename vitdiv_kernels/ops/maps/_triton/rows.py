@@ -8,6 +8,12 @@ more for each thing that needs a whole row before it; it comes from L1 then.
 
 Names are set to any tensor at hand (`gain, offset = shift, shift`) where a call does not need them: Triton
 wants them set on every way to where they are used.
+
+Names of constants, here and in products.py: H heads, SHARE query rows of T tile rows; ROWS, COLUMNS, INNER,
+WIDTH, BLOCK, STEP are sizes, of a tile or of a step; SPLIT, TILES, STEPS are numbers of parts. HAS_.. tells
+whether an input is given, NEEDS_.. whether a result is wanted, STORES_.. whether a launch leaves it in
+memory, and an adjective (CENTRED, RELOAD, TRANSPOSED, ONE_BLOCK) how it is made. DOT is the element type of
+the factors of products, PRECISION theirs if float32, ACC that of all else; BOOST lifts factors in float16.
 """
 
 import triton
@@ -189,9 +195,16 @@ def forward_rows(
     pre_mix,  # [H, H], or None, as all that follows may be
     pre_bias,  # [H]
     mix,  # [H, H]
-    bias, norm_weight, norm_bias,  # [H]
+    bias,  # [H]
+    norm_weight,  # [H]
+    norm_bias,  # [H]
     grams,  # [B, programs, T, T]
-    rows, keys, padded_keys, tiles, programs, gram_stride,
+    rows,
+    keys,
+    padded_keys,
+    tiles,  # of a program
+    programs,  # of an image
+    gram_stride,  # from image to image
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_OUT: tl.constexpr, NEEDS_GRAM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, RELOAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -340,10 +353,19 @@ def backward_rows(
     pre_mix,  # [H, H]
     pre_bias,  # [H]
     mix,  # [H, H]
-    bias, norm_weight, norm_bias,  # [H]
+    bias,  # [H]
+    norm_weight,  # [H]
+    norm_bias,  # [H]
     matrix_sums,  # [B, programs, 2, T, T]: dmix from centred maps, dpre_mix
     vector_sums,  # [B, programs, 3, T]: dbias, dnorm_weight, dnorm_bias
-    rows, keys, padded_keys, tiles, programs, coupling_stride, matrix_stride, vector_stride,
+    rows,
+    keys,
+    padded_keys,
+    tiles,  # of a program
+    programs,  # of an image
+    coupling_stride,  # strides from image to image
+    matrix_stride,
+    vector_stride,
     EPS: tl.constexpr, CENTRED: tl.constexpr, NEEDS_DV: tl.constexpr, NEEDS_DZ: tl.constexpr,
     NEEDS_DPRE: tl.constexpr, NEEDS_DMIX: tl.constexpr, NEEDS_DNORM: tl.constexpr, STORES_DM: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,

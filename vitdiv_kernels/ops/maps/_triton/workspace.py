@@ -20,56 +20,13 @@ from ..._launch import (
     launch,
 )
 from ..._tables import options
+from ..._workspace import chunks, padded, plan, workspace_bytes
 from .products import maps_by_rows, padding_of, rows_by_rows
-from .row_tiles import row_config, workspace_bytes
+from .row_tiles import row_config
 from .rows import backward_rows, forward_rows
-
-# Rows of the maps start at multiples of this many elements: 16-byte loads and stores for any number of keys.
-_KEYS_MULTIPLE = 16
 
 # The interpreter's time goes with the number of steps, hardly with their size.
 INTERPRETED_BLOCK = 256
-
-
-class Plan(NamedTuple):
-    """Chunks: `images` at a time with all their rows, or one image and `rows` of its rows at a time."""
-
-    images: int
-    rows: int
-
-
-class Chunk(NamedTuple):
-    """Images first ... last, query rows top ... bottom."""
-
-    first: int
-    last: int
-    top: int
-    bottom: int
-
-
-def plan(images, heads, queries, keys, itemsize, maps, limit):
-    """The largest chunks whose maps take at most `limit` bytes, all of about the same size.
-
-    `maps` sets of maps. Where not even one image fits, its rows are shared out so that they do, but never
-    less than 16 at a time.
-    """
-    row_bytes = maps * heads * _round_up(keys, _KEYS_MULTIPLE) * itemsize
-    if row_bytes * queries <= limit:
-        most = limit // max(row_bytes * queries, 1)
-        return Plan(triton.cdiv(images, triton.cdiv(images, most)) if images else 1, queries)
-    affordable = max(limit // row_bytes // 16, 1) * 16
-    even = triton.cdiv(queries, triton.cdiv(queries, affordable))
-    return Plan(1, min(queries, _round_up(even, 16)))
-
-
-def chunks(size, images, queries):
-    for first in range(0, images, size.images):
-        for top in range(0, queries, size.rows):
-            yield Chunk(first, min(first + size.images, images), top, min(top + size.rows, queries))
-
-
-def _round_up(n, multiple):
-    return (n + multiple - 1) // multiple * multiple
 
 
 def _plan(q, heads, keys, maps):
@@ -82,7 +39,7 @@ class _Workspace:
     """The maps [images, H, rows, padded keys] of one chunk."""
 
     def __init__(self, like, size, heads, keys):
-        self.heads, self.padded_keys = heads, _round_up(keys, _KEYS_MULTIPLE)
+        self.heads, self.padded_keys = heads, padded(keys)
         self.memory = like.new_empty(size.images * heads * size.rows * self.padded_keys)
 
     def maps(self, chunk):

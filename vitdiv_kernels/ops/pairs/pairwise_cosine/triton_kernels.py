@@ -7,13 +7,13 @@ import triton.language as tl
 from ...._checks import autocast_off
 from ...._layout import accumulation_dtype, nothing
 from ..._launch import accumulator, capability, launch
-from .._tiles import row_for
+from .._tiles import forward_row, row_for
 from .._triton import (
     BLOCK_ROWS,
     BLOCK_WIDTH,
     cosines,
     dot_types,
-    gradient_slices,
+    gradient_columns,
     inverse_eps,
     items_of,
     read_rows,
@@ -21,6 +21,7 @@ from .._triton import (
     through_norm,
     tile_of,
 )
+from .._weighted import rows_of, store_weights, weighted_gradient
 from . import triton_configs as configs
 from .gpu_saved import is_closed, new_saved, sections
 
@@ -58,7 +59,7 @@ def _tiles_forward(x, y, parts, penalty, include_self, eps, for_backward):
     read_rows(x, parts["x_inverse_norms"], eps)
     if not one_set:
         read_rows(y, parts["y_inverse_norms"], eps)
-    config = row_for(configs.FORWARD, x, capability(x))
+    config = forward_row(configs.FORWARD, x, columns, capability(x))
     row_tiles, column_tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.rows)
     tiles = row_tiles * (row_tiles + 1) // 2 if one_set else row_tiles * column_tiles
     # a slot for each tile of columns (rows), which one program writes
@@ -85,23 +86,55 @@ def _tiles_backward(of, dsums, x, y, parts, penalty, include_self, eps):
     one_set = y is None
     this, other = (x, x if one_set else y) if of == "x" else (y, x)
     other_name = "x" if one_set or of == "y" else "y"
+    norms = parts[f"{of}_inverse_norms"], parts[f"{other_name}_inverse_norms"]
+    penalties = parts[f"{of}_penalties"]
+    if penalty == "square":
+        return _tiles_backward_of_square(this, other, *norms, penalties, dsums, one_set, include_self, eps)
     items, rows, width = this.shape
-    columns = other.shape[1]
-    signs = parts.get("signs")
-    config = row_for(configs.FROM_ROWS if signs is None else configs.FROM_SIGNS, x, capability(x))
-    sizes = gradient_slices(config, width, this, other)
+    config = row_for(configs.FROM_SIGNS, x, capability(x))
+    sizes = gradient_columns(config.out, width, this, other)
     gradient = this.new_empty(this.shape)
     launch(
-        _tiles_backward_kernel,
+        _from_signs_kernel,
         (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
-        this, this.stride(0), this.stride(1), other, other.stride(0), other.stride(1),
-        parts[f"{of}_inverse_norms"], parts[f"{other_name}_inverse_norms"], parts[f"{of}_penalties"], signs,
-        dsums, gradient, rows, columns, width,
-        PENALTY=penalty, ONE_SET=one_set, SELF=include_self, BY_COLUMN=of == "y",
+        this, this.stride(0), this.stride(1), other, other.stride(0), other.stride(1), *norms, penalties,
+        parts["signs"], dsums, gradient, rows, other.shape[1], width,
+        PENALTY=penalty, ONE_SET=one_set, BY_COLUMN=of == "y",
         INVERSE_EPS=inverse_eps(eps), BR=config.rows, BC=config.columns, **sizes,
         **dot_types(x), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return gradient
+
+
+def _tiles_backward_of_square(
+    this, other, inverse_norms, other_inverse_norms, penalties, dsums, one_set, include_self, eps
+):
+    """The slope is 2 S: W = S, and its sum times S, along a row, the penalty's."""
+    _, rows, width = this.shape
+    columns = other.shape[1]
+    config = forward_row(configs.FORWARD, this, columns, capability(this))
+    column_tiles = triton.cdiv(columns, config.rows)
+
+    def write(chunk, weights):
+        images, part = weights.shape[:2]
+        row_tiles, triangle = triton.cdiv(part, config.rows), one_set and part == rows
+        tiles = row_tiles * (row_tiles + 1) // 2 if triangle else row_tiles * column_tiles
+        x, y = rows_of(this, chunk), other[chunk.first : chunk.last]
+        launch(
+            _weights_kernel, (images * tiles,),
+            x, x.stride(0), x.stride(1), y, y.stride(0), y.stride(1),
+            rows_of(inverse_norms, chunk), other_inverse_norms[chunk.first : chunk.last], weights,
+            part, columns, width, weights.shape[2], chunk.top,
+            TRIANGLE=triangle, WITHOUT_SELF=one_set and not include_self, BR=config.rows, BC=config.rows,
+            **slices(config, this, other),
+            **dot_types(this), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        return rows_of(penalties, chunk)[:, None]
+
+    factor = 4.0 if one_set else 2.0
+    return weighted_gradient(
+        write, this, inverse_norms, other, other_inverse_norms, eps, dsums=dsums, factor=factor
+    )
 
 
 def _signed_forward(x, y, parts, include_self, eps):
@@ -188,7 +221,9 @@ def _tiles_kernel(
     X_PENALTIES,  # [L, tiles of columns, N]
     Y_PENALTIES,  # [L, tiles of rows, M], or None
     SIGNS,  # see gpu_saved.py, or None
-    N, M, D,
+    N,
+    M,
+    D,
     PENALTY: tl.constexpr, ONE_SET: tl.constexpr, SELF: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
@@ -267,26 +302,64 @@ def _add_unit_rows(
     return tl.dot(weight, y, dx, input_precision=PREC, out_dtype=ACC)
 
 
+@triton.jit(
+    do_not_specialize=["N", "M", "top"],
+    do_not_specialize_on_alignment=["X_INVERSE_NORMS", "Y_INVERSE_NORMS"],
+)
+def _weights_kernel(
+    X, x_item, x_row,  # [L, N, D] and its strides
+    Y, y_item, y_row,  # [L, M, D]
+    X_INVERSE_NORMS,  # [L, N]
+    Y_INVERSE_NORMS,  # [L, M]
+    WEIGHTS,  # [L, N, padded M]
+    N,
+    M,
+    D,
+    padded_columns,
+    top,
+    TRIANGLE: tl.constexpr, WITHOUT_SELF: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """W = S = x_hat y_hat^T: of a tile of S and, where it stands for two of one set, of that on the other
+    side of the diagonal. Stored is W / |y|. x are N rows from `top` on."""
+    row_tiles = tl.cdiv(N, BR)
+    column_tiles = tl.cdiv(M, BC)
+    item, row_tile, column_tile = tile_of(row_tiles, column_tiles, TRIANGLE)
+    i = row_tile * BR + tl.arange(0, BR)
+    j = column_tile * BC + tl.arange(0, BC)
+    x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
+    y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
+    x_inverse_norm = tl.load(X_INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
+    y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
+    s = cosines(x_rows, y_rows, i < N, j < M, D, x_inverse_norm, y_inverse_norm, BR, BC, BD, DT, PREC, ACC)
+    if WITHOUT_SELF:
+        s = tl.where((top + i)[:, None] == j[None, :], 0.0, s)
+    store_weights(
+        s, WEIGHTS, x_inverse_norm, y_inverse_norm, item, i, j, N, padded_columns, row_tile != column_tile,
+        True, TRIANGLE,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["N", "M"])
-def _tiles_backward_kernel(
+def _from_signs_kernel(
     X, x_item, x_row,  # [L, N, D] and its strides
     Y, y_item, y_row,  # [L, M, D]
     X_INVERSE_NORMS,  # [L, N]
     Y_INVERSE_NORMS,  # [L, M]
     X_PENALTIES,  # [L, N]: sum_j penalty(S)
-    SIGNS,  # see gpu_saved.py, or None
+    SIGNS,  # see gpu_saved.py
     DSUMS,  # [L]
     DX,  # [L, N, D]
-    N, M, D,
-    PENALTY: tl.constexpr, ONE_SET: tl.constexpr, SELF: tl.constexpr, BY_COLUMN: tl.constexpr,
-    INVERSE_EPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
+    N,
+    M,
+    D,
+    PENALTY: tl.constexpr, ONE_SET: tl.constexpr, BY_COLUMN: tl.constexpr,
+    INVERSE_EPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx = dsum (sum_j slope(S) y_hat - along x_hat) / |x|,  along = sum_j slope(S) S: BR x BO of it, the
-    slope from signs or from S made again.
+    """dx = dsum (sum_j sign(S) y_hat - along x_hat) / |x|,  along = sum_j penalty(S): BR x BO of it.
 
-    `along` is the penalty's row sum times its degree. With BY_COLUMN X is the set that the columns of S
-    belong to.
+    With BY_COLUMN X is the set that the columns of S belong to.
     """
     row_tiles = tl.cdiv(N, BR)
     out_tiles = tl.cdiv(D, BO)
@@ -299,41 +372,26 @@ def _tiles_backward_kernel(
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
     inverse_norm = tl.load(X_INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
     dx = tl.zeros((BR, BO), ACC)
-    if PENALTY == "square":
-        for j0 in tl.range(0, M, BC):
-            j = j0 + columns
-            y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
+    # Signs of y's rows against x's: of one set where j < i, for only the upper triangle of S was written.
+    turned = first_row if ONE_SET else M
+    if ONE_SET or BY_COLUMN:
+        for j1 in tl.range(0, turned, BC):
+            j = j1 + columns
+            y_places = Y + item * y_item + j.to(tl.int64)[:, None] * y_row + o[None, :]
             y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
-            slope = 2.0 * cosines(
-                x_rows, y_rows, i < N, j < M, D, inverse_norm, y_inverse_norm, BR, BC, BD, DT, PREC, ACC
-            )
-            if ONE_SET and not SELF:
-                slope = tl.where(i[:, None] == j[None, :], 0.0, slope)
+            words = tl.cdiv(N, 32)
+            slope = tl.trans(_signs(SIGNS, item * M + j, j < M, first_row, words, PENALTY, BC, BR, ACC))
             y_mask = (j < M)[:, None] & out_mask
-            dx = _add_unit_rows(dx, slope, y_rows + o[None, :], y_mask, y_inverse_norm, DT, PREC, ACC)
-    else:
-        # Signs of y's rows against x's: of one set where j < i, for only the upper triangle of S was written.
-        turned = first_row if ONE_SET else M
-        if ONE_SET or BY_COLUMN:
-            for j1 in tl.range(0, turned, BC):
-                j = j1 + columns
-                y_places = Y + item * y_item + j.to(tl.int64)[:, None] * y_row + o[None, :]
-                y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
-                words = tl.cdiv(N, 32)
-                slope = tl.trans(_signs(SIGNS, item * M + j, j < M, first_row, words, PENALTY, BC, BR, ACC))
-                y_mask = (j < M)[:, None] & out_mask
-                dx = _add_unit_rows(dx, slope, y_places, y_mask, y_inverse_norm, DT, PREC, ACC)
-        if not BY_COLUMN:
-            for j2 in tl.range(first_row if ONE_SET else 0, M, BC):
-                j = j2 + columns
-                y_places = Y + item * y_item + j.to(tl.int64)[:, None] * y_row + o[None, :]
-                y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
-                slope = _signs(SIGNS, item * N + i, i < N, j2, tl.cdiv(M, 32), PENALTY, BR, BC, ACC)
-                y_mask = (j < M)[:, None] & out_mask
-                dx = _add_unit_rows(dx, slope, y_places, y_mask, y_inverse_norm, DT, PREC, ACC)
+            dx = _add_unit_rows(dx, slope, y_places, y_mask, y_inverse_norm, DT, PREC, ACC)
+    if not BY_COLUMN:
+        for j2 in tl.range(first_row if ONE_SET else 0, M, BC):
+            j = j2 + columns
+            y_places = Y + item * y_item + j.to(tl.int64)[:, None] * y_row + o[None, :]
+            y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
+            slope = _signs(SIGNS, item * N + i, i < N, j2, tl.cdiv(M, 32), PENALTY, BR, BC, ACC)
+            y_mask = (j < M)[:, None] & out_mask
+            dx = _add_unit_rows(dx, slope, y_places, y_mask, y_inverse_norm, DT, PREC, ACC)
     along = tl.load(X_PENALTIES + item * N + i, mask=i < N, other=0.0)
-    if PENALTY == "square":
-        along = 2.0 * along
     out = tl.load(x_rows + o[None, :], mask=(i < N)[:, None] & out_mask, other=0.0).to(ACC)
     dsum = tl.load(DSUMS + item)
     if ONE_SET:
@@ -350,7 +408,8 @@ def _closed_backward_kernel(
     DUNIT, dunit_item, dunit_row,  # [L, N or 1, D] and its strides
     DSUMS,  # [L]
     DX,  # [L, N, D]
-    N, D,
+    N,
+    D,
     FACTOR: tl.constexpr, LESS: tl.constexpr, INVERSE_EPS: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip

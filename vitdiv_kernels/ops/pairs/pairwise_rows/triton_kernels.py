@@ -7,20 +7,9 @@ import triton.language as tl
 from ...._layout import nothing
 from ..._launch import accumulator, capability, double, launch, split
 from .._inverse_norms import inverse_norms_of, new_inverse_norms
-from .._tiles import row_for
-from .._triton import (
-    add_rows,
-    cosines,
-    dot_types,
-    gradient_slices,
-    inverse_eps,
-    items_of,
-    read_rows,
-    slices,
-    through_norm,
-    tile_of,
-    weight_types,
-)
+from .._tiles import forward_row, row_for
+from .._triton import cosines, dot_types, items_of, read_rows, slices, tile_of
+from .._weighted import rows_of, store_along, store_weights, weighted_gradient
 from . import triton_configs as configs
 
 _JOINED_ROWS = 128  # of a program that joins tiles: one a thread
@@ -75,7 +64,7 @@ def _tiles(x, y, saved, eps, scale):
         read_rows(y, y_inverse_norms, eps)
     items, rows, width = x.shape
     columns = other.shape[1]
-    config = row_for(configs.FORWARD, x, capability(x))
+    config = forward_row(configs.FORWARD, x, columns, capability(x))
     row_tiles, column_tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.rows)
     # Products of float32 in three of TF32 are not the same to the bit when their factors change places: equal
     # vectors on both sides of the diagonal would not be equally near.
@@ -106,20 +95,30 @@ def _join(kernel, parts, *others):
 def _gradient(own, own_inverse_norms, other, other_inverse_norms, statistics, of, scale, eps):
     """The gradient of `own`; the statistics belong to its rows, to the other set's, or to both, one set."""
     items, rows, width = own.shape
-    config = row_for(configs.BACKWARD, own, capability(own))
-    sizes = gradient_slices(config, width, own, other)
-    gradient = own.new_empty(own.shape)
-    launch(
-        _gradient_kernel,
-        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
-        own, own.stride(0), own.stride(1), other, other.stride(0), other.stride(1),
-        own_inverse_norms, other_inverse_norms, *statistics, gradient, rows, other.shape[1], width,
-        *split(scale),
-        OF=of, BOUNDED=scale <= _BOUNDED_SCALE, INVERSE_EPS=inverse_eps(eps),
-        BR=config.rows, BC=config.columns, **sizes,
-        **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return gradient
+    columns = other.shape[1]
+    config = row_for(configs.WEIGHTS, own, capability(own))
+    column_tiles = triton.cdiv(columns, config.rows)
+
+    def write(chunk, weights):
+        images, part = weights.shape[:2]
+        row_tiles, triangle = triton.cdiv(part, config.rows), of == "both" and part == rows
+        tiles = row_tiles * (row_tiles + 1) // 2 if triangle else row_tiles * column_tiles
+        along = own_inverse_norms.new_empty(images, column_tiles, part)
+        x, y = rows_of(own, chunk), other[chunk.first : chunk.last]
+        launch(
+            _weights_kernel, (images * tiles,),
+            x, x.stride(0), x.stride(1), y, y.stride(0), y.stride(1),
+            rows_of(own_inverse_norms.view(items, rows), chunk),
+            other_inverse_norms.view(items, columns)[chunk.first : chunk.last],
+            *(numbers[chunk.first : chunk.last] for numbers in statistics), weights, along,
+            part, columns, width, weights.shape[2], chunk.top, *split(scale),
+            OF=of, TRIANGLE=triangle, BOUNDED=scale <= _BOUNDED_SCALE, BR=config.rows, BC=config.rows,
+            **slices(config, own, other),
+            **dot_types(own), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        return along
+
+    return weighted_gradient(write, own, own_inverse_norms, other, other_inverse_norms, eps, factor=scale)
 
 
 # Numbers of rows help no load, so that one compiled kernel serves them all; strides and widths do.
@@ -156,7 +155,10 @@ def _tiles_kernel(
     Y_INVERSE_NORMS,  # [L, M]
     PARTS,  # [L, tiles of columns, N]
     INDICES,  # the same, for the nearest, or None
-    N, M, D, scale_high, scale_low,
+    N,
+    M,
+    D,
+    scale_high, scale_low,  # see `double`
     ONE_SET: tl.constexpr, TRIANGLE: tl.constexpr, BOUNDED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
@@ -198,7 +200,7 @@ def _tiles_kernel(
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def _join_logarithms_kernel(PARTS, ROWS, N, tiles, BN: tl.constexpr, ACC: tl.constexpr):
-    """Log-sum-exp of BN rows over the tiles."""
+    """rows = log sum_tile exp(parts): of BN rows."""
     blocks = tl.cdiv(N, BN)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -218,7 +220,7 @@ def _join_logarithms_kernel(PARTS, ROWS, N, tiles, BN: tl.constexpr, ACC: tl.con
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def _join_nearest_kernel(PARTS, INDICES, NEAREST, N, tiles, BN: tl.constexpr, ACC: tl.constexpr):
-    """Where the first of the largest elements of BN rows is."""
+    """nearest = indices[argmax_tile parts], the first of the largest: of BN rows."""
     blocks = tl.cdiv(N, BN)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -235,70 +237,70 @@ def _join_nearest_kernel(PARTS, INDICES, NEAREST, N, tiles, BN: tl.constexpr, AC
     tl.store(NEAREST + item * N + n, nearest.to(tl.int64), mask=mask)
 
 
-@triton.jit(**_SPECIALIZATION)
-def _gradient_kernel(
+@triton.jit(
+    do_not_specialize=["N", "M", "top"],
+    do_not_specialize_on_alignment=["X_INVERSE_NORMS", "Y_INVERSE_NORMS", "DROWS", "ROWS"],
+)
+def _weights_kernel(
     X, x_item, x_row,  # [L, N, D] and its strides
     Y, y_item, y_row,  # [L, M, D]
     X_INVERSE_NORMS,  # [L, N]
     Y_INVERSE_NORMS,  # [L, M]
-    DROWS, ROWS,  # [L, N], or of Y's rows
-    DX,  # [L, N, D]
-    N, M, D, scale_high, scale_low,
-    OF: tl.constexpr, BOUNDED: tl.constexpr, INVERSE_EPS: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr, WT: tl.constexpr, WPREC: tl.constexpr,
+    DROWS,  # [L, rows of x], of which N are from `top` on, or [L, M]
+    ROWS,  # the same
+    WEIGHTS,  # [L, N, padded M]
+    ALONG,  # [L, tiles of columns, N]
+    N,
+    M,
+    D,
+    padded_columns,
+    top,
+    scale_high, scale_low,  # see `double`
+    OF: tl.constexpr, TRIANGLE: tl.constexpr, BOUNDED: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """W = drows exp(scale S - rows),  dx = scale (sum_j W y_hat - along x_hat) / |x|,  along = sum_j W S:
-    BR x BO of it, S made again.
+    """W = drows exp(scale S - rows),  along = sum_j W S: of a tile of S and, where it stands for two of one
+    set, of that on the other side of the diagonal. Stored is W / |y|.
 
     The statistics are those of x's rows (OF "own"), of y's ("other", for which x are the vectors that the
     columns of S belong to), or, of one set, W the sum of both.
     """
     row_tiles = tl.cdiv(N, BR)
-    out_tiles = tl.cdiv(D, BO)
-    item = (tl.program_id(0) // (row_tiles * out_tiles)).to(tl.int64)
-    i = tl.program_id(0) // out_tiles % row_tiles * BR + tl.arange(0, BR)
-    o = tl.program_id(0) % out_tiles * BO + tl.arange(0, BO)
-    out_mask = (o < D)[None, :]
+    column_tiles = tl.cdiv(M, BC)
+    item, row_tile, column_tile = tile_of(row_tiles, column_tiles, TRIANGLE)
+    i = row_tile * BR + tl.arange(0, BR)
+    j = column_tile * BC + tl.arange(0, BC)
     x_rows = X + item * x_item + i.to(tl.int64)[:, None] * x_row
+    y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
     x_inverse_norm = tl.load(X_INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
+    y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
+    s = cosines(x_rows, y_rows, i < N, j < M, D, x_inverse_norm, y_inverse_norm, BR, BC, BD, DT, PREC, ACC)
     scale = double(scale_high, scale_low, ACC)
-    if OF != "other":
-        own_drow = tl.load(DROWS + item * N + i, mask=i < N, other=0.0)
-        own_row = tl.load(ROWS + item * N + i, mask=i < N, other=0.0)
-        own_weight = own_drow * tl.exp(-own_row)  # used where BOUNDED
-    dx = tl.zeros((BR, BO), ACC)
-    along = tl.zeros((BR,), ACC)
-    for j0 in tl.range(0, M, BC):
-        j = j0 + tl.arange(0, BC)
-        y_rows = Y + item * y_item + j.to(tl.int64)[:, None] * y_row
-        y_inverse_norm = tl.load(Y_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
-        s = cosines(
-            x_rows, y_rows, i < N, j < M, D, x_inverse_norm, y_inverse_norm, BR, BC, BD, DT, PREC, ACC
-        )
-        weights = tl.zeros((BR, BC), ACC)
-        if OF != "own":
-            drow = tl.load(DROWS + item * M + j, mask=j < M, other=0.0)
-            row = tl.load(ROWS + item * M + j, mask=j < M, other=0.0)
+    weights = tl.zeros((BR, BC), ACC)
+    if OF != "own":
+        drow = tl.load(DROWS + item * M + j, mask=j < M, other=0.0)
+        row = tl.load(ROWS + item * M + j, mask=j < M, other=0.0)
         if BOUNDED:
-            if OF != "own":
-                weights += (drow * tl.exp(-row))[None, :]
-            if OF != "other":
-                weights += own_weight[:, None]
-            weights *= tl.exp(scale * s)
+            weights += (drow * tl.exp(-row))[None, :]
         else:
-            if OF != "own":
-                weights += drow[None, :] * tl.exp(scale * s - row[None, :])
-            if OF != "other":
-                weights += own_drow[:, None] * tl.exp(scale * s - own_row[:, None])
-        counted = (j < M)[None, :]
-        if OF == "both":
-            counted = counted & (i[:, None] != j[None, :])
-        weights = tl.where(counted, weights, 0.0)
-        along += tl.sum(weights * s, 1)
-        y_mask = (j < M)[:, None] & out_mask
-        dx = add_rows(dx, weights * y_inverse_norm[None, :], y_rows + o[None, :], y_mask, WT, WPREC, ACC)
-    x = tl.load(x_rows + o[None, :], mask=(i < N)[:, None] & out_mask, other=0.0).to(ACC)
-    dx = scale * through_norm(dx, x, x_inverse_norm, along, INVERSE_EPS, BR, ACC)
-    place = DX + (item * N + i)[:, None] * D + o[None, :]
-    tl.store(place, dx.to(DX.dtype.element_ty), mask=(i < N)[:, None] & out_mask)
+            weights += drow[None, :] * tl.exp(scale * s - row[None, :])
+    if OF != "other":
+        # with more than one item all rows are here: top is 0
+        own_drow = tl.load(DROWS + item * N + top + i, mask=i < N, other=0.0)
+        own_row = tl.load(ROWS + item * N + top + i, mask=i < N, other=0.0)
+        if BOUNDED:
+            weights += (own_drow * tl.exp(-own_row))[:, None]
+        else:
+            weights += own_drow[:, None] * tl.exp(scale * s - own_row[:, None])
+    if BOUNDED:
+        weights *= tl.exp(scale * s)
+    counted = (i < N)[:, None] & (j < M)[None, :]
+    if OF == "both":
+        counted = counted & ((top + i)[:, None] != j[None, :])
+    weights = tl.where(counted, weights, 0.0)
+    store_along(weights * s, ALONG, item, i, j, row_tile, column_tile, column_tiles, N, TRIANGLE)
+    store_weights(
+        weights, WEIGHTS, x_inverse_norm, y_inverse_norm, item, i, j, N, padded_columns,
+        row_tile != column_tile, True, TRIANGLE,
+    )  # fmt: skip

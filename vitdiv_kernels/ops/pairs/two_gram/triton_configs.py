@@ -1,10 +1,10 @@
 """Tile sizes of the Triton kernels of two_gram, by bytes of an element and compute capability major."""
 
-from .._tiles import Backward, Forward
+from .._tiles import Forward
 
 FORWARD = {
-    (2, 8): Forward(64, 64, 4, 3, "aot"),
-    (2, 9): Forward(64, 64, 4, 3, "aot"),
+    (2, 8): Forward(128, 32, 8, 3, "aot"),
+    (2, 9): Forward(128, 64, 8, 2, "aot"),
     (2, 10): Forward(64, 64, 4, 3, "aot"),
     (4, 8): Forward(64, 16, 8, 2, "aot"),
     (4, 9): Forward(64, 32, 4, 3, "aot"),
@@ -14,15 +14,15 @@ FORWARD = {
     (8, 10): Forward(32, 16, 8, 1, "aot"),
 }
 
-# S and T are made again: three products, the first two of them for every `out` columns of dx.
-BACKWARD = {
-    (2, 8): Backward(64, 64, 256, 32, 8, 2, "aot"),
-    (2, 9): Backward(64, 64, 256, 64, 8, 2, "aot"),
-    (2, 10): Backward(64, 64, 256, 64, 8, 2, "aot"),
-    (4, 8): Backward(32, 32, 64, 32, 8, 2, "aot"),
-    (4, 9): Backward(64, 32, 128, 16, 8, 2, "aot"),
-    (4, 10): Backward(32, 32, 64, 32, 8, 2, "aot"),
-    (8, 8): Backward(32, 16, 32, 16, 4, 2, "aot"),
-    (8, 9): Backward(32, 16, 32, 16, 4, 1, "aot"),
-    (8, 10): Backward(32, 16, 32, 16, 4, 1, "aot"),
+# The weights of the gradient. With the rows of FORWARD these spilled.
+WEIGHTS = {
+    (2, 8): Forward(64, 64, 4, 3, "aot"),
+    (2, 9): Forward(64, 64, 4, 3, "aot"),
+    (2, 10): Forward(64, 64, 8, 3, "aot"),
+    (4, 8): Forward(32, 16, 4, 2, "aot"),
+    (4, 9): Forward(64, 32, 4, 3, "aot"),
+    (4, 10): Forward(32, 32, 4, 3, "aot"),
+    (8, 8): Forward(32, 16, 4, 2, "aot"),
+    (8, 9): Forward(32, 16, 8, 2, "aot"),
+    (8, 10): Forward(32, 16, 8, 1, "aot"),
 }

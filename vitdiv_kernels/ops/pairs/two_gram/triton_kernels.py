@@ -6,22 +6,9 @@ import triton.language as tl
 from ...._layout import accumulation_dtype, nothing
 from ..._launch import capability, double, launch, split
 from .._inverse_norms import inverse_norms_of, new_inverse_norms
-from .._tiles import row_for
-from .._triton import (
-    add_rows,
-    aligned,
-    cosines,
-    dot_types,
-    gradient_slices,
-    inverse_eps,
-    items_of,
-    products,
-    read_rows,
-    slices,
-    through_norm,
-    tile_of,
-    weight_types,
-)
+from .._tiles import forward_row, row_for
+from .._triton import aligned, cosines, dot_types, items_of, products, read_rows, slices, tile_of
+from .._weighted import store_along, store_weights, weighted_gradient
 from . import triton_configs as configs
 
 
@@ -36,7 +23,7 @@ def two_gram_fwd(x, y, penalty, margin, normalise, eps, needs_dx, needs_dy):
         if y is not None:
             read_rows(y, y_inverse_norms, eps)
     items, rows, _ = x.shape
-    config = row_for(configs.FORWARD, x, capability(x))
+    config = forward_row(configs.FORWARD, x, rows, capability(x))
     row_tiles = triton.cdiv(rows, config.rows)
     parts = x.new_empty(items, row_tiles * (row_tiles + 1) // 2, dtype=accumulation_dtype(x))
     # every address of rows that are not aligned takes a register: with 4 warps these spilled
@@ -70,20 +57,35 @@ def _set(x, inverse_norms):
 
 
 def _gradient(of, own_set, other_set, dsums, penalty, margin, eps):
-    own = own_set[0]
-    items, rows, width = own.shape
-    config = row_for(configs.BACKWARD, own, capability(own))
-    sizes = gradient_slices(config, width, *(x for x in (own, other_set[0]) if x is not None))
-    gradient = own.new_empty(own.shape)
-    launch(
-        _gradient_kernel,
-        (items * triton.cdiv(rows, config.rows) * triton.cdiv(width, sizes["BO"]),),
-        *_set(*own_set), *_set(*other_set), dsums, gradient, rows, *split(margin),
-        OF=of, PENALTY=penalty, INVERSE_EPS=inverse_eps(eps),
-        BR=config.rows, BC=config.columns, **sizes,
-        **dot_types(own), **weight_types(own), num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return gradient
+    own, inverse_norms = own_set
+    items, rows, _ = own.shape
+    config = row_for(configs.WEIGHTS, own, capability(own))
+    column_tiles = triton.cdiv(rows, config.rows)
+    given = [x for x in (own, other_set[0]) if x is not None]
+    options = slices(config, *given)
+    # as of the forward
+    warps = config.warps if all(map(aligned, given)) else 8
+
+    def write(chunk, weights):
+        images, part = weights.shape[:2]
+        row_tiles, triangle = triton.cdiv(part, config.rows), part == rows
+        tiles = row_tiles * (row_tiles + 1) // 2 if triangle else row_tiles * column_tiles
+        along = None if inverse_norms is None else inverse_norms.new_empty(images, column_tiles, part)
+        sets = (
+            (None if x is None else x[chunk.first : chunk.last],
+             None if norms is None else norms.view(items, rows)[chunk.first : chunk.last])
+            for x, norms in (own_set, other_set)
+        )  # fmt: skip
+        launch(
+            _weights_kernel, (images * tiles,),
+            *(argument for set_ in sets for argument in _set(*set_)), weights, along, part, rows,
+            weights.shape[2], chunk.top, *split(margin),
+            OF=of, PENALTY=penalty, TRIANGLE=triangle, BR=config.rows, **options,
+            **dot_types(own), num_warps=warps, num_stages=config.stages,
+        )  # fmt: skip
+        return along
+
+    return weighted_gradient(write, own, inverse_norms, own, inverse_norms, eps, dsums=dsums, factor=2.0)
 
 
 @triton.jit
@@ -166,7 +168,8 @@ def _tiles_kernel(
     X, x_item, x_row, D, X_INVERSE_NORMS,  # [L, N, D], its strides and width; [L, N], or None
     Y, y_item, y_row, D2, Y_INVERSE_NORMS,  # [L, N, D2], or None: the identity is T
     PARTS,  # [L, tiles]
-    N, margin_high, margin_low,
+    N,
+    margin_high, margin_low,  # see `double`
     PENALTY: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -183,47 +186,46 @@ def _tiles_kernel(
     tl.store(PARTS + tl.program_id(0), tl.where(row_tile == column_tile, total, 2.0 * total))
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["X_INVERSE_NORMS", "Y_INVERSE_NORMS"])
-def _gradient_kernel(
-    X, x_item, x_row, D, X_INVERSE_NORMS,  # [L, N, D], its strides and width; [L, N], or None
-    Y, y_item, y_row, D2, Y_INVERSE_NORMS,  # [L, N, D2], or None
-    DSUMS,  # [L]
-    DX,  # [L, N, D]
-    N, margin_high, margin_low,
-    OF: tl.constexpr, PENALTY: tl.constexpr, INVERSE_EPS: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BO: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr, WT: tl.constexpr, WPREC: tl.constexpr,
+@triton.jit(
+    do_not_specialize=["N", "M", "top"],
+    do_not_specialize_on_alignment=["X_INVERSE_NORMS", "Y_INVERSE_NORMS"],
+)
+def _weights_kernel(
+    X, x_item, x_row, D, X_INVERSE_NORMS,  # [L, M, D], its strides and width; [L, M], or None
+    Y, y_item, y_row, D2, Y_INVERSE_NORMS,  # [L, M, D2], or None
+    WEIGHTS,  # [L, N, padded M]: of N rows from `top` on
+    ALONG,  # [L, tiles of columns, N], or None
+    N,
+    M,
+    padded_columns,
+    top,
+    margin_high, margin_low,  # see `double`
+    OF: tl.constexpr, PENALTY: tl.constexpr, TRIANGLE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """W = slope(S, T),  dx = 2 dsum (sum_j W x_hat[j] - along x_hat) / |x|,  along = sum_j W S: BR x BO of
-    it, S and T made again. With OF "y" X are the vectors of T, and Y those of S."""
+    """W = slope(S, T),  along = sum_j W S: of a tile of S and T and, of all rows, of that on the other side
+    of the diagonal. Stored is W / |x|. With OF "y" X are the vectors of T, and Y those of S."""
+    HAS_NORM: tl.constexpr = X_INVERSE_NORMS is not None
     row_tiles = tl.cdiv(N, BR)
-    out_tiles = tl.cdiv(D, BO)
-    item = (tl.program_id(0) // (row_tiles * out_tiles)).to(tl.int64)
-    i = tl.program_id(0) // out_tiles % row_tiles * BR + tl.arange(0, BR)
-    o = tl.program_id(0) % out_tiles * BO + tl.arange(0, BO)
-    out_mask = (o < D)[None, :]
-    x_columns = X + item * x_item + o[None, :]
+    column_tiles = tl.cdiv(M, BR)
+    item, row_tile, column_tile = tile_of(row_tiles, column_tiles, TRIANGLE)
+    local = row_tile * BR + tl.arange(0, BR)
+    i = top + local
+    j = column_tile * BR + tl.arange(0, BR)
+    own = _gram(X, x_item, x_row, D, X_INVERSE_NORMS, item, i, j, M, BR, BR, BD, DT, PREC, ACC)
+    other = _gram(Y, y_item, y_row, D2, Y_INVERSE_NORMS, item, i, j, M, BR, BR, BD, DT, PREC, ACC)
     margin = double(margin_high, margin_low, ACC)
-    dx = tl.zeros((BR, BO), ACC)
-    along = tl.zeros((BR,), ACC)
-    for j0 in tl.range(0, N, BC):
-        j = j0 + tl.arange(0, BC)
-        own = _gram(X, x_item, x_row, D, X_INVERSE_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
-        other = _gram(Y, y_item, y_row, D2, Y_INVERSE_NORMS, item, i, j, N, BR, BC, BD, DT, PREC, ACC)
-        if OF == "x":
-            slopes = _slopes(own, other, margin, PENALTY, OF)
-        else:
-            slopes = _slopes(other, own, margin, PENALTY, OF)
-        along += tl.sum(slopes * own, 1)
-        if X_INVERSE_NORMS is not None:
-            slopes *= tl.load(X_INVERSE_NORMS + item * N + j, mask=j < N, other=0.0)[None, :]
-        places = x_columns + j.to(tl.int64)[:, None] * x_row
-        dx = add_rows(dx, slopes, places, (j < N)[:, None] & out_mask, WT, WPREC, ACC)
-    mask = (i < N)[:, None] & out_mask
-    if X_INVERSE_NORMS is not None:
-        x = tl.load(x_columns + i.to(tl.int64)[:, None] * x_row, mask=mask, other=0.0).to(ACC)
-        x_inverse_norm = tl.load(X_INVERSE_NORMS + item * N + i, mask=i < N, other=0.0)
-        dx = through_norm(dx, x, x_inverse_norm, along, INVERSE_EPS, BR, ACC)
-    dx = 2.0 * tl.load(DSUMS + item) * dx
-    place = DX + (item * N + i)[:, None] * D + o[None, :]
-    tl.store(place, dx.to(DX.dtype.element_ty), mask=mask)
+    if OF == "x":
+        slopes = _slopes(own, other, margin, PENALTY, OF)
+    else:
+        slopes = _slopes(other, own, margin, PENALTY, OF)
+    slopes = tl.where((i < M)[:, None] & (j < M)[None, :], slopes, 0.0)
+    i_inverse_norm, j_inverse_norm = margin, margin
+    if HAS_NORM:
+        store_along(slopes * own, ALONG, item, local, j, row_tile, column_tile, column_tiles, N, TRIANGLE)
+        i_inverse_norm = tl.load(X_INVERSE_NORMS + item * M + i, mask=i < M, other=0.0)
+        j_inverse_norm = tl.load(X_INVERSE_NORMS + item * M + j, mask=j < M, other=0.0)
+    store_weights(
+        slopes, WEIGHTS, i_inverse_norm, j_inverse_norm, item, local, j, N, padded_columns,
+        row_tile != column_tile, HAS_NORM, TRIANGLE,
+    )  # fmt: skip
