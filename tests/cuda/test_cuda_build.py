@@ -34,10 +34,8 @@ TENSOR_CORES = {
 # goes.
 NARROW_STORES = {
     ("attention_gram_bwd", "gradient_tile"): 24,
-    ("pairwise_cosine_bwd", "SquareWeights"): 32,
     ("pairwise_cosine_bwd", "gradient_tile"): 32,
     ("pairwise_cosine_signed", "signed_gradient"): 7,
-    ("pairwise_rows_bwd", "SoftmaxWeights"): 32,
 <<<<<<< HEAD
     ("reattention", "reattention_tile"): 1,  # rows that are no whole pieces of 16 bytes
     ("reattention_bwd_keys", "key_sweep"): 64,
@@ -47,12 +45,12 @@ NARROW_STORES = {
     # one row at a time, where rows are not whole pieces of 16 bytes
     ("reattention_bwd_products", "products_tile"): 1,
 >>>>>>> bwd17
-    ("two_gram_bwd", "PenaltyWeights"): 32,
+    ("weighted_product", "weighted_product"): 32,
 }
 
 
 # Bytes of the stack, likewise. These are spilled once a tile, not in the loop of the products.
-SPILLS = {(120, "pairwise_cosine", "similarity_tile"): 24}
+SPILLS = {(120, "pairwise_cosine", "similarity_tile"): 24, (120, "two_gram_bwd", "PenaltyWeights"): 8}
 
 
 def kernels_in(source, kernels):

@@ -1,4 +1,4 @@
-// A tile of one or two kinds of products: of x with y and, of another set, of z with itself.
+// A tile of one or two kinds of products: of x with y or, where y is x, of x and of z with themselves.
 #pragma once
 
 #include "pairwise_cosine.cuh"
@@ -55,7 +55,7 @@ struct PairProducts {
       if constexpr (GRAMS == 2)
         if (of_z) powers[GRAMS - 1] = now;
       if (!of_z) powers[0] = now;
-      const Vectors<T> rows = of_z ? a.z : a.x, columns = of_z ? a.z : a.y;
+      const Vectors<T> rows = of_z ? a.z : a.x, columns = GRAMS == 2 ? rows : a.y;
       sync_block();  // the memory may still be in use
       products.add(s, part, rows, item * rows.item, row0, columns, item * columns.item, column0, same, now,
                    number, [](int) {});

@@ -108,6 +108,7 @@ KERNEL LAUNCH_BOUNDS(CosineTile<T>::kThreads, (WeightsLayout<T, Weights>::kBlock
       UNROLLED_FOR (int j = 0; j < 2; ++j) {
         const int column = part.column + 32 * g + 16 * h + 8 * j + tile_col(0), to = column0 + column;
         A sum[2] = {};
+        sync_warp();  // keeps the compiler from loading what other columns need, too
         if (active) {
           A w[2][2][2];
           UNROLLED_FOR (int e = 0; e < 2; ++e) {
