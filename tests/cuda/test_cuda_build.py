@@ -16,17 +16,15 @@ from vitdiv_kernels import _native
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
-WITH_PRODUCTS = "(_tile|softmax_rows)"
+WITH_PRODUCTS = "(_tile|softmax_rows|weighted_product)"
 # The instructions that kernels whose mangled names match must have; those of no such name have no products.
 TENSOR_CORES = {
     f"{WITH_PRODUCTS}I.*(half_t|bf16_t)": {"HMMA", "LDSM"},
     f"{WITH_PRODUCTS}If": {"HMMA"},
     f"{WITH_PRODUCTS}Id": {"DMMA"},
-<<<<<<< HEAD
-    "((gram|similarity|rows|weighted|reattention|registers)_tile|_sweep|softmax_rows)I": {"LDGSTS"},
-=======
-    "((gram|similarity|rows|weighted|reattention|maps|heads|products)_tile|softmax_rows)I": {"LDGSTS"},
->>>>>>> bwd17
+    "((gram|similarity|rows|reattention|registers|maps|heads|products)_tile|weighted_product|softmax_rows)I": {
+        "LDGSTS"
+    },
     "attention_gram.*gradient_tileI": {"LDGSTS"},
 }
 # Stores of one or two bytes, each a transaction of its own, in the code of a kernel of 16-bit numbers, by
@@ -36,15 +34,8 @@ NARROW_STORES = {
     ("attention_gram_bwd", "gradient_tile"): 24,
     ("pairwise_cosine_bwd", "gradient_tile"): 32,
     ("pairwise_cosine_signed", "signed_gradient"): 7,
-<<<<<<< HEAD
     ("reattention", "reattention_tile"): 1,  # rows that are no whole pieces of 16 bytes
-    ("reattention_bwd_keys", "key_sweep"): 64,
-    ("reattention_bwd_rows", "query_sweep"): 32,
-=======
-    ("reattention", "reattention_tile"): 64,
-    # one row at a time, where rows are not whole pieces of 16 bytes
-    ("reattention_bwd_products", "products_tile"): 1,
->>>>>>> bwd17
+    ("reattention_bwd_products", "products_tile"): 1,  # likewise
     ("weighted_product", "weighted_product"): 32,
 }
 
