@@ -39,12 +39,19 @@ def kernels_of(library, folder):
     for file in sorted(folder.glob("*.cubin")):
         kernels = architectures.setdefault(int(re.search(r"sm_(\d+)", file.name)[1]), {})
         instructions = count_instructions(file.read_bytes())
-        command = [cuobjdump(), "--dump-resource-usage", file]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        for name, found in re.findall(r"Function (\S+):\s+(.*)", usage):
-            resources = {key: int(re.search(pattern, found)[1]) for key, pattern in RESOURCES.items()}
+        for name, resources in usage_of(file).items():
             kernels[name] = resources | {"instructions": instructions[name]}
     return architectures
+
+
+def usage_of(file):
+    """Resources of each kernel in a cubin, by its mangled name."""
+    command = [cuobjdump(), "--dump-resource-usage", file]
+    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {
+        name: {key: int(re.search(pattern, found)[1]) for key, pattern in RESOURCES.items()}
+        for name, found in re.findall(r"Function (\S+):\s+(.*)", usage)
+    }
 
 
 def count_instructions(elf):

@@ -84,39 +84,35 @@ def recorded(call, capability):
         return [Launch(without_namespace(name), *others) for name, *others in emulator().recorded(call)]
 
 
-def codes(files, capability):
-    """{name: Code} of the kernels in cubins, or in a library that has them."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for file in map(Path, files):
-            cubins = [file]
-            if file.suffix == ".so":
-                command = [cubin.cuobjdump(), "-xelf", f"sm_{capability}", file.resolve()]
-                subprocess.run(command, cwd=folder, check=True, capture_output=True)
-                cubins = sorted(Path(folder).glob(f"*sm_{capability}*.cubin"))
-            for each in cubins:
-                command = [cubin.cuobjdump(), "--dump-resource-usage", each]
-                usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                registers = dict(re.findall(r"Function (\S+):\s+.*?REG:(\d+)", usage))
-                for name, code in sass_code.functions(each).items():
-                    found[without_namespace(name)] = code, int(registers[name])
-    return found
-
-
 class Model:
-    """Predicts launches; what is launched alike is followed once."""
+    """Predicts launches of the kernels in cubins, or in a library; launches alike are followed once."""
 
     def __init__(self, files, capability=90):
         self.capability, self.gpu = capability, sass_clock.GPUS[capability]
-        self.codes, self.ready, self.known = codes(files, capability), {}, {}
+        self.folder = tempfile.TemporaryDirectory()
+        self.codes, self.known = {}, {}
+        self.places = {}  # of a kernel: its cubin, its name there, its registers
+        for file in map(Path, files):
+            for each in self._cubins(file):
+                usage = cubin.usage_of(each)
+                self.places |= {
+                    without_namespace(name): (each, name, found["registers"]) for name, found in usage.items()
+                }
+
+    def _cubins(self, file):
+        if file.suffix != ".so":
+            return [file]
+        command = [cubin.cuobjdump(), "-xelf", f"sm_{self.capability}", file.resolve()]
+        subprocess.run(command, cwd=self.folder.name, check=True, capture_output=True)
+        return sorted(Path(self.folder.name).glob(f"*sm_{self.capability}*.cubin"))
 
     def code(self, name):
-        if name not in self.ready:
-            if name not in self.codes:
+        if name not in self.codes:
+            if name not in self.places:
                 raise KeyError(f"no machine code of {name} for sm_{self.capability}")
-            code, registers = self.codes[name]
-            self.ready[name] = Code(sass_trace.Kernel(code), registers)
-        return self.ready[name]
+            file, mangled, registers = self.places[name]
+            self.codes[name] = Code(sass_trace.Kernel(sass_code.function(file, mangled)), registers)
+        return self.codes[name]
 
     def predicted(self, launch):
         numbers = np.frombuffer(launch.arguments[: len(launch.arguments) // 8 * 8], np.uint64)

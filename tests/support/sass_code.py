@@ -29,20 +29,18 @@ class Instruction(NamedTuple):
         return self.name.split(".")[0]
 
 
-def functions(cubin):
-    """{mangled name: [Instruction]}"""
-    command = [cuobjdump(), "-sass", str(cubin)]
+def function(cubin, name):
+    """[Instruction] of a kernel, by its mangled name."""
+    command = [cuobjdump(), "-sass", "-fun", name, str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found, code, pending = {}, None, None
+    code, pending = [], None
     for line in text.splitlines():
-        if "Function : " in line:
-            code = found.setdefault(line.split("Function : ")[1].strip(), [])
-        elif first := _INSTRUCTION.match(line):
+        if first := _INSTRUCTION.match(line):
             pending = first
         elif (second := _SECOND_WORD.match(line)) and pending:
             code.append(decoded(int(pending[1], 16), pending[2], int(second[1], 16)))
             pending = None
-    return found
+    return code
 
 
 def decoded(address, text, high):
