@@ -141,7 +141,7 @@ class Model:
                 one = kernel.code[at]
                 executed[one.short] += launch.blocks
                 if one.short in _BY_WIDTH:
-                    executed[f"{one.short}.{sass_clock.bits(one.name)}"] += launch.blocks
+                    executed[f"{one.short}.{sass_code.width_of(one.name)}"] += launch.blocks
         total = sum(found.waits.values()) or 1
         waits = Counter(
             {

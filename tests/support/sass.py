@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from sass_code import width_of
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -102,17 +103,6 @@ def loop_at(file, line):
     head = path.read_text().splitlines()[line - 1] if path.is_file() else ""
     variable = re.match(r"\s*for (\w+) in", head)
     return function_of(file, line), variable[1] if variable else "", line
-
-
-def width_of(name):
-    """Bits that an instruction moves for each thread."""
-    parts = name.split(".")
-    if parts[0] in ("LDSM", "STSM"):  # one, two or four matrices of 8 x 8 elements of 16 bits
-        return 32 * int(parts[-1]) if parts[-1] in ("2", "4") else 32
-    for part, bits in (("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
-        if part in parts:
-            return bits
-    return 32
 
 
 def multiply_adds(name):

@@ -12,6 +12,8 @@ import heapq
 from collections import Counter
 from typing import NamedTuple
 
+from sass_code import width_of
+
 SCHEDULERS = 4
 WARPS, BLOCKS, REGISTERS = 64, 32, 65536  # of a multiprocessor
 SHARED_OF_BLOCK = 1024  # bytes that each block takes beside its own
@@ -55,17 +57,6 @@ _SHARED = {"LDS", "STS", "LDSM", "STSM", "SHFL", "ATOMS"}
 _FAR = {"LDG", "STG", "LDGSTS", "LDL", "STL", "RED", "ATOMG"}
 
 
-def bits(name):
-    """That an instruction of memory moves for each lane."""
-    parts = name.split(".")
-    if parts[0] in ("LDSM", "STSM"):
-        return 32 * int(parts[-1]) if parts[-1] in ("2", "4") else 32
-    for part, width in (("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
-        if part in parts:
-            return width
-    return 32
-
-
 def blocks_at_once(gpu, registers, shared, threads):
     of_warp = -(-registers * 32 // 256) * 256
     warps = threads // 32
@@ -93,9 +84,9 @@ def cost(one, gpu):
     if kind in _SPECIAL:
         return Cost("special", 8, latency, "", 0)
     if kind in _SHARED:
-        return Cost("", 0, latency, "shared", bits(one.name) // 8)
+        return Cost("", 0, latency, "shared", width_of(one.name) // 8)
     if kind in _FAR:
-        return Cost("", 0, latency, "far", bits(one.name) // 8)
+        return Cost("", 0, latency, "far", width_of(one.name) // 8)
     if kind in ("DADD", "DMUL", "DFMA", "DSETP"):
         return Cost("float64", gpu.float64, latency, "", 0)
     if kind in ("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "HMUL2"):

@@ -165,3 +165,14 @@ def followers(code):
             ways.append(places[int(one.operands[-1], 16)])
         follow.append([way for way in ways if way < len(code)] + (after_calls if one.short == "RET" else []))
     return follow
+
+
+def width_of(name):
+    """Bits that an instruction moves for each thread."""
+    parts = name.split(".")
+    if parts[0] in ("LDSM", "STSM"):  # one, two or four matrices of 8 x 8 elements of 16 bits
+        return 32 * int(parts[-1]) if parts[-1] in ("2", "4") else 32
+    for part, bits in (("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
+        if part in parts:
+            return bits
+    return 32
