@@ -89,7 +89,7 @@ struct Plan {
   int maps_warps;
   int warps;             // of heads_tile
   int64_t shared_bytes;  // likewise
-  int64_t maps_at, low_at, grads_at, rows_at, bounds_at, sizes_at, partial_at, images_at, sums_at[2];
+  int64_t maps_at, low_at, grads_at, rows_at, bounds_at, units_at, partial_at, images_at, sums_at[2];
   Scratch scratch;
 
   int tiles_of(int rows) const {  // of maps_tile
@@ -248,7 +248,7 @@ Plan<T> plan_of(const ReattentionBackward& args) {
   plan.rows_at = scratch.take(args.pre_mix ? 0 : 2 * args.B * args.H * args.N * acc);
   plan.bounds_at = scratch.take(int64_t(plan.chunk_images) * heads * plan.tiles_of(plan.chunk_rows) *
                                 plan.maps_warps * acc);
-  plan.sizes_at = scratch.take(int64_t(plan.chunk_images) * acc);
+  plan.units_at = scratch.take(int64_t(plan.chunk_images) * acc);
   plan.partial_at = scratch.take(summed ? args.B * a.parts * parameters * acc : 0);
   plan.images_at = scratch.take(summed ? args.B * parameters * acc : 0);
   const bool grows = plan.chunk_rows < queries;
@@ -339,9 +339,9 @@ void backward(const ReattentionBackward& args, void* scratch, void* stream) {
   maps.mean = heads.mean * A(kMapUnit<T>);
   maps.bounds = {at(plan.bounds_at)};
   heads.bounds = {at(plan.bounds_at)};
-  heads.sizes = {at(plan.sizes_at)};
+  heads.units = {at(plan.units_at)};
   heads.partial = {at(plan.partial_at)};
-  products.sizes = {at(plan.sizes_at)};
+  products.units = {at(plan.units_at)};
   const auto factor = static_cast<A>(args.scale);
   const bool grows = plan.chunk_rows < args.N;
   if (args.dq.data) {

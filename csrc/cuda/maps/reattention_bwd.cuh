@@ -119,7 +119,7 @@ struct HeadsKernel {
   int parts, first_part;
   Global<const Acc<T>> bounds;  // of maps_tile, so many for an image
   int bounds_count;
-  Global<Acc<T>> sizes;  // [images]: dZ is multiplied by this; where T is bounded
+  Global<Acc<T>> units;  // [images]: what 1 in dZ stands for; where T is bounded
   // Where everything stands in shared memory, in bytes
   int dense_at, fragments_at, vectors_at, sums_at, tiles_at;
   int matrix_fragments;             // of 512 bytes, for each of the five matrices
@@ -151,7 +151,7 @@ struct ProductsKernel {
   OutProduct<T> products[5];
   Workspace<T> space;
   bool first, last;            // rows of an image
-  Global<const Acc<T>> sizes;  // of dZ; where T is bounded
+  Global<const Acc<T>> units;  // of dZ; where T is bounded
 };
 
 // Rows first .. first + count - 1 of one head into a tile of `columns` columns from `column` on, zeros outside

@@ -291,7 +291,7 @@ struct HeadRows {
       const int exponent = 14 - ilogbf(bound);
       size = ldexpf(1, exponent < 126 ? exponent : 126);
     }
-    if (block == 0 && thread_x() == 0) a.sizes.st(image, size);
+    if (block == 0 && thread_x() == 0) a.units.st(image, 1 / size);
   }
 
   // --- tiles

@@ -121,7 +121,7 @@ KERNEL LAUNCH_BOUNDS(32 * ProductsKernel<T>::kWarps, (sizeof(T) == 2 ? 4 : 1))
 
   A factor = p.factor;
   if constexpr (kBounded<T>)
-    if (p.grads) factor /= a.sizes.ld(image);
+    if (p.grads) factor *= a.units.ld(image);
   const Shared<T> stage = memory.part(warp * warp_rows * S::kRightRow, warp_rows * S::kRightRow);
   UNROLLED_FOR (int r = 0; r < row_tiles; ++r)
     UNROLLED_FOR (int x = 0; x < tiles; ++x)
